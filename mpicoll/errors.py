@@ -1,0 +1,9 @@
+"""The one exception whose text is for the person at the keyboard."""
+
+
+class UserError(Exception):
+    """One clear line: what is wrong, what was expected, what to do.
+
+    Every rank of a job raises the same one; the command line prints it once, from rank 0, and exits
+    with status 1.
+    """

@@ -1,0 +1,79 @@
+"""What a schedule means: all ranks in one process, on any values that can be combined.
+
+On NumPy arrays it is the reference the MPI plan is tested against; on symbols it is half of the proof.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .schedule import Recv, Round, Schedule, ScheduleError, Send, Verb
+
+
+def lockstep(schedule: Schedule) -> list[list[Round]]:
+    """The whole schedule, ``[t][rank]``; a ``ScheduleError`` if the ranks disagree on the number of rounds."""
+    by_rank = [list(schedule.rounds(rank)) for rank in range(schedule.p)]
+    for rank, rounds in enumerate(by_rank):
+        if len(rounds) != len(by_rank[0]):
+            raise ScheduleError(f"{schedule}: rank {rank} has {len(rounds)} rounds, rank 0 has {len(by_rank[0])}")
+    return [list(round_) for round_ in zip(*by_rank, strict=True)]
+
+
+def span(part: Send | Recv) -> str:
+    """The chunks of a transfer, for messages and pictures."""
+    return f"chunk {part.lo}" if part.hi == part.lo + 1 else f"chunks {part.lo}..{part.hi - 1}"
+
+
+def interpret(
+    schedule: Schedule, start: Sequence[Sequence[Any]], combine: Callable[[Any, Any], Any]
+) -> list[list[Any]]:
+    """Run all ranks; ``start[rank][chunk]`` and the result are what the ranks' vectors hold.
+
+    ``combine(lower, higher)`` must return a new value.  A receive that nothing is sent to, or a send that nobody
+    receives, is a deadlock (sends may be synchronous) and raises ``ScheduleError``; so does sending or reducing
+    with a chunk that holds nothing (``None``).
+    """
+    chunks = schedule.chunks
+    held = [[list(mine), *([None] * chunks for _ in range(schedule.scratch))] for mine in start]
+    for t, rounds in enumerate(lockstep(schedule)):
+        mail: defaultdict[tuple[int, int], deque[tuple[Send, list[Any]]]] = defaultdict(deque)
+        for rank, round_ in enumerate(rounds):
+            for send in round_.sends:
+                values = [held[rank][send.buffer][chunk % chunks] for chunk in range(send.lo, send.hi)]
+                mail[rank, send.peer].append((send, values))
+        for rank, round_ in enumerate(rounds):
+            for recv in round_.recvs:
+                where = f"{schedule}, round {t}: rank {rank}"
+                arriving = mail[recv.peer, rank]
+                if not arriving:
+                    raise ScheduleError(f"{where} waits for {span(recv)} from rank {recv.peer} for ever: deadlock")
+                send, values = arriving.popleft()
+                if (send.lo, send.hi) != (recv.lo, recv.hi):
+                    raise ScheduleError(f"{where} expects {span(recv)}, rank {recv.peer} sends {span(send)}")
+                mine = held[rank][recv.buffer]
+                for chunk, value in zip(range(recv.lo, recv.hi), values, strict=True):
+                    chunk %= chunks
+                    if value is None or (recv.verb is not Verb.COPY and mine[chunk] is None):
+                        raise ScheduleError(f"{where} gets chunk {chunk} from rank {recv.peer}: one side is empty")
+                    if recv.verb is Verb.COPY:
+                        mine[chunk] = value
+                    elif recv.verb is Verb.REDUCE_BELOW:
+                        mine[chunk] = combine(value, mine[chunk])
+                    else:
+                        mine[chunk] = combine(mine[chunk], value)
+        for (src, dst), left in mail.items():
+            if left:
+                raise ScheduleError(
+                    f"{schedule}, round {t}: rank {src} sends {span(left[0][0])} to rank {dst}, "
+                    "which does not receive it: deadlock"
+                )
+    return [buffers[0] for buffers in held]
+
+
+def interpret_arrays(schedule: Schedule, vectors: Sequence[np.ndarray], combine: np.ufunc) -> list[np.ndarray]:
+    """Run all ranks on one-dimensional arrays of equal length, cut as the MPI plan cuts them; new arrays."""
+    cuts = [len(vectors[0]) * chunk // schedule.chunks for chunk in range(1, schedule.chunks)]
+    end = interpret(schedule, [np.split(vector, cuts) for vector in vectors], combine)
+    return [np.concatenate(chunks) for chunks in end]

@@ -1,0 +1,90 @@
+"""What a schedule is: an algorithm as data, rounds of transfers that know nothing of arrays or MPI.
+
+The vector is cut into ``chunks``; a chunk keeps its number wherever it goes.  A generator yields the
+rounds of *one* rank, lazily, and nothing here builds the other ranks' unless a reader asks for them.
+
+The rules every reader relies on, and the verifier proves:
+
+* All ranks yield the same number of rounds; a rank with nothing to do yields an empty ``Round``.
+* Messages between two ranks are matched in order within a round, and cover the same chunks.
+* Sends read what was held before the round.  Within a round no copy lands on chunks that are sent,
+  copied to or reduced into; several reductions into a chunk are combined in the order they are listed.
+* Reducing is always op(lower group of ranks, higher group), so that both partners of an exchange compute
+  the same bits, and operations that do not commute come out right where groups are contiguous.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+
+class ScheduleError(Exception):
+    """A schedule is wrong; the text names the round, the ranks and the chunks."""
+
+
+class Verb(Enum):
+    """What becomes of the data that arrive."""
+
+    COPY = "copy"  # mine = arriving
+    REDUCE_BELOW = "reduce below"  # mine = op(arriving, mine): it arrives from the lower group of ranks
+    REDUCE_ABOVE = "reduce above"  # mine = op(mine, arriving): it arrives from the higher group of ranks
+
+
+class Send(NamedTuple):
+    """Send chunks [lo, hi) to ``peer``; ``hi`` may pass the number of chunks: the range then wraps.
+
+    ``buffer`` 0 is the user's vector, 1.. are scratch vectors of the same layout.  A rank may send to
+    itself, which moves data between its buffers and is no message.
+    """
+
+    peer: int
+    lo: int
+    hi: int
+    buffer: int = 0
+
+
+class Recv(NamedTuple):
+    """Receive chunks [lo, hi) from ``peer`` into ``buffer``, as ``verb`` says."""
+
+    peer: int
+    lo: int
+    hi: int
+    verb: Verb = Verb.COPY
+    buffer: int = 0
+
+
+class Round(NamedTuple):
+    """What one rank does in one round: all of it may happen at once."""
+
+    sends: tuple[Send, ...] = ()
+    recvs: tuple[Recv, ...] = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """An algorithm for ``p`` ranks: ``rounds(rank)`` yields that rank's rounds."""
+
+    collective: str
+    name: str
+    p: int
+    chunks: int
+    rounds: Callable[[int], Iterable[Round]]
+    scratch: int = 0
+    root: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.collective}, p={self.p}"
+
+
+def reduce(rank: int, peer: int, lo: int, hi: int, buffer: int = 0) -> Recv:
+    """A reducing receive in rank order: the lower rank's data are the lower operand."""
+    verb = Verb.REDUCE_BELOW if peer < rank else Verb.REDUCE_ABOVE
+    return Recv(peer, lo, hi, verb, buffer)
+
+
+def pieces(lo: int, hi: int, chunks: int) -> list[tuple[int, int]]:
+    """The one or two contiguous ranges that make up [lo, hi) modulo ``chunks``."""
+    if hi <= chunks:
+        return [(lo, hi)]
+    return [(lo, chunks), (0, hi - chunks)]

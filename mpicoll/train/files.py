@@ -1,0 +1,99 @@
+"""The files of a run: written whole or not at all, in formats that hold data and no code."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .data import Scaling
+from .models import MLP
+
+FORMAT = "mpicoll-model-1"
+MODEL = "model.safetensors"
+
+
+def check_output(folder: Path) -> None:
+    """A ``UserError`` unless a run can be written to ``folder``, which must not exist or be empty.
+
+    Leaves nothing behind but the folder's parents.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            what = "already holds files" if folder.is_dir() else "is a file"
+            raise UserError(f"output folder {str(folder)!r} {what}; name another one with --out")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=".mpicoll-", dir=folder.parent))
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"output folder {str(folder)!r} cannot be written ({error.strerror}); name another one with --out")
+
+
+def write_run(
+    folder: Path,
+    name: str,
+    model: MLP,
+    params: np.ndarray,
+    scaling: Scaling,
+    summary: dict[str, Any],
+    epochs: list[dict[str, Any]],
+) -> None:
+    """``model.safetensors``, ``metrics.jsonl`` (a line an epoch) and ``summary.json``, all at once."""
+    from safetensors.numpy import save_file
+
+    tensors = {"scaling.center": scaling.center, "scaling.spread": scaling.spread}
+    for n, (weight, bias) in enumerate(model.layers(params)):
+        tensors |= {f"layer{n}.weight": weight, f"layer{n}.bias": bias}
+    metadata = {"format": FORMAT, "model": name, "sizes": json.dumps(model.sizes)}
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=".mpicoll-", dir=folder.parent))
+        try:
+            save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, partial / MODEL, metadata)
+            (partial / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+            (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_model(path: Path) -> tuple[MLP, np.ndarray, Scaling]:
+    """The model, its parameters and the scaling its inputs need, from a run's folder or its model file."""
+    from safetensors import safe_open
+
+    if path.is_dir():
+        path = path / MODEL
+    if not path.is_file():
+        raise UserError(f"model {str(path)!r} does not exist; expected the folder that a training run wrote")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except Exception as error:  # the library has exceptions of its own for torn and foreign files
+        raise UserError(f"model {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"model {str(path)!r} has format {metadata.get('format')!r}; expected {FORMAT!r}")
+    try:
+        model = MLP(json.loads(metadata["sizes"]))
+        params = np.empty(model.size, tensors["layer0.weight"].dtype)
+        for n, (weight, bias) in enumerate(model.layers(params)):
+            weight[:], bias[:] = tensors[f"layer{n}.weight"], tensors[f"layer{n}.bias"]
+        return model, params, Scaling(tensors["scaling.center"], tensors["scaling.spread"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"model {str(path)!r} does not hold what its header says: {error}") from error

@@ -1,0 +1,37 @@
+"""How ranks agree, and nothing else."""
+
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
+    from mpi4py import MPI
+
+
+class Sync:
+    """Synchronous data-parallel SGD: every step uses the gradient of the whole global batch.
+
+    Ranks add up sums over samples, so that each sample counts the same however unevenly the batch is shared out.
+    ``seconds`` in agreement, waiting included, and ``bytes_sent`` (``None`` where the MPI library does the
+    sending and it cannot be known) grow with every step.
+    """
+
+    def __init__(self, comm: "MPI.Intracomm", algorithm: str, sums: np.ndarray) -> None:
+        from ..mpi.collectives import allreduce, bytes_sent
+
+        self._allreduce = lambda: allreduce(sums, comm, algorithm=algorithm)
+        self._bytes = bytes_sent(sums, comm, algorithm)  # a step
+        self.seconds = 0.0
+        self.bytes_sent = None if self._bytes is None else 0
+
+    def add_up(self) -> None:
+        """Replace ``sums`` by their total over all ranks: the same bits on every rank."""
+        start = perf_counter()
+        self._allreduce()
+        self.seconds += perf_counter() - start
+        if self._bytes is not None and self.bytes_sent is not None:
+            self.bytes_sent += self._bytes
+
+
+STRATEGIES = {"sync": Sync}

@@ -1,0 +1,180 @@
+"""Proof that a schedule is right, for a given p: runs it on expressions, and counts.
+
+Each rank starts with a symbol of its own; reducing builds the expression op(lower, higher).  At the end the
+expressions tell which contributions arrived *and how often* (a set of marks would let one counted twice pass),
+whether all ranks hold the same bits (they do if and only if they hold the same expression), and whether
+the operands stand in rank order, so that the operation need not commute.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from .algorithms import Algorithm
+from .interpreter import interpret, lockstep, span
+from .schedule import Recv, Round, Schedule, ScheduleError, Send, Verb, pieces
+
+
+class Goal(NamedTuple):
+    """What a collective promises: who starts with a chunk, and whose contributions each rank ends with.
+
+    ``starts(schedule, rank, chunk)``: does the rank bring a contribution of its own?
+    ``ends(schedule, rank, chunk)``: how often each rank's contribution must count; ``None`` if anything may be left.
+    """
+
+    starts: Callable[[Schedule, int, int], bool]
+    ends: Callable[[Schedule, int, int], np.ndarray | None]
+
+
+def _always(schedule: Schedule, rank: int, chunk: int) -> bool:
+    return True
+
+
+def _all_once(schedule: Schedule) -> np.ndarray:
+    return np.ones(schedule.p, np.int64)
+
+
+GOALS = {
+    "allreduce": Goal(_always, lambda s, rank, chunk: _all_once(s)),
+    "reduce": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == s.root else None),
+    "reduce_scatter": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == chunk else None),
+    "allgather": Goal(lambda s, rank, chunk: rank == chunk, lambda s, rank, chunk: np.eye(s.p, dtype=np.int64)[chunk]),
+}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found out on the way: the costs, and whether operands stand in rank order."""
+
+    rounds: int
+    sent: Fraction  # the most any rank sends, as a fraction of the vector
+    scratch: Fraction  # the most any rank needs beside the vector, likewise
+    rank_order: bool
+
+
+class _Expressions:
+    """Interned expressions: equal numbers if and only if equal expressions."""
+
+    def __init__(self, p: int) -> None:
+        self.counts = list(np.eye(p, dtype=np.int64))  # [expression][rank]; leaf r is expression r
+        self.reach: list[tuple[int, int] | None] = [(rank, rank) for rank in range(p)]  # ranks first..last in order
+        self._known: dict[tuple[int, int], int] = {}
+
+    def combine(self, lower: int, higher: int) -> int:
+        if (lower, higher) not in self._known:
+            self._known[lower, higher] = len(self.counts)
+            self.counts.append(self.counts[lower] + self.counts[higher])
+            below, above = self.reach[lower], self.reach[higher]
+            in_order = below and above and below[1] + 1 == above[0]
+            self.reach.append((below[0], above[1]) if below and above and in_order else None)
+        return self._known[lower, higher]
+
+
+def verify_schedule(schedule: Schedule) -> Proof:
+    """Prove ``schedule`` does what its collective promises, or raise ``ScheduleError`` saying where it does not."""
+    if schedule.collective not in GOALS:
+        raise ValueError(f"no goal is stated for {schedule.collective!r}: expected one of {', '.join(GOALS)}")
+    goal = GOALS[schedule.collective]
+    table = lockstep(schedule)
+    for t, rounds in enumerate(table):
+        for rank, round_ in enumerate(rounds):
+            _check_round(schedule, f"{schedule}, round {t}: rank {rank}", round_)
+
+    expressions = _Expressions(schedule.p)
+    start = [
+        [rank if goal.starts(schedule, rank, chunk) else None for chunk in range(schedule.chunks)]
+        for rank in range(schedule.p)
+    ]
+    end = interpret(schedule, start, expressions.combine)
+
+    first: dict[int, tuple[int, int]] = {}  # chunk -> the first rank that must hold it, and what it holds
+    rank_order = True
+    for rank, held in enumerate(end):
+        for chunk, value in enumerate(held):
+            wanted = goal.ends(schedule, rank, chunk)
+            if wanted is None:
+                continue
+            counts = expressions.counts[value] if value is not None else np.zeros(schedule.p, np.int64)
+            for origin in np.flatnonzero(counts != wanted):
+                raise ScheduleError(
+                    f"{schedule}: rank {rank} ends chunk {chunk} with rank {origin}'s contribution "
+                    f"counted {counts[origin]} times, not {wanted[origin]}"
+                )
+            peer, theirs = first.setdefault(chunk, (rank, value))
+            if value != theirs:
+                raise ScheduleError(
+                    f"{schedule}: ranks {peer} and {rank} add chunk {chunk} in different orders, "
+                    "so that they may end with different bits"
+                )
+            rank_order = rank_order and expressions.reach[value] is not None
+    return _measure(schedule, table, rank_order)
+
+
+def verify_algorithm(algorithm: Algorithm, p: int) -> Proof:
+    """``verify_schedule`` for ``p`` ranks, and the rounds and bytes found are those the table states."""
+    schedule = algorithm.schedule(p)
+    proof = verify_schedule(schedule)
+    if proof.rounds != algorithm.rounds(p):
+        raise ScheduleError(f"{schedule}: {proof.rounds} rounds, the table states {algorithm.rounds(p)}")
+    if proof.sent != algorithm.sent(p):
+        raise ScheduleError(f"{schedule}: sends {proof.sent} of the vector, the table states {algorithm.sent(p)}")
+    return proof
+
+
+def _check_round(schedule: Schedule, where: str, round_: Round) -> None:
+    """One rank's round by itself: ranges, at most two contiguous messages a peer, no conflicting writes."""
+    parts: list[Send | Recv] = [*round_.sends, *round_.recvs]
+    for part in parts:
+        if not 0 <= part.peer < schedule.p:
+            raise ScheduleError(f"{where} names rank {part.peer}; there are {schedule.p}")
+        if not 0 <= part.buffer <= schedule.scratch:
+            raise ScheduleError(f"{where} names buffer {part.buffer}; there are {schedule.scratch + 1}")
+        if not (0 <= part.lo < schedule.chunks and 0 < part.hi - part.lo <= schedule.chunks):
+            raise ScheduleError(f"{where} names chunks [{part.lo}, {part.hi}) of {schedule.chunks}")
+    messages = Counter[tuple[type, int]]()
+    for part in parts:
+        messages[type(part), part.peer] += len(pieces(part.lo, part.hi, schedule.chunks))
+    for (kind, peer), count in messages.items():
+        if count > 2:
+            raise ScheduleError(f"{where} has {count} {kind.__name__}s with rank {peer}; two are allowed")
+
+    sent = {place for send in round_.sends for place in _places(schedule, send)}
+    written: dict[tuple[int, int], list[Verb]] = {}
+    for recv in round_.recvs:
+        for place in _places(schedule, recv):
+            written.setdefault(place, []).append(recv.verb)
+    for (_, chunk), verbs in written.items():
+        if Verb.COPY in verbs and len(verbs) > 1:
+            raise ScheduleError(f"{where} copies onto chunk {chunk} and writes it a second time in the same round")
+    for recv in round_.recvs:
+        if recv.verb is Verb.COPY and not sent.isdisjoint(_places(schedule, recv)):
+            raise ScheduleError(f"{where} copies {span(recv)} onto what it sends in the same round")
+
+
+def _places(schedule: Schedule, part: Send | Recv) -> list[tuple[int, int]]:
+    return [(part.buffer, chunk % schedule.chunks) for chunk in range(part.lo, part.hi)]
+
+
+def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool) -> Proof:
+    """Rounds with a message, and the largest chunk counts of any rank; chunks count as equally long."""
+    sent, scratch = [0] * schedule.p, [0] * schedule.p
+    busy = 0
+    for rank in range(schedule.p):
+        own = {place for rounds in table for recv in rounds[rank].recvs for place in _places(schedule, recv)}
+        scratch[rank] = sum(buffer > 0 for buffer, _ in own)
+        scratch[rank] += max((_landing(rounds[rank]) for rounds in table), default=0)
+    for rounds in table:
+        messages = [(rank, send) for rank, round_ in enumerate(rounds) for send in round_.sends if send.peer != rank]
+        busy += bool(messages)
+        for rank, send in messages:
+            sent[rank] += send.hi - send.lo
+    return Proof(busy, Fraction(max(sent), schedule.chunks), Fraction(max(scratch), schedule.chunks), rank_order)
+
+
+def _landing(round_: Round) -> int:
+    """Chunks that arrive to be reduced: they land beside the vector first."""
+    return sum(recv.hi - recv.lo for recv in round_.recvs if recv.verb is not Verb.COPY)

@@ -1,0 +1,226 @@
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from mpicoll.algorithms import ALGORITHMS, circulant, ring
+from mpicoll.interpreter import interpret_arrays, lockstep
+from mpicoll.schedule import Recv, Round, Schedule, ScheduleError, Send, Verb
+from mpicoll.verify import verify_algorithm, verify_schedule
+from schedules import census, everyone, exchange, fold_tree_reduce
+
+ROWS = [row for rows in ALGORITHMS.values() for row in rows.values()]
+Table = list[list[Round]]  # [rank][t]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}-{row.collective}")
+def test_every_row_is_proved_for_1_to_64_ranks(row):
+    for p in range(1, 65):
+        verify_algorithm(row, p)
+
+
+@pytest.mark.parametrize("phase", ["reduce_scatter", "allgather"])
+@pytest.mark.parametrize("module", [ring, circulant])
+def test_the_phases_of_an_allreduce_are_collectives_of_their_own(module, phase):
+    generate = getattr(module, phase)
+    for p in range(1, 20):
+        verify_schedule(Schedule(phase, module.__name__, p, p, lambda rank, p=p: generate(p, rank)))
+
+
+@pytest.mark.parametrize("p", [*range(1, 9), 13, 16, 31])
+def test_roots_idle_ranks_and_rank_order(p):
+    for root in {0, 1 % p, p - 1}:
+        proof = verify_schedule(fold_tree_reduce(p, root))
+        assert proof.rank_order
+        assert proof.rounds == (p - 1).bit_length() + bool(root)
+
+
+def test_scratch_and_moves_within_a_rank():
+    assert verify_schedule(census(1)).scratch == 0
+    for p in [2, 3, 5, 6, 7, 8, 13]:  # right on every rank, but added in another order on each
+        with pytest.raises(ScheduleError, match="in different orders, so that they may end with different bits"):
+            verify_schedule(census(p))
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8, 16])
+def test_both_partners_of_an_exchange_compute_the_same_bits(p):
+    assert verify_schedule(exchange(p)).rank_order
+    if p > 1:
+        wrong = _table(exchange(p))
+        first = wrong[0][0]
+        wrong[0][0] = first._replace(recvs=(first.recvs[0]._replace(verb=Verb.REDUCE_BELOW),))
+        with pytest.raises(ScheduleError, match="different bits"):
+            verify_schedule(_from_table(exchange(p), wrong))
+
+
+def test_several_reductions_into_a_chunk_are_combined_as_listed():
+    verify_schedule(everyone(2))
+    with pytest.raises(ScheduleError, match="different bits"):
+        verify_schedule(everyone(3))
+
+
+def test_circulant_at_4096_ranks_builds_one_rank_in_logarithmic_rounds():
+    rounds = list(ALGORITHMS["allreduce"]["circulant"].schedule(4096).rounds(1234))
+    assert len(rounds) == 24
+    assert all(len(round_.sends) == len(round_.recvs) == 1 for round_ in rounds)
+
+
+# Every check, failing.
+
+
+def _schedule(p: int, *rounds: dict[int, Round], chunks: int = 1, collective: str = "allreduce") -> Schedule:
+    return Schedule(collective, "wrong", p, chunks, lambda rank: [round_.get(rank, Round()) for round_ in rounds])
+
+
+SWAP = {0: Round((Send(1, 0, 1),), (Recv(1, 0, 1),)), 1: Round((Send(0, 0, 1),), (Recv(0, 0, 1),))}
+GIVE = {0: Round((Send(1, 0, 1),)), 1: Round(recvs=(Recv(0, 0, 1, Verb.REDUCE_BELOW),))}
+WRONG = {
+    "names rank 2; there are 2": _schedule(2, {0: Round((Send(2, 0, 1),))}),
+    "names buffer 1; there are 1": _schedule(2, {0: Round((Send(1, 0, 1, 1),))}),
+    r"names chunks \[0, 2\) of 1": _schedule(2, {0: Round((Send(1, 0, 2),))}),
+    r"names chunks \[1, 1\) of 2": _schedule(2, {0: Round((Send(1, 1, 1),))}, chunks=2),
+    "has 3 Sends with rank 1; two are allowed": _schedule(
+        2, {0: Round(tuple(Send(1, c, c + 1) for c in range(3)))}, chunks=3
+    ),
+    "rank 1 waits for chunk 0 from rank 0 for ever: deadlock": _schedule(2, {1: GIVE[1]}),
+    "rank 0 sends chunk 0 to rank 1, which does not receive it: deadlock": _schedule(2, {0: GIVE[0]}),
+    "expects chunk 1, rank 0 sends chunk 0": _schedule(2, {0: GIVE[0], 1: Round(recvs=(Recv(0, 1, 2),))}, chunks=2),
+    "copies chunk 0 onto what it sends": _schedule(2, SWAP),
+    "copies onto chunk 0 and writes it a second time": _schedule(
+        3, {0: Round(recvs=(Recv(1, 0, 1), Recv(2, 0, 1))), 1: Round((Send(0, 0, 1),)), 2: Round((Send(0, 0, 1),))}
+    ),
+    "rank 0 ends chunk 0 with rank 1's contribution counted 0 times, not 1": _schedule(2, GIVE),
+    "rank 1 ends chunk 0 with rank 0's contribution counted 2 times, not 1": _schedule(
+        2, GIVE, GIVE, {1: Round((Send(0, 0, 1),)), 0: Round(recvs=(Recv(1, 0, 1),))}, collective="reduce"
+    ),
+    "one side is empty": _schedule(
+        2, {0: Round((Send(1, 1, 2),)), 1: Round(recvs=(Recv(0, 1, 2),))}, chunks=2, collective="allgather"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_schedule_is_refused_with_a_reason(message):
+    schedule = WRONG[message]
+    if schedule.collective == "reduce":
+        schedule = replace(schedule, root=1) if "rank 1 ends" in message else schedule
+    with pytest.raises(ScheduleError, match=message):
+        verify_schedule(schedule)
+
+
+def test_ranks_that_disagree_on_the_number_of_rounds_are_refused():
+    with pytest.raises(ScheduleError, match="rank 1 has 1 rounds, rank 0 has 0"):
+        verify_schedule(Schedule("allreduce", "wrong", 2, 1, lambda rank: [Round()] * rank))
+
+
+def test_a_table_that_promises_too_little_or_too_much_is_refused():
+    row = ALGORITHMS["allreduce"]["ring"]
+    with pytest.raises(ScheduleError, match="6 rounds, the table states 5"):
+        verify_algorithm(replace(row, rounds=lambda p: 5), 4)
+    with pytest.raises(ScheduleError, match="sends 3/2 of the vector, the table states 1"):
+        verify_algorithm(replace(row, sent=lambda p: Fraction(1)), 4)
+    with pytest.raises(ValueError, match="no goal is stated for 'guess'"):
+        verify_schedule(_schedule(2, collective="guess"))
+
+
+# Mutants: everything that can go wrong with one transfer, or with the order of two rounds.
+
+
+def _table(schedule: Schedule) -> Table:
+    return [list(rounds) for rounds in zip(*lockstep(schedule), strict=True)] or [[] for _ in range(schedule.p)]
+
+
+def _from_table(schedule: Schedule, table: Table) -> Schedule:
+    return replace(schedule, rounds=lambda rank: table[rank])
+
+
+def _mutants(schedule: Schedule) -> Iterator[tuple[str, Table]]:
+    """Each transfer dropped, duplicated, redirected, shifted by a chunk, widened, with another verb: on both
+    sides (still a well-matched schedule) and on one side only; and each two neighboring rounds swapped, for all ranks
+    and for one."""
+    p, chunks = schedule.p, schedule.chunks
+    original = _table(schedule)
+
+    def edited(rank: int, t: int, edit: Callable[[Round], Round], base: Table = original) -> Table:
+        table = [list(rounds) for rounds in base]
+        table[rank][t] = edit(table[rank][t])
+        return table
+
+    def without(parts: tuple, part: object) -> tuple:
+        at = parts.index(part)
+        return parts[:at] + parts[at + 1 :]
+
+    for t in range(len(original[0])):
+        for src in range(p):
+            for send in original[src][t].sends:
+                dst = send.peer
+                recv = next(r for r in original[dst][t].recvs if (r.peer, r.lo, r.hi) == (src, send.lo, send.hi))
+
+                def change(
+                    sends: tuple[Send, ...], recvs: tuple[Recv, ...], src=src, dst=dst, t=t, send=send, recv=recv
+                ) -> Table:
+                    one = edited(src, t, lambda r: r._replace(sends=without(r.sends, send) + sends))
+                    return edited(dst, t, lambda r: r._replace(recvs=without(r.recvs, recv) + recvs), one)
+
+                where = f"round {t}, {src}->{dst} {send.lo}..{send.hi}"
+                yield f"{where} dropped", change((), ())
+                yield f"{where} not sent", change((), (recv,))
+                yield f"{where} not received", change((send,), ())
+                yield f"{where} twice", change((send, send), (recv, recv))
+                yield f"{where} sent twice", change((send, send), (recv,))
+                yield f"{where} received twice", change((send,), (recv, recv))
+                for verb in Verb:
+                    if verb is not recv.verb:
+                        yield f"{where} {verb.value}", change((send,), (recv._replace(verb=verb),))
+                for lo, hi in {
+                    ((send.lo + 1) % chunks, (send.lo + 1) % chunks + send.hi - send.lo),
+                    (send.lo, send.hi + 1),
+                    (send.lo, send.hi - 1),
+                }:
+                    other = {"lo": lo, "hi": hi}
+                    yield f"{where} as {lo}..{hi}", change((send._replace(**other),), (recv._replace(**other),))
+                    yield f"{where} sent as {lo}..{hi}", change((send._replace(**other),), (recv,))
+                for peer in {(src + 1) % p, dst} - {src}:
+                    yield f"{where} received from {peer}", change((send,), (recv._replace(peer=peer),))
+                for peer in {(dst + 1) % p, src} - {dst}:
+                    yield f"{where} sent to {peer}", change((send._replace(peer=peer),), (recv,))
+                    moved = edited(
+                        src, t, lambda r, s=send, q=peer: r._replace(sends=without(r.sends, s) + (s._replace(peer=q),))
+                    )
+                    moved = edited(dst, t, lambda r, v=recv: r._replace(recvs=without(r.recvs, v)), moved)
+                    yield (
+                        f"{where} redirected to {peer}",
+                        edited(peer, t, lambda r, v=recv: r._replace(recvs=(*r.recvs, v)), moved),
+                    )
+    for t in range(len(original[0]) - 1):
+        swap = [rounds[:t] + [rounds[t + 1], rounds[t]] + rounds[t + 2 :] for rounds in original]
+        yield f"rounds {t} and {t + 1} swapped", swap
+        for rank in range(p):
+            yield (
+                f"rounds {t} and {t + 1} swapped on rank {rank}",
+                original[:rank] + [swap[rank]] + original[rank + 1 :],
+            )
+
+
+@pytest.mark.parametrize("p", range(2, 9))
+@pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
+def test_every_mutant_is_refused_or_equivalent(name, p):
+    """An accepted mutant must compute what the original does, on every rank, for inputs that tell all wrong counts."""
+    schedule = ALGORITHMS["allreduce"][name].schedule(p)
+    vectors = [np.full(3 * p + 1, 100.0**rank) + np.arange(3 * p + 1) for rank in range(p)]
+    right = np.sum(vectors, axis=0)
+    refused = accepted = 0
+    for what, table in _mutants(schedule):
+        mutant = _from_table(schedule, table)
+        try:
+            verify_schedule(mutant)
+        except ScheduleError:
+            refused += 1
+            continue
+        accepted += 1
+        assert not what.endswith(("dropped", "not sent", "not received", "sent twice", "received twice"))
+        for rank, result in enumerate(interpret_arrays(mutant, vectors, np.add)):
+            np.testing.assert_array_equal(result, right, err_msg=f"{schedule}: {what}: rank {rank}")
+    assert refused > accepted > 0
