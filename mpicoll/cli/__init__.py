@@ -9,7 +9,7 @@ from ..mpi.launch import launched_rank
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run ``mpicoll ARGS``; returns the exit status: 0, 1 (something is wrong with the input), 2 (usage)."""
+    """Run ``mpicoll ARGS``; returns the exit status (see ``mpicoll --help``)."""
     if launched_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # rank 0 speaks
     try:
@@ -25,6 +25,11 @@ def main(args: list[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "mpicoll"
         return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         if os.environ.get("MPICOLL_TRACEBACK"):
             traceback.print_exc()

@@ -20,7 +20,7 @@ T = TypeVar("T")
 _wake: list[socket.socket] = []  # kept open for the life of the process
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
-GRACE = 2.0  # seconds a rank waits for the others before it takes the job down by itself
+GRACE = 1.0  # seconds that something expected from other ranks, or another thread, is waited for
 
 
 def on_root(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
@@ -46,7 +46,7 @@ def ends_job(comm: MPI.Intracomm) -> Iterator[None]:
     ``GRACE`` seconds, or for any other exception, the rank's traceback goes to standard error and the job is
     aborted with status 1.  After Ctrl-C it ends with status 130, even if this rank is inside MPI for ever.
     """
-    _exit_after_interrupt()
+    _exit_after_interrupt(comm.rank)
     try:
         yield
     except UserError:
@@ -54,11 +54,7 @@ def ends_job(comm: MPI.Intracomm) -> Iterator[None]:
             _abort(comm)
         raise
     except KeyboardInterrupt:
-        if comm.rank:
-            time.sleep(GRACE / 2)  # the first process to exit takes the others along: let rank 0 speak
-        else:
-            print("mpicoll: interrupted", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
+        _exit_interrupted(comm.rank)
     except Exception:
         _abort(comm)
 
@@ -79,7 +75,15 @@ def _abort(comm: MPI.Intracomm) -> None:
     comm.Abort(1)
 
 
-def _exit_after_interrupt() -> None:
+def _exit_interrupted(rank: int) -> None:
+    if rank == 0:
+        print("mpicoll: interrupted", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1.5 * GRACE)  # the first process to exit takes the others along: rank 0 must have spoken
+    os._exit(INTERRUPTED)
+
+
+def _exit_after_interrupt(rank: int) -> None:
     """Python handles a signal only between bytecodes, and so never while this rank waits inside MPI: a thread that
     is woken by the C-level handler gives the main thread time to leave properly, and then ends the process."""
     if _wake or threading.current_thread() is not threading.main_thread():
@@ -93,6 +97,6 @@ def _exit_after_interrupt() -> None:
         while woken.recv(1)[0] != signal.SIGINT:
             pass
         time.sleep(GRACE)
-        os._exit(INTERRUPTED)
+        _exit_interrupted(rank)
 
     threading.Thread(target=watch, name="mpicoll-interrupt", daemon=True).start()

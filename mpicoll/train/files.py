@@ -20,14 +20,14 @@ MODEL = "model.safetensors"
 def check_output(folder: Path) -> None:
     """A ``UserError`` unless a run can be written to ``folder``, which must not exist or be empty.
 
-    Leaves nothing behind but the folder's parents.
+    Leaves nothing behind.
     """
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             what = "already holds files" if folder.is_dir() else "is a file"
             raise UserError(f"output folder {str(folder)!r} {what}; name another one with --out")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.rmdir(tempfile.mkdtemp(prefix=".mpicoll-", dir=folder.parent))
+        there = next(parent for parent in folder.absolute().parents if parent.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".mpicoll-", dir=there))
     except OSError as error:
         raise _not_writable(folder, error) from error
 
@@ -53,6 +53,7 @@ def write_run(
         tensors |= {f"layer{n}.weight": weight, f"layer{n}.bias": bias}
     metadata = {"format": FORMAT, "model": name, "sizes": json.dumps(model.sizes)}
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".mpicoll-", dir=folder.parent))
         try:
             save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, partial / MODEL, metadata)

@@ -1,1 +1,0 @@
-"""Nothing here imports MPI: tests/mpi/conftest.py is for the half that runs under mpirun."""

@@ -1,0 +1,67 @@
+"""Starts jobs of its own under mpirun, always with a time limit, and always the mpirun beside this Python."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+BIN = Path(sys.prefix) / "bin"
+REPOSITORY = Path(__file__).parents[1]
+OPEN_MPI = {  # what the Makefile sets as well
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+    seconds: float
+
+
+def run(
+    command: Sequence[str | Path],
+    cwd: Path,
+    timeout: float = 60,
+    env: Mapping[str, str] | None = None,
+    meanwhile: Callable[[subprocess.Popen[str]], None] = lambda process: None,
+) -> Outcome:
+    """Run to the end, in a process group of its own; past ``timeout`` seconds kill the group and fail.
+
+    ``meanwhile`` is called with the running process.
+    """
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    full = {**os.environ, **OPEN_MPI, "PATH": path, "PYTHONPATH": str(REPOSITORY), **(env or {})}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=full,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        meanwhile(process)
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{command} did not end in {timeout} s\n{out}\n{err}") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return Outcome(process.returncode, out, err, time.monotonic() - start)
+
+
+def mpirun(ranks: int, command: Sequence[str | Path], cwd: Path, **options: object) -> Outcome:
+    """``run`` on several ranks."""
+    return run(["mpirun", "-n", str(ranks), *command], cwd, **options)  # type: ignore[arg-type]

@@ -1,0 +1,35 @@
+"""Rank 0 reports; what fails on another rank is printed at once, because that rank may not reach the end."""
+
+import io
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+
+WORLD = MPI.COMM_WORLD
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    if WORLD.rank and reporter is not None:
+        reporter._tw._file = io.StringIO()
+
+
+def pytest_report_header() -> str:
+    return f"{WORLD.size} ranks, {MPI.Get_library_version().splitlines()[0]}"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if WORLD.rank and report.failed:
+        print(f"rank {WORLD.rank}: {report.nodeid} failed:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+
+
+@pytest.fixture
+def comm() -> Iterator[MPI.Intracomm]:
+    """A communicator of the test's own, so that no test meets another's messages."""
+    own = WORLD.Dup()
+    yield own
+    own.Free()

@@ -1,0 +1,259 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import mpicoll
+from launch import BIN, mpirun, run
+from mpicoll.cli.app import app
+from mpicoll.train.files import read_model
+
+QUICK = ["mpicoll", "train", "--model", "softmax", "--epochs", "1"]
+
+
+def npz(path: Path, **arrays: object) -> Path:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def blobs(samples: int = 60, seed: int = 0) -> dict[str, np.ndarray]:
+    """Three classes that are easy to tell apart."""
+    y = np.arange(samples) % 3
+    return {"X": np.random.default_rng(seed).normal(size=(samples, 4)) + 5 * y[:, np.newaxis], "y": y}
+
+
+def test_version_help_and_python_m(tmp_path):
+    assert run(["mpicoll", "--version"], tmp_path).out == f"mpicoll {mpicoll.__version__}\n"
+    assert run([sys.executable, "-m", "mpicoll", "--version"], tmp_path).out == f"mpicoll {mpicoll.__version__}\n"
+    for command in ([], *([name] for name in app.commands)):
+        result = CliRunner().invoke(app, [*command, "--help"])
+        assert result.exit_code == 0
+        assert "Usage:" in result.output
+
+
+def test_show_and_verify_need_no_mpi(tmp_path):
+    env = {"MPI4PY_LIBMPI": "/no/libmpi.so"}
+    shown = run(["mpicoll", "show", "ring", "--ranks", "4"], tmp_path, env=env)
+    assert shown.status == 0
+    assert shown.out.startswith("ring allreduce: 4 ranks, 4 chunks, 6 rounds, each rank sends 3/2 of the vector\nround")
+    proved = run(["mpicoll", "verify", "--max-ranks", "9"], tmp_path, env=env)
+    assert proved.status == 0
+    assert re.search(r"circulant +p = 1..9 +8 ", proved.out)
+    failed = run(["mpicoll", "train"], tmp_path, env=env)
+    assert (failed.status, failed.out) == (1, "")
+    assert failed.err.startswith("mpicoll: cannot load an MPI library (")
+    assert "pip install 'mpicoll[mpich]'" in failed.err
+    assert failed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+def test_the_main_job_reaches_97_percent(tmp_path, ranks):
+    done = mpirun(ranks, ["mpicoll", "train", "--json", "--out", "run"], tmp_path)
+    assert (done.status, done.err) == (0, "")
+    summary = json.loads(done.out.splitlines()[-1])
+    assert summary["test_accuracy"] >= 0.97
+    assert summary["train_loss"] < 0.1
+    assert (summary["steps"], summary["ranks"]) == (30 * 23, ranks)
+    assert summary["algorithm"] == "circulant"
+    assert summary["steps_per_s"] > 0
+    assert 0 <= summary["comm_fraction"] <= 1
+    sent = 2 * (ranks - 1) / ranks * (summary["parameters"] + 2) * 4 * summary["steps"]
+    assert sent <= summary["bytes_sent_per_rank"] <= sent + 2 * ranks * 4 * summary["steps"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+    ]
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    epochs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [epoch["epoch"] for epoch in epochs] == list(range(1, 31))
+    for wanted in ("test accuracy", "training loss", "steps", "sent per rank", "communicating", "written to"):
+        assert wanted in done.out
+
+
+def test_alone_it_trains_on_one_rank_and_says_so_then_predicts(tmp_path):
+    data = npz(tmp_path / "blobs.npz", **blobs(60))
+    done = run([*QUICK, "--epochs", "20", "--data", data, "--out", "run", "--algorithm", "native"], tmp_path)
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("one rank: use more with mpirun")
+    assert "unknown (sent by the MPI library)" in done.out
+
+    fresh = npz(tmp_path / "fresh.npz", **blobs(30, seed=1))
+    predicted = run(["mpicoll", "predict", "run", "--data", fresh], tmp_path)
+    assert (predicted.status, predicted.err) == (0, "accuracy 100.00% (30 of 30)\n")
+    assert predicted.out == "".join(f"{n % 3}\n" for n in range(30))
+    unlabelled = npz(tmp_path / "unlabelled.npz", X=blobs(30)["X"])
+    saved = run(["mpicoll", "predict", "run/model.safetensors", "--data", unlabelled, "--out", "y.txt"], tmp_path)
+    assert (saved.status, saved.out) == (0, "30 predictions written to y.txt\n")
+    assert len((tmp_path / "y.txt").read_text().split()) == 30
+
+
+def test_runs_without_out_get_folders_of_their_own(tmp_path):
+    for _ in range(2):
+        assert run(QUICK, tmp_path).status == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_options_are_environment_variables(tmp_path):
+    done = run(["mpicoll", "train", "--json"], tmp_path, env={"MPICOLL_TRAIN_EPOCHS": "2", "MPICOLL_TRAIN_SEED": "7"})
+    summary = json.loads(done.out.splitlines()[-1])
+    assert (summary["epochs"], summary["seed"]) == (2, 7)
+
+
+# Bad input: one clear line from rank 0, a status, nothing written.
+
+
+def _torn(path: Path) -> Path:
+    whole = npz(path, **blobs()).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+def _corrupt(path: Path) -> Path:
+    whole = bytearray(npz(path, **blobs()).read_bytes())
+    whole[400:440] = bytes(40)
+    path.write_bytes(whole)
+    return path
+
+
+def _with(name: str, index: Any, value: float) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        arrays = blobs()
+        arrays[name] = arrays[name].astype(float)
+        arrays[name][index] = value
+        return npz(path, **arrays)
+
+    return make
+
+
+BAD_FILES: dict[str, Callable[[Path], Any]] = {
+    "cannot be read|not an .npz file": _torn,
+    "cannot be read as an .npz file of plain arrays": _corrupt,
+    "not an .npz file": lambda path: path.write_text("hello") and path,
+    "Object arrays cannot be loaded": lambda path: npz(path, X=np.array([[{}]]), y=[0]),
+    "no array 'X'.* it has 'x', 'labels'": lambda path: npz(path, x=[[1.0]], labels=[0]),
+    "no array 'y'": lambda path: npz(path, X=blobs()["X"]),
+    "59 labels for 60 samples": lambda path: npz(path, X=blobs()["X"], y=blobs()["y"][:-1]),
+    "X holds nan at sample 7, feature 2": _with("X", (7, 2), np.nan),
+    "X holds -inf at sample 7, feature 2": _with("X", (7, 2), -np.inf),
+    "y holds -1.0 at sample 4; expected integers": _with("y", 4, -1),
+    "y holds 0.5 at sample 5; expected integers": _with("y", 5, 0.5),
+    "y holds nan at sample 6; expected integers": _with("y", 6, np.nan),
+    "y holds 1000000.0, more classes than samples": _with("y", 6, 1e6),
+    "X has dtype <U1; expected real numbers": lambda path: npz(path, X=[["a"]], y=[0]),
+    r"X has shape \(3,\); expected samples x features": lambda path: npz(path, X=[1.0, 2.0, 3.0], y=[0, 1, 2]),
+    "2 training samples for 3 ranks; start at most 2 ranks": lambda path: npz(path, X=np.eye(2), y=[0, 1]),
+    "only one of 'X_test' and 'y_test'": lambda path: npz(path, **blobs(), X_test=np.eye(4)),
+    "X_test has 3 features, X has 4": lambda path: npz(path, **blobs(), X_test=np.eye(3), y_test=[0, 1, 2]),
+}
+
+
+def assert_one_line(done, tmp_path: Path, status: int, message: str) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".npz")
+    assert done.status == status
+    lines = [line for line in done.err.splitlines() if line.startswith("mpicoll: ")]
+    assert len(lines) == 1, done.err
+    assert re.search(message, lines[0])
+    assert "Traceback" not in done.err
+    assert before == []
+
+
+@pytest.mark.parametrize("message", BAD_FILES)
+def test_bad_data(tmp_path, message):
+    path = BAD_FILES[message](tmp_path / "data.npz")
+    assert_one_line(mpirun(3, [*QUICK, "--data", path, "--out", "run"], tmp_path), tmp_path, 1, message)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--data", "nowhere.npz"], 1, "'nowhere.npz' does not exist; expected 'digits' or an .npz file"),
+        (["--data", "/"], 1, "data file '/' cannot be read"),
+        (["--epochs", "0"], 2, "'--epochs': 0 is not in the range"),
+        (["--lr", "-1"], 2, "'--lr': -1 is not a positive number"),
+        (["--lr", "nan"], 2, "'--lr': nan is not a positive number"),
+        (["--batch-size", "0"], 2, "'--batch-size': 0 is not in the range"),
+        (["--algorithm", "rign"], 2, "'rign' is not one of 'ring', 'circulant', 'native'"),
+        (["--model", "mpl"], 2, "'mpl' is not one of 'mlp', 'softmax'"),
+        (["--strategy", "snyc"], 2, "'snyc' is not one of 'sync'|'snyc' is not 'sync'"),
+        (["--epoch", "3"], 2, "No such option '--epoch'. Did you mean '--epochs'"),
+        (
+            ["--model", "mlp", "--lr", "1e9"],
+            1,
+            "the loss became (nan|inf) at step [0-9]+ .epoch 1.: try",
+        ),
+        (["--out", "/proc/no/run"], 1, "output folder '/proc/no/run' cannot be written"),
+        (["--out", "/dev/null"], 1, "output folder '/dev/null' is a file"),
+        (["--out", "/dev"], 1, "output folder '/dev' already holds files"),
+    ],
+)
+def test_bad_options(tmp_path, options, status, message):
+    assert_one_line(mpirun(3, [*QUICK, *options], tmp_path), tmp_path, status, message)
+
+
+def test_a_folder_that_holds_a_run_is_not_touched(tmp_path):
+    assert run([*QUICK, "--out", "run"], tmp_path).status == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    again = run([*QUICK, "--out", "run"], tmp_path)
+    assert again.status == 1
+    assert "output folder 'run' already holds files; name another one with --out" in again.err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_bad_models(tmp_path):
+    assert run([*QUICK, "--out", "run"], tmp_path).status == 0
+    model = tmp_path / "run/model.safetensors"
+    whole = model.read_bytes()
+    (tmp_path / "torn").write_bytes(whole[:-100])
+    (tmp_path / "other").write_bytes(b"hello")
+    for name, message in {"torn": "cannot be read", "other": "cannot be read", "gone": "does not exist"}.items():
+        failed = run(["mpicoll", "predict", name], tmp_path)
+        assert failed.status == 1
+        assert re.fullmatch(f"mpicoll: model '{name}' {message}.*\n", failed.err)
+    failed = run(["mpicoll", "predict", "run", "--data", npz(tmp_path / "d.npz", **blobs())], tmp_path)
+    assert "has 4 features; the model was trained on 64" in failed.err
+    assert "predict runs on one process" in mpirun(2, ["mpicoll", "predict", "run"], tmp_path).err
+    network, params, _ = read_model(model)
+    assert (network.sizes, len(params)) == ((64, 10), 650)
+
+
+def test_a_traceback_on_request(tmp_path):
+    failed = run([*QUICK, "--data", "gone.npz"], tmp_path, env={"MPICOLL_TRACEBACK": "1"})
+    assert "Traceback" in failed.err
+    assert failed.err.endswith("mpicoll: data file 'gone.npz' does not exist; expected 'digits' or an .npz file\n")
+
+
+def test_a_launcher_of_another_mpi_is_found_out(tmp_path):
+    """Hydra starting a program with another MPI's library looks like this from inside."""
+    failed = run(QUICK, tmp_path, env={"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"})
+    assert failed.status == 1
+    assert re.search("the launcher started 4 ranks, but .*; use .*bin/mpirun", failed.err)
+    assert failed.err.count("\n") == 1
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    def interrupt(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("  epoch"):
+            pass
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+
+    done = mpirun(3, ["mpicoll", "train", "--epochs", "1000000", "--out", "run"], tmp_path, meanwhile=interrupt)
+    assert done.status != 0
+    assert "mpicoll: interrupted" in done.err
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_is_installed_beside_this_python():
+    assert (BIN / "mpicoll").exists()

@@ -1,0 +1,110 @@
+"""The house: imports point only downwards, and importing mpicoll loads nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mpicoll"
+
+# From the bottom up. A module may import what stands on earlier lines, or beside it on its own line's left.
+LAYERS = [
+    ["errors"],
+    ["schedule"],
+    ["algorithms.ring", "algorithms.circulant", "algorithms"],
+    ["interpreter", "verify", "draw"],
+    ["mpi"],
+    ["mpi.buffers", "mpi.plan", "mpi.collectives", "mpi.launch", "mpi.guard", "mpi.threads"],
+    ["train"],
+    ["train.settings", "train.models", "train.optimizers", "train.strategies", "train.data", "train.loop"],
+    ["train.files", "train.run"],
+    ["cli.predict", "cli.show", "cli.train", "cli.verify", "cli.app", "cli"],
+    ["__main__"],
+]
+ORDER = [module for layer in LAYERS for module in layer]
+EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
+    "mpi4py": ("mpi.", "train."),
+    "sklearn": ("train.data",),
+    "safetensors": ("train.files",),
+    "threadpoolctl": ("mpi.threads",),
+    "click": ("cli",),
+    "tqdm": ("cli.train",),
+}
+
+
+def imports(source: str, module: str, package: bool) -> list[tuple[str, bool]]:
+    """(what is imported, relative or not); names imported from a package count as its modules where they are."""
+    found = []
+    parts = [*module.split("."), ""] if package else module.split(".")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, False) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.append((node.module or "", False))
+        elif isinstance(node, ast.ImportFrom):
+            base = [*parts[: -node.level], *([node.module] if node.module else [])]
+            for alias in node.names:
+                inner = ".".join([*base, alias.name])
+                found.append((inner if inner in ORDER else ".".join(base), True))
+    return found
+
+
+def violations(source: str, module: str, package: bool = False) -> list[str]:
+    bad = []
+    for name, relative in imports(source, module, package):
+        if relative:
+            if name and ORDER.index(name) >= ORDER.index(module):
+                bad.append(f"{module} imports {name}, which is not below it")
+        elif name.split(".")[0] not in sys.stdlib_module_names:
+            top = name.split(".")[0]
+            free = top == "numpy" and module not in ("errors", "schedule") and not module.startswith("algorithms")
+            if not free and not module.startswith(EXTERNAL.get(top, ())):
+                bad.append(f"{module} imports {top}")
+    return bad
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            found[name] = path
+    return found
+
+
+def test_every_module_has_its_place():
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER, ids=lambda module: f"mpicoll.{module}")
+def test_imports_point_downwards(module):
+    path = modules()[module]
+    assert violations(path.read_text(), module, path.name == "__init__.py") == []
+
+
+def test_a_wrong_import_is_found():
+    assert violations("from ..mpi.plan import Plan", "algorithms.ring") == [
+        "algorithms.ring imports mpi.plan, which is not below it"
+    ]
+    assert violations("from ..train import data", "mpi.plan") == ["mpi.plan imports train.data, which is not below it"]
+    assert violations("import mpi4py", "verify") == ["verify imports mpi4py"]
+    assert violations("import numpy as np", "algorithms.ring") == ["algorithms.ring imports numpy"]
+    assert violations("import cupy", "mpi.plan") == ["mpi.plan imports cupy"]
+    assert violations("from .. import cli", "train.loop") == ["train.loop imports cli, which is not below it"]
+    assert violations("from . import ring\nimport os", "algorithms", package=True) == []
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys, mpi4py, numpy; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_mpicoll_is_light():
+    assert loaded_by("import mpicoll") == {"mpicoll"}
+    heavy = {"sklearn", "scipy", "click", "tqdm", "safetensors", "threadpoolctl", "cupy"}
+    loaded = loaded_by("import mpicoll; mpicoll.allreduce; mpicoll.ALGORITHMS")
+    assert "mpicoll.mpi.plan" in loaded
+    assert not heavy & loaded
