@@ -46,7 +46,7 @@ $(VENV)/.train-installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is missing; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "make: $(PYTHON) lacks its venv module; install it (on Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
-	"$(PYTHON)" -m venv --clear $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(MPI),train]'
 	touch $@
 

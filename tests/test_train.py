@@ -100,15 +100,13 @@ def test_a_model_of_another_kind_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_run_is_written_whole_or_not_at_all(tmp_path):
-    model = MLP((2, 2))
+    model, scaling = MLP((2, 2)), Scaling(np.zeros(2), np.ones(2))
     with pytest.raises(TypeError):  # the summary, written last, cannot be written as JSON
-        write_run(
-            tmp_path / "run", "mlp", model, np.zeros(model.size), Scaling(np.zeros(2), np.ones(2)), {"x": {1}}, []
-        )
+        write_run(tmp_path / "run", "mlp", model, np.zeros(model.size), scaling, {"x": {1}}, [])
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty")
-    write_run(tmp_path / "empty", "mlp", model, np.zeros(model.size), Scaling(np.zeros(2), np.ones(2)), {}, [])
+    write_run(tmp_path / "empty", "mlp", model, np.zeros(model.size), scaling, {}, [])
     with pytest.raises(UserError, match="already holds files"):
         check_output(tmp_path / "empty")
     check_output(tmp_path / "new" / "deeper" / "run")

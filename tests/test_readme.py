@@ -1,0 +1,63 @@
+"""Every command of the README runs, and prints what the README shows, numbers aside."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import REPOSITORY, run
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    (command, shown)
+    for block in BLOCKS
+    for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+]
+
+
+def masked(text: str) -> list[str]:
+    """Lines with numbers and the width of columns taken out."""
+    return [re.sub(r"\s+", " ", re.sub(r"[\d.,]*\d", "N", line)).strip() for line in text.splitlines()]
+
+
+def assert_shown(shown: str, printed: str) -> None:
+    """``...`` in what is shown stands for any lines."""
+    pattern = "".join("(?:.*\n)*?" if line == "..." else re.escape(line) + "\n" for line in masked(shown))
+    text = "".join(line + "\n" for line in masked(printed))
+    assert re.fullmatch(pattern, text), f"the README shows\n{shown}\nprinted was\n{printed}"
+
+
+@pytest.mark.timeout(300)
+def test_every_command_runs_and_prints_what_the_readme_shows(tmp_path):
+    (job,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "job.py").write_text(job)
+    ci = (REPOSITORY / ".ci" / "run").read_text().splitlines()
+    assert len(COMMANDS) >= 8
+    for command, shown in COMMANDS:
+        if command == "make test":  # this is it
+            assert command in ci
+            continue
+        where, env = tmp_path, {}
+        if command == "make train":  # without building the environment this test runs in
+            command += f" --assume-old={Path(sys.prefix).name}/.train-installed"
+            where, env = REPOSITORY, {"MPICOLL_TRAIN_OUT": str(tmp_path / "run")}
+        done = run(shlex.split(command), where, timeout=120, env=env)
+        assert done.status == 0, (command, done)
+        printed = done.out + done.err
+        assert_shown(shown.replace("runs/20261123-092206-digits-mlp-sync-p4", str(tmp_path / "run")), printed)
+
+
+def test_a_wrong_line_is_found():
+    assert_shown("...\nsteps 690 in 2 s\n", "else\nsomething\nsteps  12 in 0.5 s\n")
+    with pytest.raises(AssertionError, match="the README shows"):
+        assert_shown("...\nstepz 690\n", "something\nsteps 12\n")
+    with pytest.raises(AssertionError):
+        assert_shown("steps 690\n", "something\nsteps 12\n")
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]*)\)", README):
+        assert (REPOSITORY / target).exists(), target
