@@ -37,7 +37,7 @@ test-serial: $(VENV)/.dev-installed
 test-mpi: test-mpi-1 test-mpi-2 test-mpi-3 test-mpi-4 test-mpi-5 test-mpi-8
 
 test-mpi-%: $(VENV)/.dev-installed
-	mpirun -n $* $(PYTEST) -x --only-mpi tests/mpi
+	mpirun -n $* $(PYTEST) -x --color=no --only-mpi tests/mpi
 
 bench: $(VENV)/.dev-installed
 	python bench/allreduce.py

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..algorithms import ALGORITHMS
+from ..mpi.launch import launched_ranks
 from ..train.models import MODELS
 from ..train.settings import Settings
 from ..train.strategies import STRATEGIES
@@ -60,7 +61,7 @@ def _with_options(command: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="End with the summary as one line of JSON.")
 def train(as_json: bool, **options: Any) -> None:
     """Train a model on all ranks: mpirun -n 4 mpicoll train"""
-    from ..mpi.launch import launched_ranks, world
+    from ..mpi.launch import world
 
     settings = Settings(**options)
     comm = world()
@@ -68,7 +69,7 @@ def train(as_json: bool, **options: Any) -> None:
     from ..train.run import run
 
     progress = _Progress(settings)
-    if comm.size == launched_ranks() == 1:
+    if launched_ranks() == 0:
         click.echo("one rank: use more with mpirun -n N mpicoll train")
     with ends_job(comm):
         summary = run(comm, settings, progress.start, progress.epoch)
@@ -82,6 +83,8 @@ class _Progress:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        # Launchers pass lines on, not cursor movements; Open MPI's gives ranks a terminal of its own all the same.
+        self._bar_fits = sys.stdout.isatty() and launched_ranks() == 0
         self._bar: Any = None
 
     def start(self, facts: dict[str, Any]) -> None:
@@ -92,7 +95,7 @@ class _Progress:
             f"{facts['train_samples']} training and {facts['test_samples']} test samples, "
             f"{facts['features']} features, {facts['classes']} classes, {facts['parameters']} parameters ({s.dtype})"
         )
-        if sys.stdout.isatty():
+        if self._bar_fits:
             from tqdm import tqdm
 
             self._bar = tqdm(total=s.epochs, unit="epoch", leave=False)

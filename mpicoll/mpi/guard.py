@@ -92,9 +92,10 @@ def _exit_after_interrupt(rank: int) -> None:
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     _wake.append(wake)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Open MPI's launcher makes of Ctrl-C
 
     def watch() -> None:
-        while woken.recv(1)[0] != signal.SIGINT:
+        while woken.recv(1)[0] not in (signal.SIGINT, signal.SIGTERM):
             pass
         time.sleep(GRACE)
         _exit_interrupted(rank)

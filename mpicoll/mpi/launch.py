@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def launched_ranks() -> int:
-    """How many ranks the launcher says it started; 1 if there was none."""
-    return _from_launcher("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
+    """How many ranks the launcher says it started; 0 if there was no launcher."""
+    return _from_launcher("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def launched_rank() -> int:
-    """Which rank the launcher says this is; 0 if there was none."""
-    return _from_launcher("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", default=0)
+    """Which rank the launcher says this is; 0 if there was no launcher."""
+    return _from_launcher("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 
 
 def world() -> "MPI.Intracomm":
@@ -63,6 +63,6 @@ def library_name() -> str:
     return f"{vendor} {'.'.join(map(str, version))}"
 
 
-def _from_launcher(*names: str, default: int) -> int:
+def _from_launcher(*names: str) -> int:
     found = (os.environ.get(name, "") for name in names)
-    return next((int(value) for value in found if value.isdigit()), default)
+    return next((int(value) for value in found if value.isdigit()), 0)
