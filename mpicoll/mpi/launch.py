@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 
+MPICH_KIN = ("MPICH", "Intel MPI", "MVAPICH", "MVAPICH2", "Cray MPI")
+"""Libraries, as mpi4py names them, that abort when they are initialised under Open MPI's launcher."""
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -42,14 +45,14 @@ def world() -> "MPI.Intracomm":
             f"cannot load an MPI library ({str(error).splitlines()[0]}): install one beside this Python, for example "
             "pip install 'mpicoll[mpich]', or load your cluster's MPI module"
         ) from error
-    foreign = "OMPI_COMM_WORLD_SIZE" in os.environ and MPI.get_vendor()[0] != "Open MPI"
+    foreign = "OMPI_COMM_WORLD_SIZE" in os.environ and MPI.get_vendor()[0] in MPICH_KIN
     if not foreign and not MPI.Is_initialized():
         MPI.Init_thread()
-    if launched_ranks() > 1 and (foreign or MPI.COMM_WORLD.size == 1):
+    if foreign or (launched_ranks() > 1 and MPI.COMM_WORLD.size == 1):
         beside = os.path.join(sys.prefix, "bin", "mpirun")
         ours = f"use {beside}" if os.path.exists(beside) else f"use the mpirun of {library_name()}"
         raise UserError(
-            f"the launcher started {launched_ranks()} ranks, but {library_name()}, the MPI library that this Python "
+            f"the launcher started {launched_ranks()} rank(s), but {library_name()}, the MPI library that this Python "
             f"loads, {'is another MPI' if foreign else 'sees only 1: the launcher is that of another MPI'}; {ours}"
         )
     return MPI.COMM_WORLD
