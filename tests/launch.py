@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 BIN = Path(sys.prefix) / "bin"
 REPOSITORY = Path(__file__).parents[1]
-# After Ctrl-C, Open MPI's launcher passes nothing on of what the ranks print, and kills them within half a second.
-SILENT_AFTER_CTRL_C = (BIN / "prterun").exists()
+# Its launcher, after Ctrl-C, passes nothing on of what the ranks print, and kills them within half a second.
+IS_OPEN_MPI = (BIN / "prterun").exists()
 OPEN_MPI = {  # what the Makefile sets as well
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import mpicoll
-from launch import BIN, REPOSITORY, SILENT_AFTER_CTRL_C, mpirun, run
+from launch import BIN, IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.cli.app import app
 from mpicoll.train.files import read_model
 
@@ -265,10 +265,22 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
     done = mpirun(3, ["mpicoll", "train", "--epochs", "1000000", "--out", "run"], tmp_path, meanwhile=interrupt)
     assert done.status != 0
-    assert SILENT_AFTER_CTRL_C or "mpicoll: interrupted" in done.err
+    assert IS_OPEN_MPI or "mpicoll: interrupted" in done.err
     assert "Traceback" not in done.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_is_installed_beside_this_python():
     assert (BIN / "mpicoll").exists()
+
+
+def test_hostfiles_say_what_they_model_and_the_one_for_this_machine_works(tmp_path):
+    files = sorted((REPOSITORY / "hostfiles").iterdir())
+    assert len(files) == 4
+    for file in files:
+        assert re.match(r"# \w+ nodes?, \w+ ranks", file.read_text())
+    flag, kind = ("--hostfile", "openmpi") if IS_OPEN_MPI else ("-f", "mpich")
+    hosts = REPOSITORY / "hostfiles" / f"one-node.{kind}"
+    done = run(["mpirun", flag, hosts, "-n", "4", *QUICK], tmp_path)
+    assert (done.status, done.err) == (0, "")
+    assert "4 rank(s)" in done.out

@@ -65,6 +65,7 @@ class Plan:
         self._steps = [step for step in (self._compile(round_) for round_ in schedule.rounds(rank)) if any(step)]
         self._own = [np.empty(count, dtype) for _ in range(schedule.scratch)]
         self._own.append(np.empty(self._landing_size, dtype))
+        self._own_raw = [array.view(np.uint8).data for array in self._own]
         self.bytes_sent = sum(message.hi - message.lo for step in self._steps for message in step.sends)
 
     def run(self, comm: MPI.Intracomm, vector: np.ndarray, op: np.ufunc) -> None:
@@ -77,7 +78,7 @@ class Plan:
         if vector.shape != (self._count,) or vector.dtype != self._dtype:
             raise ValueError(f"planned for {self._count} x {self._dtype}, got {vector.shape} x {vector.dtype}")
         arrays = [vector, *self._own]
-        raw = [array.view(np.uint8).data for array in arrays]
+        raw = [vector.view(np.uint8).data, *self._own_raw]
         isend, irecv = comm.Isend, comm.Irecv
         for recvs, sends, moves, reductions in self._steps:
             requests = [irecv((raw[buffer][lo:hi], MPI.BYTE), peer, tag) for buffer, lo, hi, peer, tag in recvs]
