@@ -116,13 +116,14 @@ class _Progress:
         if self._bar is not None:
             self._bar.close()
         accuracy, sent = summary["test_accuracy"], summary["bytes_sent_per_rank"]
+        agreeing, waiting = summary["comm_fraction"], summary["wait_fraction"]
         sent_text = "unknown (sent by the MPI library)" if sent is None else f"{sent / 1e6:.1f} MB"
         rows = {
             "test accuracy": "no test samples" if accuracy is None else f"{accuracy:.2%} of {summary['test_samples']}",
             "training loss": f"{summary['train_loss']:.4f}, accuracy {summary['train_accuracy']:.2%} (last epoch)",
             "steps": f"{summary['steps']} in {summary['seconds']:.2f} s, {summary['steps_per_s']:.0f} a second",
             "sent per rank": f"{sent_text}, by {summary['algorithm']} allreduce",
-            "communicating": f"{summary['comm_fraction']:.0%} of the time, waiting for other ranks included",
+            "communicating": f"{agreeing:.0%} of the time, {waiting:.0%} waiting for others",
             "written to": summary["out"],
         }
         click.echo("".join(f"{name:>14}  {value}\n" for name, value in rows.items()), nl=False)

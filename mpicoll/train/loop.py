@@ -25,12 +25,17 @@ class Epoch(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The outcome of a run; ``seconds`` and ``agreement_seconds`` are this rank's."""
+    """The outcome of a run; seconds and bytes are this rank's.
+
+    ``waiting_seconds`` is the part of ``agreement_seconds`` that this rank spent, in each step, beyond the rank that
+    got through it fastest: the last to arrive, which waits for nobody.
+    """
 
     params: np.ndarray
     steps: int
     seconds: float
     agreement_seconds: float
+    waiting_seconds: float
     bytes_sent: int | None
     epochs: list[Epoch]
 
@@ -91,7 +96,11 @@ def train(
         if step == max_steps:
             break
     seconds = perf_counter() - start
-    return Result(params, step, seconds, agreement.seconds, agreement.bytes_sent, history)
+    agreeing = np.array(agreement.seconds)
+    fastest = agreeing.copy()
+    comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
+    waiting = float(np.sum(agreeing - fastest))
+    return Result(params, step, seconds, float(np.sum(agreeing)), waiting, agreement.bytes_sent, history)
 
 
 def accuracy(comm: MPI.Intracomm, model: Model, params: np.ndarray, x: np.ndarray, y: np.ndarray) -> float | None:

@@ -62,8 +62,9 @@ def run(
     )
     # Only now is the test set looked at.
     test_accuracy = accuracy(comm, model, result.params, data.x_test, data.y_test)
-    shares = comm.allgather((result.agreement_seconds / result.seconds, result.bytes_sent))
-    sent = [count for _, count in shares if count is not None]
+    shares = (result.agreement_seconds / result.seconds, result.waiting_seconds / result.seconds)
+    agreeing, waiting = np.mean(comm.allgather(shares), axis=0).tolist()
+    sent = [count for count in comm.allgather(result.bytes_sent) if count is not None]
     summary = {
         **asdict(settings),
         **facts,
@@ -75,7 +76,8 @@ def run(
         "seconds": result.seconds,
         "steps_per_s": result.steps / result.seconds,
         "bytes_sent_per_rank": max(sent) if sent else None,  # the most any rank sent
-        "comm_fraction": sum(share for share, _ in shares) / comm.size,
+        "comm_fraction": agreeing,
+        "wait_fraction": waiting,  # part of comm_fraction
     }
     epochs = [epoch._asdict() for epoch in result.epochs]
     on_root(comm, lambda: write_run(out, settings.model, model, result.params, data.scaling, summary, epochs))

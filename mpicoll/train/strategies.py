@@ -13,8 +13,8 @@ class Sync:
     """Synchronous data-parallel SGD: every step uses the gradient of the whole global batch.
 
     Ranks add up sums over samples, so that each sample counts the same however unevenly the batch is shared out.
-    ``seconds`` in agreement, waiting included, and ``bytes_sent`` (``None`` where the MPI library does the
-    sending and it cannot be known) grow with every step.
+    ``seconds`` holds, for each step, the time in agreement, waiting for other ranks included; ``bytes_sent`` counts up
+    (``None`` where the MPI library does the sending and it cannot be known).
     """
 
     def __init__(self, comm: "MPI.Intracomm", algorithm: str, sums: np.ndarray) -> None:
@@ -22,14 +22,14 @@ class Sync:
 
         self._allreduce = lambda: allreduce(sums, comm, algorithm=algorithm)
         self._bytes = bytes_sent(sums, comm, algorithm)  # a step
-        self.seconds = 0.0
+        self.seconds: list[float] = []
         self.bytes_sent = None if self._bytes is None else 0
 
     def add_up(self) -> None:
         """Replace ``sums`` by their total over all ranks: the same bits on every rank."""
         start = perf_counter()
         self._allreduce()
-        self.seconds += perf_counter() - start
+        self.seconds.append(perf_counter() - start)
         if self._bytes is not None and self.bytes_sent is not None:
             self.bytes_sent += self._bytes
 

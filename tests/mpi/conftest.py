@@ -2,7 +2,9 @@
 
 import io
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,3 +35,14 @@ def comm() -> Iterator[MPI.Intracomm]:
     own = WORLD.Dup()
     yield own
     own.Free()
+
+
+@pytest.fixture
+def folder(comm: MPI.Intracomm) -> Iterator[Path]:
+    """One temporary folder for all ranks.  (pytest's own ``tmp_path`` is cleaned up by all of them at once, and they
+    get into each other's way.)"""
+    made = tempfile.TemporaryDirectory() if comm.rank == 0 else None
+    yield Path(comm.bcast(made and made.name))
+    comm.Barrier()
+    if made:
+        made.cleanup()

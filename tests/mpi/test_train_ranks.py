@@ -1,5 +1,6 @@
 """Training on several ranks: it follows the one-rank run, however the batches are shared out."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -92,12 +93,30 @@ def test_sums_are_what_ranks_add_up(comm):
     agreement = Sync(comm, "ring", sums)
     agreement.add_up()
     np.testing.assert_array_equal(sums, [P, P * (P - 1) / 2])
-    assert agreement.seconds > 0
+    agreement.add_up()
+    assert len(agreement.seconds) == 2
+    assert min(agreement.seconds) > 0
 
 
-def test_the_data_are_the_same_on_all_ranks(comm, tmp_path, monkeypatch):
+def test_waiting_is_told_from_moving(comm, monkeypatch):
+    """Rank 0 takes 20 ms more than the others for every step: they wait for it, and it for nobody."""
+    slow = MLP.loss_and_grad
+
+    def loss_and_grad(*arguments: Any) -> Any:
+        time.sleep(0.02 if comm.rank == 0 else 0)
+        return slow(*arguments)
+
+    monkeypatch.setattr(MLP, "loss_and_grad", loss_and_grad)
+    result = trained(comm, blobs(100, "f4"), max_steps=10)
+    assert 0 <= result.waiting_seconds <= result.agreement_seconds <= result.seconds
+    slowest, *others = comm.allgather(result.waiting_seconds)
+    assert slowest < min(others, default=1)
+    assert P > 1 or slowest == 0
+
+
+def test_the_data_are_the_same_on_all_ranks(comm, folder, monkeypatch):
     monkeypatch.setattr(data_module, "BROADCAST_BYTES", 1000)
-    path = comm.bcast(str(tmp_path / "data.npz"))
+    path = str(folder / "data.npz")
     x, y = np.random.default_rng(1).normal(size=(100, 7)) * 50 + 10, np.arange(100) % 4
     if comm.rank == 0:
         np.savez(path, X=x, y=y)
