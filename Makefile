@@ -4,6 +4,9 @@
 
 MPI ?= mpich
 NP ?= 4
+ifeq ($(filter mpich openmpi impi,$(MPI)),)
+$(error MPI=$(MPI) is unknown: expected mpich, openmpi or impi)
+endif
 VENV := .venv$(patsubst %,-%,$(filter-out mpich,$(MPI)))
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
@@ -43,7 +46,8 @@ bench: $(VENV)/.dev-installed
 	python bench/allreduce.py
 
 $(VENV)/.train-installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is missing; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "make: Python 3.11 or newer is missing; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "make: $(PYTHON) lacks its venv module; install it (on Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
