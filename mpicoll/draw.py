@@ -1,13 +1,13 @@
 """A schedule as text: ranks across, rounds down."""
 
-from .interpreter import lockstep
-from .schedule import Round, Schedule, Verb
+from .interpreter import lockstep, span
+from .schedule import Recv, Round, Schedule, Send, Verb
 
 LEGEND = "[2]→1 sends chunk 2 to rank 1; [2]←1 receives it from rank 1, [2]+←1 and adds it to its own; [4..1] wraps"
 
 
 def text(schedule: Schedule) -> str:
-    """The picture, one line a round; ``LEGEND`` explains the cells."""
+    """The picture, one line a round; ``LEGEND`` explains the cells.  Scratch buffers are a, b, ..."""
     table = [[_cell(schedule, round_) for round_ in rounds] for rounds in lockstep(schedule)]
     heads = [f"rank {rank}" for rank in range(schedule.p)]
     widths = [max(map(len, column)) for column in zip(heads, *table, strict=True)]
@@ -16,14 +16,13 @@ def text(schedule: Schedule) -> str:
 
 
 def _cell(schedule: Schedule, round_: Round) -> str:
-    sends = [f"{_chunks(schedule, send.lo, send.hi)}→{send.peer}" for send in round_.sends]
-    recvs = [
-        f"{_chunks(schedule, recv.lo, recv.hi)}{'' if recv.verb is Verb.COPY else '+'}←{recv.peer}"
-        for recv in round_.recvs
-    ]
+    sends = [f"{_buffer(send)}{span(schedule, send)}→{send.peer}" for send in round_.sends]
+    recvs = [f"{_buffer(recv)}{span(schedule, recv)}{_SIGNS[recv.verb]}{recv.peer}" for recv in round_.recvs]
     return "  ".join(sends + recvs) or "idle"
 
 
-def _chunks(schedule: Schedule, lo: int, hi: int) -> str:
-    last = (hi - 1) % schedule.chunks
-    return f"[{lo}]" if hi == lo + 1 else f"[{lo}..{last}]"
+_SIGNS = {Verb.COPY: "←", Verb.REDUCE_BELOW: "+←", Verb.REDUCE_ABOVE: "+←"}
+
+
+def _buffer(part: Send | Recv) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[part.buffer - 1] if part.buffer else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .schedule import Recv, Round, Schedule, ScheduleError, Send, Verb
+from .schedule import Recv, Round, Schedule, ScheduleError, Send, Verb, chunk_start
 
 
 def lockstep(schedule: Schedule) -> list[list[Round]]:
@@ -21,9 +21,10 @@ def lockstep(schedule: Schedule) -> list[list[Round]]:
     return [list(round_) for round_ in zip(*by_rank, strict=True)]
 
 
-def span(part: Send | Recv) -> str:
+def span(schedule: Schedule, part: Send | Recv) -> str:
     """The chunks of a transfer, for messages and pictures."""
-    return f"chunk {part.lo}" if part.hi == part.lo + 1 else f"chunks {part.lo}..{part.hi - 1}"
+    last = (part.hi - 1) % schedule.chunks
+    return f"[{part.lo}]" if part.hi == part.lo + 1 else f"[{part.lo}..{last}]"
 
 
 def interpret(
@@ -48,10 +49,14 @@ def interpret(
                 where = f"{schedule}, round {t}: rank {rank}"
                 arriving = mail[recv.peer, rank]
                 if not arriving:
-                    raise ScheduleError(f"{where} waits for {span(recv)} from rank {recv.peer} for ever: deadlock")
+                    raise ScheduleError(
+                        f"{where} waits for chunks {span(schedule, recv)} from rank {recv.peer} for ever: deadlock"
+                    )
                 send, values = arriving.popleft()
                 if (send.lo, send.hi) != (recv.lo, recv.hi):
-                    raise ScheduleError(f"{where} expects {span(recv)}, rank {recv.peer} sends {span(send)}")
+                    raise ScheduleError(
+                        f"{where} expects chunks {span(schedule, recv)}, rank {recv.peer} sends {span(schedule, send)}"
+                    )
                 mine = held[rank][recv.buffer]
                 for chunk, value in zip(range(recv.lo, recv.hi), values, strict=True):
                     chunk %= chunks
@@ -66,14 +71,14 @@ def interpret(
         for (src, dst), left in mail.items():
             if left:
                 raise ScheduleError(
-                    f"{schedule}, round {t}: rank {src} sends {span(left[0][0])} to rank {dst}, "
-                    "which does not receive it: deadlock"
+                    f"{schedule}, round {t}: rank {src} sends chunks {span(schedule, left[0][0])} to rank {dst}, "
+                    "which does not receive them: deadlock"
                 )
     return [buffers[0] for buffers in held]
 
 
 def interpret_arrays(schedule: Schedule, vectors: Sequence[np.ndarray], combine: np.ufunc) -> list[np.ndarray]:
     """Run all ranks on one-dimensional arrays of equal length, cut as the MPI plan cuts them; new arrays."""
-    cuts = [len(vectors[0]) * chunk // schedule.chunks for chunk in range(1, schedule.chunks)]
+    cuts = [chunk_start(len(vectors[0]), chunk, schedule.chunks) for chunk in range(1, schedule.chunks)]
     end = interpret(schedule, [np.split(vector, cuts) for vector in vectors], combine)
     return [np.concatenate(chunks) for chunks in end]

@@ -83,6 +83,14 @@ def reduce(rank: int, peer: int, lo: int, hi: int, buffer: int = 0) -> Recv:
     return Recv(peer, lo, hi, verb, buffer)
 
 
+def chunk_start(count: int, chunk: int, chunks: int) -> int:
+    """The first of ``count`` elements that belongs to ``chunk``; ``chunk == chunks`` gives the end.
+
+    Lengths differ by one at most; with fewer elements than chunks some are empty.
+    """
+    return count * chunk // chunks
+
+
 def pieces(lo: int, hi: int, chunks: int) -> list[tuple[int, int]]:
     """The one or two contiguous ranges that make up [lo, hi) modulo ``chunks``."""
     if hi <= chunks:

@@ -34,16 +34,25 @@ def _always(schedule: Schedule, rank: int, chunk: int) -> bool:
     return True
 
 
+def _owner(schedule: Schedule, chunk: int) -> int:
+    return chunk * schedule.p // schedule.chunks
+
+
 def _all_once(schedule: Schedule) -> np.ndarray:
-    return np.ones(schedule.p, np.int64)
+    return np.ones(schedule.p, np.int32)
+
+
+def _owners_once(schedule: Schedule, chunk: int) -> np.ndarray:
+    return (np.arange(schedule.p) == _owner(schedule, chunk)).astype(np.int32)
 
 
 GOALS = {
     "allreduce": Goal(_always, lambda s, rank, chunk: _all_once(s)),
     "reduce": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == s.root else None),
-    "reduce_scatter": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == chunk else None),
-    "allgather": Goal(lambda s, rank, chunk: rank == chunk, lambda s, rank, chunk: np.eye(s.p, dtype=np.int64)[chunk]),
+    "reduce_scatter": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == _owner(s, chunk) else None),
+    "allgather": Goal(lambda s, rank, chunk: rank == _owner(s, chunk), lambda s, rank, chunk: _owners_once(s, chunk)),
 }
+OWNED = ("reduce_scatter", "allgather")  # each chunk belongs to a rank: equally many to each, in order
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class _Expressions:
     """Interned expressions: equal numbers if and only if equal expressions."""
 
     def __init__(self, p: int) -> None:
-        self.counts = list(np.eye(p, dtype=np.int64))  # [expression][rank]; leaf r is expression r
+        self.counts = list(np.eye(p, dtype=np.int32))  # [expression][rank]; leaf r is expression r
         self.reach: list[tuple[int, int] | None] = [(rank, rank) for rank in range(p)]  # ranks first..last in order
         self._known: dict[tuple[int, int], int] = {}
 
@@ -78,6 +87,13 @@ def verify_schedule(schedule: Schedule) -> Proof:
     """Prove ``schedule`` does what its collective promises, or raise ``ScheduleError`` saying where it does not."""
     if schedule.collective not in GOALS:
         raise ValueError(f"no goal is stated for {schedule.collective!r}: expected one of {', '.join(GOALS)}")
+    if schedule.p < 1 or schedule.chunks < 1 or not 0 <= schedule.root < schedule.p:
+        raise ScheduleError(
+            f"{schedule}: needs at least one rank and one chunk, and a root among the ranks; "
+            f"has {schedule.chunks} chunks and root {schedule.root}"
+        )
+    if schedule.collective in OWNED and schedule.chunks % schedule.p:
+        raise ScheduleError(f"{schedule}: {schedule.chunks} chunks cannot be owned equally by {schedule.p} ranks")
     goal = GOALS[schedule.collective]
     table = lockstep(schedule)
     for t, rounds in enumerate(table):
@@ -98,7 +114,7 @@ def verify_schedule(schedule: Schedule) -> Proof:
             wanted = goal.ends(schedule, rank, chunk)
             if wanted is None:
                 continue
-            counts = expressions.counts[value] if value is not None else np.zeros(schedule.p, np.int64)
+            counts = expressions.counts[value] if value is not None else np.zeros(schedule.p, np.int32)
             for origin in np.flatnonzero(counts != wanted):
                 raise ScheduleError(
                     f"{schedule}: rank {rank} ends chunk {chunk} with rank {origin}'s contribution "
@@ -152,7 +168,7 @@ def _check_round(schedule: Schedule, where: str, round_: Round) -> None:
             raise ScheduleError(f"{where} copies onto chunk {chunk} and writes it a second time in the same round")
     for recv in round_.recvs:
         if recv.verb is Verb.COPY and not sent.isdisjoint(_places(schedule, recv)):
-            raise ScheduleError(f"{where} copies {span(recv)} onto what it sends in the same round")
+            raise ScheduleError(f"{where} copies chunks {span(schedule, recv)} onto what it sends in the same round")
 
 
 def _places(schedule: Schedule, part: Send | Recv) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from launch import BIN, IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.cli.app import app
 from mpicoll.train.files import read_model
 
+FILES = ["metrics.jsonl", "model.safetensors", "summary.json"]
 QUICK = ["mpicoll", "train", "--model", "softmax", "--epochs", "1"]
 
 
@@ -68,11 +69,7 @@ def test_the_main_job_reaches_97_percent(tmp_path, ranks):
     assert 0 <= summary["wait_fraction"] <= summary["comm_fraction"] <= 1
     sent = 2 * (ranks - 1) / ranks * (summary["parameters"] + 2) * 4 * summary["steps"]
     assert sent <= summary["bytes_sent_per_rank"] <= sent + 2 * ranks * 4 * summary["steps"]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "metrics.jsonl",
-        "model.safetensors",
-        "summary.json",
-    ]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
     epochs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [epoch["epoch"] for epoch in epochs] == list(range(1, 31))
@@ -95,6 +92,8 @@ def test_alone_it_trains_on_one_rank_and_says_so_then_predicts(tmp_path):
     saved = run(["mpicoll", "predict", "run/model.safetensors", "--data", unlabelled, "--out", "y.txt"], tmp_path)
     assert (saved.status, saved.out) == (0, "30 predictions written to y.txt\n")
     assert len((tmp_path / "y.txt").read_text().split()) == 30
+    few = npz(tmp_path / "few.npz", X=blobs(30)["X"][:2], y=[7, 1])  # a class the model does not know is just wrong
+    assert "accuracy 50.00% (1 of 2)" in run(["mpicoll", "predict", "run", "--data", few], tmp_path).err
 
 
 def test_runs_without_out_get_folders_of_their_own(tmp_path):
@@ -148,7 +147,12 @@ BAD_FILES: dict[str, Callable[[Path], Any]] = {
     "y holds -1.0 at sample 4; expected integers": _with("y", 4, -1),
     "y holds 0.5 at sample 5; expected integers": _with("y", 5, 0.5),
     "y holds nan at sample 6; expected integers": _with("y", 6, np.nan),
-    "y holds 1000000.0, more classes than samples": _with("y", 6, 1e6),
+    "y holds 1000000, more classes than samples": _with("y", 6, 1e6),
+    "y holds 1e.30 at sample 6; expected integers": _with("y", 6, 1e30),
+    "y_test holds 3, y only classes 0 to 2": lambda path: npz(path, **blobs(), X_test=np.eye(4), y_test=[0, 1, 2, 3]),
+    "features that overflow float32 when scaled": lambda path: npz(
+        path, X=np.eye(60) * 1.7e308 - 8e307, y=[0] * 60, X_test=np.eye(60) * 1e308, y_test=[0] * 60
+    ),
     "X has dtype <U1; expected real numbers": lambda path: npz(path, X=[["a"]], y=[0]),
     r"X has shape \(3,\); expected samples x features": lambda path: npz(path, X=[1.0, 2.0, 3.0], y=[0, 1, 2]),
     "2 training samples for 3 ranks; start at most 2 ranks": lambda path: npz(path, X=np.eye(2), y=[0, 1]),
@@ -158,13 +162,13 @@ BAD_FILES: dict[str, Callable[[Path], Any]] = {
 
 
 def assert_one_line(done, tmp_path: Path, status: int, message: str) -> None:
-    before = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".npz")
+    left = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".npz")
     assert done.status == status
     lines = [line for line in done.err.splitlines() if line.startswith("mpicoll: ")]
     assert len(lines) == 1, done.err
     assert re.search(message, lines[0])
     assert "Traceback" not in done.err
-    assert before == []
+    assert left == []
 
 
 @pytest.mark.parametrize("message", BAD_FILES)
@@ -198,6 +202,39 @@ def test_bad_data(tmp_path, message):
 )
 def test_bad_options(tmp_path, options, status, message):
     assert_one_line(mpirun(3, [*QUICK, *options], tmp_path), tmp_path, status, message)
+
+
+def test_a_step_into_infinity_at_the_very_end_is_found(tmp_path):
+    data = npz(tmp_path / "d.npz", **blobs())
+    done = run([*QUICK, "--data", data, "--batch-size", "1000", "--lr", "1e39"], tmp_path)
+    assert_one_line(done, tmp_path, 1, "parameters became infinite or nan at step 1: try a smaller learning rate")
+
+
+def test_folders_that_exist_empty_are_filled(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "dangling").symlink_to("new")
+    (tmp_path / "here").mkdir()
+    for out, where, cwd in [
+        ("empty", "empty", "."),
+        ("link/", "elsewhere", "."),
+        ("dangling", "new", "."),
+        (".", "here", "here"),
+        ("a/b/c", "a/b/c", "."),
+    ]:
+        assert run([*QUICK, "--out", out], tmp_path / cwd).status == 0
+        assert sorted(path.name for path in (tmp_path / where).iterdir()) == FILES
+
+
+def test_runs_started_at_once_do_not_take_each_others_folder(tmp_path):
+    command = "for n in 1 2 3; do mpicoll train --model softmax --epochs 1 & done; wait"
+    assert run(["bash", "-c", command], tmp_path).status == 0
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == 3
+    for folder in folders:
+        assert sorted(path.name for path in folder.iterdir()) == FILES
+        assert json.loads((folder / "summary.json").read_text())["out"] == f"runs/{folder.name}"
 
 
 def test_a_folder_that_holds_a_run_is_not_touched(tmp_path):

@@ -70,6 +70,66 @@ def test_an_error_on_the_root_is_raised_by_all(tmp_path):
     assert (done.status, done.err) == (0, "")
 
 
+def test_ranks_may_come_late_to_an_error_of_the_root(tmp_path):
+    done = job(
+        tmp_path,
+        """
+        def action():
+            raise UserError("from the root")
+        time.sleep(6 * (comm.rank == 1))
+        on_root(comm, action)
+        """,
+    )
+    assert "mpicoll: rank" not in done.err
+    assert done.err.count("UserError: from the root") == 3  # Python's own, at the end of the program
+
+
+@pytest.mark.parametrize("others", ["comm.Barrier()", "comm.Ibarrier().Wait()"])
+def test_leaving_by_sys_exit_on_one_rank_ends_the_job(tmp_path, others):
+    done = job(tmp_path, f"if comm.rank == 1: raise SystemExit(3)\n{others}")
+    assert done.status != 0
+    assert done.seconds < 20
+    assert "mpicoll: rank 1 failed" in done.err
+
+
+def test_a_lonely_error_does_not_meet_a_barrier_of_the_program(tmp_path):
+    done = job(
+        tmp_path,
+        """
+        if comm.rank == 1:
+            raise UserError("only here")
+        comm.Ibarrier().Wait()
+        print("passed")
+        """,
+    )
+    assert done.status != 0
+    assert "passed" not in done.out
+    assert "mpicoll: rank 1 failed" in done.err
+
+
+def test_afterwards_signals_are_the_programs_again(tmp_path):
+    (tmp_path / "job.py").write_text(
+        GUARDED
+        + textwrap.dedent(
+            """\
+                pass
+            import os, signal
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            assert signal.set_wakeup_fd(-1) == -1
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except KeyboardInterrupt:
+                print("handled")
+            time.sleep(2)
+            print("carrying on")
+            """
+        ).replace("    pass", "    pass", 1)
+    )
+    done = mpirun(1, [sys.executable, "job.py"], tmp_path)
+    assert (done.status, done.out) == (0, "handled\ncarrying on\n")
+
+
 @pytest.mark.parametrize("where", ["comm.Recv(bytearray(1), 1 - comm.rank)", "time.sleep(1000)"])
 def test_ctrl_c_ends_ranks_inside_mpi_and_outside(tmp_path, where):
     def interrupt(process: subprocess.Popen[str]) -> None:

@@ -47,7 +47,8 @@ def imports(source: str, module: str, package: bool) -> list[tuple[str, bool]]:
             base = [*parts[: -node.level], *([node.module] if node.module else [])]
             for alias in node.names:
                 inner = ".".join([*base, alias.name])
-                found.append((inner if inner in ORDER else ".".join(base), True))
+                if inner != "__version__":
+                    found.append((inner if inner in ORDER else ".".join(base) or inner, True))
     return found
 
 
@@ -55,7 +56,7 @@ def violations(source: str, module: str, package: bool = False) -> list[str]:
     bad = []
     for name, relative in imports(source, module, package):
         if relative:
-            if name and ORDER.index(name) >= ORDER.index(module):
+            if name not in ORDER or ORDER.index(name) >= ORDER.index(module):
                 bad.append(f"{module} imports {name}, which is not below it")
         elif name.split(".")[0] not in sys.stdlib_module_names:
             top = name.split(".")[0]
@@ -94,6 +95,7 @@ def test_a_wrong_import_is_found():
     assert violations("import numpy as np", "algorithms.ring") == ["algorithms.ring imports numpy"]
     assert violations("import cupy", "mpi.plan") == ["mpi.plan imports cupy"]
     assert violations("from .. import cli", "train.loop") == ["train.loop imports cli, which is not below it"]
+    assert violations("from . import allreduce", "verify") == ["verify imports allreduce, which is not below it"]
     assert violations("from . import ring\nimport os", "algorithms", package=True) == []
 
 

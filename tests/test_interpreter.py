@@ -25,7 +25,7 @@ def test_scratch_moves_and_several_reductions(schedule):
 
 
 def test_an_unknown_algorithm_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown allreduce algorithm 'rign': expected one of ring, circulant"):
+    with pytest.raises(ValueError, match="unknown allreduce algorithm 'rign': expected ring, circulant, or native"):
         find("allreduce", "rign")
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         find("allreduce", "ring").schedule(0)

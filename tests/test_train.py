@@ -59,6 +59,8 @@ def test_momentum_is_the_textbook_one():
 def test_scaling_makes_features_alike_and_leaves_constant_ones_alone():
     x = np.array([[0, 5, 1e6], [4, 5, 3e6], [2, 5, 2e6]])
     np.testing.assert_allclose(Scaling.fit(x).apply(x, np.dtype("f8")), [[-1, 0, -1], [1, 0, 1], [0, 0, 0]])
+    long = np.array([[0], [2]], "g")
+    assert {array.dtype for array in Scaling.fit(long)} == {np.dtype("f8")}
     small = np.array([[-128, 0], [127, 1]], "i1")  # must not overflow in the arithmetic of its own dtype
     np.testing.assert_allclose(Scaling.fit(small).apply(small, np.dtype("f8")), [[-1, -1], [1, 1]])
 

@@ -58,5 +58,8 @@ def find(collective: str, name: str) -> Algorithm:
     """The row of that name; a ``ValueError`` that lists the known ones if there is none."""
     known = ALGORITHMS[collective]
     if name not in known:
-        raise ValueError(f"unknown {collective} algorithm {name!r}: expected one of {', '.join(known)}")
+        names = ", ".join(known)
+        raise ValueError(
+            f"unknown {collective} algorithm {name!r}: expected {names}, or native (the MPI library's own)"
+        )
     return known[name]

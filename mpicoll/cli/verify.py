@@ -11,7 +11,7 @@ from ..verify import verify_algorithm
 @click.command()
 @click.argument("algorithms", nargs=-1, type=click.Choice(list(ALGORITHMS["allreduce"])))
 @click.option(
-    "--max-ranks", type=click.IntRange(1, 512), default=64, show_default=True, help="Prove for 1 to this many."
+    "--max-ranks", type=click.IntRange(1, 256), default=64, show_default=True, help="Prove for 1 to this many."
 )
 def verify(algorithms: tuple[str, ...], max_ranks: int) -> None:
     """Prove that algorithms (all of them, if none is named) are right, for every number of ranks up to a limit.

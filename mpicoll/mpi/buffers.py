@@ -6,12 +6,12 @@ import numpy as np
 
 
 def vector(x: Any) -> np.ndarray:
-    """``x`` as a writable one-dimensional view.
+    """``x`` as a writable one-dimensional plain array on the same memory.
 
-    Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything but a C-contiguous, writable NumPy
-    array of integers, floats (32 bits or more) or complex numbers in native byte order: never copies in secret.
+    Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything but a C-contiguous, aligned, writable
+    NumPy array of integers, floats (32 bits or more) or complex numbers in native byte order: never copies in secret.
     """
-    if not isinstance(x, np.ndarray):
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"expected a NumPy array, got {type(x).__module__}.{type(x).__name__}")
     if x.dtype.kind not in "iufc" or x.dtype == np.float16:
         raise TypeError(
@@ -21,8 +21,10 @@ def vector(x: Any) -> np.ndarray:
         raise TypeError(
             f"expected native byte order, got dtype {x.dtype.str}; convert with x.astype(x.dtype.newbyteorder('='))"
         )
-    if not x.flags.c_contiguous:
-        raise ValueError("expected a C-contiguous array; reduce np.ascontiguousarray(x) instead")
-    if not x.flags.writeable:
-        raise ValueError("expected a writable array: the result is written in place")
-    return x.reshape(-1)
+    if not x.flags.carray:
+        if not x.flags.c_contiguous:
+            raise ValueError("expected a C-contiguous array; reduce np.ascontiguousarray(x) instead")
+        if not x.flags.writeable:
+            raise ValueError("expected a writable array: the result is written in place")
+        raise ValueError("expected an array aligned as its dtype asks; reduce x.copy() instead")
+    return np.asarray(x).reshape(-1)

@@ -1,7 +1,7 @@
 """A schedule compiled for one rank, one length and one dtype: run it on any vector of that kind.
 
-Compiling turns chunks into byte ranges, once; running binds the caller's vector with views.  The plan keeps
-scratch memory but no pointer to anything of the caller's.
+Compiling turns chunks into byte ranges, once; running binds the caller's vector and scratch memory with views.  A
+plan holds no memory proportional to the vector, and no pointer to anything of the caller's.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..schedule import Recv, Round, Schedule, Send, Verb, pieces
+from ..schedule import Recv, Round, Schedule, Send, Verb, chunk_start, pieces
 
 MAX_MESSAGE = 2**30
 """Bytes.  Longer pieces travel as several messages: MPI counts are often 32-bit integers."""
@@ -23,7 +23,6 @@ class _Message(NamedTuple):
     lo: int  # bytes
     hi: int
     peer: int
-    tag: int
 
 
 class _Reduction(NamedTuple):
@@ -55,7 +54,7 @@ class _Step(NamedTuple):
 class Plan:
     """The part of ``rank`` in ``schedule``, for vectors of ``count`` elements of ``dtype``.
 
-    ``bytes_sent`` is the payload of the rank's sends in one run.
+    ``bytes_sent`` is the payload of the rank's sends in one run, ``scratch_bytes`` the memory it needs meanwhile.
     """
 
     def __init__(self, schedule: Schedule, rank: int, count: int, dtype: np.dtype) -> None:
@@ -63,44 +62,50 @@ class Plan:
         self._count, self._dtype = count, np.dtype(dtype)
         self._landing_size = 0
         self._steps = [step for step in (self._compile(round_) for round_ in schedule.rounds(rank)) if any(step)]
-        self._own = [np.empty(count, dtype) for _ in range(schedule.scratch)]
-        self._own.append(np.empty(self._landing_size, dtype))
-        self._own_raw = [array.view(np.uint8).data for array in self._own]
+        # The scratch vectors, then what lands to be reduced, each on a cache line of its own.
+        sizes = [count] * schedule.scratch + [self._landing_size]
+        self._areas, end = [], 0
+        for elements in sizes:
+            self._areas.append((end, end + elements * self._dtype.itemsize))
+            end = -(-self._areas[-1][1] // 64) * 64
+        self.scratch_bytes = end
         self.bytes_sent = sum(message.hi - message.lo for step in self._steps for message in step.sends)
 
-    def run(self, comm: MPI.Intracomm, vector: np.ndarray, op: np.ufunc) -> None:
+    def run(self, comm: MPI.Intracomm, vector: np.ndarray, op: np.ufunc, scratch: np.ndarray) -> None:
         """Do it to ``vector`` (one-dimensional, contiguous), in place; ``op`` is what reducing means.
 
-        ``comm`` must carry no other messages that could be mistaken for the plan's.
+        ``comm`` must carry no other messages that could be mistaken for the plan's.  ``scratch`` (uint8) has at least
+        ``scratch_bytes`` elements, left with arbitrary contents.
         """
         if (comm.size, comm.rank) != (self._schedule.p, self._rank):
             raise ValueError(f"{self._schedule}: planned for rank {self._rank}, got rank {comm.rank} of {comm.size}")
         if vector.shape != (self._count,) or vector.dtype != self._dtype:
             raise ValueError(f"planned for {self._count} x {self._dtype}, got {vector.shape} x {vector.dtype}")
-        arrays = [vector, *self._own]
-        raw = [vector.view(np.uint8).data, *self._own_raw]
+        arrays = [vector, *(scratch[lo:hi].view(self._dtype) for lo, hi in self._areas)]
+        raw = [vector.view(np.uint8).data, *(scratch.data[lo:hi] for lo, hi in self._areas)]
         isend, irecv = comm.Isend, comm.Irecv
-        for recvs, sends, moves, reductions in self._steps:
-            requests = [irecv((raw[buffer][lo:hi], MPI.BYTE), peer, tag) for buffer, lo, hi, peer, tag in recvs]
-            requests += [isend((raw[buffer][lo:hi], MPI.BYTE), peer, tag) for buffer, lo, hi, peer, tag in sends]
-            for source, lo, hi, target, to in moves:
-                raw[target][to : to + hi - lo] = raw[source][lo:hi]
-            MPI.Request.Waitall(requests)
-            for buffer, lo, hi, landing_lo, landing_hi, verb in reductions:
-                mine, arrived = arrays[buffer][lo:hi], arrays[_LANDING][landing_lo:landing_hi]
-                if verb is Verb.REDUCE_BELOW:
-                    op(arrived, mine, out=mine)
-                else:
-                    op(mine, arrived, out=mine)
+        with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
+            for recvs, sends, moves, reductions in self._steps:
+                requests = [irecv((raw[buffer][lo:hi], MPI.BYTE), peer) for buffer, lo, hi, peer in recvs]
+                requests += [isend((raw[buffer][lo:hi], MPI.BYTE), peer) for buffer, lo, hi, peer in sends]
+                for source, lo, hi, target, to in moves:
+                    raw[target][to : to + hi - lo] = raw[source][lo:hi]
+                MPI.Request.Waitall(requests)
+                for buffer, lo, hi, landing_lo, landing_hi, verb in reductions:
+                    mine, arrived = arrays[buffer][lo:hi], arrays[_LANDING][landing_lo:landing_hi]
+                    if verb is Verb.REDUCE_BELOW:
+                        op(arrived, mine, out=mine)
+                    else:
+                        op(mine, arrived, out=mine)
 
     def _compile(self, round_: Round) -> _Step:
         rank, size = self._rank, self._dtype.itemsize
         step = _Step([], [], [], [])
 
+        # Messages of a round to one peer need no tags: MPI keeps their order.
         def post(messages: list[_Message], buffer: int, lo: int, hi: int, peer: int) -> None:
-            tag = sum(message.peer == peer for message in messages)  # tells messages of one round and peer apart
-            for n, start in enumerate(range(lo * size, hi * size, MAX_MESSAGE)):
-                messages.append(_Message(buffer, start, min(start + MAX_MESSAGE, hi * size), peer, tag + n))
+            for start in range(lo * size, hi * size, MAX_MESSAGE):
+                messages.append(_Message(buffer, start, min(start + MAX_MESSAGE, hi * size), peer))
 
         for send in round_.sends:
             if send.peer != rank:
@@ -127,6 +132,6 @@ class Plan:
         """The element ranges of a transfer that are not empty."""
         chunks = self._schedule.chunks
         for lo, hi in pieces(part.lo, part.hi, chunks):
-            start, stop = self._count * lo // chunks, self._count * hi // chunks
+            start, stop = chunk_start(self._count, lo, chunks), chunk_start(self._count, hi, chunks)
             if start < stop:
                 yield start, stop

@@ -34,7 +34,8 @@ class Scaling(NamedTuple):
     @classmethod
     def fit(cls, x: np.ndarray) -> "Scaling":
         """The scaling that suits these samples; a constant feature becomes zero."""
-        spread = (x.max(axis=0) / 2.0) - (x.min(axis=0) / 2.0)
+        low, high = np.float64(x.min(axis=0)), np.float64(x.max(axis=0))
+        spread = high / 2 - low / 2
         return cls(x.mean(axis=0, dtype=np.float64), np.where(spread > 0, spread, 1.0))
 
     def apply(self, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -139,18 +140,17 @@ def _samples(what: str, x: np.ndarray) -> np.ndarray:
 
 
 def _labels(what: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    if y.shape not in ((len(y),), (len(y), 1)) if y.ndim else True:
+    if y.ndim == 0 or y.shape not in ((len(y),), (len(y), 1)):
         raise UserError(f"{what} has shape {y.shape}; expected one label per sample")
     y = y.reshape(-1)
     if len(y) != len(x):
         raise UserError(f"{what} has {len(y)} labels for {len(x)} samples; expected one each")
     if y.dtype.kind not in "biuf":
         raise UserError(f"{what} has dtype {y.dtype}; expected integers, 0 for the first class")
-    bad = np.flatnonzero(~((y >= 0) & (y == np.floor(y))))  # catches NaN as well
+    limit = np.iinfo(np.int64).max
+    bad = np.flatnonzero(~((y >= 0) & (y < limit) & (y == np.floor(y))))  # catches NaN as well
     if len(bad):
         raise UserError(f"{what} holds {y[bad[0]]} at sample {bad[0]}; expected integers, 0 for the first class")
-    if y.max() >= max(len(y), 2):
-        raise UserError(f"{what} holds {y.max()}, more classes than samples; number the classes 0, 1, 2, ...")
     return y.astype(np.int64)
 
 
@@ -159,16 +159,21 @@ def _prepare(source: str, ranks: int, dtype: np.dtype) -> Dataset:
     if raw.y is None:
         raise UserError(f"data file {source!r} has no array 'y': training needs a label for each sample")
     x, y, x_test, y_test = raw.x, raw.y, raw.x_test, raw.y_test
+    classes = int(y.max()) + 1
+    if classes > max(len(y), 2):
+        raise UserError(f"{source!r}: y holds {y.max()}, more classes than samples; number the classes 0, 1, 2, ...")
+    if y_test is not None and y_test.max() >= classes:
+        raise UserError(f"{source!r}: y_test holds {y_test.max()}, y only classes 0 to {classes - 1}")
     if x_test is None or y_test is None:
         held_out = np.arange(len(x)) % TEST_EVERY == TEST_EVERY - 1
         x, y, x_test, y_test = x[~held_out], y[~held_out], x[held_out], y[held_out]
     if len(x) < ranks:
         raise UserError(f"{source!r} has {len(x)} training samples for {ranks} ranks; start at most {len(x)} ranks")
-    scaling = Scaling.fit(x)
-    scaled, scaled_test = scaling.apply(x, dtype), scaling.apply(x_test, dtype)
+    with np.errstate(all="ignore"):  # what overflows is reported below
+        scaling = Scaling.fit(x)
+        scaled, scaled_test = scaling.apply(x, dtype), scaling.apply(x_test, dtype)
     if not (np.isfinite(scaled).all() and np.isfinite(scaled_test).all()):
         raise UserError(f"{source!r} has features that overflow {dtype} when scaled; make the values smaller")
-    classes = int(max(y.max(), y_test.max(initial=0))) + 1
     return Dataset(scaled, y, scaled_test, y_test, classes, scaling)
 
 

@@ -1,5 +1,6 @@
 """The files of a run: written whole or not at all, in formats that hold data and no code."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from .data import Scaling
 from .models import MLP
 
 FORMAT = "mpicoll-model-1"
-MODEL = "model.safetensors"
+MODEL, METRICS, SUMMARY = "model.safetensors", "metrics.jsonl", "summary.json"
 
 
 def check_output(folder: Path) -> None:
@@ -26,7 +27,8 @@ def check_output(folder: Path) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             what = "already holds files" if folder.is_dir() else "is a file"
             raise UserError(f"output folder {str(folder)!r} {what}; name another one with --out")
-        there = next(parent for parent in folder.absolute().parents if parent.exists())
+        real = Path(os.path.realpath(folder))
+        there = next(place for place in (real, *real.parents) if place.exists())
         os.rmdir(tempfile.mkdtemp(prefix=".mpicoll-", dir=there))
     except OSError as error:
         raise _not_writable(folder, error) from error
@@ -45,27 +47,44 @@ def write_run(
     summary: dict[str, Any],
     epochs: list[dict[str, Any]],
 ) -> None:
-    """``model.safetensors``, ``metrics.jsonl`` (a line an epoch) and ``summary.json``, all at once."""
+    """``model.safetensors``, ``metrics.jsonl`` (a line an epoch) and ``summary.json``, all at once.
+
+    A new folder appears complete; in one that exists, empty, the files do, ``summary.json`` last.  If somebody else has
+    written there since, ``FileExistsError``.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     tensors = {"scaling.center": scaling.center, "scaling.spread": scaling.spread}
     for n, (weight, bias) in enumerate(model.layers(params)):
         tensors |= {f"layer{n}.weight": weight, f"layer{n}.bias": bias}
     metadata = {"format": FORMAT, "model": name, "sizes": json.dumps(model.sizes)}
+    real = Path(os.path.realpath(folder))
+    exists = real.is_dir()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".mpicoll-", dir=folder.parent))
+        real.parent.mkdir(parents=True, exist_ok=True)
+        if exists and any(real.iterdir()):
+            raise FileExistsError(errno.EEXIST, "not empty", str(folder))
+        partial = Path(tempfile.mkdtemp(prefix=".mpicoll-", dir=real if exists else real.parent))
         try:
             save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, partial / MODEL, metadata)
-            (partial / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
-            (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-            partial.rename(folder)
-        except BaseException:
+            (partial / METRICS).write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+            (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+            if exists:
+                for file in (MODEL, METRICS, SUMMARY):
+                    (partial / file).rename(real / file)
+            else:
+                partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+                partial.rename(real)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
     except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise FileExistsError(folder) from error
         raise _not_writable(folder, error) from error
+    except SafetensorError as error:  # among them a full disk
+        reason = str(error).splitlines()[0]
+        raise UserError(f"output folder {str(folder)!r} cannot be written ({reason}); name another one") from error
 
 
 def _umask() -> int:

@@ -40,6 +40,7 @@ class Result(NamedTuple):
     epochs: list[Epoch]
 
 
+@np.errstate(all="ignore")  # what overflows ends up in the loss or the parameters, and is reported
 def train(
     comm: MPI.Intracomm,
     data: Dataset,
@@ -59,8 +60,8 @@ def train(
 
     ``batch_size`` is global: the ranks share each batch, and the run follows the one-rank run with the same seed
     whatever their number, to rounding.  Every epoch visits all samples in a new order drawn from ``seed``.
-    ``report`` is called after each epoch; ``max_steps`` ends the run early.  A loss that is not finite raises
-    ``UserError`` on all ranks.
+    ``report`` is called after each epoch; ``max_steps`` ends the run early.  A loss, or at the end a parameter, that
+    is not finite raises ``UserError`` on all ranks.
     """
     p, rank = comm.size, comm.rank
     params = model.initial(np.random.default_rng(seed), data.x.dtype)
@@ -78,8 +79,7 @@ def train(
         for first in range(0, samples, batch_size):
             batch = order[first : first + batch_size]
             mine = batch[len(batch) * rank // p : len(batch) * (rank + 1) // p]
-            with np.errstate(all="ignore"):  # what overflows ends up in the loss, and is reported below
-                sums[-2:] = model.loss_and_grad(params, data.x[mine], data.y[mine], grad)
+            sums[-2:] = model.loss_and_grad(params, data.x[mine], data.y[mine], grad)
             agreement.add_up()
             step += 1
             if not np.isfinite(sums[-2]):
@@ -96,6 +96,8 @@ def train(
         if step == max_steps:
             break
     seconds = perf_counter() - start
+    if not np.isfinite(params).all():
+        raise UserError(f"parameters became infinite or nan at step {step}: try a smaller learning rate than {lr}")
     agreeing = np.array(agreement.seconds)
     fastest = agreeing.copy()
     comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)

@@ -78,6 +78,7 @@ class MLP:
                 error = (error @ layers[n][0].T) * (inputs[n] > 0)
         return Sums(loss, correct)
 
+    @np.errstate(all="ignore")  # an overflow is an infinite logit
     def predict(self, params: np.ndarray, x: np.ndarray) -> np.ndarray:
         """See ``Model``."""
         return self._forward(self.layers(params), x)[-1].argmax(axis=1)

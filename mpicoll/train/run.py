@@ -1,7 +1,7 @@
 """A whole training run: data in, model and metrics out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from .. import __version__
+from ..errors import UserError
 from ..mpi.guard import on_root
 from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
@@ -31,7 +32,7 @@ def run(
     ``started`` gets what is known once the data are there, ``report`` each epoch.  Bad input raises ``UserError`` on
     all ranks, and leaves nothing written.
     """
-    out = Path(on_root(comm, lambda: _output(settings, comm.size)))
+    out = on_root(comm, lambda: _output(settings, comm.size))
     dtype = np.dtype(settings.dtype)
     data = load(settings.data, comm, dtype)
     model = MODELS[settings.model](data.x.shape[1], data.classes)
@@ -68,7 +69,6 @@ def run(
     summary = {
         **asdict(settings),
         **facts,
-        "out": str(out),
         "test_accuracy": test_accuracy,
         "train_loss": result.epochs[-1].train_loss,
         "train_accuracy": result.epochs[-1].train_accuracy,
@@ -80,18 +80,32 @@ def run(
         "wait_fraction": waiting,  # part of comm_fraction
     }
     epochs = [epoch._asdict() for epoch in result.epochs]
-    on_root(comm, lambda: write_run(out, settings.model, model, result.params, data.scaling, summary, epochs))
-    return summary
+
+    def write() -> str:
+        for folder in [out] if settings.out is not None else _numbered(out):
+            try:
+                final = {**summary, "out": str(folder)}
+                write_run(folder, settings.model, model, result.params, data.scaling, final, epochs)
+                return str(folder)
+            except FileExistsError:  # another run was given the same name, and was faster
+                continue
+        raise UserError(f"output folder {str(out)!r} was filled by another program; nothing was written")
+
+    return {**summary, "out": on_root(comm, write)}
 
 
-def _output(settings: Settings, ranks: int) -> str:
+def _output(settings: Settings, ranks: int) -> Path:
     """The output folder, checked; a new one under runs/ if none is named."""
     if settings.out is not None:
         out = Path(settings.out)
     else:
         name = f"{Path(settings.data).stem}-{settings.model}-{settings.strategy}-p{ranks}"
-        base = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-        again = (base.with_name(f"{base.name}-{n}") for n in range(2, 1000))
-        out = next(folder for folder in (base, *again) if not folder.exists())
+        named = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+        out = next(folder for folder in _numbered(named) if not folder.exists())
     check_output(out)
-    return str(out)
+    return out
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield from (folder.with_name(f"{folder.name}-{n}") for n in range(2, 1000))
