@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,14 @@ def test_runs_without_out_get_folders_of_their_own(tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_nobody_listening_and_nothing_asked(tmp_path):
+    assert run(["bash", "-c", "mpicoll train --model softmax --epochs 1 >&- 2>&-"], tmp_path).status == 0
+    assert run(["bash", "-o", "pipefail", "-c", "mpicoll show ring --ranks 256 | head -1"], tmp_path).err == ""
+    asked = run(["mpicoll"], tmp_path)
+    assert (asked.status, asked.err) == (0, "")
+    assert asked.out.startswith("Usage: mpicoll [OPTIONS]")
+
+
 def test_options_are_environment_variables(tmp_path):
     done = run(["mpicoll", "train", "--json"], tmp_path, env={"MPICOLL_TRAIN_EPOCHS": "2", "MPICOLL_TRAIN_SEED": "7"})
     summary = json.loads(done.out.splitlines()[-1])
@@ -134,12 +143,19 @@ def _with(name: str, index: Any, value: float) -> Callable[[Path], Path]:
     return make
 
 
+def _not_an_array(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("X", "hello")
+    return path
+
+
 BAD_FILES: dict[str, Callable[[Path], Any]] = {
     "cannot be read|not an .npz file": _torn,
     "cannot be read as an .npz file of plain arrays": _corrupt,
     "not an .npz file": lambda path: path.write_text("hello") and path,
     "Object arrays cannot be loaded": lambda path: npz(path, X=np.array([[{}]]), y=[0]),
     "no array 'X'.* it has 'x', 'labels'": lambda path: npz(path, x=[[1.0]], labels=[0]),
+    "data.npz': X is not an array": _not_an_array,
     "no array 'y'": lambda path: npz(path, X=blobs()["X"]),
     "59 labels for 60 samples": lambda path: npz(path, X=blobs()["X"], y=blobs()["y"][:-1]),
     "X holds nan at sample 7, feature 2": _with("X", (7, 2), np.nan),
@@ -181,10 +197,13 @@ def test_bad_data(tmp_path, message):
     ("options", "status", "message"),
     [
         (["--data", "nowhere.npz"], 1, "'nowhere.npz' does not exist; expected 'digits' or an .npz file"),
-        (["--data", "/"], 1, "data file '/' cannot be read"),
+        (["--data", "/"], 1, "data file '/' is not a file"),
+        (["--data", "/dev/zero"], 1, "data file '/dev/zero' is not a file"),
         (["--epochs", "0"], 2, "'--epochs': 0 is not in the range"),
-        (["--lr", "-1"], 2, "'--lr': -1 is not a positive number"),
-        (["--lr", "nan"], 2, "'--lr': nan is not a positive number"),
+        (["--lr", "-1"], 2, "'--lr': -1.0 is not in the range x>0"),
+        (["--lr", "nan"], 2, "'--lr': nan is not a finite number"),
+        (["--momentum", "nan"], 2, "'--momentum': nan is not a finite number"),
+        (["--threads", "99999999999999999999"], 2, "'--threads': 9+ is not in the range"),
         (["--batch-size", "0"], 2, "'--batch-size': 0 is not in the range"),
         (["--algorithm", "rign"], 2, "'rign' is not one of 'ring', 'circulant', 'native'"),
         (["--model", "mpl"], 2, "'mpl' is not one of 'mlp', 'softmax'"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from mpicoll import UserError
 from mpicoll.train import files
@@ -113,3 +114,17 @@ def test_a_run_is_written_whole_or_not_at_all(tmp_path):
         check_output(tmp_path / "empty")
     check_output(tmp_path / "new" / "deeper" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, error):
+    def full(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    model, scaling = MLP((2, 2)), Scaling(np.zeros(2), np.ones(2))
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "run", tmp_path / "empty"):
+        with pytest.raises(UserError, match="cannot be written .No space left on device.; name another one"):
+            write_run(folder, "mlp", model, np.zeros(model.size), scaling, {}, [])
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]

@@ -10,8 +10,10 @@ from ..mpi.launch import launched_rank
 
 def main(args: list[str] | None = None) -> int:
     """Run ``mpicoll ARGS``; returns the exit status (see ``mpicoll --help``)."""
-    if launched_rank() > 0:
+    if launched_rank() > 0 or sys.stdout is None:  # None: it is closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # rank 0 speaks
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         import click
 

@@ -8,10 +8,13 @@ from .show import show
 from .train import train
 from .verify import verify
 
+CONTEXT = {"auto_envvar_prefix": "MPICOLL", "help_option_names": ["-h", "--help"]}
 
-@click.group(context_settings={"auto_envvar_prefix": "MPICOLL", "help_option_names": ["-h", "--help"]})
+
+@click.group(invoke_without_command=True, context_settings=CONTEXT)
 @click.version_option(__version__, message="mpicoll %(version)s")
-def app() -> None:
+@click.pass_context
+def app(context: click.Context) -> None:
     """Collective communication and distributed SGD over MPI.
 
     Start training under a launcher (mpirun -n 4 mpicoll train); the other commands need none.  Every option is an
@@ -19,6 +22,8 @@ def app() -> None:
 
     Exit status: 0 done, 1 something is wrong with the input or a rank failed, 2 usage, 130 interrupted.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 for command in (train, predict, show, verify):

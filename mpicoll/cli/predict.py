@@ -8,7 +8,7 @@ from ..errors import UserError
 from ..mpi.launch import launched_ranks
 
 
-@click.command()
+@click.command(short_help="Use a trained model.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--data",

@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 LINES = 10  # of progress where there is no terminal
 
 
-class _Positive(click.ParamType):
-    name = "number"
-
+class _Number(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = click.FLOAT.convert(value, param, ctx)
-        if not 0 < number < math.inf:
-            self.fail(f"{value} is not a positive number.", param, ctx)
-        return number
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return super().convert(number, param, ctx)
 
 
 _OPTIONS: dict[str, tuple[Any, str]] = {
@@ -37,11 +35,11 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "algorithm": (click.Choice([*ALGORITHMS["allreduce"], "native"]), "The allreduce that adds up gradients."),
     "epochs": (click.IntRange(min=1), "Passes over the training set."),
     "batch_size": (click.IntRange(min=1), "Samples a step, of all ranks together."),
-    "lr": (_Positive(), "Learning rate."),
-    "momentum": (click.FloatRange(0, 1, max_open=True), "Of SGD (heavy ball)."),
+    "lr": (_Number(min=0, min_open=True), "Learning rate."),
+    "momentum": (_Number(0, 1, max_open=True), "Of SGD (heavy ball)."),
     "seed": (click.IntRange(min=0), "Of the initial parameters and the order of samples."),
     "dtype": (click.Choice(["float32", "float64"]), "Of parameters and data."),
-    "threads": (click.IntRange(min=1), "BLAS threads a rank [default: its share of the node's cores]."),
+    "threads": (click.IntRange(1, 4096), "BLAS threads a rank [default: its share of the node's cores]."),
     "out": (str, "New folder for model and metrics [default: one under runs/]."),
 }
 

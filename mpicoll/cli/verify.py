@@ -8,7 +8,7 @@ from ..schedule import ScheduleError
 from ..verify import verify_algorithm
 
 
-@click.command()
+@click.command(short_help="Prove algorithms right.")
 @click.argument("algorithms", nargs=-1, type=click.Choice(list(ALGORITHMS["allreduce"])))
 @click.option(
     "--max-ranks", type=click.IntRange(1, 256), default=64, show_default=True, help="Prove for 1 to this many."

@@ -80,8 +80,6 @@ def read(source: str) -> Raw:
     if source == "digits":
         return _read_digits()
     arrays = _open_npz(source)
-    if "X" not in arrays:
-        raise UserError(f"data file {source!r} has no array 'X' (samples x features); it has {_listed(arrays)}")
     if ("X_test" in arrays) != ("y_test" in arrays):
         raise UserError(f"data file {source!r} has only one of 'X_test' and 'y_test'; expected both or neither")
     checked: dict[str, np.ndarray] = {}
@@ -109,18 +107,28 @@ def _read_digits() -> Raw:
 
 
 def _open_npz(path: str) -> dict[str, np.ndarray]:
+    """The arrays named X, y, X_test and y_test; a ``UserError`` that lists what there is if X is not among them."""
+    if not Path(path).exists():
+        raise UserError(f"data file {path!r} does not exist; expected 'digits' or an .npz file")
+    if not Path(path).is_file():
+        raise UserError(f"data file {path!r} is not a file")
     try:
-        if Path(path).is_file() and not zipfile.is_zipfile(path):
+        if not zipfile.is_zipfile(path):
             raise UserError(f"data file {path!r} is not an .npz file, or only the beginning of one")
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file}
+            names, arrays = list(file), {name: file[name] for name in ("X", "y", "X_test", "y_test") if name in file}
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"data file {path!r} does not exist; expected 'digits' or an .npz file") from None
     except Exception as error:  # a foreign or torn file fails in any way that zipfile, zlib and NumPy know
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"data file {path!r} cannot be read as an .npz file of plain arrays: {reason}") from error
+    if "X" not in arrays:
+        listed = ", ".join(map(repr, names[:9])) + (", ..." if len(names) > 9 else "")
+        raise UserError(f"data file {path!r} has no array 'X' (samples x features); it has {listed or 'none'}")
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # NumPy returns what it does not know as bytes
+            raise UserError(f"data file {path!r}: {name} is not an array")
+    return arrays
 
 
 def _samples(what: str, x: np.ndarray) -> np.ndarray:
@@ -132,10 +140,9 @@ def _samples(what: str, x: np.ndarray) -> np.ndarray:
     bad = np.argwhere(~np.isfinite(x))
     if len(bad):
         sample, feature = bad[0]
-        raise UserError(
-            f"{what} holds {x[sample, feature]} at sample {sample}, feature {feature}, and {len(bad) - 1} more values "
-            "that are not finite; remove or replace them"
-        )
+        more = f" (and in {len(bad) - 1} more places)" if len(bad) > 1 else ""
+        where = f"sample {sample}, feature {feature}{more}"
+        raise UserError(f"{what} holds {x[sample, feature]} at {where}; expected finite numbers")
     return x
 
 
@@ -175,7 +182,3 @@ def _prepare(source: str, ranks: int, dtype: np.dtype) -> Dataset:
     if not (np.isfinite(scaled).all() and np.isfinite(scaled_test).all()):
         raise UserError(f"{source!r} has features that overflow {dtype} when scaled; make the values smaller")
     return Dataset(scaled, y, scaled_test, y_test, classes, scaling)
-
-
-def _listed(names: dict[str, np.ndarray]) -> str:
-    return ", ".join(map(repr, names)) or "none"
