@@ -125,6 +125,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, error
     model, scaling = MLP((2, 2)), Scaling(np.zeros(2), np.ones(2))
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "run", tmp_path / "empty"):
-        with pytest.raises(UserError, match="cannot be written .No space left on device.; name another one"):
+        with pytest.raises(UserError, match=r"cannot be written .No space left on device.; name another one"):
             write_run(folder, "mlp", model, np.zeros(model.size), scaling, {}, [])
     assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
