@@ -1,6 +1,5 @@
 """The collectives as functions: check the arguments, find the plan, run it."""
 
-from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -64,17 +63,15 @@ def _release(comm: MPI.Comm, keyval: int, state: _State) -> None:
         state.comm.Free()
 
 
+_keyval = MPI.KEYVAL_INVALID
 _keyval_lock = Lock()
 
 
-@cache
-def _keyval_once() -> int:
-    return MPI.Comm.Create_keyval(delete_fn=_release)  # not at import: MPI may not be initialised yet
-
-
-def _keyval() -> int:
+def _create_keyval() -> None:
+    global _keyval
     with _keyval_lock:
-        return _keyval_once()
+        if _keyval == MPI.KEYVAL_INVALID:  # not at import: MPI may not be initialised yet
+            _keyval = MPI.Comm.Create_keyval(delete_fn=_release)
 
 
 def _check_comm(comm: Any) -> None:
@@ -84,10 +81,12 @@ def _check_comm(comm: Any) -> None:
 
 
 def _state(comm: MPI.Intracomm) -> _State:
-    state = comm.Get_attr(_keyval())
+    if _keyval == MPI.KEYVAL_INVALID:
+        _create_keyval()
+    state = comm.Get_attr(_keyval)
     if not isinstance(state, _State):
         state = _State(comm)
-        comm.Set_attr(_keyval(), state)
+        comm.Set_attr(_keyval, state)
     return state
 
 

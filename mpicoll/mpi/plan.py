@@ -43,7 +43,7 @@ class _Move(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One round, compiled: post ``recvs`` and ``sends``, do ``moves``, wait, do ``reductions``."""
+    """One round, compiled: do ``moves``, exchange ``recvs`` and ``sends``, do ``reductions``."""
 
     recvs: list[_Message]
     sends: list[_Message]
@@ -83,14 +83,18 @@ class Plan:
             raise ValueError(f"planned for {self._count} x {self._dtype}, got {vector.shape} x {vector.dtype}")
         arrays = [vector, *(scratch[lo:hi].view(self._dtype) for lo, hi in self._areas)]
         raw = [vector.view(np.uint8).data, *(scratch.data[lo:hi] for lo, hi in self._areas)]
-        isend, irecv = comm.Isend, comm.Irecv
+        isend, irecv, sendrecv = comm.Isend, comm.Irecv, comm.Sendrecv
         with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
             for recvs, sends, moves, reductions in self._steps:
-                requests = [irecv((raw[buffer][lo:hi], MPI.BYTE), peer) for buffer, lo, hi, peer in recvs]
-                requests += [isend((raw[buffer][lo:hi], MPI.BYTE), peer) for buffer, lo, hi, peer in sends]
                 for source, lo, hi, target, to in moves:
                     raw[target][to : to + hi - lo] = raw[source][lo:hi]
-                MPI.Request.Waitall(requests)
+                if len(recvs) == len(sends) == 1:  # one call: small messages cost what the calls cost
+                    (into, lo, hi, source), (out, first, last, dest) = recvs[0], sends[0]
+                    sendrecv((raw[out][first:last], MPI.BYTE), dest, 0, (raw[into][lo:hi], MPI.BYTE), source, 0)
+                else:
+                    requests = [irecv((raw[buffer][lo:hi], MPI.BYTE), peer, 0) for buffer, lo, hi, peer in recvs]
+                    requests += [isend((raw[buffer][lo:hi], MPI.BYTE), peer, 0) for buffer, lo, hi, peer in sends]
+                    MPI.Request.Waitall(requests)
                 for buffer, lo, hi, landing_lo, landing_hi, verb in reductions:
                     mine, arrived = arrays[buffer][lo:hi], arrays[_LANDING][landing_lo:landing_hi]
                     if verb is Verb.REDUCE_BELOW:
