@@ -182,7 +182,7 @@ def main() -> None:
         "table": summarize(launches),
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"allreduce-{record['mpi'].split()[0].lower()}.json"
+    path = RESULTS / f"allreduce-{record['mpi'].rsplit(' ', 1)[0].lower().replace(' ', '-')}.json"
     text = json.dumps({**record, "table": None}, indent=1)
     rows = ",\n".join("  " + json.dumps(row) for row in record["table"])
     path.write_text(text.replace('"table": null', f'"table": [\n{rows}\n ]') + "\n")

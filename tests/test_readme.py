@@ -61,3 +61,15 @@ def test_a_wrong_line_is_found():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]*)\)", README):
         assert (REPOSITORY / target).exists(), target
+
+
+def test_the_table_is_the_recorded_one():
+    recorded = REPOSITORY / "bench" / "results" / "allreduce-mpich.json"
+    shown = run(
+        [sys.executable, REPOSITORY / "bench" / "allreduce.py", "--show", recorded], REPOSITORY
+    ).out.splitlines()
+    rows = [line for line in README.splitlines() if line.startswith("| ")]
+    assert len(rows) >= 6
+    for row in rows:
+        assert row in shown
+    assert "wrong results: 0" in "".join(shown)

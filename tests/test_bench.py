@@ -1,0 +1,32 @@
+"""The benchmark runs; what it measures is not asserted."""
+
+import json
+import sys
+
+from launch import REPOSITORY, mpirun
+
+
+def test_a_launch_measures_and_checks_every_result(tmp_path):
+    quick = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import allreduce as b\n"
+        "b.SIZES = [4, 4096]; b.SECONDS = 0; b.main()"
+    )
+    command = [sys.executable, "-c", quick, REPOSITORY / "bench", "--worker"]
+    done = mpirun(2, command, tmp_path)
+    assert done.status == 0, done.err
+    launch = json.loads(done.out)
+    assert (launch["ranks"], launch["wrong"]) == (2, 0)
+    assert sorted(row["bytes"] for row in launch["rows"]) == [4, 4096]
+    for row in launch["rows"]:
+        assert set(row["us"]) == {"native", "mpi4py ring", "ring", "circulant"}
+        assert all(len(times) >= 11 and min(times) > 0 for times in row["us"].values())
+
+
+def test_a_wrong_result_is_counted(tmp_path):
+    broken = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import allreduce as b; b.SIZES = [64]; b.SECONDS = 0\n"
+        "b.plain_ring = lambda comm, x: None\n"
+        "b.main()"
+    )
+    done = mpirun(2, [sys.executable, "-c", broken, REPOSITORY / "bench", "--worker"], tmp_path)
+    assert json.loads(done.out)["wrong"] >= 2 * 11
