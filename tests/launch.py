@@ -46,6 +46,7 @@ def run(
         cwd=cwd,
         env=full,
         text=True,
+        errors="replace",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -105,6 +105,16 @@ def test_runs_without_out_get_folders_of_their_own(tmp_path):
 
 def test_nobody_listening_and_nothing_asked(tmp_path):
     assert run(["bash", "-c", "mpicoll train --model softmax --epochs 1 >&- 2>&-"], tmp_path).status == 0
+    for command in ("train --model softmax --epochs 1", "show ring", "verify --max-ranks 3", "--help"):
+        full = run(["bash", "-c", f"mpicoll {command} > /dev/full"], tmp_path)
+        assert "Traceback" not in full.err
+        assert (
+            full.status == 0
+            if "train" in command
+            else full.err.startswith("mpicoll: cannot write the output: No space")
+        )
+    piped = run(["bash", "-c", "mpicoll train --model softmax --epochs 500 | head -1"], tmp_path)
+    assert (piped.err, len(list((tmp_path / "runs").iterdir()))) == ("", 3)
     assert run(["bash", "-o", "pipefail", "-c", "mpicoll show ring --ranks 256 | head -1"], tmp_path).err == ""
     asked = run(["mpicoll"], tmp_path)
     assert (asked.status, asked.err) == (0, "")
@@ -113,6 +123,8 @@ def test_nobody_listening_and_nothing_asked(tmp_path):
 
 def test_options_are_environment_variables(tmp_path):
     done = run(["mpicoll", "train", "--json"], tmp_path, env={"MPICOLL_TRAIN_EPOCHS": "2", "MPICOLL_TRAIN_SEED": "7"})
+    other = run([*QUICK], tmp_path, env={"MPICOLL_TRAIN_JSON": "1", "MPICOLL_VERSION": "1"})
+    assert json.loads(other.out.splitlines()[-1])["epochs"] == 1
     summary = json.loads(done.out.splitlines()[-1])
     assert (summary["epochs"], summary["seed"]) == (2, 7)
 
@@ -278,6 +290,8 @@ def test_bad_models(tmp_path):
     failed = run(["mpicoll", "predict", "run", "--data", npz(tmp_path / "d.npz", **blobs())], tmp_path)
     assert "has 4 features; the model was trained on 64" in failed.err
     assert "predict runs on one process" in mpirun(2, ["mpicoll", "predict", "run"], tmp_path).err
+    far = run(["mpicoll", "predict", "run", "--data", npz(tmp_path / "far.npz", X=np.full((1, 64), 1e300))], tmp_path)
+    assert "features that overflow float32 when scaled" in far.err
     network, params, _ = read_model(model)
     assert (network.sizes, len(params)) == ((64, 10), 650)
 
@@ -324,6 +338,24 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert IS_OPEN_MPI or "mpicoll: interrupted" in done.err
     assert "Traceback" not in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("delay", [0.2, 0.4, 0.5, 0.6])
+def test_ctrl_c_while_starting_ends_the_job_too(tmp_path, delay):
+    def interrupt(process: subprocess.Popen[str]) -> None:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+
+    done = mpirun(3, ["mpicoll", "train", "--epochs", "1000000"], tmp_path, meanwhile=interrupt, timeout=20)
+    assert done.status != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_no_text(tmp_path):
+    name = b"\xff".decode(errors="surrogateescape")
+    done = mpirun(2, [*QUICK, "--out", name], tmp_path)
+    assert (done.status, "Traceback" in done.err) == (0, False)
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == FILES
 
 
 def test_the_command_is_installed_beside_this_python():

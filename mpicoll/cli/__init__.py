@@ -2,7 +2,10 @@
 
 import os
 import sys
+import time
 import traceback
+from contextlib import suppress
+from typing import TextIO
 
 from ..errors import UserError
 from ..mpi.launch import launched_rank
@@ -11,9 +14,27 @@ from ..mpi.launch import launched_rank
 def main(args: list[str] | None = None) -> int:
     """Run ``mpicoll ARGS``; returns the exit status (see ``mpicoll --help``)."""
     if launched_rank() > 0 or sys.stdout is None:  # None: it is closed
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # rank 0 speaks
+        sys.stdout = _nowhere()  # rank 0 speaks
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = _nowhere()
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+        if launched_rank() > 0:
+            time.sleep(1)  # the first process to exit takes the others along: let rank 0 speak
+        os._exit(130)  # not through MPI's finalization, which would wait for the other ranks
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stdout = _nowhere()
+        return 1
+    except OSError as error:
+        sys.stdout = _nowhere()
+        return _fail(f"cannot write the output: {error.strerror}", 1)
+
+
+def _run(args: list[str] | None) -> int:
     try:
         import click
 
@@ -26,20 +47,23 @@ def main(args: list[str] | None = None) -> int:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "mpicoll"
-        return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", 2)
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        message = " ".join(error.format_message().split()).rstrip(".")
+        return _fail(f"{message} (see {command} --help)", 2)
+    except click.Abort:
+        raise KeyboardInterrupt from None
     except UserError as error:
         if os.environ.get("MPICOLL_TRACEBACK"):
             traceback.print_exc()
         return _fail(str(error), 1)
 
 
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8", errors="surrogateescape")
+
+
 def _fail(message: str, status: int) -> int:
     if launched_rank() == 0:
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         print(f"mpicoll: {message}", file=sys.stderr, flush=True)
     return status

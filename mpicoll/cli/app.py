@@ -12,7 +12,7 @@ CONTEXT = {"auto_envvar_prefix": "MPICOLL", "help_option_names": ["-h", "--help"
 
 
 @click.group(invoke_without_command=True, context_settings=CONTEXT)
-@click.version_option(__version__, message="mpicoll %(version)s")
+@click.version_option(__version__, message="mpicoll %(version)s", allow_from_autoenv=False)
 @click.pass_context
 def app(context: click.Context) -> None:
     """Collective communication and distributed SGD over MPI.

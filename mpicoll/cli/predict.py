@@ -37,7 +37,13 @@ def predict(model: Path, source: str, out: Path | None) -> None:
     data = read(source)
     if data.x.shape[1] != network.sizes[0]:
         raise UserError(f"{source!r} has {data.x.shape[1]} features; the model was trained on {network.sizes[0]}")
-    classes = network.predict(params, scaling.apply(data.x, params.dtype))
+    with np.errstate(all="ignore"):  # what overflows is reported
+        scaled = scaling.apply(data.x, params.dtype)
+    if not np.isfinite(scaled).all():
+        raise UserError(
+            f"{source!r} has features that overflow {params.dtype} when scaled: nothing like the training set"
+        )
+    classes = network.predict(params, scaled)
     lines = "".join(f"{n}\n" for n in classes)
     if out is None:
         click.echo(lines, nl=False)

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def _with_options(command: Any) -> Any:
 
 @click.command()
 @_with_options
-@click.option("--json", "as_json", is_flag=True, help="End with the summary as one line of JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, envvar="MPICOLL_TRAIN_JSON", help="End with the summary as one line of JSON."
+)
 def train(as_json: bool, **options: Any) -> None:
     """Train a model on all ranks: mpirun -n 4 mpicoll train"""
     from ..mpi.launch import world
@@ -68,12 +71,18 @@ def train(as_json: bool, **options: Any) -> None:
 
     progress = _Progress(settings)
     if launched_ranks() == 0:
-        click.echo("one rank: use more with mpirun -n N mpicoll train")
+        _say("one rank: use more with mpirun -n N mpicoll train")
     with ends_job(comm):
         summary = run(comm, settings, progress.start, progress.epoch)
     progress.finish(summary)
     if as_json:
-        click.echo(json.dumps(summary))
+        _say(json.dumps(summary))
+
+
+def _say(line: str, nl: bool = True) -> None:
+    """Print, unless nobody reads any more: training goes on, and its files are what counts."""
+    with suppress(OSError):
+        click.echo(line, nl=nl)
 
 
 class _Progress:
@@ -88,8 +97,8 @@ class _Progress:
     def start(self, facts: dict[str, Any]) -> None:
         s = self._settings
         threads = f", {facts['threads_per_rank']} BLAS thread(s) a rank" if facts["threads_per_rank"] else ""
-        click.echo(f"{s.model} on {s.data}, {facts['ranks']} rank(s), {s.strategy} strategy, {facts['mpi']}{threads}")
-        click.echo(
+        _say(f"{s.model} on {s.data}, {facts['ranks']} rank(s), {s.strategy} strategy, {facts['mpi']}{threads}")
+        _say(
             f"{facts['train_samples']} training and {facts['test_samples']} test samples, "
             f"{facts['features']} features, {facts['classes']} classes, {facts['parameters']} parameters ({s.dtype})"
         )
@@ -98,14 +107,14 @@ class _Progress:
 
             self._bar = tqdm(total=s.epochs, unit="epoch", leave=False)
         else:
-            click.echo(f"{'epoch':>7} {'step':>7} {'loss':>8} {'accuracy':>9} {'steps/s':>8}")
+            _say(f"{'epoch':>7} {'step':>7} {'loss':>8} {'accuracy':>9} {'steps/s':>8}")
 
     def epoch(self, epoch: "Epoch") -> None:
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{epoch.train_loss:.4f}", accuracy=f"{epoch.train_accuracy:.2%}", refresh=False)
             self._bar.update()
         elif epoch.epoch in (1, self._settings.epochs) or epoch.epoch % -(-self._settings.epochs // LINES) == 0:
-            click.echo(
+            _say(
                 f"{epoch.epoch:7} {epoch.step:7} {epoch.train_loss:8.4f} {epoch.train_accuracy:9.2%} "
                 f"{epoch.step / epoch.seconds:8.0f}"
             )
@@ -124,4 +133,4 @@ class _Progress:
             "communicating": f"{agreeing:.0%} of the time, {waiting:.0%} waiting for others",
             "written to": summary["out"],
         }
-        click.echo("".join(f"{name:>14}  {value}\n" for name, value in rows.items()), nl=False)
+        _say("".join(f"{name:>14}  {value}\n" for name, value in rows.items()), nl=False)

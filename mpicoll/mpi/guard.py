@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from mpi4py import MPI
 
@@ -74,13 +74,14 @@ def _all_arrive(comm: MPI.Intracomm) -> bool:
     return True
 
 
-def _abort(comm: MPI.Intracomm, status: int) -> None:
+def _abort(comm: MPI.Intracomm, status: int) -> NoReturn:
     text = f"mpicoll: rank {comm.rank} failed:\n{traceback.format_exc()}"
     print(text, file=sys.stderr, end="", flush=True)
     comm.Abort(status)
+    os._exit(status)  # some MPIs return while the launcher is still ending the job
 
 
-def _exit_interrupted(rank: int) -> None:
+def _exit_interrupted(rank: int) -> NoReturn:
     if rank == 0:
         print("mpicoll: interrupted", file=sys.stderr, flush=True)
     else:

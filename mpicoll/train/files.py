@@ -70,6 +70,7 @@ def write_run(
             save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, partial / MODEL, metadata)
             (partial / METRICS).write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
             (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+            (partial / MODEL).chmod(0o666 & ~_umask())  # the library makes it private
             if exists:
                 for file in (MODEL, METRICS, SUMMARY):
                     (partial / file).rename(real / file)
@@ -112,8 +113,19 @@ def read_model(path: Path) -> tuple[MLP, np.ndarray, Scaling]:
     try:
         model = MLP(json.loads(metadata["sizes"]))
         params = np.empty(model.size, tensors["layer0.weight"].dtype)
+        scaling = Scaling(tensors["scaling.center"], tensors["scaling.spread"])
+        parts = [(part, (model.sizes[0],)) for part in scaling]
         for n, (weight, bias) in enumerate(model.layers(params)):
-            weight[:], bias[:] = tensors[f"layer{n}.weight"], tensors[f"layer{n}.bias"]
-        return model, params, Scaling(tensors["scaling.center"], tensors["scaling.spread"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"model {str(path)!r} does not hold what its header says: {error}") from error
+            for name, view in (("weight", weight), ("bias", bias)):
+                part = tensors[f"layer{n}.{name}"]
+                parts.append((part, view.shape))
+                view[:] = part
+    except (KeyError, ValueError, TypeError, IndexError, MemoryError) as error:
+        raise UserError(f"model {str(path)!r} does not hold the layers its header names") from error
+    if any(part.shape != shape or part.dtype.kind != "f" or not np.isfinite(part).all() for part, shape in parts):
+        raise UserError(
+            f"model {str(path)!r} holds tensors of the wrong shape or dtype, or with infinite or nan values"
+        )
+    if not (scaling.spread > 0).all():
+        raise UserError(f"model {str(path)!r} holds a scaling that divides by zero")
+    return model, params, scaling
