@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..algorithms import ALGORITHMS
-from ..mpi.launch import launched_ranks
+from ..mpi.launch import launched_ranks, world
 from ..train.models import MODELS
 from ..train.settings import Settings
 from ..train.strategies import STRATEGIES
@@ -62,10 +62,8 @@ def _with_options(command: Any) -> Any:
 )
 def train(as_json: bool, **options: Any) -> None:
     """Train a model on all ranks: mpirun -n 4 mpicoll train"""
-    from ..mpi.launch import world
-
     settings = Settings(**options)
-    comm = world()
+    comm = world()  # before anything imports MPI, which would start it
     from ..mpi.guard import ends_job
     from ..train.run import run
 
