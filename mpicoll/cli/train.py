@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import fields
@@ -63,6 +64,7 @@ def _with_options(command: Any) -> Any:
 def train(as_json: bool, **options: Any) -> None:
     """Train a model on all ranks: mpirun -n 4 mpicoll train"""
     settings = Settings(**options)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
     from ..mpi.guard import ends_job
     from ..train.run import run

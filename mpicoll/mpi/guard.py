@@ -109,11 +109,13 @@ def _exits_after_interrupt(rank: int) -> Iterator[None]:
     threading.Thread(target=watch, name="mpicoll-interrupt", daemon=True).start()
     before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     # SIGTERM is what Open MPI's launcher makes of Ctrl-C, and batch systems of a time limit.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         left.set()
+        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, terminate)
         signal.set_wakeup_fd(before)
         wake.close()
