@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .schedule import Recv, Round, Schedule, ScheduleError, Send, Verb, chunk_start
+from .schedule import Recv, Round, Schedule, ScheduleError, Send, Verb, chunk_start, is_final
 
 
 def lockstep(schedule: Schedule) -> list[list[Round]]:
@@ -28,13 +28,16 @@ def span(schedule: Schedule, part: Send | Recv) -> str:
 
 
 def interpret(
-    schedule: Schedule, start: Sequence[Sequence[Any]], combine: Callable[[Any, Any], Any]
+    schedule: Schedule,
+    start: Sequence[Sequence[Any]],
+    combine: Callable[[Any, Any], Any],
+    copied: Callable[[int, Any], None] = lambda chunk, value: None,
 ) -> list[list[Any]]:
     """Run all ranks; ``start[rank][chunk]`` and the result are what the ranks' vectors hold.
 
-    ``combine(lower, higher)`` must return a new value.  A receive that nothing is sent to, or a send that nobody
-    receives, is a deadlock (sends may be synchronous) and raises ``ScheduleError``; so does sending or reducing
-    with a chunk that holds nothing (``None``).
+    ``combine(lower, higher)`` must return a new value; ``copied`` is told of each value that travels as final.  A
+    receive that nothing is sent to, or a send that nobody receives, is a deadlock (sends may be synchronous) and raises
+    ``ScheduleError``; so does sending or reducing with a chunk that holds nothing (``None``).
     """
     chunks = schedule.chunks
     held = [[list(mine), *([None] * chunks for _ in range(schedule.scratch))] for mine in start]
@@ -57,6 +60,11 @@ def interpret(
                     raise ScheduleError(
                         f"{where} expects chunks {span(schedule, recv)}, rank {recv.peer} sends {span(schedule, send)}"
                     )
+                if recv.peer != rank and send.final != is_final(recv):
+                    raise ScheduleError(
+                        f"{where} takes chunks {span(schedule, recv)} as {'final' if is_final(recv) else 'partial'}, "
+                        f"rank {recv.peer} sends them as {'final' if send.final else 'partial'}"
+                    )
                 mine = held[rank][recv.buffer]
                 for chunk, value in zip(range(recv.lo, recv.hi), values, strict=True):
                     chunk %= chunks
@@ -64,6 +72,8 @@ def interpret(
                         raise ScheduleError(f"{where} gets chunk {chunk} from rank {recv.peer}: one side is empty")
                     if recv.verb is Verb.COPY:
                         mine[chunk] = value
+                        if send.final:
+                            copied(chunk, value)
                     elif recv.verb is Verb.REDUCE_BELOW:
                         mine[chunk] = combine(value, mine[chunk])
                     else:

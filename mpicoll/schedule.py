@@ -6,7 +6,8 @@ rounds of *one* rank, lazily, and nothing here builds the other ranks' unless a 
 The rules every reader relies on, and the verifier proves:
 
 * All ranks yield the same number of rounds; a rank with nothing to do yields an empty ``Round``.
-* Messages between two ranks are matched in order within a round, and cover the same chunks.
+* Messages between two ranks are matched in order within a round, and cover the same chunks.  Both sides know
+  whether what travels is final.
 * Sends read what was held before the round.  Within a round no copy lands on chunks that are sent,
   copied to or reduced into; several reductions into a chunk are combined in the order they are listed.
 * Reducing is always op(lower group of ranks, higher group), so that both partners of an exchange compute
@@ -35,13 +36,15 @@ class Send(NamedTuple):
     """Send chunks [lo, hi) to ``peer``; ``hi`` may pass the number of chunks: the range then wraps.
 
     ``buffer`` 0 is the user's vector, 1.. are scratch vectors of the same layout.  A rank may send to
-    itself, which moves data between its buffers and is no message.
+    itself, which moves data between its buffers and is no message.  ``final`` says that the peer copies
+    into its vector and nothing is added any more: the data may travel in the precision of the result.
     """
 
     peer: int
     lo: int
     hi: int
     buffer: int = 0
+    final: bool = False
 
 
 class Recv(NamedTuple):
@@ -81,6 +84,11 @@ def reduce(rank: int, peer: int, lo: int, hi: int, buffer: int = 0) -> Recv:
     """A reducing receive in rank order: the lower rank's data are the lower operand."""
     verb = Verb.REDUCE_BELOW if peer < rank else Verb.REDUCE_ABOVE
     return Recv(peer, lo, hi, verb, buffer)
+
+
+def is_final(recv: Recv) -> bool:
+    """Does it take a finished result?  What the peer's ``Send.final`` must say."""
+    return recv.verb is Verb.COPY and recv.buffer == 0
 
 
 def chunk_start(count: int, chunk: int, chunks: int) -> int:

@@ -57,12 +57,13 @@ OWNED = ("reduce_scatter", "allgather")  # each chunk belongs to a rank: equally
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found out on the way: the costs, and whether operands stand in rank order."""
+    """What was found out on the way: the costs, and how the additions are ordered."""
 
     rounds: int
     sent: Fraction  # the most any rank sends, as a fraction of the vector
     scratch: Fraction  # the most any rank needs beside the vector, likewise
-    rank_order: bool
+    rank_order: bool  # the operands stand in rank order: the operation need not commute
+    canonical: bool  # the additions are those of the canonical tree
 
 
 class _Expressions:
@@ -81,6 +82,17 @@ class _Expressions:
             in_order = below and above and below[1] + 1 == above[0]
             self.reach.append((below[0], above[1]) if below and above and in_order else None)
         return self._known[lower, higher]
+
+    def canonical(self) -> int:
+        """The canonical tree over all ranks: the first 2(p - q) in pairs, q being the largest power of two in p, and
+        then neighbors, pairs of neighbors, and so on."""
+        p = len(self.counts[0])
+        q = 1 << (p.bit_length() - 1)
+        pairs = p - q
+        level = [self.combine(2 * n, 2 * n + 1) for n in range(pairs)] + list(range(2 * pairs, p))
+        while len(level) > 1:
+            level = [self.combine(level[n], level[n + 1]) for n in range(0, len(level), 2)]
+        return level[0]
 
 
 def verify_schedule(schedule: Schedule) -> Proof:
@@ -105,10 +117,11 @@ def verify_schedule(schedule: Schedule) -> Proof:
         [rank if goal.starts(schedule, rank, chunk) else None for chunk in range(schedule.chunks)]
         for rank in range(schedule.p)
     ]
-    end = interpret(schedule, start, expressions.combine)
+    travelled: set[tuple[int, int]] = set()  # (chunk, value) of every copy
+    end = interpret(schedule, start, expressions.combine, lambda chunk, value: travelled.add((chunk, value)))
 
     first: dict[int, tuple[int, int]] = {}  # chunk -> the first rank that must hold it, and what it holds
-    rank_order = True
+    canonical, rank_order, in_tree = expressions.canonical(), True, True
     for rank, held in enumerate(end):
         for chunk, value in enumerate(held):
             wanted = goal.ends(schedule, rank, chunk)
@@ -127,17 +140,27 @@ def verify_schedule(schedule: Schedule) -> Proof:
                     "so that they may end with different bits"
                 )
             rank_order = rank_order and expressions.reach[value] is not None
-    return _measure(schedule, table, rank_order)
+            in_tree = in_tree and value == canonical
+    for chunk, value in travelled:
+        if value != first[chunk][1]:
+            raise ScheduleError(f"{schedule}: a copy of chunk {chunk} travels as final before all has been added to it")
+    return _measure(schedule, table, rank_order, in_tree)
 
 
-def verify_algorithm(algorithm: Algorithm, p: int) -> Proof:
-    """``verify_schedule`` for ``p`` ranks, and the rounds and bytes found are those the table states."""
-    schedule = algorithm.schedule(p)
+def verify_algorithm(algorithm: Algorithm, p: int, **parameters: int) -> Proof:
+    """``verify_schedule`` for ``p`` ranks, and what the table states about the algorithm is so."""
+    schedule = algorithm.schedule(p, **parameters)
     proof = verify_schedule(schedule)
-    if proof.rounds != algorithm.rounds(p):
-        raise ScheduleError(f"{schedule}: {proof.rounds} rounds, the table states {algorithm.rounds(p)}")
-    if proof.sent != algorithm.sent(p):
-        raise ScheduleError(f"{schedule}: sends {proof.sent} of the vector, the table states {algorithm.sent(p)}")
+    given = {**algorithm.parameters, **parameters}
+    rounds, sent = algorithm.rounds(p, **given), algorithm.sent(p, **given)
+    if proof.rounds != rounds:
+        raise ScheduleError(f"{schedule}: {proof.rounds} rounds, the table states {rounds}")
+    if proof.sent != sent:
+        raise ScheduleError(f"{schedule}: sends {proof.sent} of the vector, the table states {sent}")
+    if algorithm.rank_order and not proof.rank_order:
+        raise ScheduleError(f"{schedule}: operands do not stand in rank order, the table states they do")
+    if algorithm.canonical and not proof.canonical:
+        raise ScheduleError(f"{schedule}: the additions are not those of the canonical tree, the table states they are")
     return proof
 
 
@@ -175,7 +198,7 @@ def _places(schedule: Schedule, part: Send | Recv) -> list[tuple[int, int]]:
     return [(part.buffer, chunk % schedule.chunks) for chunk in range(part.lo, part.hi)]
 
 
-def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool) -> Proof:
+def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool, canonical: bool) -> Proof:
     """Rounds with a message, and the largest chunk counts of any rank; chunks count as equally long."""
     sent, scratch = [0] * schedule.p, [0] * schedule.p
     busy = 0
@@ -188,7 +211,8 @@ def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool) -> 
         busy += bool(messages)
         for rank, send in messages:
             sent[rank] += send.hi - send.lo
-    return Proof(busy, Fraction(max(sent), schedule.chunks), Fraction(max(scratch), schedule.chunks), rank_order)
+    n = schedule.chunks
+    return Proof(busy, Fraction(max(sent), n), Fraction(max(scratch), n), rank_order, canonical)
 
 
 def _landing(round_: Round) -> int:

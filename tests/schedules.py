@@ -19,7 +19,7 @@ def fold_tree_reduce(p: int, root: int) -> Schedule:
                 yield Round()
             distance *= 2
         if root and rank in (0, root):
-            yield Round(sends=(Send(root, 0, 1),)) if rank == 0 else Round(recvs=(Recv(0, 0, 1),))
+            yield Round(sends=(Send(root, 0, 1, final=True),)) if rank == 0 else Round(recvs=(Recv(0, 0, 1),))
         elif root:
             yield Round()
 

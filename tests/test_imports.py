@@ -13,7 +13,14 @@ PACKAGE = Path(__file__).parents[1] / "mpicoll"
 LAYERS = [
     ["errors"],
     ["schedule"],
-    ["algorithms.ring", "algorithms.circulant", "algorithms"],
+    [
+        "algorithms.fold",
+        "algorithms.ring",
+        "algorithms.doubling",
+        "algorithms.circulant",
+        "algorithms.tree",
+        "algorithms",
+    ],
     ["interpreter", "verify", "draw"],
     ["mpi"],
     ["mpi.buffers", "mpi.plan", "mpi.collectives", "mpi.launch", "mpi.guard", "mpi.threads"],

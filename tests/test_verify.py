@@ -20,8 +20,10 @@ Part = TypeVar("Part", Send, Recv)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}-{row.collective}")
 def test_every_row_is_proved_for_1_to_64_ranks(row):
     for p in range(1, 65):
-        proof = verify_algorithm(row, p)
-    assert not proof.rank_order  # chunks are reduced around the ring of ranks: the operation must commute
+        for segments in range(1, 6) if "segments" in row.parameters else [0]:
+            proof = verify_algorithm(row, p, **({"segments": segments} if segments else {}))
+    # The table claims neither too much (verified above) nor too little.
+    assert (proof.rank_order, proof.canonical) == (row.rank_order, row.canonical)
 
 
 @pytest.mark.parametrize("phase", ["reduce_scatter", "allgather"])
@@ -130,7 +132,20 @@ WRONG = {
         _schedule(2, GIVE, GIVE, collective="reduce"), root=1
     ),
     "one side is empty": _schedule(
-        2, {0: Round((Send(1, 1, 2),)), 1: Round(recvs=(Recv(0, 1, 2),))}, chunks=2, collective="allgather"
+        2, {0: Round((Send(1, 1, 2, final=True),)), 1: Round(recvs=(Recv(0, 1, 2),))}, chunks=2, collective="allgather"
+    ),
+    r"rank 1 takes chunks \[0\] as final, rank 0 sends them as partial": _schedule(
+        2, {0: GIVE[0], 1: Round(recvs=(Recv(0, 0, 1),))}
+    ),
+    r"rank 1 takes chunks \[0\] as partial, rank 0 sends them as final": _schedule(
+        2, {0: Round((Send(1, 0, 1, final=True),)), 1: GIVE[1]}
+    ),
+    "a copy of chunk 0 travels as final before all has been added to it": _schedule(
+        3,
+        {1: Round((Send(0, 0, 1),)), 0: Round(recvs=(Recv(1, 0, 1, Verb.REDUCE_ABOVE),))},
+        {2: Round((Send(1, 0, 1, final=True),)), 1: Round(recvs=(Recv(2, 0, 1),))},
+        {1: Round((Send(0, 0, 1),)), 0: Round(recvs=(Recv(1, 0, 1, Verb.REDUCE_ABOVE),))},
+        collective="reduce",
     ),
 }
 
@@ -153,6 +168,10 @@ def test_a_table_that_promises_too_little_or_too_much_is_refused():
         verify_algorithm(replace(row, rounds=lambda p: 5), 4)
     with pytest.raises(ScheduleError, match="sends 3/2 of the vector, the table states 1"):
         verify_algorithm(replace(row, sent=lambda p: Fraction(1)), 4)
+    with pytest.raises(ScheduleError, match="operands do not stand in rank order, the table states they do"):
+        verify_algorithm(replace(row, rank_order=True), 4)
+    with pytest.raises(ScheduleError, match="not those of the canonical tree, the table states they are"):
+        verify_algorithm(replace(row, canonical=True), 4)
     with pytest.raises(ValueError, match="no goal is stated for 'guess'"):
         verify_schedule(_schedule(2, collective="guess"))
 
@@ -226,6 +245,7 @@ def _mutants(schedule: Schedule) -> Iterator[tuple[str, Table]]:
         for verb in Verb:
             if verb is not recv.verb:
                 yield f"{where} {verb.value}", both((send,), (recv._replace(verb=verb),))
+        yield f"{where} sent as final or not", both((send._replace(final=not send.final),), (recv,))
         shifted = (send.lo + 1) % chunks
         for lo, hi in {(shifted, shifted + send.hi - send.lo), (send.lo, send.hi + 1), (send.lo, send.hi - 1)}:
             other_send, other_recv = send._replace(lo=lo, hi=hi), recv._replace(lo=lo, hi=hi)
@@ -237,6 +257,10 @@ def _mutants(schedule: Schedule) -> Iterator[tuple[str, Table]]:
             there = send._replace(peer=peer)
             yield f"{where} sent to {peer}", both((there,), (recv,))
             yield f"{where} redirected to {peer}", site.changed({src: (there,)}, {peer: (recv,)})
+        if len(recv_list := original[dst][t].recvs) > 1:
+            swapped_recvs = [list(rounds) for rounds in original]
+            swapped_recvs[dst][t] = original[dst][t]._replace(recvs=recv_list[::-1])
+            yield f"{where} receives in reverse", swapped_recvs
     for t in range(len(original[0]) - 1):
         swapped = [[*rounds[:t], rounds[t + 1], rounds[t], *rounds[t + 2 :]] for rounds in original]
         yield f"rounds {t} and {t + 1} swapped", swapped
@@ -261,7 +285,9 @@ def test_every_mutant_is_refused_or_equivalent(name, p):
             refused += 1
             continue
         accepted += 1
-        assert not what.endswith(("dropped", "not sent", "not received", "sent twice", "received twice"))
+        assert not what.endswith(
+            ("dropped", "not sent", "not received", "sent twice", "received twice", "final or not")
+        )
         for rank, result in enumerate(interpret_arrays(mutant, vectors, np.add)):
             np.testing.assert_array_equal(result, right, err_msg=f"{schedule}: {what}: rank {rank}")
     assert refused > accepted > 0

@@ -39,7 +39,7 @@ def allgather(p: int, rank: int) -> Iterator[Round]:
     for skip, above in pairwise(reversed(skips(p))):
         width = above - skip
         there, back = (rank + skip) % p, (rank - skip) % p
-        yield Round((Send(back, rank, rank + width),), (Recv(there, there, there + width),))
+        yield Round((Send(back, rank, rank + width, final=True),), (Recv(there, there, there + width),))
 
 
 def allreduce(p: int, rank: int) -> Iterator[Round]:

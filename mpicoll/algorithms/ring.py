@@ -22,7 +22,7 @@ def allgather(p: int, rank: int) -> Iterator[Round]:
     after, before = (rank + 1) % p, (rank - 1) % p
     for t in range(p - 1):
         out, into = (rank - t) % p, (rank - 1 - t) % p
-        yield Round((Send(after, out, out + 1),), (Recv(before, into, into + 1),))
+        yield Round((Send(after, out, out + 1, final=True),), (Recv(before, into, into + 1),))
 
 
 def allreduce(p: int, rank: int) -> Iterator[Round]:

@@ -95,7 +95,7 @@ def test_arrays_that_cannot_be_reduced_in_place_are_refused(comm, bad, error, me
 
 
 def test_unknown_names_are_refused_with_the_known_ones(comm):
-    with pytest.raises(ValueError, match="unknown allreduce algorithm 'rign': expected ring, circulant, or native"):
+    with pytest.raises(ValueError, match=r"unknown allreduce algorithm 'rign': expected ring, .* or native"):
         mpicoll.allreduce(np.zeros(3), comm, algorithm="rign")
     for op in ("mode", MPI.LXOR):
         with pytest.raises(ValueError, match=r"unknown operation .*: expected sum, prod, max, min"):
@@ -190,11 +190,13 @@ def test_long_pieces_travel_as_several_messages(comm, name, monkeypatch):
 
 @pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
 def test_bytes_sent_are_the_textbook_ones(comm, name):
-    x = np.zeros(P * 100, "f4")
-    assert collectives.bytes_sent(x, comm, name) == 2 * (P - 1) * 400
+    row = ALGORITHMS["allreduce"][name]
+    x = np.zeros(P * 840, "f4")  # a multiple of every number of chunks here
+    most = comm.allreduce(collectives.bytes_sent(x, comm, name), MPI.MAX)
+    assert most == row.sent(P, **row.parameters) * x.nbytes
     assert collectives.bytes_sent(x, comm, "native") is None
     if comm.rank == 0:  # not a collective call
-        assert collectives.bytes_sent(x, MPI.COMM_WORLD, name) == 2 * (P - 1) * 400
+        assert collectives.bytes_sent(x, MPI.COMM_WORLD, name) <= most
 
 
 def test_the_users_pending_receive_never_sees_our_messages(comm):
