@@ -10,17 +10,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .algorithms import ALGORITHMS
     from .errors import UserError
-    from .mpi.collectives import allreduce, ring_allreduce
+    from .mpi.collectives import allreduce, allreduce_init, iallreduce, ring_allreduce
+    from .mpi.comm import Comm
     from .schedule import ScheduleError
 
 __version__ = "0.1.0"
-__all__ = ["ALGORITHMS", "ScheduleError", "UserError", "__version__", "allreduce", "ring_allreduce"]
+__all__ = [
+    "ALGORITHMS",
+    "Comm",
+    "ScheduleError",
+    "UserError",
+    "__version__",
+    "allreduce",
+    "allreduce_init",
+    "iallreduce",
+    "ring_allreduce",
+]
 
 _HOMES = {
     "ALGORITHMS": ".algorithms",
+    "Comm": ".mpi.comm",
     "ScheduleError": ".schedule",
     "UserError": ".errors",
     "allreduce": ".mpi.collectives",
+    "allreduce_init": ".mpi.collectives",
+    "iallreduce": ".mpi.collectives",
     "ring_allreduce": ".mpi.collectives",
 }
 

@@ -23,7 +23,8 @@ LAYERS = [
     ],
     ["interpreter", "verify", "draw"],
     ["mpi"],
-    ["mpi.buffers", "mpi.plan", "mpi.collectives", "mpi.launch", "mpi.guard", "mpi.threads"],
+    ["mpi.buffers", "mpi.operations", "mpi.plan", "mpi.state", "mpi.select", "mpi.collectives", "mpi.comm"],
+    ["mpi.launch", "mpi.guard", "mpi.threads"],
     ["train"],
     ["train.settings", "train.models", "train.optimizers", "train.strategies", "train.data", "train.loop"],
     ["train.files", "train.run"],
@@ -36,6 +37,7 @@ EXTERNAL = {  # who may import what from outside; the standard library and NumPy
     "sklearn": ("train.data",),
     "safetensors": ("train.files",),
     "threadpoolctl": ("mpi.threads",),
+    "ml_dtypes": ("mpi.buffers",),
     "click": ("cli",),
     "tqdm": ("cli.train",),
 }

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 
 from mpicoll.algorithms import ALGORITHMS
+from mpicoll.mpi.operations import operation
 from mpicoll.mpi.plan import Plan
+from mpicoll.schedule import Schedule
 from mpicoll.verify import verify_schedule
+
+
+def compiled(schedule: Schedule, rank: int, count: int, dtype: str = "f4", op: str = "sum") -> Plan:
+    return Plan(schedule, rank, count, np.dtype(dtype), operation(op, np.dtype(dtype)))
+
 
 LOGARITHMIC = [name for name in ALGORITHMS["allreduce"] if name != "ring"]
 
@@ -19,7 +26,7 @@ def test_one_rank_of_4096_has_few_rounds_of_at_most_two_messages_a_peer(name, ra
     row = ALGORITHMS["allreduce"][name]
     schedule = row.schedule(4096)
     tracemalloc.start()
-    plan = Plan(schedule, rank, 4096 * 10, np.dtype("f4"))
+    plan = compiled(schedule, rank, 4096 * 10)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(plan._steps) <= row.rounds(4096, **row.parameters) <= 27
@@ -35,12 +42,38 @@ def test_one_rank_of_4096_has_few_rounds_of_at_most_two_messages_a_peer(name, ra
 def test_a_plan_needs_the_scratch_memory_that_the_proof_found(name, p):
     schedule = ALGORITHMS["allreduce"][name].schedule(p)
     count = schedule.chunks * 64  # chunks of equal length, of whole cache lines
-    plans = [Plan(schedule, rank, count, np.dtype("f4")) for rank in range(p)]
+    plans = [compiled(schedule, rank, count) for rank in range(p)]
     assert max(plan.scratch_bytes for plan in plans) == verify_schedule(schedule).scratch * count * 4
 
 
 def test_chunks_that_are_empty_are_not_sent():
     schedule = ALGORITHMS["allreduce"]["ring"].schedule(8)
-    plans = [Plan(schedule, rank, 3, np.dtype("f8")) for rank in range(8)]
+    plans = [compiled(schedule, rank, 3, "f8") for rank in range(8)]
     assert sum(plan.bytes_sent for plan in plans) == 2 * 7 * 3 * 8
-    assert Plan(schedule, 0, 0, np.dtype("f8"))._steps == []
+    assert compiled(schedule, 0, 0, "f8")._steps == []
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
+def test_every_result_is_rounded_once_where_sums_are_carried_in_float32(name, p):
+    """On every rank each element comes to the vector of 16-bit floats exactly once, from its own sums or by message."""
+    schedule = ALGORITHMS["allreduce"][name].schedule(p)
+    for count in (1, p + 1, 97):
+        for rank in range(p):
+            plan = compiled(schedule, rank, count, "e", "mean")
+            vector, scratch = np.zeros(count, "e"), np.zeros(plan.scratch_bytes, np.uint8)
+            came = np.zeros(count, int)
+            for bound in plan.bind(vector, scratch):
+                for target, source, finish in bound.moves:
+                    assert finish == (target.base is vector)
+                    assert (source.dtype, target.dtype) == (
+                        (np.float32, np.float16) if finish else (np.float16, np.float32)
+                    )
+                    if finish:
+                        start = (target.ctypes.data - vector.ctypes.data) // 2
+                        came[start : start + len(target)] += 1
+                for memory, _ in bound.recvs:
+                    start = (np.frombuffer(memory, "u1").ctypes.data - vector.ctypes.data) // 2
+                    if 0 <= start < count:
+                        came[start : start + len(memory) // 2] += 1
+            np.testing.assert_array_equal(came, 1)

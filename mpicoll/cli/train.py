@@ -34,7 +34,10 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "data": (str, "'digits' (handwritten, from scikit-learn), or an .npz file with X and y (classes 0, 1, ...)."),
     "model": (click.Choice(list(MODELS)), "What to train."),
     "strategy": (click.Choice(list(STRATEGIES)), "How ranks agree."),
-    "algorithm": (click.Choice([*ALGORITHMS["allreduce"], "native"]), "The allreduce that adds up gradients."),
+    "algorithm": (
+        click.Choice(["auto", *ALGORITHMS["allreduce"], "native"]),
+        "The allreduce that adds up gradients; auto adds in the canonical order.",
+    ),
     "epochs": (click.IntRange(min=1), "Passes over the training set."),
     "batch_size": (click.IntRange(min=1), "Samples a step, of all ranks together."),
     "lr": (_Number(min=0, min_open=True), "Learning rate."),

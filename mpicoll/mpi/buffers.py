@@ -1,30 +1,201 @@
-"""What may be reduced in place: checks an array and gives it as one flat vector."""
+"""What may be reduced: whatever a user passes, as one flat NumPy array on the same memory.
 
-from typing import Any
+The only file that knows device arrays (and names CuPy, which it never imports): they are staged through host memory,
+so that no device pointer reaches MPI.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from mpi4py import MPI
+from mpi4py.util.dtlib import to_numpy_dtype
+
+IN_PLACE = (None, MPI.IN_PLACE)  # what mpi4py takes for it
+_CPU = 1  # DLPack's device type
+_PAIRS = (MPI.FLOAT_INT, MPI.DOUBLE_INT, MPI.LONG_INT, MPI.TWOINT, MPI.SHORT_INT, MPI.LONG_DOUBLE_INT)
+PAIRS = {to_numpy_dtype(datatype): datatype for datatype in _PAIRS}
+"""The predefined (value, index) types, for MAXLOC and MINLOC, by their NumPy equivalents."""
 
 
-def vector(x: Any) -> np.ndarray:
-    """``x`` as a writable one-dimensional plain array on the same memory.
+class Part(NamedTuple):
+    """Host memory to reduce in place, and what brings the result to where the user wants it, if that is elsewhere."""
 
-    Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything but a C-contiguous, aligned, writable
-    NumPy array of integers, floats (32 bits or more) or complex numbers in native byte order: never copies in secret.
+    flat: np.ndarray
+    deliver: Callable[[], None] | None = None
+
+
+def parts(x: Any) -> list[Part]:
+    """What to reduce, one part for each dtype: an array, mpi4py's buffer specification, or a list of arrays (fused).
+
+    Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything that cannot be written in place.
     """
-    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"expected a NumPy array, got {type(x).__module__}.{type(x).__name__}")
-    if x.dtype.kind not in "iufc" or x.dtype == np.float16:
+    if isinstance(x, (list, tuple)) and not _is_specification(x):
+        return _fused(x)
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError("expected a plain array, got a masked one: reduce its data, x.data, or x.filled()")
+    return [staged(x) if on_device(x) else Part(vector(x))]
+
+
+def vector(x: Any, writable: bool = True) -> np.ndarray:
+    """``x`` as a one-dimensional plain array on the same memory, in memory order; never a copy.
+
+    Takes C- or F-contiguous NumPy arrays, exporters of DLPack (CPU tensors) and of the buffer protocol, and mpi4py's
+    ``[buffer, count, datatype]`` and its short forms.  Raises ``TypeError`` or ``ValueError`` naming what was expected.
+    """
+    if isinstance(x, (list, tuple)):
+        return _specified(x, writable)
+    array = x if isinstance(x, np.ndarray) else _exported(x)
+    if not array.dtype.isnative:
         raise TypeError(
-            f"expected an array of integers, floats of at least 32 bits or complex numbers, got dtype {x.dtype}"
+            f"expected native byte order, got dtype {array.dtype.str}; convert with x.astype(x.dtype.newbyteorder('='))"
         )
-    if not x.dtype.isnative:
-        raise TypeError(
-            f"expected native byte order, got dtype {x.dtype.str}; convert with x.astype(x.dtype.newbyteorder('='))"
-        )
-    if not x.flags.carray:
-        if not x.flags.c_contiguous:
-            raise ValueError("expected a C-contiguous array; reduce np.ascontiguousarray(x) instead")
-        if not x.flags.writeable:
-            raise ValueError("expected a writable array: the result is written in place")
+    flags = array.flags
+    if not flags.forc:
+        raise ValueError("expected a contiguous array; reduce np.ascontiguousarray(x) instead")
+    if writable and not flags.writeable:
+        raise ValueError("expected a writable array: the result is written in place")
+    if not flags.aligned:
         raise ValueError("expected an array aligned as its dtype asks; reduce x.copy() instead")
-    return np.asarray(x).reshape(-1)
+    return np.asarray(array if flags.c_contiguous else array.T).reshape(-1)
+
+
+def specification(flat: np.ndarray) -> Any:
+    """What mpi4py takes for it: pairs of value and index it cannot recognise by their dtype."""
+    return [flat, len(flat), PAIRS[flat.dtype]] if flat.dtype in PAIRS else flat
+
+
+def accumulator(dtype: np.dtype) -> np.dtype:
+    """The dtype that sums of ``dtype`` are carried in: float32 for 16-bit floats, otherwise ``dtype`` itself."""
+    return np.dtype(np.float32) if is_half(dtype) else dtype
+
+
+def is_half(dtype: np.dtype) -> bool:
+    """Is it a 16-bit float: float16, or ml_dtypes' bfloat16?"""
+    return dtype.char == "e" or dtype.name == "bfloat16"
+
+
+def on_device(x: Any) -> bool:
+    """Is it an array in the memory of a device?"""
+    if isinstance(x, np.ndarray):
+        return False
+    if hasattr(x, "__cuda_array_interface__"):
+        return True
+    return hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] != _CPU
+
+
+def staged(x: Any, load: bool = True) -> Part:
+    """A CuPy array by way of host memory: its current stream is waited for before the copy out, and after the one in.
+
+    ``load=False`` leaves out the copy out, for an array that is only written.
+    """
+    cupy = sys.modules.get("cupy")
+    if cupy is None or not isinstance(x, cupy.ndarray):
+        raise TypeError(
+            f"{type(x).__module__}.{type(x).__name__} is in the memory of a device and no CuPy array: "
+            "pass cupy.asarray(x), or a copy in host memory"
+        )
+    if not (x.flags.c_contiguous or x.flags.f_contiguous):
+        raise ValueError("expected a contiguous array; reduce cupy.ascontiguousarray(x) instead")
+    in_order = x if x.flags.c_contiguous else x.T
+    stream = cupy.cuda.get_current_stream()
+    host = in_order.get(stream=stream) if load else np.empty(in_order.shape, in_order.dtype)
+    stream.synchronize()
+
+    def deliver() -> None:
+        in_order.set(host, stream=stream)
+        stream.synchronize()  # before the host memory is used again, and before anybody reads on another stream
+
+    return Part(host.reshape(-1), deliver)
+
+
+def _fused(arrays: Sequence[Any]) -> list[Part]:
+    """Arrays of one dtype side by side in memory of ours: one message instead of many."""
+    singles = [part for array in arrays for part in parts(array)]
+    by_dtype: dict[np.dtype, list[Part]] = {}
+    for part in singles:
+        by_dtype.setdefault(part.flat.dtype, []).append(part)
+    return [group[0] if len(group) == 1 else _side_by_side(group) for group in by_dtype.values()]
+
+
+def _side_by_side(group: list[Part]) -> Part:
+    together = np.concatenate([part.flat for part in group])
+
+    def deliver() -> None:
+        start = 0
+        for flat, onwards in group:
+            flat[:] = together[start : start + len(flat)]
+            start += len(flat)
+            if onwards:
+                onwards()
+
+    return Part(together, deliver)
+
+
+def _is_specification(x: Sequence[Any]) -> bool:
+    """Is it mpi4py's [buffer, count, datatype] or one of its short forms, not a list of arrays?"""
+    return 2 <= len(x) <= 4 and any(
+        isinstance(last, (str, MPI.Datatype, int)) or last is None or _is_counts(last) for last in x[1:]
+    )
+
+
+def _is_counts(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(n, int) or n is None for n in x)
+
+
+def _specified(x: Sequence[Any], writable: bool) -> np.ndarray:
+    """mpi4py's [buffer, datatype], [buffer, count], [buffer, count, datatype], [buffer, count, displacement, datatype];
+    the count may be a tuple (count, displacement), and either may be None."""
+    if not _is_specification(x):
+        raise TypeError(f"expected an array or [buffer, count, datatype] as mpi4py has it, got {len(x)} other things")
+    buffer, *rest = x
+    datatype = rest.pop() if isinstance(rest[-1], (str, MPI.Datatype)) or len(rest) > 1 else None
+    if on_device(buffer):
+        raise TypeError("an array in the memory of a device is passed by itself, without count and datatype")
+    flat = vector(buffer, writable)
+    dtype = flat.dtype if datatype is None else dtype_of(datatype)
+    raw, size = flat.view(np.uint8), dtype.itemsize
+    count, displacement = [*_flattened(rest), None, None][:2]
+    start = displacement or 0
+    stop = len(raw) // size if count is None else start + count
+    if not 0 <= start <= stop <= len(raw) // size:
+        raise ValueError(f"the buffer has {len(raw) // size} elements, {count} from number {start} on were asked for")
+    return raw[start * size : stop * size].view(dtype)
+
+
+def _flattened(counts: Iterable[Any]) -> Iterable[int | None]:
+    for count in counts:
+        yield from count if isinstance(count, tuple) else (count,)
+
+
+def dtype_of(datatype: MPI.Datatype | str) -> np.dtype:
+    """NumPy's equivalent of a predefined MPI type; a ``TypeError`` where there is none to reduce."""
+    if isinstance(datatype, str):
+        return np.dtype(datatype)
+    if not datatype or not datatype.is_predefined or datatype == MPI.LOGICAL:
+        raise TypeError("derived MPI datatypes are reduced by the MPI library only: algorithm='native' of a Comm")
+    return to_numpy_dtype(datatype)
+
+
+def _exported(x: Any) -> np.ndarray:
+    """A NumPy array on the memory of an object that exports it."""
+    if type(x).__module__ == "torch" and str(getattr(x, "dtype", "")) == "torch.bfloat16":
+        return _torch_bfloat16(x)
+    try:
+        return np.asarray(memoryview(x))
+    except TypeError:
+        pass
+    if hasattr(x, "__dlpack__"):
+        return np.from_dlpack(x)
+    raise TypeError(f"expected an array in host memory, got {type(x).__module__}.{type(x).__name__}")
+
+
+def _torch_bfloat16(x: Any) -> np.ndarray:
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        raise TypeError("tensors of bfloat16 need the package ml_dtypes: pip install ml_dtypes") from None
+    if x.requires_grad:
+        raise BufferError("tensors that require gradients cannot be reduced in place: pass x.detach()")
+    return np.from_dlpack(x.view(sys.modules["torch"].int16)).view(bfloat16)

@@ -1,115 +1,59 @@
-"""The collectives as functions: check the arguments, find the plan, run it."""
+"""The collectives as functions: check the arguments, choose the algorithm, find the plan, run it."""
 
-from threading import Lock
-from typing import Any
+from collections.abc import Iterator
+from itertools import chain
+from numbers import Number
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
-from ..algorithms import find
-from .buffers import vector
-from .plan import Plan
-
-_OPERATIONS: dict[str, tuple[np.ufunc, MPI.Op]] = {
-    "sum": (np.add, MPI.SUM),
-    "prod": (np.multiply, MPI.PROD),
-    "max": (np.maximum, MPI.MAX),
-    "min": (np.minimum, MPI.MIN),
-}
-
-MAX_COUNT = 2**30
-"""Elements in one call of the MPI library's own: past 2^31 some fail, and some return the input unreduced."""
-
-MAX_PLANS = 64
-"""Plans kept per communicator; the one not used for longest goes first."""
+from ..algorithms import Algorithm
+from . import operations
+from .buffers import Part, parts, specification
+from .operations import Operation, operation
+from .plan import Bound, Plan
+from .select import LARGE, PLAIN, Preference, choose, parameters
+from .state import Handle, NativeHandle, PersistentHandle, State, find_state, state_of, under_way
 
 
-class _State:
-    """What mpicoll keeps with a communicator: a private duplicate, so that its messages never meet the user's; the
-    plans made so far; and scratch memory for whichever runs, as large as the largest that ran."""
-
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self.comm = comm.Dup()
-        self.plans: dict[tuple[Any, ...], Plan] = {}
-        self.unfinished = False
-        self._scratch = np.empty(0, np.uint8)
-
-    def plan(self, algorithm: str, count: int, dtype: np.dtype) -> Plan:
-        key = (algorithm, count, dtype)
-        plan = self.plans.pop(key, None)
-        if plan is None:
-            if len(self.plans) >= MAX_PLANS:
-                del self.plans[next(iter(self.plans))]
-            schedule = find("allreduce", algorithm).schedule(self.comm.size)
-            plan = Plan(schedule, self.comm.rank, count, dtype)
-        self.plans[key] = plan  # the newest last
-        return plan
-
-    def run(self, plan: Plan, vector: np.ndarray, op: np.ufunc) -> None:
-        if self.unfinished:
-            raise RuntimeError(
-                "an earlier call on this communicator was interrupted by an exception, and its messages may still be "
-                "under way: go on with a new communicator (comm.Dup())"
-            )
-        if len(self._scratch) < plan.scratch_bytes:
-            self._scratch = np.empty(plan.scratch_bytes, np.uint8)
-        self.unfinished = True
-        plan.run(self.comm, vector, op, self._scratch)
-        self.unfinished = False
-
-
-def _release(comm: MPI.Comm, keyval: int, state: _State) -> None:
-    if not MPI.Is_finalized():
-        state.comm.Free()
-
-
-_keyval = MPI.KEYVAL_INVALID
-_keyval_lock = Lock()
-
-
-def _create_keyval() -> None:
-    global _keyval
-    with _keyval_lock:
-        if _keyval == MPI.KEYVAL_INVALID:  # not at import: MPI may not be initialised yet
-            _keyval = MPI.Comm.Create_keyval(delete_fn=_release)
-
-
-def _check_comm(comm: Any) -> None:
-    if not isinstance(comm, MPI.Intracomm) or not comm:
-        what = "one that is null or was freed" if isinstance(comm, MPI.Comm) and not comm else type(comm).__name__
-        raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
-
-
-def _state(comm: MPI.Intracomm) -> _State:
-    if _keyval == MPI.KEYVAL_INVALID:
-        _create_keyval()
-    state = comm.Get_attr(_keyval)
-    if not isinstance(state, _State):
-        state = _State(comm)
-        comm.Set_attr(_keyval, state)
-    return state
-
-
-def allreduce(x: np.ndarray, comm: MPI.Intracomm, op: str | MPI.Op = "sum", algorithm: str = "circulant") -> np.ndarray:
+def allreduce(
+    x: Any,
+    comm: MPI.Intracomm,
+    op: str | MPI.Op = "sum",
+    algorithm: str = "auto",
+    *,
+    deterministic: bool | None = None,
+    segments: int | None = None,
+) -> Any:
     """Combine the arrays of all ranks elementwise, in place: every rank's ``x`` ends with the same bits.
 
     Parameters
     ----------
     x
-        A C-contiguous NumPy array of any shape, integers, floats of at least 32 bits or complex numbers; the same
-        shape and dtype on all ranks. A ``max`` or ``min`` with a NaN anywhere is NaN.
+        An array: NumPy, CuPy, or anything mpi4py takes for a buffer (DLPack and buffer protocol exporters such as CPU
+        tensors, ``[buffer, count, datatype]``), contiguous and writable; a list of arrays, which are fused into one
+        message for each dtype; or a number. The same shapes and dtypes on all ranks. Integers, floats, complex numbers
+        and booleans; 16-bit floats (float16, ml_dtypes' bfloat16) are added as float32 and the result rounded once.
     comm
-        An mpi4py intracommunicator. The first call on a communicator duplicates it and so involves all its ranks,
-        as the call itself does; freeing it frees the duplicate.
+        An mpi4py intracommunicator. If it is no ``mpicoll.Comm``, the first call on it duplicates it.
     op
-        ``"sum"``, ``"prod"``, ``"max"`` or ``"min"``, or mpi4py's ``MPI.SUM``, ``MPI.PROD``, ``MPI.MAX``, ``MPI.MIN``.
+        ``"sum"``, ``"mean"`` (the sum, divided once; of integers rounded to the nearest, to even where two are),
+        ``"prod"``, ``"max"``, ``"min"`` (NaN if there is any), ``"land"``, ``"lor"``, ``"lxor"``, ``"band"``,
+        ``"bor"``, ``"bxor"``; or an ``MPI.Op``, predefined or user-defined. One that does not commute is applied in
+        rank order.
     algorithm
-        A name from ``mpicoll.ALGORITHMS["allreduce"]``, or ``"native"`` for the MPI library's own. What that does with
-        NaN and with signed zeros, and whether all ranks get the same bits, is up to the library.
+        A name from ``mpicoll.ALGORITHMS["allreduce"]``; ``"native"`` for the MPI library's own, which alone decides
+        about NaN, signed zeros and whether all ranks get the same bits; ``"auto"`` for what is fastest at this length.
+    deterministic
+        Add in one canonical order: the bits do not depend on the algorithm, the length of the array, or what it is
+        fused with, but only on the number of ranks. By default as the ``Comm`` says, else false.
+    segments
+        Into how many pieces a pipelining algorithm (``"double_tree"``) cuts; by default by length.
 
     Returns
     -------
-    ``x`` itself.
+    ``x`` itself; for a number, the result as a NumPy scalar.
 
     Raises
     ------
@@ -118,36 +62,187 @@ def allreduce(x: np.ndarray, comm: MPI.Intracomm, op: str | MPI.Op = "sum", algo
         made the mistake: a mistake on some ranks only leaves the others waiting, unless the job is aborted
         (``mpirun ... python -m mpi4py script.py`` does that).
     """
-    flat = vector(x)
-    ufunc, native = _operation(op, flat.dtype)
-    _check_comm(comm)
-    if algorithm == "native":
-        for start in range(0, len(flat), MAX_COUNT):
-            comm.Allreduce(MPI.IN_PLACE, flat[start : start + MAX_COUNT], native)
+    if (  # what every small call would otherwise pay for
+        type(x) is np.ndarray
+        and algorithm == "auto"
+        and op == "sum"
+        and x.nbytes < LARGE
+        and x.dtype.char in PLAIN
+        and x.dtype.isnative
+        and x.flags.carray
+        and isinstance(comm, MPI.Intracomm)
+        and not (getattr(comm, "deterministic", False) if deterministic is None else deterministic)
+        and not under_way
+        and comm
+    ):
+        MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
         return x
-    find("allreduce", algorithm)
-    state = _state(comm)
-    state.run(state.plan(algorithm, len(flat), flat.dtype), flat, ufunc)
+    if isinstance(x, Number):
+        scalar = np.array(x)
+        allreduce(scalar, comm, op, algorithm, deterministic=deterministic, segments=segments)
+        return scalar[()]
+    for call in _calls(x, comm, op, algorithm, deterministic, segments):
+        call.run()
     return x
 
 
-def ring_allreduce(x: np.ndarray, comm: MPI.Intracomm, op: str | MPI.Op = "sum") -> np.ndarray:
+def ring_allreduce(x: Any, comm: MPI.Intracomm, op: str | MPI.Op = "sum") -> Any:
     """``allreduce`` by the ring algorithm: 2(p - 1) rounds, 2(p - 1)/p of ``x`` sent by each rank."""
     return allreduce(x, comm, op, "ring")
 
 
-def bytes_sent(x: np.ndarray, comm: MPI.Intracomm, algorithm: str) -> int | None:
-    """What this rank sends in an ``allreduce`` of ``x``; ``None`` for ``"native"``, where it cannot be known."""
-    if algorithm == "native":
-        return None
-    return Plan(find("allreduce", algorithm).schedule(comm.size), comm.rank, x.size, x.dtype).bytes_sent
+def iallreduce(
+    x: Any,
+    comm: MPI.Intracomm,
+    op: str | MPI.Op = "sum",
+    algorithm: str = "auto",
+    *,
+    deterministic: bool | None = None,
+    segments: int | None = None,
+) -> Handle | NativeHandle:
+    """``allreduce`` that returns at once, with a handle: ``poll()`` it until it is ``True``, or ``wait()``.
+
+    ``x`` must be left alone meanwhile; ``wait`` returns it. ``"auto"`` means the MPI library's own wherever it can do
+    what is asked, since all of MPI's calls drive that; our algorithms are driven by calls to mpicoll alone (see
+    ``Handle``). Those need a ``mpicoll.Comm``, whose private duplicate is made beforehand.
+    """
+    calls = _calls(x, comm, op, algorithm, deterministic, segments, prefer="native")
+    delivers = [call.part.deliver for call in calls if call.part.deliver]
+    if all(call.row is None for call in calls):
+        requests = [request for call in calls for request in call.start_native()]
+        return NativeHandle(requests, (x, op, calls), x, [*(call.finish for call in calls), *delivers])
+    state = find_state(comm)
+    if state is None:
+        raise ValueError("iallreduce by an algorithm of ours needs a mpicoll.Comm, made beforehand: mpicoll.Comm(comm)")
+    bounds = chain.from_iterable(call.ours().bind(state) for call in calls)
+    return Handle(state, bounds, state.handle_tag(), x, delivers)
 
 
-def _operation(op: str | MPI.Op, dtype: np.dtype) -> tuple[np.ufunc, MPI.Op]:
-    name = op if isinstance(op, str) else next((n for n, (_, o) in _OPERATIONS.items() if o == op), None)
-    if name not in _OPERATIONS:
-        known = ", ".join(_OPERATIONS)
-        raise ValueError(f"unknown operation {op!r}: expected {known}, or the MPI.Op of one of them")
-    if name in ("max", "min") and dtype.kind == "c":
-        raise TypeError(f"{name} of complex numbers is not defined")
-    return _OPERATIONS[name]
+def allreduce_init(
+    x: Any,
+    comm: MPI.Intracomm,
+    op: str | MPI.Op = "sum",
+    algorithm: str = "auto",
+    *,
+    deterministic: bool | None = None,
+    segments: int | None = None,
+) -> PersistentHandle:
+    """``allreduce`` of one array again and again: set up once, with memory and MPI requests of its own.
+
+    ``handle.start()`` reduces what ``x`` holds then, ``handle.wait()`` ends with the result in it, ``handle.free()``
+    gives everything back. It is driven as a handle of ``iallreduce`` is; ``"auto"`` is one of our algorithms.
+    """
+    calls = _calls(x, comm, op, algorithm, deterministic, segments, prefer="ours")
+    if any(call.row is None for call in calls):
+        raise ValueError("native persistent collectives are the MPI library's: comm.Allreduce_init")
+    if any(call.part.deliver for call in calls):
+        raise TypeError("a persistent allreduce takes one array in host memory: there is nothing to gather or stage")
+    state = state_of(comm)
+    return PersistentHandle(state, chain.from_iterable(call.bind(state) for call in calls), state.persistent_tag(), x)
+
+
+def account(
+    x: np.ndarray, comm: MPI.Intracomm, algorithm: str = "auto", *, deterministic: bool | None = None
+) -> tuple[str, int | None]:
+    """The algorithm of an ``allreduce`` of ``x``, by name, and how many bytes this rank sends in it.
+
+    That is ``None`` for the MPI library's own, where it cannot be known.  Not a collective call.
+    """
+    (call,) = _calls(x, comm, "sum", algorithm, deterministic, None)
+    return ("native", None) if call.row is None else (call.row.name, call.plan(comm.size, comm.rank).bytes_sent)
+
+
+class Call(NamedTuple):
+    """One array's share of a call, everything decided; ``row`` None means the MPI library's own."""
+
+    comm: MPI.Intracomm
+    part: Part
+    operation: Operation
+    row: Algorithm | None
+    parameters: dict[str, int]
+
+    def run(self) -> None:
+        """Do it, and bring the result to where it is wanted."""
+        flat = self.part.flat
+        if self.row is not None:
+            state = state_of(self.comm)
+            state.run(state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation), flat)
+        elif under_way:  # blocking in MPI would keep them, and ranks that wait for them first, waiting
+            NativeHandle(self.start_native(), self, None, [self.finish]).wait()
+        else:
+            for piece in self._pieces():
+                MPI.Intracomm.Allreduce(self.comm, MPI.IN_PLACE, piece, self.operation.native)
+            self.finish()
+        if self.part.deliver:
+            self.part.deliver()
+
+    def ours(self) -> "Call":
+        """The same by an algorithm of ours, where it is not yet."""
+        return self if self.row else decide(self.comm, self.part, self.operation, "auto", False, None, "ours")
+
+    def bind(self, state: State) -> Iterator[Bound]:
+        """Its rounds, with scratch memory of their own."""
+        flat = self.part.flat
+        assert self.row is not None
+        plan = state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation)
+        return plan.bind(flat, np.empty(plan.scratch_bytes, np.uint8))
+
+    def plan(self, p: int, rank: int) -> Plan:
+        """Its plan, without a communicator."""
+        assert self.row is not None
+        schedule = self.row.schedule(p, **self.parameters)
+        return Plan(schedule, rank, len(self.part.flat), self.part.flat.dtype, self.operation)
+
+    def start_native(self) -> list[MPI.Request]:
+        """Start the MPI library's own."""
+        return [
+            MPI.Intracomm.Iallreduce(self.comm, MPI.IN_PLACE, piece, self.operation.native) for piece in self._pieces()
+        ]
+
+    def finish(self) -> None:
+        """What is left to do when the MPI library's own is complete."""
+        if self.operation.finish:
+            self.operation.finish(self.part.flat, self.comm.size)
+
+    def _pieces(self) -> list[Any]:
+        flat, longest = self.part.flat, operations.MAX_COUNT
+        return [specification(flat[start : start + longest]) for start in range(0, len(flat), longest)]
+
+
+def _calls(
+    x: Any,
+    comm: MPI.Intracomm,
+    op: str | MPI.Op,
+    algorithm: str,
+    deterministic: bool | None,
+    segments: int | None,
+    prefer: Preference = "fastest",
+) -> list[Call]:
+    """One call for each dtype in ``x``; everything is checked before the first of them does anything."""
+    if not isinstance(comm, MPI.Intracomm) or not comm:
+        what = "one that is null or was freed" if isinstance(comm, MPI.Comm) and not comm else type(comm).__name__
+        raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
+    if deterministic is None:
+        deterministic = getattr(comm, "deterministic", False)
+    return [
+        decide(comm, part, operation(op, part.flat.dtype), algorithm, deterministic, segments, prefer)
+        for part in parts(x)
+    ]
+
+
+def decide(
+    comm: MPI.Intracomm,
+    part: Part,
+    operation: Operation,
+    algorithm: str,
+    deterministic: bool,
+    segments: int | None,
+    prefer: Preference = "fastest",
+) -> Call:
+    """Choose; a ``ValueError`` if what was named cannot do it."""
+    flat = part.flat
+    row = choose(algorithm, len(flat), flat.dtype, operation, deterministic, prefer)
+    given = parameters(row, flat.nbytes, segments)
+    if row is not None:
+        row.schedule(comm.size, **given)  # so that a wrong parameter is refused now
+    return Call(comm, part, operation, row, given)

@@ -1,32 +1,35 @@
-"""A schedule compiled for one rank, one length and one dtype: run it on any vector of that kind.
+"""A schedule compiled for one rank, one length and one dtype: binds to any vector of that kind.
 
-Compiling turns chunks into byte ranges, once; running binds the caller's vector and scratch memory with views.  A
-plan holds no memory proportional to the vector, and no pointer to anything of the caller's.
+Compiling turns chunks into ranges, once; binding makes views of the caller's vector and of scratch memory, a round at a
+time.  A plan holds no memory proportional to the vector, and no pointer to anything of the caller's.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from mpi4py import MPI
 
-from ..schedule import Recv, Round, Schedule, Send, Verb, chunk_start, pieces
+from ..schedule import Recv, Round, Schedule, Send, Verb, chunk_start, is_final, pieces
+from .buffers import accumulator
+from .operations import Operation
 
 MAX_MESSAGE = 2**30
 """Bytes.  Longer pieces travel as several messages: MPI counts are often 32-bit integers."""
 
-_LANDING = -1  # where data to be reduced arrive: the last of the plan's arrays
+# Areas of memory: 0 is what is reduced, 1.. are the schedule's scratch vectors, and
+_LANDING = -1  # where data to be reduced arrive
+_RESULT = -2  # the caller's vector, where it is not area 0 because sums are carried in another dtype
 
 
 class _Message(NamedTuple):
-    buffer: int
+    area: int
     lo: int  # bytes
     hi: int
     peer: int
 
 
 class _Reduction(NamedTuple):
-    buffer: int
+    area: int
     lo: int  # elements
     hi: int
     landing_lo: int
@@ -36,10 +39,11 @@ class _Reduction(NamedTuple):
 
 class _Move(NamedTuple):
     source: int
-    source_lo: int  # bytes
-    source_hi: int
+    lo: int  # elements
+    hi: int
     target: int
     target_lo: int
+    finish: bool = False  # what is moved is a result: finish it first
 
 
 class _Step(NamedTuple):
@@ -51,91 +55,167 @@ class _Step(NamedTuple):
     reductions: list[_Reduction]
 
 
-class Plan:
-    """The part of ``rank`` in ``schedule``, for vectors of ``count`` elements of ``dtype``.
+class Bound(NamedTuple):
+    """One round on real memory: ``before()``, exchange ``recvs`` and ``sends``, ``after()``."""
 
+    recvs: list[tuple[memoryview, int]]  # (memory, peer)
+    sends: list[tuple[memoryview, int]]
+    moves: list[tuple[np.ndarray, np.ndarray, bool]]  # (target, source, finish)
+    reductions: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # (lower, higher, out)
+    operation: Operation
+    p: int
+
+    def before(self) -> None:
+        """Make ready what is to be sent."""
+        for target, source, finish in self.moves:
+            if finish and self.operation.finish:
+                self.operation.finish(source, self.p)
+            if target is not source:
+                target[:] = source
+
+    def after(self) -> None:
+        """Reduce what has arrived."""
+        combine = self.operation.combine
+        for lower, higher, out in self.reductions:
+            combine(lower, higher, out=out)
+
+
+class Plan:
+    """The part of ``rank`` in ``schedule``, for vectors of ``count`` elements of ``dtype`` and an operation.
+
+    Where the operation widens, partial sums are carried and sent in ``accumulator(dtype)`` and results in ``dtype``.
     ``bytes_sent`` is the payload of the rank's sends in one run, ``scratch_bytes`` the memory it needs meanwhile.
     """
 
-    def __init__(self, schedule: Schedule, rank: int, count: int, dtype: np.dtype) -> None:
+    def __init__(self, schedule: Schedule, rank: int, count: int, dtype: np.dtype, operation: Operation) -> None:
         self._schedule, self._rank = schedule, rank
         self._count, self._dtype = count, np.dtype(dtype)
+        self._operation = operation
+        self._carried = accumulator(self._dtype) if operation.widens else self._dtype
+        self._widens = self._carried != self._dtype
         self._landing_size = 0
-        self._steps = [step for step in (self._compile(round_) for round_ in schedule.rounds(rank)) if any(step)]
-        # The scratch vectors, then what lands to be reduced, each on a cache line of its own.
-        sizes = [count] * schedule.scratch + [self._landing_size]
+        self._unfinished = np.ones(schedule.chunks, bool)  # chunks whose result is not in the caller's vector yet
+        self._steps = [step for step in self._compile() if any(step)]
+        del self._unfinished
+        # What sums are carried in, the scratch vectors, and what lands to be reduced: each on a cache line of its own.
+        sizes = [count] * (schedule.scratch + self._widens) + [self._landing_size]
         self._areas, end = [], 0
         for elements in sizes:
-            self._areas.append((end, end + elements * self._dtype.itemsize))
+            self._areas.append((end, end + elements * self._carried.itemsize))
             end = -(-self._areas[-1][1] // 64) * 64
         self.scratch_bytes = end
         self.bytes_sent = sum(message.hi - message.lo for step in self._steps for message in step.sends)
 
-    def run(self, comm: MPI.Intracomm, vector: np.ndarray, op: np.ufunc, scratch: np.ndarray) -> None:
-        """Do it to ``vector`` (one-dimensional, contiguous), in place; ``op`` is what reducing means.
+    def bind(self, vector: np.ndarray, scratch: np.ndarray) -> Iterator[Bound]:
+        """The rounds on ``vector`` (one-dimensional, contiguous), which ends with the result.
 
-        ``comm`` must carry no other messages that could be mistaken for the plan's.  ``scratch`` (uint8) has at least
-        ``scratch_bytes`` elements, left with arbitrary contents.
+        ``scratch`` (uint8) has at least ``scratch_bytes`` elements, left with arbitrary contents.
         """
-        if (comm.size, comm.rank) != (self._schedule.p, self._rank):
-            raise ValueError(f"{self._schedule}: planned for rank {self._rank}, got rank {comm.rank} of {comm.size}")
         if vector.shape != (self._count,) or vector.dtype != self._dtype:
             raise ValueError(f"planned for {self._count} x {self._dtype}, got {vector.shape} x {vector.dtype}")
-        arrays = [vector, *(scratch[lo:hi].view(self._dtype) for lo, hi in self._areas)]
-        raw = [vector.view(np.uint8).data, *(scratch.data[lo:hi] for lo, hi in self._areas)]
-        isend, irecv, sendrecv = comm.Isend, comm.Irecv, comm.Sendrecv
-        with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
-            for recvs, sends, moves, reductions in self._steps:
-                for source, lo, hi, target, to in moves:
-                    raw[target][to : to + hi - lo] = raw[source][lo:hi]
-                if len(recvs) == len(sends) == 1:  # one call: small messages cost what the calls cost
-                    (into, lo, hi, source), (out, first, last, dest) = recvs[0], sends[0]
-                    sendrecv((raw[out][first:last], MPI.BYTE), dest, 0, (raw[into][lo:hi], MPI.BYTE), source, 0)
-                else:
-                    requests = [irecv((raw[buffer][lo:hi], MPI.BYTE), peer, 0) for buffer, lo, hi, peer in recvs]
-                    requests += [isend((raw[buffer][lo:hi], MPI.BYTE), peer, 0) for buffer, lo, hi, peer in sends]
-                    MPI.Request.Waitall(requests)
-                for buffer, lo, hi, landing_lo, landing_hi, verb in reductions:
-                    mine, arrived = arrays[buffer][lo:hi], arrays[_LANDING][landing_lo:landing_hi]
-                    if verb is Verb.REDUCE_BELOW:
-                        op(arrived, mine, out=mine)
-                    else:
-                        op(mine, arrived, out=mine)
+        own = [scratch[lo:hi] for lo, hi in self._areas]
+        arrays = [area.view(self._carried) for area in own]
+        bytes_of = [area.data for area in own]
+        caller = vector.view(np.uint8).data
+        if self._widens:  # ..., landing, result: so that _RESULT and _LANDING count from the end
+            arrays.insert(len(arrays) - 1, vector)
+            bytes_of.insert(len(bytes_of) - 1, caller)
+        else:
+            arrays.insert(0, vector)
+            bytes_of.insert(0, caller)
+        operation, p = self._operation, self._schedule.p
+        for recvs, sends, moves, reductions in self._steps:
+            yield Bound(
+                [(bytes_of[area][lo:hi], peer) for area, lo, hi, peer in recvs],
+                [(bytes_of[area][lo:hi], peer) for area, lo, hi, peer in sends],
+                [self._bound_move(arrays, move) for move in moves] if moves else [],
+                [self._bound_reduction(arrays, reduction) for reduction in reductions],
+                operation,
+                p,
+            )
 
-    def _compile(self, round_: Round) -> _Step:
-        rank, size = self._rank, self._dtype.itemsize
+    @staticmethod
+    def _bound_move(arrays: list[np.ndarray], move: _Move) -> tuple[np.ndarray, np.ndarray, bool]:
+        source = arrays[move.source][move.lo : move.hi]
+        same = (move.source, move.lo) == (move.target, move.target_lo)
+        target = source if same else arrays[move.target][move.target_lo : move.target_lo + move.hi - move.lo]
+        return target, source, move.finish
+
+    @staticmethod
+    def _bound_reduction(arrays: list[np.ndarray], reduction: _Reduction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        area, lo, hi, landing_lo, landing_hi, verb = reduction
+        mine, arrived = arrays[area][lo:hi], arrays[_LANDING][landing_lo:landing_hi]
+        return (arrived, mine, mine) if verb is Verb.REDUCE_BELOW else (mine, arrived, mine)
+
+    def _compile(self) -> Iterator[_Step]:
+        if self._widens:
+            yield _Step([], [], [_Move(_RESULT, 0, self._count, 0, 0)], [])
+        for round_ in self._schedule.rounds(self._rank):
+            yield self._compile_round(round_)
+        if self._widens:
+            yield _Step([], [], self._finishing(0, self._schedule.chunks), [])
+        elif self._operation.finish and self._count:
+            yield _Step([], [], [_Move(0, 0, self._count, 0, 0, finish=True)], [])
+
+    def _compile_round(self, round_: Round) -> _Step:
+        rank, chunks = self._rank, self._schedule.chunks
         step = _Step([], [], [], [])
 
         # Messages of a round to one peer need no tags: MPI keeps their order.
-        def post(messages: list[_Message], buffer: int, lo: int, hi: int, peer: int) -> None:
+        def post(messages: list[_Message], area: int, lo: int, hi: int, peer: int) -> None:
+            size = (self._dtype if area == _RESULT else self._carried).itemsize
             for start in range(lo * size, hi * size, MAX_MESSAGE):
-                messages.append(_Message(buffer, start, min(start + MAX_MESSAGE, hi * size), peer))
+                messages.append(_Message(area, start, min(start + MAX_MESSAGE, hi * size), peer))
 
         for send in round_.sends:
-            if send.peer != rank:
-                for lo, hi in self._elements(send):
-                    post(step.sends, send.buffer, lo, hi, send.peer)
+            if send.peer == rank:
+                continue
+            area = send.buffer
+            if send.final and self._widens:
+                area = _RESULT
+                for lo, hi in pieces(send.lo, send.hi, chunks):
+                    step.moves.extend(self._finishing(lo, hi))
+            for lo, hi in self._elements(send):
+                post(step.sends, area, lo, hi, send.peer)
 
         to_self = iter([send for send in round_.sends if send.peer == rank])
         landed = 0
         for recv in round_.recvs:
             source = next(to_self) if recv.peer == rank else None
+            arrives_final = self._widens and source is None and is_final(recv)
+            if arrives_final:
+                for lo, hi in pieces(recv.lo, recv.hi, chunks):
+                    self._unfinished[lo:hi] = False
             for lo, hi in self._elements(recv):
-                buffer, start = recv.buffer, lo
+                area, start = _RESULT if arrives_final else recv.buffer, lo
                 if recv.verb is not Verb.COPY:
-                    buffer, start, landed = _LANDING, landed, landed + hi - lo
+                    area, start, landed = _LANDING, landed, landed + hi - lo
                     step.reductions.append(_Reduction(recv.buffer, lo, hi, start, landed, recv.verb))
                 if source is None:
-                    post(step.recvs, buffer, start, start + hi - lo, recv.peer)
+                    post(step.recvs, area, start, start + hi - lo, recv.peer)
                 else:
-                    step.moves.append(_Move(source.buffer, lo * size, hi * size, buffer, start * size))
+                    step.moves.append(_Move(source.buffer, lo, hi, area, start))
         self._landing_size = max(self._landing_size, landed)
         return step
 
+    def _finishing(self, lo: int, hi: int) -> list[_Move]:
+        """Moves that bring the results of chunks [lo, hi) to the caller's vector, rounded, unless they are there."""
+        moves: list[_Move] = []
+        for chunk in (lo + np.flatnonzero(self._unfinished[lo:hi])).tolist():
+            start, stop = self._start(chunk), self._start(chunk + 1)
+            if moves and moves[-1].hi == start:
+                moves[-1] = moves[-1]._replace(hi=stop)
+            elif start < stop:
+                moves.append(_Move(0, start, stop, _RESULT, start, finish=True))
+        self._unfinished[lo:hi] = False
+        return moves
+
     def _elements(self, part: Send | Recv) -> Iterator[tuple[int, int]]:
         """The element ranges of a transfer that are not empty."""
-        chunks = self._schedule.chunks
-        for lo, hi in pieces(part.lo, part.hi, chunks):
-            start, stop = chunk_start(self._count, lo, chunks), chunk_start(self._count, hi, chunks)
+        for lo, hi in pieces(part.lo, part.hi, self._schedule.chunks):
+            start, stop = self._start(lo), self._start(hi)
             if start < stop:
                 yield start, stop
+
+    def _start(self, chunk: int) -> int:
+        return chunk_start(self._count, chunk, self._schedule.chunks)

@@ -36,6 +36,7 @@ class Result(NamedTuple):
     seconds: float
     agreement_seconds: float
     waiting_seconds: float
+    algorithm: str
     bytes_sent: int | None
     epochs: list[Epoch]
 
@@ -102,7 +103,8 @@ def train(
     fastest = agreeing.copy()
     comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
     waiting = float(np.sum(agreeing - fastest))
-    return Result(params, step, seconds, float(np.sum(agreeing)), waiting, agreement.bytes_sent, history)
+    spent = float(np.sum(agreeing))
+    return Result(params, step, seconds, spent, waiting, agreement.algorithm, agreement.bytes_sent, history)
 
 
 def accuracy(comm: MPI.Intracomm, model: Model, params: np.ndarray, x: np.ndarray, y: np.ndarray) -> float | None:

@@ -69,6 +69,7 @@ def run(
     summary = {
         **asdict(settings),
         **facts,
+        "algorithm": result.algorithm,
         "test_accuracy": test_accuracy,
         "train_loss": result.epochs[-1].train_loss,
         "train_accuracy": result.epochs[-1].train_accuracy,

@@ -10,7 +10,7 @@ class Settings:
     data: str = "digits"
     model: str = "mlp"
     strategy: str = "sync"
-    algorithm: str = "circulant"
+    algorithm: str = "auto"
     epochs: int = 30
     batch_size: int = 64
     lr: float = 0.1

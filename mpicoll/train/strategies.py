@@ -13,15 +13,18 @@ class Sync:
     """Synchronous data-parallel SGD: every step uses the gradient of the whole global batch.
 
     Ranks add up sums over samples, so that each sample counts the same however unevenly the batch is shared out.
+    Unless another ``algorithm`` is named, they add in the canonical order, whatever algorithm that takes: its name is
+    ``algorithm`` then.
     ``seconds`` holds, for each step, the time in agreement, waiting for other ranks included; ``bytes_sent`` counts up
     (``None`` where the MPI library does the sending and it cannot be known).
     """
 
     def __init__(self, comm: "MPI.Intracomm", algorithm: str, sums: np.ndarray) -> None:
-        from ..mpi.collectives import allreduce, bytes_sent
+        from ..mpi.collectives import account, allreduce
 
-        self._allreduce = lambda: allreduce(sums, comm, algorithm=algorithm)
-        self._bytes = bytes_sent(sums, comm, algorithm)  # a step
+        canonical = algorithm == "auto"
+        self._allreduce = lambda: allreduce(sums, comm, algorithm=algorithm, deterministic=canonical)
+        self.algorithm, self._bytes = account(sums, comm, algorithm, deterministic=canonical)  # a step
         self.seconds: list[float] = []
         self.bytes_sent = None if self._bytes is None else 0
 

@@ -1,0 +1,194 @@
+"""The drop-in communicator: an ``MPI.Intracomm`` whose collectives are ours where that is better."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from mpi4py import MPI
+
+from . import operations
+from .buffers import on_device, parts, staged, vector
+from .collectives import decide
+from .operations import operation
+from .select import LARGE, PLAIN
+from .state import state_of, under_way
+
+C = TypeVar("C", bound=MPI.Intracomm)
+_native_allreduce = MPI.Intracomm.Allreduce
+
+
+class Comm(MPI.Intracomm):
+    """``MPI.COMM_WORLD``, or any intracommunicator, with faster and reproducible collectives.
+
+    ``mpicoll.Comm(comm)`` is another name for the same communicator: it compares equal, messages sent through one
+    are received through the other, and ``Free`` frees it.  Making it is a collective call, for a private duplicate.
+    ``Dup``, ``Clone``, ``Split``, ``Split_type``, ``Create`` and ``Create_group`` give a ``Comm`` again; topology
+    communicators, intercommunicators and ``Idup`` give what mpi4py gives.
+
+    The MPI library's nonblocking and persistent collectives stay its own.  mpi4py lets go of the buffers of those that
+    reduce; here they are kept as long as the request is.
+
+    ``deterministic`` is the default of the calls that have such an argument, and passes on to communicators made from
+    this one.
+    """
+
+    deterministic: bool = False
+
+    def __new__(cls, comm: MPI.Intracomm | None = None, *, deterministic: bool = False) -> "Comm":
+        """See the class."""
+        if comm is None:  # how mpi4py makes one that it is going to fill in
+            return super().__new__(cls)
+        if not isinstance(comm, MPI.Intracomm) or not comm:
+            what = "one that is null or was freed" if isinstance(comm, MPI.Comm) and not comm else type(comm).__name__
+            raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
+        return super().__new__(cls, comm)._ready(deterministic)
+
+    def _ready(self, deterministic: bool) -> "Comm":
+        self.deterministic = deterministic
+        state_of(self)
+        return self
+
+    def _wrapped(self, comm: C) -> "C | Comm":
+        return Comm(comm, deterministic=self.deterministic) if comm else comm
+
+    def Dup(self, info: MPI.Info | None = None) -> "Comm":  # noqa: N802
+        """As mpi4py's; a ``Comm``."""
+        return super().Dup(info)._ready(self.deterministic)
+
+    def Dup_with_info(self, info: MPI.Info) -> "Comm":  # noqa: N802
+        """As mpi4py's; a ``Comm``."""
+        return super().Dup_with_info(info)._ready(self.deterministic)
+
+    def Clone(self) -> "Comm":  # noqa: N802
+        """As mpi4py's; a ``Comm``."""
+        return super().Clone()._ready(self.deterministic)
+
+    def Idup(self, info: MPI.Info | None = None) -> Any:  # noqa: N802
+        """As mpi4py's: a plain communicator, to be made a ``Comm`` once the request is complete."""
+        return MPI.Intracomm(self).Idup(info)
+
+    def Idup_with_info(self, info: MPI.Info) -> Any:  # noqa: N802
+        """As mpi4py's: a plain communicator, to be made a ``Comm`` once the request is complete."""
+        return MPI.Intracomm(self).Idup_with_info(info)
+
+    def Split(self, color: int = 0, key: int = 0) -> Any:  # noqa: N802
+        """As mpi4py's; a ``Comm``, or ``MPI.COMM_NULL``."""
+        return self._wrapped(super().Split(color, key))
+
+    def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Any:  # noqa: N802
+        """As mpi4py's; a ``Comm``, or ``MPI.COMM_NULL``."""
+        return self._wrapped(super().Split_type(split_type, key, info))
+
+    def Create(self, group: MPI.Group) -> Any:  # noqa: N802
+        """As mpi4py's; a ``Comm``, or ``MPI.COMM_NULL``."""
+        return self._wrapped(super().Create(group))
+
+    def Create_group(self, group: MPI.Group, tag: int = 0) -> Any:  # noqa: N802
+        """As mpi4py's; a ``Comm``, or ``MPI.COMM_NULL``."""
+        return self._wrapped(super().Create_group(group, tag))
+
+    def Allreduce(  # noqa: N802
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        op: MPI.Op | str = MPI.SUM,
+        algorithm: str = "auto",
+        *,
+        deterministic: bool | None = None,
+        segments: int | None = None,
+    ) -> None:
+        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.allreduce``.
+
+        With ``algorithm="native"`` host buffers and operations go to the MPI library as they are.
+        """
+        if (
+            algorithm == "auto"
+            and type(recvbuf) is np.ndarray
+            and recvbuf.nbytes < LARGE
+            and recvbuf.dtype.char in PLAIN
+            and (sendbuf is MPI.IN_PLACE or type(sendbuf) is np.ndarray)
+            and type(op) is MPI.Op
+            and not (self.deterministic if deterministic is None else deterministic)
+            and not under_way
+        ):
+            _native_allreduce(self, sendbuf, recvbuf, op)
+        else:
+            self._allreduce(sendbuf, recvbuf, op, algorithm, deterministic, segments)
+
+    def _allreduce(
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        op: MPI.Op | str,
+        algorithm: str,
+        deterministic: bool | None,
+        segments: int | None,
+    ) -> None:
+        in_place = sendbuf is None or sendbuf is MPI.IN_PLACE
+        on_host = not on_device(recvbuf) and (in_place or not on_device(sendbuf))
+        if deterministic is None:
+            deterministic = self.deterministic
+        as_it_is = on_host and isinstance(op, MPI.Op) and not deterministic and not under_way
+        if algorithm == "native" and as_it_is:
+            return _native_allreduce(self, sendbuf, recvbuf, cast(MPI.Op, op))
+        try:
+            received = parts(recvbuf) if on_host or in_place else [staged(recvbuf, load=False)]
+            calls = [
+                decide(self, part, operation(op, part.flat.dtype), algorithm, deterministic, segments)
+                for part in received
+            ]
+            sent = [] if in_place else [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
+        except (TypeError, ValueError, BufferError):
+            if algorithm == "auto" and as_it_is:
+                return _native_allreduce(self, sendbuf, recvbuf, cast(MPI.Op, op))  # takes it, or says what is wrong
+            raise
+        if as_it_is and calls[0].row is None and len(calls) == 1 and len(calls[0].part.flat) <= operations.MAX_COUNT:
+            return _native_allreduce(self, sendbuf, recvbuf, cast(MPI.Op, op))
+        if sent:
+            if len(calls) != 1:
+                raise TypeError("a list of arrays is reduced in place: pass MPI.IN_PLACE")
+            target = calls[0].part.flat
+            if len(sent[0]) != len(target):
+                raise ValueError(f"mismatch in send count {len(sent[0])} and receive count {len(target)}")
+            if sent[0].dtype != target.dtype:
+                raise ValueError(f"mismatch in send dtype {sent[0].dtype} and receive dtype {target.dtype}")
+            target[:] = sent[0]
+        for call in calls:
+            call.run()
+        return None
+
+
+class _Request(MPI.Request):
+    """Keeps what the MPI library is using; for good, if it is dropped before it is complete."""
+
+    _kept: Any = None
+
+    def __del__(self, leaked: list[Any] = []) -> None:  # noqa: B006
+        if self and self._kept is not None:
+            leaked.append(self._kept)
+
+
+class _Prequest(MPI.Prequest):
+    _kept: Any = None
+    __del__ = _Request.__del__
+
+
+def _keeping(name: str) -> Callable[..., MPI.Request]:
+    native = getattr(MPI.Intracomm, name)
+
+    @wraps(native)
+    def call(self: Comm, *args: Any, **kwargs: Any) -> MPI.Request:
+        request = native(self, *args, **kwargs)
+        kept = _Prequest(request) if isinstance(request, MPI.Prequest) else _Request(request)
+        kept._kept = (args, kwargs)
+        return kept
+
+    return call
+
+
+for _name in [
+    *("Iallreduce", "Ireduce", "Ireduce_scatter", "Ireduce_scatter_block", "Iscan", "Iexscan"),
+    *("Allreduce_init", "Reduce_init", "Reduce_scatter_init", "Reduce_scatter_block_init", "Scan_init", "Exscan_init"),
+]:
+    setattr(Comm, _name, _keeping(_name))

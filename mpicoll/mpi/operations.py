@@ -1,0 +1,109 @@
+"""What reducing means: every operation as a function of two arrays, on the dtypes that MPI defines it for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from .buffers import PAIRS, is_half, specification
+
+MAX_COUNT = 2**30
+"""Elements handed to the MPI library at once: past 2^31 some fail, and some return the input unreduced."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``combine(lower, higher, out=out)`` reduces two arrays into ``out``, which is one of them.
+
+    ``finish(array, p)`` is done to the result, in place, before it is rounded to the user's dtype; ``widens`` says that
+    16-bit floats are carried as float32.  ``native`` is what the MPI library is given, before ``finish``.
+    """
+
+    name: str
+    combine: Callable[..., object]
+    native: MPI.Op
+    commutes: bool = True
+    widens: bool = False
+    finish: Callable[[np.ndarray, int], None] | None = None
+    predefined: bool = True
+
+
+def _mean(total: np.ndarray, p: int) -> None:
+    """Divide, once; for integers the nearest, to even where two are: of the sum as it is, overflow included."""
+    if total.dtype.kind in "fc":
+        np.divide(total, p, out=total)
+        return
+    step = 1 << 20  # in pieces: divmod needs memory of its own
+    for start in range(0, len(total), step):
+        piece = total[start : start + step]
+        wide = piece.astype(np.uint64 if piece.dtype.kind == "u" else np.int64)
+        quotient, rest = np.divmod(wide, p)
+        up = (rest > p - rest) | ((rest == p - rest) & (quotient % 2 == 1))
+        piece[:] = quotient + up
+
+
+_NUMBERS, _ORDERED, _LOGICAL, _BITS = "iufc", "iuf", "biu", "iu"  # dtype kinds, as the MPI standard groups types
+_TABLE: dict[str, tuple[Operation, str]] = {
+    operation.name: (operation, kinds)
+    for operation, kinds in [
+        (Operation("sum", np.add, MPI.SUM, widens=True), _NUMBERS),
+        (Operation("mean", np.add, MPI.SUM, widens=True, finish=_mean), _NUMBERS),
+        (Operation("prod", np.multiply, MPI.PROD, widens=True), _NUMBERS),
+        (Operation("max", np.maximum, MPI.MAX), _ORDERED),
+        (Operation("min", np.minimum, MPI.MIN), _ORDERED),
+        (Operation("land", np.logical_and, MPI.LAND), _LOGICAL),
+        (Operation("lor", np.logical_or, MPI.LOR), _LOGICAL),
+        (Operation("lxor", np.logical_xor, MPI.LXOR), _LOGICAL),
+        (Operation("band", np.bitwise_and, MPI.BAND), _BITS),
+        (Operation("bor", np.bitwise_or, MPI.BOR), _BITS),
+        (Operation("bxor", np.bitwise_xor, MPI.BXOR), _BITS),
+    ]
+}
+_NAMES = {operation.native.handle: name for name, (operation, _) in _TABLE.items() if name != "mean"}
+_LOCATIONS = {MPI.MAXLOC.handle: "maxloc", MPI.MINLOC.handle: "minloc"}
+_NEVER = {MPI.OP_NULL.handle, MPI.REPLACE.handle, MPI.NO_OP.handle}
+
+
+def operation(op: str | MPI.Op, dtype: np.dtype) -> Operation:
+    """``op`` on arrays of ``dtype``; a ``ValueError`` if it is unknown, a ``TypeError`` if MPI defines none such."""
+    if isinstance(op, MPI.Op):
+        name = _NAMES.get(op.handle)
+        if name is None:
+            return _by_mpi(op, dtype)
+    else:
+        name = op
+    if name not in _TABLE:
+        known = ", ".join(_TABLE)
+        raise ValueError(f"unknown operation {op!r}: expected {known}, or an MPI.Op")
+    found, kinds = _TABLE[name]
+    if not (dtype.kind in kinds or (is_half(dtype) and "f" in kinds)):
+        raise TypeError(f"{name} of {_called(dtype)} is not defined")
+    return found
+
+
+def _by_mpi(op: MPI.Op, dtype: np.dtype) -> Operation:
+    """User-defined operations, and MAXLOC and MINLOC: the MPI library combines, we communicate."""
+    if op.handle in _NEVER:
+        raise ValueError("MPI.OP_NULL, MPI.REPLACE and MPI.NO_OP reduce nothing")
+    located = _LOCATIONS.get(op.handle)
+    if located and dtype not in PAIRS:
+        raise TypeError(
+            f"{located} of {_called(dtype)} is not defined: pass [x, count, MPI.DOUBLE_INT] or another pair type"
+        )
+    if not located and dtype not in PAIRS and (dtype.kind not in "biufc" or is_half(dtype)):
+        raise TypeError(f"a user-defined operation on {_called(dtype)} is not supported")
+
+    def combine(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
+        for start in range(0, len(lower), MAX_COUNT):
+            piece = slice(start, start + MAX_COUNT)
+            op.Reduce_local(specification(lower[piece]), specification(higher[piece]))  # into the second
+        if out is not higher:
+            out[:] = higher
+
+    return Operation(located or "user-defined", combine, op, op.Is_commutative(), predefined=bool(located))
+
+
+def _called(dtype: np.dtype) -> str:
+    kinds = {"b": "booleans", "c": "complex numbers", "f": "floats", "O": "objects"}
+    return f"pairs {dtype}" if dtype in PAIRS else kinds.get(dtype.kind, f"dtype {dtype}")
