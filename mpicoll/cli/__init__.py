@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
         if launched_rank() > 0:
-            time.sleep(1)  # the first process to exit takes the others along: let rank 0 speak
+            time.sleep(1)  # likewise
         os._exit(130)  # not through MPI's finalization, which would wait for the other ranks
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stdout = _nowhere()
@@ -66,4 +66,6 @@ def _fail(message: str, status: int) -> int:
         with suppress(OSError):
             sys.stdout.flush()
         print(f"mpicoll: {message}", file=sys.stderr, flush=True)
+    else:  # some launchers end the job, rank 0 included, when the first process fails: let rank 0 speak
+        time.sleep(0.4)
     return status
