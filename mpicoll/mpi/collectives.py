@@ -14,7 +14,7 @@ from .buffers import Part, parts, specification
 from .operations import Operation, operation
 from .plan import Bound, Plan
 from .select import LARGE, PLAIN, Preference, choose, parameters
-from .state import Handle, NativeHandle, PersistentHandle, State, find_state, state_of, under_way
+from .state import Handle, NativeHandle, PersistentHandle, State, driving, find_state, state_of, under_way
 
 
 def allreduce(
@@ -167,11 +167,10 @@ class Call(NamedTuple):
         if self.row is not None:
             state = state_of(self.comm)
             state.run(state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation), flat)
-        elif under_way:  # blocking in MPI would keep them, and ranks that wait for them first, waiting
-            NativeHandle(self.start_native(), self, None, [self.finish]).wait()
         else:
-            for piece in self._pieces():
-                MPI.Intracomm.Allreduce(self.comm, MPI.IN_PLACE, piece, self.operation.native)
+            with driving():
+                for piece in self._pieces():
+                    MPI.Intracomm.Allreduce(self.comm, MPI.IN_PLACE, piece, self.operation.native)
             self.finish()
         if self.part.deliver:
             self.part.deliver()

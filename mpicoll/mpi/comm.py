@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -12,7 +12,7 @@ from .buffers import on_device, parts, staged, vector
 from .collectives import decide
 from .operations import operation
 from .select import LARGE, PLAIN
-from .state import state_of, under_way
+from .state import driving, state_of, under_way
 
 C = TypeVar("C", bound=MPI.Intracomm)
 _native_allreduce = MPI.Intracomm.Allreduce
@@ -129,9 +129,9 @@ class Comm(MPI.Intracomm):
         on_host = not on_device(recvbuf) and (in_place or not on_device(sendbuf))
         if deterministic is None:
             deterministic = self.deterministic
-        as_it_is = on_host and isinstance(op, MPI.Op) and not deterministic and not under_way
+        as_it_is = on_host and isinstance(op, MPI.Op) and not deterministic
         if algorithm == "native" and as_it_is:
-            return _native_allreduce(self, sendbuf, recvbuf, cast(MPI.Op, op))
+            return self._native_allreduce(sendbuf, recvbuf, op)
         try:
             received = parts(recvbuf) if on_host or in_place else [staged(recvbuf, load=False)]
             calls = [
@@ -141,10 +141,10 @@ class Comm(MPI.Intracomm):
             sent = [] if in_place else [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
         except (TypeError, ValueError, BufferError):
             if algorithm == "auto" and as_it_is:
-                return _native_allreduce(self, sendbuf, recvbuf, cast(MPI.Op, op))  # takes it, or says what is wrong
+                return self._native_allreduce(sendbuf, recvbuf, op)  # takes it, or says what is wrong
             raise
         if as_it_is and calls[0].row is None and len(calls) == 1 and len(calls[0].part.flat) <= operations.MAX_COUNT:
-            return _native_allreduce(self, sendbuf, recvbuf, cast(MPI.Op, op))
+            return self._native_allreduce(sendbuf, recvbuf, op)
         if sent:
             if len(calls) != 1:
                 raise TypeError("a list of arrays is reduced in place: pass MPI.IN_PLACE")
@@ -157,6 +157,10 @@ class Comm(MPI.Intracomm):
         for call in calls:
             call.run()
         return None
+
+    def _native_allreduce(self, sendbuf: Any, recvbuf: Any, op: Any) -> None:
+        with driving():
+            _native_allreduce(self, sendbuf, recvbuf, op)
 
 
 class _Request(MPI.Request):

@@ -1,13 +1,14 @@
 """What mpicoll keeps with a communicator, and running plans on it, at once or step by step.
 
-Progress is made by calls: every wait or poll of a handle, and every blocking collective of ours, drives all handles
-that are under way, on whatever communicator, so that ranks may complete them in different orders.  MPI's own calls do
-not drive ours.
+Progress is made by calls: every wait or poll of a handle, and every blocking collective called through mpicoll, drives
+all handles that are under way, on whatever communicator, so that ranks may complete them in any order.  MPI's own
+calls do not drive ours.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from threading import Lock, get_ident
+from contextlib import contextmanager
+from threading import Event, Lock, Thread, get_ident
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,8 @@ class State:
 
     def run(self, plan: Plan, vector: np.ndarray) -> None:
         """Do it now, on memory that belongs to the caller."""
-        if under_way:
-            Handle(self, plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8)), self.handle_tag()).wait()
+        if under_way:  # other ranks may need them to go on before they join this
+            Handle(self, plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8)), BLOCKING_TAG).wait()
             return
         self.check()
         if not self._running.acquire(blocking=False):
@@ -321,6 +322,32 @@ class NativeHandle:
             for deliver in self._deliver:
                 deliver()
         return done
+
+
+@contextmanager
+def driving() -> Iterator[None]:
+    """Drive what is under way, by a thread, while this one is inside a blocking call of the MPI library."""
+    if not under_way:
+        yield
+        return
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise RuntimeError(
+            "handles are under way, and cannot be driven during a blocking call of the MPI library without "
+            "MPI_THREAD_MULTIPLE: wait for them first"
+        )
+    returned = Event()
+
+    def drive() -> None:
+        while under_way and not returned.wait(0.0002):
+            _advance_all()
+
+    thread = Thread(target=drive, name="mpicoll-driving", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        returned.set()
+        thread.join()
 
 
 def _advance_all() -> bool:
