@@ -100,8 +100,11 @@ def staged(x: Any, load: bool = True) -> Part:
         raise ValueError("expected a contiguous array; reduce cupy.ascontiguousarray(x) instead")
     in_order = x if x.flags.c_contiguous else x.T
     stream = cupy.cuda.get_current_stream()
-    host = in_order.get(stream=stream) if load else np.empty(in_order.shape, in_order.dtype)
-    stream.synchronize()
+    if load:
+        host = in_order.get(stream=stream)
+        stream.synchronize()
+    else:
+        host = np.empty(in_order.shape, in_order.dtype)
 
     def deliver() -> None:
         in_order.set(host, stream=stream)

@@ -133,21 +133,24 @@ class Comm(MPI.Intracomm):
         if algorithm == "native" and as_it_is:
             return self._native_allreduce(sendbuf, recvbuf, op)
         try:
-            received = parts(recvbuf) if on_host or in_place else [staged(recvbuf, load=False)]
+            written_only = not in_place and on_device(recvbuf)
+            received = [staged(recvbuf, load=False)] if written_only else parts(recvbuf)
             calls = [
                 decide(self, part, operation(op, part.flat.dtype), algorithm, deterministic, segments)
                 for part in received
             ]
-            sent = [] if in_place else [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
+            sent = []
+            if not in_place and len(received) == 1:
+                sent = [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
         except (TypeError, ValueError, BufferError):
             if algorithm == "auto" and as_it_is:
                 return self._native_allreduce(sendbuf, recvbuf, op)  # takes it, or says what is wrong
             raise
         if as_it_is and calls[0].row is None and len(calls) == 1 and len(calls[0].part.flat) <= operations.MAX_COUNT:
             return self._native_allreduce(sendbuf, recvbuf, op)
+        if not in_place and len(calls) != 1:
+            raise TypeError("a list of arrays is reduced in place: pass MPI.IN_PLACE")
         if sent:
-            if len(calls) != 1:
-                raise TypeError("a list of arrays is reduced in place: pass MPI.IN_PLACE")
             target = calls[0].part.flat
             if len(sent[0]) != len(target):
                 raise ValueError(f"mismatch in send count {len(sent[0])} and receive count {len(target)}")

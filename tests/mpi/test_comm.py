@@ -1,0 +1,489 @@
+"""``mpicoll.Comm`` in place of ``MPI.COMM_WORLD``: everything is as before."""
+
+import gc
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import mpicoll
+from mpicoll.mpi import collectives, select, state
+from mpicoll.mpi import comm as comm_module
+
+pytestmark = pytest.mark.mpi
+P = MPI.COMM_WORLD.size
+TOTAL = P * (P + 1) / 2
+OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"
+
+
+@pytest.fixture
+def ours(comm: MPI.Intracomm) -> mpicoll.Comm:
+    return mpicoll.Comm(comm)
+
+
+@pytest.fixture(params=["small calls are native", "all calls are ours"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "all calls are ours":
+        for module in (select, collectives, comm_module):
+            monkeypatch.setattr(module, "LARGE", 0)
+
+
+def mine(comm: MPI.Intracomm, count: int = 5) -> np.ndarray:
+    return np.full(count, comm.rank + 1.0)
+
+
+def is_ours(comm: Any) -> bool:
+    """A ``Comm`` that was given its private duplicate when it was made."""
+    return type(comm) is mpicoll.Comm and state.find_state(comm) is not None
+
+
+def test_it_is_another_name_for_the_same_communicator(comm, ours):
+    assert isinstance(ours, MPI.Intracomm)
+    assert ours == comm
+    assert MPI.Comm.Compare(ours, comm) == MPI.IDENT
+    assert (ours.rank, ours.size, ours.name) == (comm.rank, comm.size, comm.name)
+    assert state.find_state(mpicoll.Comm(comm)) is state.find_state(ours) is state.find_state(comm)
+    got = np.zeros(1)
+    request = comm.Irecv(got, (comm.rank - 1) % P, 5)  # sent through one, received through the other
+    ours.Send(np.ones(1), (comm.rank + 1) % P, 5)
+    request.Wait()
+    assert got[0] == 1
+    assert ours.allreduce(2) == 2 * P  # lower case is mpi4py's
+    assert ours.bcast("word" if ours.rank == 0 else None) == "word"
+    ours.marker = "an attribute"
+
+
+def test_what_is_no_communicator_is_refused():
+    freed = MPI.COMM_SELF.Dup()
+    freed.Free()
+    for bad, what in (
+        (3, "int"),
+        (MPI.COMM_NULL, "one that is null or was freed"),
+        (freed, "one that is null or was freed"),
+    ):
+        with pytest.raises(TypeError, match=f"expected an mpi4py intracommunicator, got {what}"):
+            mpicoll.Comm(bad)
+
+
+def test_communicators_made_from_it_are_ours_again(comm):
+    ours = mpicoll.Comm(comm, deterministic=True)
+    group = ours.Get_group()
+    half = group.Incl(range((P + 1) // 2))
+    info = MPI.Info.Create()
+    made = [ours.Dup(), ours.Dup(info), ours.Dup_with_info(info), ours.Clone(), ours.Split(ours.rank % 2, ours.rank)]
+    made += [ours.Split(), ours.Split_type(MPI.COMM_TYPE_SHARED), ours.Create(group), ours.Create_group(group)]
+    for new in made:
+        assert is_ours(new)
+        assert new != ours
+        assert new.deterministic
+        assert state.find_state(new) is not state.find_state(ours)
+        x = np.full(4, 1.0)
+        new.Allreduce(MPI.IN_PLACE, x)
+        np.testing.assert_array_equal(x, new.size)
+        new.Free()
+        assert new == MPI.COMM_NULL
+    for part in (ours.Create(half), ours.Create_group(half) if ours.rank < (P + 1) // 2 else MPI.COMM_NULL):
+        assert is_ours(part) if ours.rank < (P + 1) // 2 else part == MPI.COMM_NULL
+        if part:
+            part.Free()
+    undefined = ours.Split(MPI.UNDEFINED)
+    assert undefined == MPI.COMM_NULL
+    for handle in (info, half, group):
+        handle.Free()
+
+
+def test_other_communicators_are_what_mpi4py_makes_them(ours):
+    cart = ours.Create_cart([P])
+    assert type(cart) is MPI.Cartcomm
+    cart.Free()
+    new, request = ours.Idup()
+    request.Wait()
+    assert type(new) is MPI.Intracomm
+    assert is_ours(mpicoll.Comm(new))
+    new.Free()
+    if P > 1:
+        part = ours.Split(ours.rank > 0)
+        inter = part.Create_intercomm(0, ours, 1 if ours.rank == 0 else 0)
+        assert type(inter) is MPI.Intercomm
+        merged = inter.Merge()
+        assert type(merged) is MPI.Intracomm
+        for made in (merged, inter, part):
+            made.Free()
+
+
+def test_a_users_subclass_stays_possible(comm):
+    class Named(mpicoll.Comm):
+        label = "mine"
+
+    named = Named(comm, deterministic=True)
+    assert (named.label, named.deterministic) == ("mine", True)
+    copy = named.Dup()
+    assert (type(copy), copy.deterministic) == (Named, True)
+    copy.Free()
+
+
+def outcome(call: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except Exception as error:
+        return type(error), str(error)
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", ["i4", "f8", "c16", "?", "f4"])
+def test_what_mpi4py_takes_gives_what_mpi4py_gives(comm, ours, dtype):
+    """Buffers of all kinds, and mistakes, which raise the same on both; send and receive buffers are two arrays."""
+
+    def cases() -> Iterator[tuple[Any, Any, MPI.Op]]:
+        data = np.arange(6).astype(dtype)
+        op = MPI.LOR if dtype == "?" else MPI.SUM
+        yield data, np.zeros_like(data), op
+        yield MPI.IN_PLACE, data, op
+        yield None, data, op
+        yield data.reshape(2, 3), np.zeros((3, 2), dtype), op
+        yield data.reshape(2, 3).T, np.zeros((2, 3), dtype, order="F"), op
+        yield data.data, np.zeros_like(data).data, op
+        yield [data, 2], [np.zeros(2, dtype), 2], op
+        yield [data, (2, 3)], np.zeros(2, dtype), op
+        yield data[:0], np.zeros(0, dtype), op
+        yield data, data[:3].copy(), op
+        yield data, np.zeros(6, "u1"), op
+        yield data, np.zeros((4, 3), dtype)[:, :2], op
+        yield data, np.broadcast_to(np.zeros(1, dtype), 6), op
+        yield data, None, op
+        yield data, "text", op
+        yield data, np.zeros(6, dtype).astype(np.dtype(dtype).newbyteorder(">")), op
+        yield np.ma.array(data), np.ma.zeros(6, dtype), op
+        yield [data, MPI.INT.Create_contiguous(2).Commit()], np.zeros(6, dtype), op
+
+    for (sent, received, op), (sent2, received2, _) in zip(cases(), cases(), strict=True):
+        expected = outcome(comm.Allreduce, sent, received, op)
+        got = outcome(ours.Allreduce, sent2, received2, op)
+        if isinstance(expected, tuple) and isinstance(got, tuple):
+            assert got[0] is expected[0]
+        else:
+            assert got == expected
+        for one, other in ((sent, sent2), (received, received2)):
+            if isinstance(one, (np.ndarray, memoryview)):
+                np.testing.assert_array_equal(np.asarray(other), np.asarray(one))
+
+
+@pytest.mark.usefixtures("either")
+def test_derived_types_and_operations_on_them(ours):
+    """Products of 2 x 2 matrices, each one element of a derived type: in rank order."""
+    matrix = MPI.INT64_T.Create_contiguous(4).Commit()
+
+    def multiply(lower: Any, higher: Any, datatype: MPI.Datatype) -> None:
+        a, b = (np.frombuffer(memory, np.int64).reshape(-1, 2, 2) for memory in (lower, higher))
+        b[:] = a @ b
+
+    product = MPI.Op.Create(multiply, commute=False)
+    matrices = [np.array([[[1, rank + 1], [0, 1]], [[1, 0], [rank + 2, 1]]]) for rank in range(P)]
+    x = np.zeros((2, 2, 2), np.int64)
+    ours.Allreduce([matrices[ours.rank], 2, matrix], [x, 2, matrix], product)
+    expected = matrices[0]
+    for following in matrices[1:]:
+        expected = expected @ following
+    np.testing.assert_array_equal(x, expected)
+    with pytest.raises(TypeError, match="derived MPI datatypes are reduced by the MPI library only"):
+        ours.Allreduce(MPI.IN_PLACE, [x, 2, matrix], product, algorithm="tree")
+    product.Free()
+    matrix.Free()
+
+
+@pytest.mark.usefixtures("either")
+def test_an_existing_program(comm, ours):
+    """A small one of everything, run on both."""
+
+    def program(world: MPI.Intracomm) -> list[Any]:
+        said: list[Any] = []
+        rows = world.Split(world.rank % 2, -world.rank)
+        x = np.arange(4.0) + world.rank
+        total = np.empty_like(x)
+        world.Allreduce(x, total)
+        said.append(total.tolist())
+        rows.Allreduce(MPI.IN_PLACE, x, op=MPI.MAX)
+        said.append(x.tolist())
+        requests = [world.Iallreduce(x * k, np.empty(4)) for k in range(3)]
+        MPI.Request.Waitall(requests)
+        said.append(rows.allgather(world.rank))
+        world.Barrier()
+        best = np.array([(world.rank % 3, world.rank)], "i4,i4")
+        world.Allreduce(MPI.IN_PLACE, [best, 1, MPI.TWOINT], MPI.MAXLOC)
+        said.append(best.tolist())
+        window = MPI.Win.Allocate_shared(8 if world.rank == 0 else 0, 8, comm=world)
+        window.Free()
+        rows.Free()
+        return said
+
+    assert program(ours) == program(comm)
+
+
+@pytest.mark.usefixtures("either")
+def test_16_bit_floats_are_summed_as_float32_whatever_mpi_has(ours):
+    for x in (np.full(5, ours.rank + 1, "e"), np.full(5000, 60000 if ours.rank else -60000, "e")):
+        y, exact = np.empty_like(x), np.zeros(len(x))
+        MPI.Intracomm.Allreduce(ours, x.astype("f8"), exact)
+        ours.Allreduce(x, y)
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(y, exact.astype("e"))
+
+
+def test_lists_means_and_names_are_taken_too(ours):
+    arrays = [mine(ours), np.full(3, ours.rank + 1, "i4")]
+    ours.Allreduce(MPI.IN_PLACE, arrays)
+    np.testing.assert_array_equal(arrays[0], TOTAL)
+    np.testing.assert_array_equal(arrays[1], TOTAL)
+    ours.Allreduce(mine(ours), x := np.empty(5), "mean", deterministic=True)
+    np.testing.assert_array_equal(x, TOTAL / P)
+    with pytest.raises(TypeError, match=r"a list of arrays is reduced in place: pass MPI.IN_PLACE"):
+        ours.Allreduce([np.zeros(3), np.zeros(3)], [np.zeros(3), np.zeros(3, "i4")])
+    with pytest.raises(ValueError, match="mismatch in send count 4 and receive count 3"):
+        ours.Allreduce(np.zeros(4), np.zeros(3), algorithm="ring")
+    with pytest.raises(ValueError, match="mismatch in send dtype float32 and receive dtype float64"):
+        ours.Allreduce(np.zeros(3, "f4"), np.zeros(3), algorithm="ring")
+
+
+# The MPI library's own nonblocking and persistent reductions.
+
+
+def test_nonblocking_reductions_of_temporaries_are_right(ours):
+    """mpi4py keeps neither their send nor their receive buffers alive."""
+    for _ in range(20):
+        y, z = np.empty(3000), np.empty(3000)
+        requests = [
+            ours.Iallreduce(np.full(3000, ours.rank + 1.0), y),
+            ours.Ireduce(np.full(3000, ours.rank + 1.0), z if ours.rank == P - 1 else None, root=P - 1),
+            ours.Iscan(np.full(3000, 1.0), w := np.empty(3000)),
+            ours.Ireduce_scatter_block(np.full(3000 * P, 2.0), v := np.empty(3000)),
+            ours.Iallreduce(np.full(3000, 1.0), np.empty(3000)),  # not even the receive buffer is kept by us
+        ]
+        gc.collect()
+        junk = [np.full(3000, -1.0) for _ in range(10)]
+        MPI.Request.Waitall(requests)
+        np.testing.assert_array_equal(y, TOTAL)
+        if ours.rank == P - 1:
+            np.testing.assert_array_equal(z, TOTAL)
+        np.testing.assert_array_equal(w, ours.rank + 1)
+        np.testing.assert_array_equal(v, 2 * P)
+        assert all(request == MPI.REQUEST_NULL for request in requests)
+        del junk
+
+
+def test_a_request_keeps_its_buffers_and_no_longer(ours):
+    class Memory(np.ndarray):
+        pass
+
+    alive = []
+
+    def watched() -> np.ndarray:
+        import weakref
+
+        array = np.full(100, 1.0).view(Memory)
+        alive.append(weakref.ref(array))
+        return array
+
+    request = ours.Iallreduce(watched(), watched())
+    persistent = ours.Allreduce_init(watched(), watched())
+    gc.collect()
+    assert all(ref() is not None for ref in alive)
+    request.Wait()
+    for _ in range(3):
+        persistent.Start()
+        persistent.Wait()
+    assert persistent != MPI.REQUEST_NULL
+    persistent.Free()
+    del request, persistent
+    gc.collect()
+    assert all(ref() is None for ref in alive)
+
+
+def test_a_persistent_reduction_of_temporaries(ours):
+    y = np.empty(3000)
+    persistent = ours.Allreduce_init(np.full(3000, ours.rank + 1.0), y)
+    gc.collect()
+    for _ in range(3):
+        y[:] = 0
+        MPI.Prequest.Startall([persistent])
+        MPI.Request.Waitall([persistent])
+        np.testing.assert_array_equal(y, TOTAL)
+    persistent.Free()
+
+
+# Nothing grows.
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(P > 2, reason="the same with more ranks, only longer")
+def test_ten_thousand_calls_leave_nothing(ours):
+    def calls(number: int) -> None:
+        x, y = np.ones(100), np.ones(100, "f4")
+        for n in range(number):
+            name = ("ring", "circulant", "tree", "auto")[n % 4]
+            ours.Allreduce(MPI.IN_PLACE, x, algorithm=name, deterministic=False)
+            ours.Allreduce(y.astype("e"), np.empty(100, "e"))
+            mpicoll.allreduce([x, y], ours, "mean", name)
+            mpicoll.iallreduce(x, ours, "max", name).wait()
+            ours.Iallreduce(np.ones(100), y.astype("f8")).Wait()
+            if n % 10 == 0:
+                handle = mpicoll.allreduce_init(x, ours, "min")
+                handle.start().wait()
+                handle.free()
+
+    calls(500)
+    gc.collect()
+    before, objects = resident(), len(gc.get_objects())
+    calls(10_000)
+    gc.collect()
+    assert len(gc.get_objects()) < objects + 500
+    assert resident() < before + (8 << 20)
+    assert state.under_way == []
+
+
+@pytest.mark.skipif(P > 2, reason="the same with more ranks, only longer")
+def test_a_thousand_communicators_leave_nothing(ours):
+    def make_and_free(number: int) -> None:
+        for n in range(number):
+            new = (ours.Dup, ours.Clone, ours.Split)[n % 3]()
+            x = np.ones(10)
+            new.Allreduce(MPI.IN_PLACE, x, algorithm="ring")
+            handle = mpicoll.iallreduce(x, new, "max", "circulant")
+            handle.wait()
+            new.Free()
+
+    make_and_free(50)
+    gc.collect()
+    before, objects = resident(), len(gc.get_objects())
+    make_and_free(1500)  # with a private duplicate each, more than MPICH has contexts if they were not freed
+    gc.collect()
+    assert len(gc.get_objects()) < objects + 500
+    assert resident() < before + (8 << 20)
+
+
+# Device arrays: host memory in disguise, whose pointer nobody may follow.
+
+
+class Stream:
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+
+class FakeFlags(types.SimpleNamespace):
+    pass
+
+
+class FakeDeviceArray:
+    """What CuPy's arrays offer of what we use.  Kernels on its stream are lazy: data are right only after a wait."""
+
+    def __init__(self, host: np.ndarray, log: list[str]) -> None:
+        self._host, self._log = host, log
+        self.dtype, self.shape = host.dtype, host.shape
+        self.flags = FakeFlags(c_contiguous=host.flags.c_contiguous, f_contiguous=host.flags.f_contiguous)
+        self.T = self if host.ndim < 2 else None
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        self._log.append("pointer taken")
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (16, False),
+            "version": 3,
+        }  # following it crashes
+
+    def get(self, stream: Stream) -> np.ndarray:
+        self._log.append("copy out")
+        return self._host.copy()
+
+    def set(self, host: np.ndarray, stream: Stream) -> None:
+        self._log.append("copy in")
+        self._host[:] = host
+
+
+class ForeignDeviceArray(FakeDeviceArray):
+    """Of another library."""
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    log: list[str] = []
+
+    class CuPyArray(FakeDeviceArray):
+        pass
+
+    cupy = types.ModuleType("cupy")
+    cupy.ndarray = CuPyArray  # type: ignore[attr-defined]
+    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: Stream(log))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    return log
+
+
+IN_ORDER = ["copy out", "synchronize", "copy in", "synchronize"]
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("name", ["auto", "ring", "native"])
+def test_device_arrays_go_through_host_memory(ours, fake_cupy, name):
+    """The stream is waited for between the copy out and MPI, and after the copy in; no pointer is taken."""
+    cupy, moves = sys.modules["cupy"], ("copy out", "copy in", "synchronize")
+
+    def on_device(values: np.ndarray) -> Any:
+        fake_cupy.clear()
+        return cupy.ndarray(values, fake_cupy)
+
+    calls: list[Callable[[Any], Any]] = [
+        lambda x: mpicoll.allreduce(x, ours, algorithm=name),
+        lambda x: mpicoll.iallreduce(x, ours, algorithm=name).wait(),
+        lambda x: ours.Allreduce(MPI.IN_PLACE, x, algorithm=name),
+    ]
+    for call in calls:
+        x = on_device(mine(ours))
+        call(x)
+        np.testing.assert_array_equal(x._host, TOTAL)
+        assert [event for event in fake_cupy if event in moves] == IN_ORDER
+    x, y = on_device(mine(ours)), on_device(np.zeros(5))
+    ours.Allreduce(x, y, algorithm=name)
+    np.testing.assert_array_equal(x._host, mine(ours))
+    np.testing.assert_array_equal(y._host, TOTAL)
+    assert [event for event in fake_cupy if event in moves] == IN_ORDER
+    host = np.zeros(5)
+    ours.Allreduce(on_device(mine(ours)), host, algorithm=name)
+    np.testing.assert_array_equal(host, TOTAL)
+    y = on_device(np.zeros(5))
+    ours.Allreduce(mine(ours), y, algorithm=name)
+    np.testing.assert_array_equal(y._host, TOTAL)
+    arrays = [on_device(mine(ours)), mine(ours), cupy.ndarray(mine(ours, 3), fake_cupy)]
+    mpicoll.allreduce(arrays, ours, algorithm=name)
+    np.testing.assert_array_equal(np.concatenate([arrays[0]._host, arrays[1], arrays[2]._host]), TOTAL)
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("name", ["auto", "ring", "native"])
+def test_foreign_device_arrays_are_refused_by_name(ours, fake_cupy, name):
+    foreign = ForeignDeviceArray(mine(ours), fake_cupy)
+    message = r"ForeignDeviceArray is in the memory of a device and no CuPy array: pass cupy.asarray\(x\)"
+    for call in (
+        lambda: mpicoll.allreduce(foreign, ours, algorithm=name),
+        lambda: mpicoll.iallreduce(foreign, ours, algorithm=name),
+        lambda: mpicoll.allreduce([np.zeros(3), foreign], ours, algorithm=name),
+        lambda: ours.Allreduce(MPI.IN_PLACE, foreign, algorithm=name),
+        lambda: ours.Allreduce(np.zeros(5), foreign, algorithm=name),
+        lambda: ours.Allreduce(foreign, np.zeros(5), algorithm=name),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(TypeError, match="passed by itself, without count and datatype"):
+        mpicoll.allreduce([foreign, 5, MPI.DOUBLE], ours, algorithm=name)
