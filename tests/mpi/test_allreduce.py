@@ -1,5 +1,6 @@
 """The contract of every allreduce, over every row of the table; one launch runs all cases of its number of ranks."""
 
+import array
 from typing import Any
 
 import numpy as np
@@ -295,8 +296,8 @@ def test_a_list_of_arrays_is_one_message_for_each_dtype(comm, name):
     fused = tuple(arrays)
     assert mpicoll.allreduce(fused, comm, algorithm=name) is fused
     expected = [np.full(3, P * (P - 1) / 2), P * np.arange(4), np.zeros(0), np.full((2, 2), P), P * (P - 1) // 2]
-    for array, right in zip(arrays, expected, strict=True):
-        np.testing.assert_array_equal(array, right)
+    for got, right in zip(arrays, expected, strict=True):
+        np.testing.assert_array_equal(got, right)
     for x in ([], [np.zeros(0)], [np.zeros(0), np.zeros(0)]):
         assert mpicoll.allreduce(x, comm, algorithm=name) is x
 
@@ -324,6 +325,33 @@ def test_mpi4pys_buffer_specifications(comm):
         bits = bytearray([1 << comm.rank, 255])
         mpicoll.Comm(comm).Allreduce(MPI.IN_PLACE, bits, MPI.BOR, algorithm)
         assert bits == bytearray([2**P - 1, 255])
+
+
+class Tensor:
+    """Exports its memory by DLPack alone, as CPU tensors do."""
+
+    def __init__(self, array: np.ndarray, device: int = 1) -> None:
+        self.array, self.device = array, device
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device, 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exporters_of_memory(comm, name):
+    for export in (Tensor, lambda x: array.array("d", x), memoryview):
+        x = export(own_data(20, comm.rank))
+        assert mpicoll.allreduce(x, comm, algorithm=name) is x
+        expected = sum(own_data(20, rank) for rank in range(P))
+        np.testing.assert_array_equal(x.array if isinstance(x, Tensor) else np.asarray(x), expected)
+    tensors = [Tensor(np.full(3, comm.rank)), np.ones(2), Tensor(np.ones(4))]
+    mpicoll.allreduce(tensors, comm, "max", name)
+    np.testing.assert_array_equal(tensors[0].array, P - 1)
+    with pytest.raises(TypeError, match=r"test_allreduce.Tensor is in the memory of a device and no CuPy array"):
+        mpicoll.allreduce(Tensor(np.zeros(3), device=2), comm, algorithm=name)
 
 
 @pytest.mark.parametrize(
