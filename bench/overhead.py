@@ -1,19 +1,27 @@
-"""What mpicoll costs before the first byte moves:  python bench/overhead.py
+"""What mpicoll costs before the first byte moves.
 
-Importing it, over mpi4py and NumPy; compiling one rank's plan at 4096 ranks; a call with nothing to send.  Prints
-milliseconds and microseconds, median (least to most) of several processes; they are for orientation, not for comparison
-between machines.
+    python bench/overhead.py               measures (a minute or two), prints, records in bench/results/
+    python bench/overhead.py --show FILE   prints a recorded one
+
+Importing it, over mpi4py and NumPy; compiling one rank's plans at 4096 ranks; small calls, beside the MPI library's
+own, in turn in the same process: the difference within a repetition is what is compared.  Every figure is the median
+of several processes or launches (least to most of them).
 """
 
+import argparse
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
+from allreduce import RESULTS, machine
 
-PROCESSES = 15
-PROBE = """
-import json, time, timeit
+PROCESSES, LAUNCHES, REPETITIONS, CALLS = 15, 5, 40, 200
+START = """
+import json, time
 from mpi4py import MPI
 import numpy as np
 start = time.perf_counter()
@@ -22,33 +30,110 @@ imported = time.perf_counter()
 mpicoll.allreduce
 engine = time.perf_counter()
 from mpicoll.algorithms import ALGORITHMS
+from mpicoll.mpi.operations import operation
 from mpicoll.mpi.plan import Plan
-schedule = ALGORITHMS["allreduce"]["circulant"].schedule(4096)
-before = time.perf_counter()
-Plan(schedule, 1234, 10**6, np.dtype("f4"))
-after = time.perf_counter()
-x = np.zeros(64, "f4")
-call = min(timeit.repeat(lambda: mpicoll.allreduce(x, MPI.COMM_SELF), number=2000, repeat=5)) / 2000
-native = min(timeit.repeat(lambda: MPI.COMM_SELF.Allreduce(MPI.IN_PLACE, x), number=2000, repeat=5)) / 2000
-print(json.dumps([(imported - start) * 1e3, (engine - start) * 1e3, (after - before) * 1e3, call * 1e6, native * 1e6]))
+compiled = {}
+for name, row in ALGORITHMS["allreduce"].items():
+    before = time.perf_counter()
+    Plan(row.schedule(4096), 1234, 10**6, np.dtype("f4"), operation("sum", np.dtype("f4")))
+    compiled[f"compile {name} for one of 4096 ranks (ms)"] = (time.perf_counter() - before) * 1e3
+print(json.dumps({
+    "import mpicoll (ms)": (imported - start) * 1e3,
+    "import mpicoll and its engine (ms)": (engine - start) * 1e3,
+    **compiled,
+}))
 """
-NAMES = [
-    "import mpicoll (ms)",
-    "import mpicoll and its engine (ms)",
-    "compile one rank's circulant plan at p = 4096 (ms)",
-    "allreduce on one rank: nothing to send (us)",
-    "the MPI library's own on one rank (us)",
-]
+
+
+def calls() -> dict:
+    """One launch, on all ranks: microseconds of each kind of call, and over the MPI library's own, of four bytes."""
+    from mpi4py import MPI
+
+    import mpicoll
+    from mpicoll.mpi.launch import library_name
+
+    comm = MPI.COMM_WORLD
+    ours = mpicoll.Comm(comm)
+    x, y = np.zeros(1, "f4"), np.zeros(1, "f4")
+    persistent = mpicoll.allreduce_init(x, ours, algorithm="recursive_doubling")
+    kinds = {
+        "native": lambda: comm.Allreduce(y, x),
+        "Comm.Allreduce": lambda: ours.Allreduce(y, x),
+        "mpicoll.allreduce": lambda: mpicoll.allreduce(x, ours),
+        "persistent recursive_doubling": lambda: persistent.start().wait(),
+        "Comm.Allreduce, deterministic": lambda: ours.Allreduce(y, x, deterministic=True),
+        "iallreduce().wait()": lambda: mpicoll.iallreduce(x, ours).wait(),
+        "native Iallreduce().Wait()": lambda: comm.Iallreduce(y, x).Wait(),
+    }
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for repetition in range(-2, REPETITIONS):
+        for name, call in kinds.items():
+            comm.Barrier()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            if repetition >= 0:
+                times[name].append((time.perf_counter() - start) / CALLS * 1e6)
+    over = {f"{name}, over native (us)": np.subtract(us, times["native"]) for name, us in times.items()}
+    found = {"native, 4 bytes (us)": times["native"], **{name: us for name, us in over.items() if np.any(us)}}
+    return {
+        "rank": comm.rank,
+        "mpi": library_name(),
+        "rows": {name: float(np.median(us)) for name, us in found.items()},
+    }
+
+
+def run(command: list[str]) -> dict:
+    """The last line it prints, which is JSON."""
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Measure in fresh processes, print a table."""
-    runs = []
-    for _ in range(PROCESSES):
-        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, timeout=60)
-        runs.append(json.loads(done.stdout))
-    for name, values in zip(NAMES, np.transpose(runs), strict=True):
-        print(f"{name:52} {np.median(values):8.2f} ({values.min():.2f} to {values.max():.2f})")
+    """Measure in fresh processes and launches, print a table, record it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", type=Path, metavar="FILE")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        result = calls()
+        if result.pop("rank") == 0:
+            print(json.dumps(result))
+        return
+    if args.show:
+        show(json.loads(args.show.read_text()))
+        return
+    table = summarize([run([sys.executable, "-c", START]) for _ in range(PROCESSES)])
+    beside = Path(sys.prefix, "bin", "mpirun")
+    for ranks in (1, 2):
+        worker = [sys.executable, "-m", "mpi4py", __file__, "--worker"]
+        launches = [
+            run([str(beside) if beside.exists() else "mpirun", "-n", str(ranks), *worker]) for _ in range(LAUNCHES)
+        ]
+        rows = summarize([launch["rows"] for launch in launches])
+        table.update({f"{ranks} rank(s): {name}": values for name, values in rows.items()})
+    record = {"mpi": launches[0]["mpi"], "machine": machine(), "table": table}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"overhead-{record['mpi'].rsplit(' ', 1)[0].lower().replace(' ', '-')}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    show(record)
+    print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
+
+
+def summarize(runs: list[dict]) -> dict:
+    """Median, least and most of each figure."""
+    return {
+        name: [round(float(f([run[name] for run in runs])), 2) for f in (np.median, np.min, np.max)] for name in runs[0]
+    }
+
+
+def show(record: dict) -> None:
+    """The table, as text."""
+    m = record["machine"]
+    print(f"{record['mpi']}, mpi4py {m['mpi4py']}, NumPy {m['numpy']}, Python {m['python']}")
+    print(f"{m['cpu']}, {m['cores']} cores")
+    for name, values in record["table"].items():
+        print("{:62} {:8.2f} ({:.2f} to {:.2f})".format(name, *values))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import sys
 
 from launch import REPOSITORY, mpirun
+from mpicoll.algorithms import ALGORITHMS
 
 
 def test_a_launch_measures_and_checks_every_result(tmp_path):
@@ -18,7 +19,7 @@ def test_a_launch_measures_and_checks_every_result(tmp_path):
     assert (launch["ranks"], launch["wrong"]) == (2, 0)
     assert sorted(row["bytes"] for row in launch["rows"]) == [4, 4096]
     for row in launch["rows"]:
-        assert set(row["us"]) == {"native", "mpi4py ring", "ring", "circulant"}
+        assert set(row["us"]) == {"native", "mpi4py ring", "auto", *ALGORITHMS["allreduce"]}
         assert all(len(times) >= 11 and min(times) > 0 for times in row["us"].values())
 
 
@@ -30,3 +31,14 @@ def test_a_wrong_result_is_counted(tmp_path):
     )
     done = mpirun(2, [sys.executable, "-c", broken, REPOSITORY / "bench", "--worker"], tmp_path)
     assert json.loads(done.out)["wrong"] >= 2 * 11
+
+
+def test_what_small_calls_cost_is_measured(tmp_path):
+    quick = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import overhead as b\nb.REPETITIONS, b.CALLS = 2, 5; b.main()"
+    )
+    done = mpirun(2, [sys.executable, "-c", quick, REPOSITORY / "bench", "--worker"], tmp_path)
+    assert done.status == 0, done.err
+    rows = json.loads(done.out)["rows"]
+    assert rows["native, 4 bytes (us)"] > 0
+    assert "Comm.Allreduce, over native (us)" in rows
