@@ -14,7 +14,9 @@ from mpicoll.verify import verify_schedule
 
 
 def compiled(schedule: Schedule, rank: int, count: int, dtype: str = "f4", op: str = "sum") -> Plan:
-    return Plan(schedule, rank, count, np.dtype(dtype), operation(op, np.dtype(dtype)))
+    operated = operation(op, np.dtype(dtype))
+    finishes = operated.finish is not None
+    return Plan(schedule, rank, count, np.dtype(dtype), operated.carried(np.dtype(dtype)), finishes)
 
 
 LOGARITHMIC = [name for name in ALGORITHMS["allreduce"] if name != "ring"]
@@ -63,7 +65,7 @@ def test_every_result_is_rounded_once_where_sums_are_carried_in_float32(name, p)
             plan = compiled(schedule, rank, count, "e", "mean")
             vector, scratch = np.zeros(count, "e"), np.zeros(plan.scratch_bytes, np.uint8)
             came = np.zeros(count, int)
-            for bound in plan.bind(vector, scratch):
+            for bound in plan.bind(vector, scratch, operation("mean", vector.dtype)):
                 for target, source, finish in bound.moves:
                     assert finish == (target.base is vector)
                     assert (source.dtype, target.dtype) == (

@@ -5,12 +5,14 @@ so that no device pointer reaches MPI.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
-from mpi4py.util.dtlib import to_numpy_dtype
+from mpi4py.util.dtlib import from_numpy_dtype, to_numpy_dtype
 
 IN_PLACE = (None, MPI.IN_PLACE)  # what mpi4py takes for it
 _CPU = 1  # DLPack's device type
@@ -26,14 +28,15 @@ class Part(NamedTuple):
     deliver: Callable[[], None] | None = None
 
 
-def parts(x: Any) -> list[Part]:
+def parts(x: Any, masked: bool = False) -> list[Part]:
     """What to reduce, one part for each dtype: an array, mpi4py's buffer specification, or a list of arrays (fused).
 
-    Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything that cannot be written in place.
+    Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything that cannot be written in place, and
+    for masked arrays unless they are taken for their data.
     """
     if isinstance(x, (list, tuple)) and not _is_specification(x):
-        return _fused(x)
-    if isinstance(x, np.ma.MaskedArray):
+        return _fused(x, masked)
+    if isinstance(x, np.ma.MaskedArray) and not masked:
         raise TypeError("expected a plain array, got a masked one: reduce its data, x.data, or x.filled()")
     return [staged(x) if on_device(x) else Part(vector(x))]
 
@@ -46,24 +49,32 @@ def vector(x: Any, writable: bool = True) -> np.ndarray:
     """
     if isinstance(x, (list, tuple)):
         return _specified(x, writable)
-    array = x if isinstance(x, np.ndarray) else _exported(x)
+    array = _contiguous(x, writable)
     if not array.dtype.isnative:
         raise TypeError(
             f"expected native byte order, got dtype {array.dtype.str}; convert with x.astype(x.dtype.newbyteorder('='))"
         )
+    if not array.flags.aligned:
+        raise ValueError("expected an array aligned as its dtype asks; reduce x.copy() instead")
+    return array
+
+
+def _contiguous(x: Any, writable: bool) -> np.ndarray:
+    """``x`` as a plain one-dimensional array in memory order."""
+    array = x if isinstance(x, np.ndarray) else _exported(x)
     flags = array.flags
     if not flags.forc:
         raise ValueError("expected a contiguous array; reduce np.ascontiguousarray(x) instead")
     if writable and not flags.writeable:
         raise ValueError("expected a writable array: the result is written in place")
-    if not flags.aligned:
-        raise ValueError("expected an array aligned as its dtype asks; reduce x.copy() instead")
     return np.asarray(array if flags.c_contiguous else array.T).reshape(-1)
 
 
 def specification(flat: np.ndarray) -> Any:
-    """What mpi4py takes for it: pairs of value and index it cannot recognise by their dtype."""
-    return [flat, len(flat), PAIRS[flat.dtype]] if flat.dtype in PAIRS else flat
+    """What mpi4py takes for it: what it cannot recognise by its dtype is named."""
+    if flat.dtype in PAIRS:
+        return [flat, len(flat), PAIRS[flat.dtype]]
+    return flat if flat.flags.aligned else [flat.view(np.uint8), len(flat), from_numpy_dtype(flat.dtype)]
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:
@@ -113,9 +124,9 @@ def staged(x: Any, load: bool = True) -> Part:
     return Part(host.reshape(-1), deliver)
 
 
-def _fused(arrays: Sequence[Any]) -> list[Part]:
+def _fused(arrays: Sequence[Any], masked: bool) -> list[Part]:
     """Arrays of one dtype side by side in memory of ours: one message instead of many."""
-    singles = [part for array in arrays for part in parts(array)]
+    singles = [part for array in arrays for part in parts(array, masked)]
     by_dtype: dict[np.dtype, list[Part]] = {}
     for part in singles:
         by_dtype.setdefault(part.flat.dtype, []).append(part)
@@ -139,46 +150,51 @@ def _side_by_side(group: list[Part]) -> Part:
 def _is_specification(x: Sequence[Any]) -> bool:
     """Is it mpi4py's [buffer, count, datatype] or one of its short forms, not a list of arrays?"""
     return 2 <= len(x) <= 4 and any(
-        isinstance(last, (str, MPI.Datatype, int)) or last is None or _is_counts(last) for last in x[1:]
+        last is None or isinstance(last, (str, MPI.Datatype, Integral)) or _is_counts(last) for last in x[1:]
     )
 
 
 def _is_counts(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(n, int) or n is None for n in x)
+    return isinstance(x, (tuple, list)) and all(n is None or isinstance(n, Integral) for n in x)
 
 
 def _specified(x: Sequence[Any], writable: bool) -> np.ndarray:
     """mpi4py's [buffer, datatype], [buffer, count], [buffer, count, datatype], [buffer, count, displacement, datatype];
-    the count may be a tuple (count, displacement), and either may be None."""
+    the count may be a pair (count, displacement), and any of these may be None."""
     if not _is_specification(x):
         raise TypeError(f"expected an array or [buffer, count, datatype] as mpi4py has it, got {len(x)} other things")
     buffer, *rest = x
-    datatype = rest.pop() if isinstance(rest[-1], (str, MPI.Datatype)) or len(rest) > 1 else None
     if on_device(buffer):
         raise TypeError("an array in the memory of a device is passed by itself, without count and datatype")
-    flat = vector(buffer, writable)
+    datatype = rest.pop() if len(rest) > 1 or isinstance(rest[-1], (str, MPI.Datatype)) else None
+    counts = rest[0] if len(rest) == 1 and _is_counts(rest[0]) else rest
+    count, displacement = counts if len(counts) == 2 else (counts[0] if counts else None, None)
+    flat = vector(buffer, writable) if datatype is None else _contiguous(buffer, writable)
     dtype = flat.dtype if datatype is None else dtype_of(datatype)
     raw, size = flat.view(np.uint8), dtype.itemsize
-    count, displacement = [*_flattened(rest), None, None][:2]
-    start = displacement or 0
-    stop = len(raw) // size if count is None else start + count
+    start = 0 if displacement is None else index(displacement)
+    if count is None and (len(raw) % size or start * size > len(raw)):
+        raise ValueError(
+            f"the buffer has {len(raw)} bytes: no whole number of elements of {size} bytes from {start} on"
+        )
+    stop = len(raw) // size if count is None else start + index(count)
     if not 0 <= start <= stop <= len(raw) // size:
         raise ValueError(f"the buffer has {len(raw) // size} elements, {count} from number {start} on were asked for")
     return raw[start * size : stop * size].view(dtype)
 
 
-def _flattened(counts: Iterable[Any]) -> Iterable[int | None]:
-    for count in counts:
-        yield from count if isinstance(count, tuple) else (count,)
-
-
 def dtype_of(datatype: MPI.Datatype | str) -> np.dtype:
     """NumPy's equivalent of a predefined MPI type; a ``TypeError`` where there is none to reduce."""
     if isinstance(datatype, str):
-        return np.dtype(datatype)
+        datatype = MPI.Datatype.fromcode(datatype)
+    if not isinstance(datatype, MPI.Datatype):
+        raise TypeError(f"expected an MPI datatype, got {type(datatype).__name__}")
     if not datatype or not datatype.is_predefined or datatype == MPI.LOGICAL:
         raise TypeError("derived MPI datatypes are reduced by the MPI library only: algorithm='native' of a Comm")
-    return to_numpy_dtype(datatype)
+    dtype = to_numpy_dtype(datatype)
+    if not dtype.itemsize:
+        raise TypeError(f"{datatype.name} is nothing to be reduced")
+    return dtype
 
 
 def _exported(x: Any) -> np.ndarray:

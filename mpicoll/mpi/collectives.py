@@ -166,7 +166,8 @@ class Call(NamedTuple):
         flat = self.part.flat
         if self.row is not None:
             state = state_of(self.comm)
-            state.run(state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation), flat)
+            plan = state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation)
+            state.run(plan, flat, self.operation)
         else:
             with driving():
                 for piece in self._pieces():
@@ -184,13 +185,14 @@ class Call(NamedTuple):
         flat = self.part.flat
         assert self.row is not None
         plan = state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation)
-        return plan.bind(flat, np.empty(plan.scratch_bytes, np.uint8))
+        return plan.bind(flat, np.empty(plan.scratch_bytes, np.uint8), self.operation)
 
     def plan(self, p: int, rank: int) -> Plan:
         """Its plan, without a communicator."""
         assert self.row is not None
         schedule = self.row.schedule(p, **self.parameters)
-        return Plan(schedule, rank, len(self.part.flat), self.part.flat.dtype, self.operation)
+        dtype = self.part.flat.dtype
+        return Plan(schedule, rank, len(self.part.flat), dtype, self.operation.carried(dtype))
 
     def start_native(self) -> list[MPI.Request]:
         """Start the MPI library's own."""

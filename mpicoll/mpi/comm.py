@@ -134,7 +134,7 @@ class Comm(MPI.Intracomm):
             return self._native_allreduce(sendbuf, recvbuf, op)
         try:
             written_only = not in_place and on_device(recvbuf)
-            received = [staged(recvbuf, load=False)] if written_only else parts(recvbuf)
+            received = [staged(recvbuf, load=False)] if written_only else parts(recvbuf, masked=True)
             calls = [
                 decide(self, part, operation(op, part.flat.dtype), algorithm, deterministic, segments)
                 for part in received
@@ -142,10 +142,12 @@ class Comm(MPI.Intracomm):
             sent = []
             if not in_place and len(received) == 1:
                 sent = [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
-        except (TypeError, ValueError, BufferError):
+        except (TypeError, ValueError, BufferError, KeyError):
             if algorithm == "auto" and as_it_is:
                 return self._native_allreduce(sendbuf, recvbuf, op)  # takes it, or says what is wrong
             raise
+        if as_it_is and not calls:
+            return self._native_allreduce(sendbuf, recvbuf, op)  # which says what is wrong
         if as_it_is and calls[0].row is None and len(calls) == 1 and len(calls[0].part.flat) <= operations.MAX_COUNT:
             return self._native_allreduce(sendbuf, recvbuf, op)
         if not in_place and len(calls) != 1:

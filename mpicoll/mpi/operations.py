@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from .buffers import PAIRS, is_half, specification
+from .buffers import PAIRS, accumulator, is_half, specification
 
 MAX_COUNT = 2**30
 """Elements handed to the MPI library at once: past 2^31 some fail, and some return the input unreduced."""
@@ -27,6 +27,10 @@ class Operation:
     widens: bool = False
     finish: Callable[[np.ndarray, int], None] | None = None
     predefined: bool = True
+
+    def carried(self, dtype: np.dtype) -> np.dtype:
+        """In what partial results of ``dtype`` are kept and sent."""
+        return accumulator(dtype) if self.widens else dtype
 
 
 def _mean(total: np.ndarray, p: int) -> None:
@@ -71,8 +75,10 @@ def operation(op: str | MPI.Op, dtype: np.dtype) -> Operation:
         name = _NAMES.get(op.handle)
         if name is None:
             return _by_mpi(op, dtype)
-    else:
+    elif isinstance(op, str):
         name = op
+    else:
+        raise TypeError(f"expected the name of an operation or an MPI.Op, got {type(op).__name__}")
     if name not in _TABLE:
         known = ", ".join(_TABLE)
         raise ValueError(f"unknown operation {op!r}: expected {known}, or an MPI.Op")

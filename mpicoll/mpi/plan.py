@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ..schedule import Recv, Round, Schedule, Send, Verb, chunk_start, is_final, pieces
-from .buffers import accumulator
 from .operations import Operation
 
 MAX_MESSAGE = 2**30
@@ -81,17 +80,25 @@ class Bound(NamedTuple):
 
 
 class Plan:
-    """The part of ``rank`` in ``schedule``, for vectors of ``count`` elements of ``dtype`` and an operation.
+    """The part of ``rank`` in ``schedule``, for vectors of ``count`` elements of ``dtype``.
 
-    Where the operation widens, partial sums are carried and sent in ``accumulator(dtype)`` and results in ``dtype``.
+    Partial results are carried and sent in the dtype ``carried``, results in ``dtype``; if it ``finishes``, something
+    is done to each result before it is rounded to that.
     ``bytes_sent`` is the payload of the rank's sends in one run, ``scratch_bytes`` the memory it needs meanwhile.
     """
 
-    def __init__(self, schedule: Schedule, rank: int, count: int, dtype: np.dtype, operation: Operation) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int,
+        count: int,
+        dtype: np.dtype,
+        carried: np.dtype | None = None,
+        finishes: bool = False,
+    ) -> None:
         self._schedule, self._rank = schedule, rank
         self._count, self._dtype = count, np.dtype(dtype)
-        self._operation = operation
-        self._carried = accumulator(self._dtype) if operation.widens else self._dtype
+        self._carried, self._finishes = np.dtype(carried or dtype), finishes
         self._widens = self._carried != self._dtype
         self._landing_size = 0
         self._unfinished = np.ones(schedule.chunks, bool)  # chunks whose result is not in the caller's vector yet
@@ -106,8 +113,8 @@ class Plan:
         self.scratch_bytes = end
         self.bytes_sent = sum(message.hi - message.lo for step in self._steps for message in step.sends)
 
-    def bind(self, vector: np.ndarray, scratch: np.ndarray) -> Iterator[Bound]:
-        """The rounds on ``vector`` (one-dimensional, contiguous), which ends with the result.
+    def bind(self, vector: np.ndarray, scratch: np.ndarray, operation: Operation) -> Iterator[Bound]:
+        """The rounds of ``operation`` on ``vector`` (one-dimensional, contiguous), which ends with the result.
 
         ``scratch`` (uint8) has at least ``scratch_bytes`` elements, left with arbitrary contents.
         """
@@ -123,7 +130,7 @@ class Plan:
         else:
             arrays.insert(0, vector)
             bytes_of.insert(0, caller)
-        operation, p = self._operation, self._schedule.p
+        p = self._schedule.p
         for recvs, sends, moves, reductions in self._steps:
             yield Bound(
                 [(bytes_of[area][lo:hi], peer) for area, lo, hi, peer in recvs],
@@ -154,7 +161,7 @@ class Plan:
             yield self._compile_round(round_)
         if self._widens:
             yield _Step([], [], self._finishing(0, self._schedule.chunks), [])
-        elif self._operation.finish and self._count:
+        elif self._finishes and self._count:
             yield _Step([], [], [_Move(0, 0, self._count, 0, 0, finish=True)], [])
 
     def _compile_round(self, round_: Round) -> _Step:

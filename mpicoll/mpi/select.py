@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from ..algorithms import ALGORITHMS, Algorithm, find
-from .buffers import PAIRS, accumulator, is_half
+from .buffers import PAIRS, is_half
 from .operations import Operation
 
 LARGE = 8 << 20
@@ -39,7 +39,7 @@ def choose(
 
     Raises ``ValueError`` if the named one cannot do it.
     """
-    nbytes = count * (accumulator(dtype) if operation.widens else dtype).itemsize
+    nbytes = count * operation.carried(dtype).itemsize
     if algorithm == "auto":
         native_can = not deterministic and not is_half(dtype)
         native_is_best = nbytes < LARGE or not operation.predefined or dtype in PAIRS

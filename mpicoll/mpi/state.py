@@ -31,32 +31,37 @@ class State:
     scratch memory for whichever blocking call runs, as large as the largest that ran."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
-        self.comm = MPI.Intracomm(comm).Dup()  # not that of a subclass, which would make a state again
+        group = comm.Get_group()
+        self.comm = MPI.Intracomm(comm).Create(group)  # a duplicate, but for the user's attributes
+        group.Free()
         self.p, self.rank = self.comm.size, self.comm.rank
         self.plans: dict[tuple[Any, ...], Plan] = {}
         self._scratch = np.empty(0, np.uint8)
         self._interrupted = False
         self._running = Lock()
         self._handles = self._persistent = 0
+        self._users = 1  # the communicator, and handles that are not done with
 
     def plan(
         self, algorithm: Algorithm, parameters: dict[str, int], count: int, dtype: np.dtype, operation: Operation
     ) -> Plan:
         """The plan for such a call, made now or before."""
-        key = (algorithm.collective, algorithm.name, *parameters.items(), count, dtype, operation.name)
-        plan = self.plans.pop(key, None) if operation.predefined else None
+        carried, finishes = operation.carried(dtype), operation.finish is not None
+        key = (algorithm.collective, algorithm.name, *parameters.items(), count, dtype, carried, finishes)
+        plan = self.plans.pop(key, None)
         if plan is None:
-            plan = Plan(algorithm.schedule(self.p, **parameters), self.rank, count, dtype, operation)
-        if operation.predefined:  # one that a user defined may be freed and its like made again
             if len(self.plans) >= MAX_PLANS:
                 del self.plans[next(iter(self.plans))]
-            self.plans[key] = plan  # the newest last
+            schedule = algorithm.schedule(self.p, **parameters)
+            plan = Plan(schedule, self.rank, count, dtype, carried, finishes)
+        self.plans[key] = plan  # the newest last
         return plan
 
-    def run(self, plan: Plan, vector: np.ndarray) -> None:
+    def run(self, plan: Plan, vector: np.ndarray, operation: Operation) -> None:
         """Do it now, on memory that belongs to the caller."""
         if under_way:  # other ranks may need them to go on before they join this
-            Handle(self, plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8)), BLOCKING_TAG).wait()
+            bounds = plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8), operation)
+            Handle(self, bounds, BLOCKING_TAG).wait()
             return
         self.check()
         if not self._running.acquire(blocking=False):
@@ -68,7 +73,7 @@ class State:
             if len(self._scratch) < plan.scratch_bytes:
                 self._scratch = np.empty(plan.scratch_bytes, np.uint8)
             with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
-                for bound in plan.bind(vector, self._scratch):
+                for bound in plan.bind(vector, self._scratch, operation):
                     bound.before()
                     _exchange(self.comm, bound)
                     bound.after()
@@ -92,6 +97,16 @@ class State:
         """Messages may stay behind: nothing can be started any more."""
         self._interrupted = True
 
+    def retain(self) -> None:
+        """Keep the private communicator, though the user's may be freed."""
+        self._users += 1
+
+    def release(self) -> None:
+        """The opposite; the last one frees it."""
+        self._users -= 1
+        if not self._users and not MPI.Is_finalized():
+            self.comm.Free()
+
     def handle_tag(self) -> int:
         """A tag for one nonblocking call: the same on all ranks, which make their calls in the same order."""
         self._handles += 1
@@ -108,7 +123,7 @@ class State:
         return PERSISTENT_TAGS[self._persistent - 1]
 
 
-def _exchange(comm: MPI.Intracomm, bound: Bound) -> None:
+def _exchange(comm: MPI.Comm, bound: Bound) -> None:
     recvs, sends = bound.recvs, bound.sends
     if len(recvs) == len(sends) == 1:  # one call: small messages cost what the calls cost
         (into, source), (out, dest) = recvs[0], sends[0]
@@ -117,7 +132,7 @@ def _exchange(comm: MPI.Intracomm, bound: Bound) -> None:
         MPI.Request.Waitall(_post(comm, bound, BLOCKING_TAG))
 
 
-def _post(comm: MPI.Intracomm, bound: Bound, tag: int) -> list[MPI.Request]:
+def _post(comm: MPI.Comm, bound: Bound, tag: int) -> list[MPI.Request]:
     requests = [comm.Irecv((memory, MPI.BYTE), peer, tag) for memory, peer in bound.recvs]
     requests += [comm.Isend((memory, MPI.BYTE), peer, tag) for memory, peer in bound.sends]
     return requests
@@ -144,6 +159,11 @@ class Handle:
         deliver: Iterable[Callable[[], None]] = (),
     ) -> None:
         state.check()
+        if _thread_level != MPI.THREAD_MULTIPLE:  # see driving(); refused here, where all ranks are
+            raise RuntimeError(
+                "handles of our algorithms need MPI_THREAD_MULTIPLE, mpi4py's default: set mpi4py.rc.thread_level = "
+                "'multiple' before the first import of mpi4py.MPI, or use algorithm='native'"
+            )
         self._state, self._tag = state, tag
         self._result, self._deliver = result, tuple(deliver)
         self._lock = Lock()  # of the thread that makes progress
@@ -174,6 +194,7 @@ class Handle:
         with self._guarded():
             self._next_round()
         if self._bound is not None:
+            self._state.retain()
             under_way.append(self)
 
     def _advance(self, wait: bool = False) -> bool:
@@ -193,11 +214,15 @@ class Handle:
                     self._next_round()
                 progressed = True
                 if self._bound is None:
-                    under_way.remove(self)
+                    self._gone()
             return progressed
         finally:
             _inside(False)
             self._lock.release()
+
+    def _gone(self) -> None:
+        under_way.remove(self)
+        self._state.release()
 
     def _next_round(self) -> None:
         for bound in self._bounds:
@@ -233,7 +258,7 @@ class _Guarded:
         if kind is not None:
             self._handle._state.interrupted()
             if self._handle in under_way:
-                under_way.remove(self._handle)
+                self._handle._gone()
 
 
 class PersistentHandle(Handle):
@@ -256,6 +281,7 @@ class PersistentHandle(Handle):
         self._gather = tuple(gather)
         self._rounds: list[Bound] | None = list(bounds)
         self._made = [self._persistent_requests(bound) for bound in self._rounds]
+        state.retain()
 
     def start(self) -> "PersistentHandle":
         """Begin, with what the array holds now.  All ranks start theirs in the same order."""
@@ -274,10 +300,12 @@ class PersistentHandle(Handle):
         """Give its requests and its memory back."""
         if self._bound is not None:
             raise RuntimeError("this persistent collective is under way: wait for it first")
-        for requests in self._made:
-            for request in requests:
-                request.Free()
-        self._made, self._rounds = [], None
+        if self._rounds is not None:
+            for requests in self._made:
+                for request in requests:
+                    request.Free()
+            self._made, self._rounds = [], None
+            self._state.release()
 
     def _post(self, bound: Bound) -> list[Any]:
         requests = next(self._requests_of)
@@ -330,11 +358,6 @@ def driving() -> Iterator[None]:
     if not under_way:
         yield
         return
-    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-        raise RuntimeError(
-            "handles are under way, and cannot be driven during a blocking call of the MPI library without "
-            "MPI_THREAD_MULTIPLE: wait for them first"
-        )
     returned = Event()
 
     def drive() -> None:
@@ -389,8 +412,7 @@ _keyval_lock = Lock()
 
 
 def _release(comm: MPI.Comm, keyval: int, state: State) -> None:
-    if not MPI.Is_finalized():
-        state.comm.Free()
+    state.release()
 
 
 def _create_keyval() -> None:

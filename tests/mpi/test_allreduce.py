@@ -497,7 +497,8 @@ def test_auto_is_native_below_and_ours_above(comm, monkeypatch):
 
 def run_directly(comm: MPI.Intracomm, schedule: Schedule, x: np.ndarray) -> None:
     """Without the table: on a communicator that carries nothing else."""
-    State(comm).run(Plan(schedule, comm.rank, len(x), x.dtype, operation("sum", x.dtype)), x)
+    added = operation("sum", x.dtype)
+    State(comm).run(Plan(schedule, comm.rank, len(x), x.dtype, added.carried(x.dtype)), x, added)
 
 
 @pytest.mark.parametrize("make", [census, everyone, exchange, lambda p: fold_tree_reduce(p, p - 1)])
@@ -576,6 +577,6 @@ def test_an_unrelated_rank_is_not_needed(comm):
 
 
 def test_a_plan_is_for_one_kind_of_vector():
-    ready = Plan(find("allreduce", "ring").schedule(P), 0, 10, np.dtype("f8"), operation("sum", np.dtype("f8")))
+    ready = Plan(find("allreduce", "ring").schedule(P), 0, 10, np.dtype("f8"))
     with pytest.raises(ValueError, match=r"planned for 10 x float64, got \(11,\) x float64"):
-        next(ready.bind(np.zeros(11), np.empty(10**4, np.uint8)))
+        next(ready.bind(np.zeros(11), np.empty(10**4, np.uint8), operation("sum", np.dtype("f8"))))

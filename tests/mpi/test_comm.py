@@ -151,6 +151,12 @@ def test_what_mpi4py_takes_gives_what_mpi4py_gives(comm, ours, dtype):
         yield data.data, np.zeros_like(data).data, op
         yield [data, 2], [np.zeros(2, dtype), 2], op
         yield [data, (2, 3)], np.zeros(2, dtype), op
+        yield [data, [2, 3]], [np.zeros(2, dtype), np.int64(2)], op
+        yield data, [], op
+        yield data, [np.zeros(6, dtype), 3, 2], op
+        yield data, [np.zeros(6, dtype), "float64"], op
+        yield [data.view("u1")[:-1], np.dtype(dtype).char], np.zeros(5, dtype), op
+        yield MPI.IN_PLACE, [np.zeros(6, dtype), 12, MPI.WCHAR], op
         yield data[:0], np.zeros(0, dtype), op
         yield data, data[:3].copy(), op
         yield data, np.zeros(6, "u1"), op
@@ -172,6 +178,46 @@ def test_what_mpi4py_takes_gives_what_mpi4py_gives(comm, ours, dtype):
         for one, other in ((sent, sent2), (received, received2)):
             if isinstance(one, (np.ndarray, memoryview)):
                 np.testing.assert_array_equal(np.asarray(other), np.asarray(one))
+
+
+@pytest.mark.usefixtures("either")
+def test_ranks_may_describe_the_same_data_differently(ours):
+    """All legal for mpi4py: no rank may take another algorithm for how its buffer is passed."""
+    for n, make in enumerate(
+        [
+            lambda x: x,
+            np.ma.array,
+            lambda x: [x, np.int64(6)],
+            lambda x: [x, [6, 0], MPI.DOUBLE],
+            lambda x: [x.view(">f8"), MPI.DOUBLE],
+            lambda x: [x.reshape(2, 3).T, "d"],
+            lambda x: [memoryview(x), 6, 0, MPI.DOUBLE],
+        ]
+    ):
+        x = np.full(6, ours.rank + 1.0)
+        ours.Allreduce(MPI.IN_PLACE, make(x) if ours.rank == n % P else x)
+        np.testing.assert_array_equal(x, TOTAL)
+        y = np.zeros(6)
+        x[:] = 1
+        ours.Allreduce(make(x) if ours.rank == n % P else x, y)
+        np.testing.assert_array_equal(y, P)
+    unaligned = np.zeros(8 * 6 + 1, "u1")[1:].view("d")
+    unaligned[:] = ours.rank + 1
+    aligned = unaligned.copy()
+    ours.Allreduce(MPI.IN_PLACE, [unaligned, MPI.DOUBLE] if ours.rank == P - 1 else aligned)
+    np.testing.assert_array_equal(unaligned if ours.rank == P - 1 else aligned, TOTAL)
+
+
+@pytest.mark.usefixtures("either")
+def test_the_users_attributes_are_copied_once(ours):
+    copies: list[int] = []
+    keyval = MPI.Comm.Create_keyval(copy_fn=lambda comm, keyval, value: copies.append(value) or value)
+    ours.Set_attr(keyval, 7)
+    new = ours.Dup()
+    assert (copies, new.Get_attr(keyval)) == ([7], 7)
+    new.Free()
+    ours.Delete_attr(keyval)
+    MPI.Comm.Free_keyval(keyval)
 
 
 @pytest.mark.usefixtures("either")

@@ -221,6 +221,21 @@ def test_a_plain_communicator_is_refused_before_anything_is_sent(comm):
     plain.Free()
 
 
+def test_a_communicator_may_be_freed_before_its_handles_are_complete(ours):
+    own = ours.Dup()
+    x, y = mine(ours), mine(ours)
+    persistent = mpicoll.allreduce_init(y, own, algorithm="tree")
+    handle = mpicoll.iallreduce(x, own, algorithm="ring")
+    private = state.find_state(own).comm
+    own.Free()
+    handle.wait()
+    persistent.start().wait()
+    np.testing.assert_array_equal(np.stack([x, y]), TOTAL)
+    assert private != MPI.COMM_NULL
+    persistent.free()
+    assert private == MPI.COMM_NULL
+
+
 def test_an_exception_ends_the_handle_and_its_communicator(ours, monkeypatch):
     own = ours.Dup()
     with monkeypatch.context() as patch:
@@ -309,6 +324,10 @@ def test_past_the_thread_level_is_a_clear_error(ours, monkeypatch, level, messag
     """Ranks all see the same; the level is only pretended."""
     monkeypatch.setattr(state, "_thread_level", level)
     mpicoll.allreduce(np.zeros(3), ours, algorithm="ring")  # the main thread may
+    mpicoll.iallreduce(np.zeros(3), ours).wait()
+    for function in (mpicoll.iallreduce, mpicoll.allreduce_init):
+        with pytest.raises(RuntimeError, match="handles of our algorithms need MPI_THREAD_MULTIPLE"):
+            function(np.zeros(3), ours, algorithm="ring")
     if level == MPI.THREAD_SERIALIZED:
         monkeypatch.setattr(state, "_thread_inside", -1)  # somebody else is
     caught: list[str] = []
