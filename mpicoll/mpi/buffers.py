@@ -84,7 +84,7 @@ def accumulator(dtype: np.dtype) -> np.dtype:
 
 def is_half(dtype: np.dtype) -> bool:
     """Is it a 16-bit float: float16, or ml_dtypes' bfloat16?"""
-    return dtype.char == "e" or dtype.name == "bfloat16"
+    return dtype.type is np.float16 or dtype.name == "bfloat16"
 
 
 def on_device(x: Any) -> bool:

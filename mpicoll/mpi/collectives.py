@@ -67,7 +67,7 @@ def allreduce(
         and algorithm == "auto"
         and op == "sum"
         and x.nbytes < LARGE
-        and x.dtype.char in PLAIN
+        and x.dtype.num in PLAIN
         and x.dtype.isnative
         and x.flags.carray
         and isinstance(comm, MPI.Intracomm)
@@ -77,7 +77,7 @@ def allreduce(
     ):
         MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
         return x
-    if isinstance(x, Number):
+    if isinstance(x, (Number, np.generic)):
         scalar = np.array(x)
         allreduce(scalar, comm, op, algorithm, deterministic=deterministic, segments=segments)
         return scalar[()]
@@ -203,11 +203,12 @@ class Call(NamedTuple):
     def finish(self) -> None:
         """What is left to do when the MPI library's own is complete."""
         if self.operation.finish:
-            self.operation.finish(self.part.flat, self.comm.size)
+            with np.errstate(all="ignore"):
+                self.operation.finish(self.part.flat, self.comm.size)
 
     def _pieces(self) -> list[Any]:
         flat, longest = self.part.flat, operations.MAX_COUNT
-        return [specification(flat[start : start + longest]) for start in range(0, len(flat), longest)]
+        return [specification(flat[start : start + longest]) for start in range(0, max(len(flat), 1), longest)]
 
 
 def _calls(

@@ -106,7 +106,7 @@ class Comm(MPI.Intracomm):
             algorithm == "auto"
             and type(recvbuf) is np.ndarray
             and recvbuf.nbytes < LARGE
-            and recvbuf.dtype.char in PLAIN
+            and recvbuf.dtype.num in PLAIN
             and (sendbuf is MPI.IN_PLACE or type(sendbuf) is np.ndarray)
             and type(op) is MPI.Op
             and not (self.deterministic if deterministic is None else deterministic)

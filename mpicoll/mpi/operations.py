@@ -1,6 +1,6 @@
 """What reducing means: every operation as a function of two arrays, on the dtypes that MPI defines it for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,35 +33,59 @@ class Operation:
         return accumulator(dtype) if self.widens else dtype
 
 
+def _pieces(array: np.ndarray, length: int) -> Iterator[slice]:
+    return (slice(start, start + length) for start in range(0, len(array), length))
+
+
+def _elementwise(ufunc: np.ufunc) -> Callable[..., None]:
+    def combine(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
+        if len(out) == 1:  # with out=lower NumPy takes this for a running sum, and of two NaNs leaves the other one
+            out[:] = ufunc(lower, higher)
+        else:
+            ufunc(lower, higher, out=out)
+
+    return combine
+
+
+def _product(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
+    """Of complex numbers it is by parts: NumPy's own rounds differently in long and in short arrays."""
+    if out.dtype.kind != "c":
+        return _elementwise(np.multiply)(lower, higher, out)
+    for piece in _pieces(out, 1 << 13):
+        a, b = lower[piece], higher[piece]
+        real, imag = a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real
+        out.real[piece], out.imag[piece] = real, imag
+    return None
+
+
 def _mean(total: np.ndarray, p: int) -> None:
     """Divide, once; for integers the nearest, to even where two are: of the sum as it is, overflow included."""
     if total.dtype.kind in "fc":
-        np.divide(total, p, out=total)
+        parts = total.view(total.real.dtype)  # complex division by p would make NaNs of infinities
+        np.divide(parts, p, out=parts)
         return
-    step = 1 << 20  # in pieces: divmod needs memory of its own
-    for start in range(0, len(total), step):
-        piece = total[start : start + step]
-        wide = piece.astype(np.uint64 if piece.dtype.kind == "u" else np.int64)
+    for piece in _pieces(total, 1 << 20):  # divmod needs memory of its own
+        wide = total[piece].astype(np.uint64 if total.dtype.kind == "u" else np.int64)
         quotient, rest = np.divmod(wide, p)
         up = (rest > p - rest) | ((rest == p - rest) & (quotient % 2 == 1))
-        piece[:] = quotient + up
+        total[piece] = quotient + up
 
 
 _NUMBERS, _ORDERED, _LOGICAL, _BITS = "iufc", "iuf", "biu", "iu"  # dtype kinds, as the MPI standard groups types
 _TABLE: dict[str, tuple[Operation, str]] = {
     operation.name: (operation, kinds)
     for operation, kinds in [
-        (Operation("sum", np.add, MPI.SUM, widens=True), _NUMBERS),
-        (Operation("mean", np.add, MPI.SUM, widens=True, finish=_mean), _NUMBERS),
-        (Operation("prod", np.multiply, MPI.PROD, widens=True), _NUMBERS),
-        (Operation("max", np.maximum, MPI.MAX), _ORDERED),
-        (Operation("min", np.minimum, MPI.MIN), _ORDERED),
-        (Operation("land", np.logical_and, MPI.LAND), _LOGICAL),
-        (Operation("lor", np.logical_or, MPI.LOR), _LOGICAL),
-        (Operation("lxor", np.logical_xor, MPI.LXOR), _LOGICAL),
-        (Operation("band", np.bitwise_and, MPI.BAND), _BITS),
-        (Operation("bor", np.bitwise_or, MPI.BOR), _BITS),
-        (Operation("bxor", np.bitwise_xor, MPI.BXOR), _BITS),
+        (Operation("sum", _elementwise(np.add), MPI.SUM, widens=True), _NUMBERS),
+        (Operation("mean", _elementwise(np.add), MPI.SUM, widens=True, finish=_mean), _NUMBERS),
+        (Operation("prod", _product, MPI.PROD, widens=True), _NUMBERS),
+        (Operation("max", _elementwise(np.maximum), MPI.MAX), _ORDERED),
+        (Operation("min", _elementwise(np.minimum), MPI.MIN), _ORDERED),
+        (Operation("land", _elementwise(np.logical_and), MPI.LAND), _LOGICAL),
+        (Operation("lor", _elementwise(np.logical_or), MPI.LOR), _LOGICAL),
+        (Operation("lxor", _elementwise(np.logical_xor), MPI.LXOR), _LOGICAL),
+        (Operation("band", _elementwise(np.bitwise_and), MPI.BAND), _BITS),
+        (Operation("bor", _elementwise(np.bitwise_or), MPI.BOR), _BITS),
+        (Operation("bxor", _elementwise(np.bitwise_xor), MPI.BXOR), _BITS),
     ]
 }
 _NAMES = {operation.native.handle: name for name, (operation, _) in _TABLE.items() if name != "mean"}
@@ -83,7 +107,7 @@ def operation(op: str | MPI.Op, dtype: np.dtype) -> Operation:
         known = ", ".join(_TABLE)
         raise ValueError(f"unknown operation {op!r}: expected {known}, or an MPI.Op")
     found, kinds = _TABLE[name]
-    if not (dtype.kind in kinds or (is_half(dtype) and "f" in kinds)):
+    if not ((dtype.kind in kinds and dtype.isbuiltin == 1) or (is_half(dtype) and "f" in kinds)):
         raise TypeError(f"{name} of {_called(dtype)} is not defined")
     return found
 
@@ -97,12 +121,11 @@ def _by_mpi(op: MPI.Op, dtype: np.dtype) -> Operation:
         raise TypeError(
             f"{located} of {_called(dtype)} is not defined: pass [x, count, MPI.DOUBLE_INT] or another pair type"
         )
-    if not located and dtype not in PAIRS and (dtype.kind not in "biufc" or is_half(dtype)):
+    if not located and dtype not in PAIRS and (dtype.kind not in "biufc" or dtype.isbuiltin != 1 or is_half(dtype)):
         raise TypeError(f"a user-defined operation on {_called(dtype)} is not supported")
 
     def combine(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
-        for start in range(0, len(lower), MAX_COUNT):
-            piece = slice(start, start + MAX_COUNT)
+        for piece in _pieces(lower, MAX_COUNT):
             op.Reduce_local(specification(lower[piece]), specification(higher[piece]))  # into the second
         if out is not higher:
             out[:] = higher

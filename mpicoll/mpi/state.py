@@ -7,7 +7,7 @@ calls do not drive ours.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Lock, Thread, get_ident
 from typing import Any
 
@@ -40,6 +40,7 @@ class State:
         self._interrupted = False
         self._running = Lock()
         self._handles = self._persistent = 0
+        self._pending: dict[int, Handle] = {}  # handles under way, by tag
         self._users = 1  # the communicator, and handles that are not done with
 
     def plan(
@@ -59,10 +60,6 @@ class State:
 
     def run(self, plan: Plan, vector: np.ndarray, operation: Operation) -> None:
         """Do it now, on memory that belongs to the caller."""
-        if under_way:  # other ranks may need them to go on before they join this
-            bounds = plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8), operation)
-            Handle(self, bounds, BLOCKING_TAG).wait()
-            return
         self.check()
         if not self._running.acquire(blocking=False):
             raise RuntimeError(
@@ -70,6 +67,9 @@ class State:
             )
         try:
             _inside(True)
+            if under_way:  # other ranks may need them to go on before they join this
+                self._run_driving(plan, vector, operation)
+                return
             if len(self._scratch) < plan.scratch_bytes:
                 self._scratch = np.empty(plan.scratch_bytes, np.uint8)
             with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
@@ -83,6 +83,14 @@ class State:
         finally:
             _inside(False)
             self._running.release()
+
+    def _run_driving(self, plan: Plan, vector: np.ndarray, operation: Operation) -> None:
+        handle = Handle(self, plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8), operation), BLOCKING_TAG)
+        try:
+            handle.wait()
+        except BaseException as error:
+            handle.abandon(error)
+            raise
 
     def check(self) -> None:
         """Raise if nothing may be started here: messages of an interrupted call would be taken for the new one's."""
@@ -98,22 +106,27 @@ class State:
         self._interrupted = True
 
     def retain(self) -> None:
-        """Keep the private communicator, though the user's may be freed."""
+        """Another user of the private communicator."""
         self._users += 1
 
     def release(self) -> None:
-        """The opposite; the last one frees it."""
+        """One less; the last one frees it."""
         self._users -= 1
         if not self._users and not MPI.Is_finalized():
             self.comm.Free()
 
     def handle_tag(self) -> int:
         """A tag for one nonblocking call: the same on all ranks, which make their calls in the same order."""
+        self.check()
         self._handles += 1
-        return HANDLE_TAGS[self._handles % len(HANDLE_TAGS)]
+        tag = HANDLE_TAGS[self._handles % len(HANDLE_TAGS)]
+        if tag in self._pending:  # from a round of tags ago; all ranks have started it long since
+            self._pending[tag].wait()
+        return tag
 
     def persistent_tag(self) -> int:
         """A tag for one persistent call."""
+        self.check()
         if self._persistent == len(PERSISTENT_TAGS):
             raise RuntimeError(
                 f"{self._persistent} persistent collectives were made on this communicator, one more than there "
@@ -121,6 +134,16 @@ class State:
             )
         self._persistent += 1
         return PERSISTENT_TAGS[self._persistent - 1]
+
+    def started(self, handle: "Handle", tag: int) -> None:
+        """Keep the private communicator as long as the handle is under way, though the user's may be freed."""
+        self._pending[tag] = handle
+        self.retain()
+
+    def completed(self, tag: int) -> None:
+        """The opposite."""
+        del self._pending[tag]
+        self.release()
 
 
 def _exchange(comm: MPI.Comm, bound: Bound) -> None:
@@ -139,7 +162,10 @@ def _post(comm: MPI.Comm, bound: Bound, tag: int) -> list[MPI.Request]:
 
 
 under_way: list["Handle"] = []
-"""Handles started and not complete, oldest first, of all communicators."""
+"""Handles of ours started and not complete, oldest first, of all communicators."""
+
+_native_under_way: list["NativeHandle"] = []
+_abandoned: list["Handle"] = []  # after an exception: MPI may still write to their memory
 
 
 class Handle:
@@ -167,98 +193,97 @@ class Handle:
         self._state, self._tag = state, tag
         self._result, self._deliver = result, tuple(deliver)
         self._lock = Lock()  # of the thread that makes progress
+        self._bound: Bound | None = None
+        self._requests: list[Any] = []
+        self._error: BaseException | None = None
         self._begin(bounds)
 
     def poll(self) -> bool:
         """Make what progress is possible without waiting; is it complete?"""
         check_thread()
         _advance_all()
+        self._raise_if_abandoned()
         return self._bound is None
 
     def wait(self) -> Any:
         """Wait until it is complete, and return the array (or list) that holds the result."""
         check_thread()
         while self._bound is not None:
-            if self not in under_way:  # an exception ended it, in this call or an earlier one
-                self._state.check()
-            if len(under_way) == 1:
+            self._raise_if_abandoned()
+            if under_way == [self]:
                 self._advance(wait=True)
             elif not _advance_all():
                 time.sleep(0)  # others may need this core
+        self._raise_if_abandoned()
         return self._result
+
+    def abandon(self, error: BaseException) -> None:
+        """Give up: what is under way stays so, and the communicator is of no use any more."""
+        self._error = error
+        self._state.interrupted()
+        if self in under_way:
+            under_way.remove(self)
+            _abandoned.append(self)
+
+    def _raise_if_abandoned(self) -> None:
+        if self._error is not None:
+            raise RuntimeError(f"this collective was interrupted by an exception: {self._error!r}") from self._error
 
     def _begin(self, bounds: Iterator[Bound]) -> None:
         self._bounds = bounds
-        self._bound: Bound | None = None
-        self._requests: list[Any] = []
-        with self._guarded():
-            self._next_round()
-        if self._bound is not None:
-            self._state.retain()
+        with self._lock, _guarding(self):
+            self._state.started(self, self._tag)
             under_way.append(self)
+            self._next_round()
 
     def _advance(self, wait: bool = False) -> bool:
         """Go on with what has arrived, or ``wait`` for all of it.  Was there any progress?"""
         if not self._lock.acquire(blocking=wait):
             return False  # another thread is at it
+        progressed = False
         try:
             _inside(True)
-            progressed = False
-            while self._bound is not None:
-                with self._guarded():
+            with _guarding(self):
+                while self._bound is not None and self._error is None:
                     if wait:
                         MPI.Request.Waitall(self._requests)
                     elif not MPI.Request.Testall(self._requests):
                         break
                     self._bound.after()
                     self._next_round()
-                progressed = True
-                if self._bound is None:
-                    self._gone()
-            return progressed
+                    progressed = True
         finally:
             _inside(False)
             self._lock.release()
-
-    def _gone(self) -> None:
-        under_way.remove(self)
-        self._state.release()
+        return progressed
 
     def _next_round(self) -> None:
         for bound in self._bounds:
             bound.before()
+            self._bound = bound
             self._requests = self._post(bound)
             if self._requests:
-                self._bound = bound
                 return
             bound.after()
         for deliver in self._deliver:
             deliver()
+        under_way.remove(self)
         self._bound = None
+        self._state.completed(self._tag)
 
     def _post(self, bound: Bound) -> list[Any]:
         return _post(self._state.comm, bound, self._tag)
 
-    def _guarded(self) -> "_Guarded":
-        return _Guarded(self)
 
-
-class _Guarded:
+@contextmanager
+def _guarding(handle: Handle) -> Iterator[None]:
     """Floating-point conditions are results, not errors; any exception spoils the communicator."""
-
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
-        self._errstate = np.errstate(all="ignore")
-
-    def __enter__(self) -> None:
-        self._errstate.__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        self._errstate.__exit__(kind, *rest)
-        if kind is not None:
-            self._handle._state.interrupted()
-            if self._handle in under_way:
-                self._handle._gone()
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except BaseException as error:
+        handle.abandon(error)
+        raise
 
 
 class PersistentHandle(Handle):
@@ -267,18 +292,8 @@ class PersistentHandle(Handle):
     It keeps its memory and its MPI requests, so that starting it allocates nothing.
     """
 
-    def __init__(
-        self,
-        state: State,
-        bounds: Iterator[Bound],
-        tag: int,
-        result: Any,
-        gather: Iterable[Callable[[], None]] = (),
-        deliver: Iterable[Callable[[], None]] = (),
-    ) -> None:
+    def __init__(self, state: State, bounds: Iterator[Bound], tag: int, result: Any) -> None:
         super().__init__(state, iter(()), tag, result)
-        self._deliver = tuple(deliver)
-        self._gather = tuple(gather)
         self._rounds: list[Bound] | None = list(bounds)
         self._made = [self._persistent_requests(bound) for bound in self._rounds]
         state.retain()
@@ -287,17 +302,18 @@ class PersistentHandle(Handle):
         """Begin, with what the array holds now.  All ranks start theirs in the same order."""
         if self._rounds is None:
             raise RuntimeError("this persistent collective was freed")
+        self._raise_if_abandoned()
         if self._bound is not None:
             raise RuntimeError("this persistent collective is under way: wait for it first")
         self._state.check()
-        for gather in self._gather:
-            gather()
         self._requests_of = iter(self._made)
         self._begin(iter(self._rounds))
         return self
 
     def free(self) -> None:
         """Give its requests and its memory back."""
+        if self._error is not None:
+            return  # MPI may still be using them
         if self._bound is not None:
             raise RuntimeError("this persistent collective is under way: wait for it first")
         if self._rounds is not None:
@@ -326,35 +342,45 @@ class NativeHandle:
     ) -> None:
         self._requests, self._result, self._deliver = requests, result, tuple(deliver)
         self._keep = keep  # mpi4py's nonblocking reductions let go of their buffers and operation
+        self._lock = Lock()
+        for other in list(_native_under_way):  # those that nobody waits for
+            other._test()
+        _native_under_way.append(self)
 
     def poll(self) -> bool:
         """Is it complete?"""
         check_thread()
         _advance_all()
-        return self._complete(MPI.Request.Testall(self._requests))
+        return self._test()
 
     def wait(self) -> Any:
         """Wait until it is complete, and return the array (or list) that holds the result."""
-        while under_way:
-            if self.poll():
-                return self._result
-            time.sleep(0)
         check_thread()
-        MPI.Request.Waitall(self._requests)
-        self._complete(True)
+        while not self._test(wait=not under_way):
+            if not _advance_all():
+                time.sleep(0)
         return self._result
 
-    def _complete(self, done: bool) -> bool:
-        if done and self._keep is not None:
-            self._keep = None
+    def _test(self, wait: bool = False) -> bool:
+        with self._lock:
+            if self not in _native_under_way:
+                return True
+            if wait:
+                MPI.Request.Waitall(self._requests)
+            elif not MPI.Request.Testall(self._requests):
+                return False
             for deliver in self._deliver:
                 deliver()
-        return done
+            _native_under_way.remove(self)
+            self._keep = None
+            return True
 
 
 @contextmanager
 def driving() -> Iterator[None]:
     """Drive what is under way, by a thread, while this one is inside a blocking call of the MPI library."""
+    if under_way:
+        _advance_all()
     if not under_way:
         yield
         return
@@ -374,7 +400,12 @@ def driving() -> Iterator[None]:
 
 
 def _advance_all() -> bool:
-    return sum(handle._advance() for handle in list(under_way)) > 0  # all of them: any() would stop at the first
+    """All of them, once; was there any progress?  An exception is its own handle's: its ``poll`` and ``wait`` raise."""
+    progressed = False
+    for handle in list(under_way):
+        with suppress(Exception):
+            progressed = handle._advance() or progressed
+    return progressed
 
 
 # Threads: MPI says what it takes, once and for all.
