@@ -135,4 +135,6 @@ def _by_mpi(op: MPI.Op, dtype: np.dtype) -> Operation:
 
 def _called(dtype: np.dtype) -> str:
     kinds = {"b": "booleans", "c": "complex numbers", "f": "floats", "O": "objects"}
-    return f"pairs {dtype}" if dtype in PAIRS else kinds.get(dtype.kind, f"dtype {dtype}")
+    if dtype in PAIRS:
+        return f"pairs {dtype}"
+    return kinds.get(dtype.kind, f"dtype {dtype}") if dtype.isbuiltin == 1 else f"dtype {dtype}"

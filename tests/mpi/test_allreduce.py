@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fnuz, float8_e5m2
 from mpi4py import MPI
 
 import mpicoll
@@ -165,7 +165,12 @@ def test_means(comm, name):
         x = everyones[comm.rank].astype(dtype)
         mpicoll.allreduce(x, comm, "mean", name)
         whole = np.dtype(dtype).kind in "iu"
-        np.testing.assert_array_equal(x, np.rint(total / P) if whole else (total.astype(dtype) / P).astype(dtype))
+        np.testing.assert_array_equal(x, np.rint(total / P) if whole else total.astype(x.real.dtype) / P)
+    with np.errstate(all="raise"):
+        x = np.array([np.inf + 1j, 1e308 + 1j, 2.5e-308])
+        mpicoll.allreduce(x, comm, "mean", name)
+    assert x[0] == np.inf + 1j
+    assert P == 1 or x[1] in (np.inf + 1j, 1e308 + 1j)
     x = -everyones[comm.rank].astype("i4")
     mpicoll.Comm(comm).Allreduce(MPI.IN_PLACE, x, "mean", name)
     np.testing.assert_array_equal(x, np.rint(-total / P))
@@ -275,6 +280,28 @@ def test_deterministic_sums_do_not_depend_on_algorithm_length_pieces_or_fusion(c
             ours.Allreduce(MPI.IN_PLACE, data.copy(), algorithm=name)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_single_numbers_and_complex_products_have_the_same_bits_too(comm, name):
+    """NumPy takes other ways for arrays of length one, and there leaves other NaNs and rounds products differently."""
+    nans = np.array([0x7FC00001 + rank for rank in range(P)], "u4").view("f4")
+    x = nans[comm.rank : comm.rank + 1].copy()
+    mpicoll.allreduce(x, comm, algorithm=name)
+    assert_same_bits(comm, x)
+    x = np.array([[np.inf, -np.inf, np.nan, 1.0][comm.rank % 4]])
+    mpicoll.allreduce(x, comm, algorithm=name)
+    assert_same_bits(comm, x)
+    rng = np.random.default_rng(comm.rank)
+    for dtype in ("c8", "c16"):
+        z = (rng.normal(size=33) + 1j * rng.normal(size=33)).astype(dtype)
+        whole, parts = z.copy(), [z[n : n + 1].copy() for n in range(33)]
+        mpicoll.allreduce(whole, comm, "prod", name)
+        assert_same_bits(comm, whole)
+        if name in CANONICAL:
+            for part in parts:
+                mpicoll.allreduce(part, comm, "prod", name)
+            assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
 def test_shapes_orders_scalars_and_the_ring_by_name(comm):
     x = np.full((3, 4, 5), float(comm.rank))
     np.testing.assert_array_equal(mpicoll.ring_allreduce(x, comm), np.full((3, 4, 5), P * (P - 1) / 2))
@@ -287,7 +314,9 @@ def test_shapes_orders_scalars_and_the_ring_by_name(comm):
     assert mpicoll.allreduce(1.5, comm, "mean", "tree") == 1.5
     assert mpicoll.allreduce(np.float32(2), comm, "prod").dtype == np.float32
     assert mpicoll.allreduce(2j, comm) == 2j * P
-    assert not mpicoll.allreduce(comm.rank != P - 1, comm, "land")
+    for truth in (bool, np.bool_):
+        assert not mpicoll.allreduce(truth(comm.rank != P - 1), comm, "land")
+    assert mpicoll.allreduce(bfloat16(2), comm) == 2 * P
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -361,6 +390,8 @@ def test_exporters_of_memory(comm, name):
         ({1.0}, TypeError, "expected an array in host memory, got builtins.set"),
         (np.zeros(3, object), TypeError, "sum of objects is not defined"),
         (np.zeros(3, "S4"), TypeError, r"sum of dtype \|S4 is not defined"),
+        (np.zeros(3, float8_e5m2), TypeError, "sum of .*float8_e5m2 is not defined"),
+        (np.zeros(3, float8_e4m3fnuz), TypeError, "sum of .*float8_e4m3fnuz is not defined"),
         (np.zeros(3, ">f8"), TypeError, "native byte order, got dtype >f8"),
         (np.zeros((4, 4))[:, ::2], ValueError, "contiguous"),
         (np.broadcast_to(np.zeros(1), 1), ValueError, "writable"),

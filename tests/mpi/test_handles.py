@@ -108,6 +108,66 @@ def test_tags_come_round_while_others_are_pending(ours, monkeypatch):
             np.testing.assert_array_equal(x, TOTAL * n)
 
 
+def test_tags_come_round_while_one_is_half_way_on_some_ranks(ours, monkeypatch):
+    monkeypatch.setattr(state, "HANDLE_TAGS", range(1, 4))
+    for name in ("ring", "circulant"):
+        x = mine(ours)
+        first = mpicoll.iallreduce(x, ours, algorithm=name)
+        for _ in range(100 if ours.rank == 1 else 0):
+            first.poll()
+        later = [mine(ours) * n for n in range(7)]
+        handles = [mpicoll.iallreduce(y, ours, algorithm=name) for y in later]
+        for handle in [*handles, first]:
+            handle.wait()
+        np.testing.assert_array_equal(x, TOTAL)
+        for n, y in enumerate(later):
+            np.testing.assert_array_equal(y, TOTAL * n)
+
+
+def test_a_call_refused_on_one_rank_leaves_ranks_in_step(ours, monkeypatch):
+    if ours.rank == 0:
+        with monkeypatch.context() as patch:
+            patch.setattr(state, "_thread_level", MPI.THREAD_SERIALIZED)
+            patch.setattr(state, "_thread_inside", -1)
+            for function in (mpicoll.iallreduce, mpicoll.allreduce_init):
+                with pytest.raises(RuntimeError, match="one thread at a time"):
+                    function(np.zeros(3), ours, algorithm="ring")
+    x = mine(ours)
+    mpicoll.iallreduce(x, ours, algorithm="ring").wait()
+    handle = mpicoll.allreduce_init(x, ours, "max", algorithm="ring")
+    handle.start().wait()
+    np.testing.assert_array_equal(x, TOTAL)
+    handle.free()
+
+
+def test_empty_arrays_are_calls_too(ours):
+    """Native calls with nothing in them still join the ranks: all of them must make them."""
+    handle = mpicoll.iallreduce(mine(ours), ours, algorithm="ring")
+    if ours.rank == 0:
+        handle.wait()
+    empty = np.empty(0)
+    mpicoll.allreduce(memoryview(empty) if ours.rank == P - 1 else empty, ours)
+    x = mine(ours)
+    mpicoll.allreduce(x, ours)
+    np.testing.assert_array_equal(x, TOTAL)
+    handle.wait()
+
+
+def test_a_dropped_native_handle_keeps_its_memory(ours):
+    arrays = [np.full(200_000, ours.rank + 1.0) for _ in range(2)]
+    mpicoll.iallreduce(arrays, ours)
+    gc.collect()
+    junk = [np.full(200_000, -1.0) for _ in range(8)]
+    if ours.rank == P - 1:
+        time.sleep(0.2)
+    last = mpicoll.iallreduce(mine(ours), ours)
+    last.wait()
+    while state._native_under_way:  # by the dropped one itself
+        state._native_under_way[0].poll()
+    np.testing.assert_array_equal(np.concatenate(arrays), TOTAL)
+    del junk
+
+
 def test_a_dropped_handle_still_arrives(ours):
     x = mine(ours)
     mpicoll.iallreduce(x, ours, algorithm="ring")
@@ -255,9 +315,59 @@ def test_an_exception_ends_the_handle_and_its_communicator(ours, monkeypatch):
             patch.setattr(Bound, "after", fails)
             with pytest.raises(KeyboardInterrupt):
                 handle.wait()
-        for call in (handle.wait, handle.wait):
+        for call in (handle.wait, handle.poll, handle.wait):
             with pytest.raises(RuntimeError, match="interrupted by an exception"):
                 call()
+        third = ours.Dup()
+        persistent = mpicoll.allreduce_init(np.zeros(100), third, algorithm="ring")
+        persistent.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(Bound, "after", fails)
+            with pytest.raises(KeyboardInterrupt):
+                persistent.wait()
+        with pytest.raises(RuntimeError, match="interrupted by an exception"):
+            persistent.start()
+        persistent.free()
+
+
+def test_an_exception_is_raised_by_its_own_handle_alone(ours, monkeypatch):
+    if P == 1:
+        return
+    broken, sound = ours.Dup(), ours.Dup()
+    after = Bound.after
+
+    def fails(self: Bound) -> None:
+        if self.operation.name == "max":
+            raise MemoryError
+        after(self)
+
+    monkeypatch.setattr(Bound, "after", fails)
+    x = mine(ours, 100)
+    failing = mpicoll.iallreduce(mine(ours, 100), broken, "max", "ring")
+    handle = mpicoll.iallreduce(x, sound, "sum", "ring")
+    while not handle.poll():
+        pass
+    np.testing.assert_array_equal(x, TOTAL)
+    with pytest.raises((RuntimeError, MemoryError)):
+        failing.wait()
+
+
+def test_interrupted_while_driving_others_the_communicator_refuses(ours, monkeypatch):
+    own, x = ours.Dup(), mine(ours)
+    pending = mpicoll.iallreduce(x, ours, algorithm="ring")
+
+    def interrupted(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    if P > 1:
+        with monkeypatch.context() as patch:
+            patch.setattr(state.Handle, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                mpicoll.allreduce(mine(ours), own, algorithm="ring")
+        with pytest.raises(RuntimeError, match="interrupted by an exception"):
+            mpicoll.allreduce(mine(ours), own, algorithm="ring")
+    pending.wait()
+    np.testing.assert_array_equal(x, TOTAL)
 
 
 # Threads.
@@ -291,14 +401,18 @@ def test_threads_with_a_communicator_each(ours):
 
 
 @needs_multiple
-def test_two_threads_on_one_communicator_are_refused(ours, monkeypatch):
+@pytest.mark.parametrize("pending", [False, True])
+def test_two_threads_on_one_communicator_are_refused(ours, monkeypatch, pending):
+    other = ours.Dup()
+    handle = mpicoll.iallreduce(mine(ours), other, algorithm="ring") if pending else None
     caught: list[str] = []
     inside, go_on = threading.Event(), threading.Event()
     before = Bound.before
 
     def slow(self: Bound) -> None:
-        inside.set()
-        go_on.wait(10)
+        if threading.current_thread() is thread:
+            inside.set()
+            go_on.wait(10)
         before(self)
 
     monkeypatch.setattr(Bound, "before", slow)
@@ -314,6 +428,8 @@ def test_two_threads_on_one_communicator_are_refused(ours, monkeypatch):
     assert caught == [
         "another thread is in a collective on this communicator: give each thread a communicator of its own"
     ]
+    if handle:
+        handle.wait()
 
 
 @pytest.mark.parametrize(
