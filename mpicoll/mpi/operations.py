@@ -107,7 +107,7 @@ def operation(op: str | MPI.Op, dtype: np.dtype) -> Operation:
         known = ", ".join(_TABLE)
         raise ValueError(f"unknown operation {op!r}: expected {known}, or an MPI.Op")
     found, kinds = _TABLE[name]
-    if not ((dtype.kind in kinds and dtype.isbuiltin == 1) or (is_half(dtype) and "f" in kinds)):
+    if not ((dtype.kind in kinds and _is_numpys(dtype)) or (is_half(dtype) and "f" in kinds)):
         raise TypeError(f"{name} of {_called(dtype)} is not defined")
     return found
 
@@ -121,7 +121,7 @@ def _by_mpi(op: MPI.Op, dtype: np.dtype) -> Operation:
         raise TypeError(
             f"{located} of {_called(dtype)} is not defined: pass [x, count, MPI.DOUBLE_INT] or another pair type"
         )
-    if not located and dtype not in PAIRS and (dtype.kind not in "biufc" or dtype.isbuiltin != 1 or is_half(dtype)):
+    if not located and dtype not in PAIRS and (dtype.kind not in "biufc" or not _is_numpys(dtype) or is_half(dtype)):
         raise TypeError(f"a user-defined operation on {_called(dtype)} is not supported")
 
     def combine(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
@@ -133,8 +133,13 @@ def _by_mpi(op: MPI.Op, dtype: np.dtype) -> Operation:
     return Operation(located or "user-defined", combine, op, op.Is_commutative(), predefined=bool(located))
 
 
+def _is_numpys(dtype: np.dtype) -> bool:
+    """Not one that a package added, such as ml_dtypes' 8-bit floats, which may have the kind of another."""
+    return dtype.num < 24
+
+
 def _called(dtype: np.dtype) -> str:
     kinds = {"b": "booleans", "c": "complex numbers", "f": "floats", "O": "objects"}
     if dtype in PAIRS:
         return f"pairs {dtype}"
-    return kinds.get(dtype.kind, f"dtype {dtype}") if dtype.isbuiltin == 1 else f"dtype {dtype}"
+    return kinds.get(dtype.kind, f"dtype {dtype}") if _is_numpys(dtype) else f"dtype {dtype}"

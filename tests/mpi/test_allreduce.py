@@ -1,6 +1,7 @@
 """The contract of every allreduce, over every row of the table; one launch runs all cases of its number of ranks."""
 
 import array
+import pickle
 from typing import Any
 
 import numpy as np
@@ -284,9 +285,11 @@ def test_deterministic_sums_do_not_depend_on_algorithm_length_pieces_or_fusion(c
 def test_single_numbers_and_complex_products_have_the_same_bits_too(comm, name):
     """NumPy takes other ways for arrays of length one, and there leaves other NaNs and rounds products differently."""
     nans = np.array([0x7FC00001 + rank for rank in range(P)], "u4").view("f4")
-    x = nans[comm.rank : comm.rank + 1].copy()
-    mpicoll.allreduce(x, comm, algorithm=name)
-    assert_same_bits(comm, x)
+    for count in (1, 2, 3, 5, 8, 9, 16, 17, 33):
+        for op in ("sum", "prod", "max", "mean"):
+            x = np.repeat(nans[comm.rank], count)
+            mpicoll.allreduce(x, comm, op, name)
+            assert_same_bits(comm, x)
     x = np.array([[np.inf, -np.inf, np.nan, 1.0][comm.rank % 4]])
     mpicoll.allreduce(x, comm, algorithm=name)
     assert_same_bits(comm, x)
@@ -309,6 +312,8 @@ def test_shapes_orders_scalars_and_the_ring_by_name(comm):
     np.testing.assert_array_equal(mpicoll.ring_allreduce(y, comm), P * np.arange(12.0).reshape(3, 4))
     scalar = np.array(2.0)
     assert mpicoll.allreduce(scalar, comm) == 2 * P
+    elsewhere = np.ones(3, pickle.loads(pickle.dumps(np.dtype("f4"))))  # a dtype equal to NumPy's, not the same
+    assert mpicoll.ring_allreduce(elsewhere, comm)[0] == P
     assert mpicoll.ring_allreduce(np.array([comm.rank]), comm, "max") == P - 1
     assert mpicoll.allreduce(comm.rank, comm) == P * (P - 1) // 2
     assert mpicoll.allreduce(1.5, comm, "mean", "tree") == 1.5
