@@ -84,7 +84,7 @@ def accumulator(dtype: np.dtype) -> np.dtype:
 
 def is_half(dtype: np.dtype) -> bool:
     """Is it a 16-bit float: float16, or ml_dtypes' bfloat16?"""
-    return dtype.type is np.float16 or dtype.name == "bfloat16"
+    return dtype.num == 23 or (dtype.num >= 24 and dtype.name == "bfloat16")  # a name costs 3 us
 
 
 def on_device(x: Any) -> bool:

@@ -245,6 +245,6 @@ def decide(
     flat = part.flat
     row = choose(algorithm, len(flat), flat.dtype, operation, deterministic, prefer)
     given = parameters(row, flat.nbytes, segments)
-    if row is not None:
+    if row is not None and segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now
     return Call(comm, part, operation, row, given)
