@@ -1,7 +1,7 @@
 """Our allreduces beside the MPI library's own and a straightforward ring in mpi4py.
 
     python bench/allreduce.py              measures (a few minutes), prints the table, records it in bench/results/
-    python bench/allreduce.py --show FILE  prints a recorded one
+    python bench/allreduce.py --show FILE  prints a recorded one (--only auto circulant: some of its columns)
 
 Each of several launches takes every implementation in turn, in random order, at every repetition, on fresh data
 that differ by rank, and checks every result exactly.  A repetition begins with a barrier and lasts as long as its
@@ -126,13 +126,13 @@ def summarize(launches: list[dict]) -> list[dict]:
     return table
 
 
-def show(record: dict) -> None:
-    """The table, as Markdown."""
+def show(record: dict, only: list[str] | None = None) -> None:
+    """The table, as Markdown; all columns unless some are named."""
     m = record["machine"]
     print(f"{record['mpi']}, mpi4py {m['mpi4py']}, NumPy {m['numpy']}, Python {m['python']}")
     print(f"{m['cpu']}, {m['cores']} cores; {record['launches']} launches each; wrong results: {record['wrong']}")
     print("Speed as a multiple of the MPI library's own (above 1: faster), median of launches (least to most).")
-    names = [name for name, value in record["table"][0].items() if isinstance(value, list)]
+    names = only or [name for name, value in record["table"][0].items() if isinstance(value, list)]
     for ranks in sorted({row["ranks"] for row in record["table"]}):
         crowded = ", more than cores" if ranks > m["cores"] else ""
         print(f"\n| {ranks} ranks{crowded} | native us | {' | '.join(names)} |")
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--show", type=Path, metavar="FILE")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -165,7 +166,7 @@ def main() -> None:
             print(json.dumps(result))
         return
     if args.show:
-        show(json.loads(args.show.read_text()))
+        show(json.loads(args.show.read_text()), args.only)
         return
     launches = []
     for launch in range(args.launches):

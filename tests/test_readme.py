@@ -65,9 +65,9 @@ def test_links_lead_somewhere():
 
 def test_the_table_is_the_recorded_one():
     recorded = REPOSITORY / "bench" / "results" / "allreduce-mpich.json"
-    shown = run(
-        [sys.executable, REPOSITORY / "bench" / "allreduce.py", "--show", recorded], REPOSITORY
-    ).out.splitlines()
+    columns = ["mpi4py ring", "auto", "recursive_doubling", "circulant", "double_tree"]
+    command = [sys.executable, REPOSITORY / "bench" / "allreduce.py", "--show", recorded, "--only", *columns]
+    shown = run(command, REPOSITORY).out.splitlines()
     rows = [line for line in README.splitlines() if line.startswith("| ")]
     assert len(rows) >= 6
     for row in rows:

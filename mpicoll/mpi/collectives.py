@@ -13,7 +13,7 @@ from . import operations
 from .buffers import Part, parts, specification
 from .operations import Operation, operation
 from .plan import Bound, Plan
-from .select import LARGE, PLAIN, Preference, choose, parameters
+from .select import LARGE, PLAIN, Options, Preference, choose, parameters
 from .state import Handle, NativeHandle, PersistentHandle, State, driving, find_state, state_of, under_way
 
 
@@ -25,6 +25,7 @@ def allreduce(
     *,
     deterministic: bool | None = None,
     segments: int | None = None,
+    wire: str | None = None,
 ) -> Any:
     """Combine the arrays of all ranks elementwise, in place: every rank's ``x`` ends with the same bits.
 
@@ -50,6 +51,9 @@ def allreduce(
         fused with, but only on the number of ranks. By default as the ``Comm`` says, else false.
     segments
         Into how many pieces a pipelining algorithm (``"double_tree"``) cuts; by default by length.
+    wire
+        ``"16bit"``: sums of 16-bit floats travel as such, rounded at every hop: half the bytes, and less precise. By
+        default they travel as float32.
 
     Returns
     -------
@@ -66,22 +70,25 @@ def allreduce(
         type(x) is np.ndarray
         and algorithm == "auto"
         and op == "sum"
+        and segments is None
+        and wire is None
         and x.nbytes < LARGE
         and x.dtype.num in PLAIN
-        and x.dtype.isnative
-        and x.flags.carray
         and isinstance(comm, MPI.Intracomm)
         and not (getattr(comm, "deterministic", False) if deterministic is None else deterministic)
         and not under_way
         and comm
     ):
-        MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
-        return x
+        try:
+            MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
+            return x
+        except (BufferError, KeyError):
+            pass  # mpi4py refuses the array, before anything is sent; below is said why
     if isinstance(x, (Number, np.generic)):
         scalar = np.array(x)
-        allreduce(scalar, comm, op, algorithm, deterministic=deterministic, segments=segments)
+        allreduce(scalar, comm, op, algorithm, deterministic=deterministic, segments=segments, wire=wire)
         return scalar[()]
-    for call in _calls(x, comm, op, algorithm, deterministic, segments):
+    for call in _calls(x, comm, op, _options(comm, algorithm, deterministic, segments, wire)):
         call.run()
     return x
 
@@ -99,6 +106,7 @@ def iallreduce(
     *,
     deterministic: bool | None = None,
     segments: int | None = None,
+    wire: str | None = None,
 ) -> Handle | NativeHandle:
     """``allreduce`` that returns at once, with a handle: ``poll()`` it until it is ``True``, or ``wait()``.
 
@@ -106,7 +114,7 @@ def iallreduce(
     what is asked, since all of MPI's calls drive that; our algorithms are driven by calls to mpicoll alone (see
     ``Handle``). Those need a ``mpicoll.Comm``, whose private duplicate is made beforehand.
     """
-    calls = _calls(x, comm, op, algorithm, deterministic, segments, prefer="native")
+    calls = _calls(x, comm, op, _options(comm, algorithm, deterministic, segments, wire), "native")
     delivers = [call.part.deliver for call in calls if call.part.deliver]
     if all(call.row is None for call in calls):
         requests = [request for call in calls for request in call.start_native()]
@@ -126,13 +134,14 @@ def allreduce_init(
     *,
     deterministic: bool | None = None,
     segments: int | None = None,
+    wire: str | None = None,
 ) -> PersistentHandle:
     """``allreduce`` of one array again and again: set up once, with memory and MPI requests of its own.
 
     ``handle.start()`` reduces what ``x`` holds then, ``handle.wait()`` ends with the result in it, ``handle.free()``
     gives everything back. It is driven as a handle of ``iallreduce`` is; ``"auto"`` is one of our algorithms.
     """
-    calls = _calls(x, comm, op, algorithm, deterministic, segments, prefer="ours")
+    calls = _calls(x, comm, op, _options(comm, algorithm, deterministic, segments, wire), "ours")
     if any(call.row is None for call in calls):
         raise ValueError("native persistent collectives are the MPI library's: comm.Allreduce_init")
     if any(call.part.deliver for call in calls):
@@ -148,7 +157,7 @@ def account(
 
     That is ``None`` for the MPI library's own, where it cannot be known.  Not a collective call.
     """
-    (call,) = _calls(x, comm, "sum", algorithm, deterministic, None)
+    (call,) = _calls(x, comm, "sum", _options(comm, algorithm, deterministic))
     return ("native", None) if call.row is None else (call.row.name, call.plan(comm.size, comm.rank).bytes_sent)
 
 
@@ -178,7 +187,7 @@ class Call(NamedTuple):
 
     def ours(self) -> "Call":
         """The same by an algorithm of ours, where it is not yet."""
-        return self if self.row else decide(self.comm, self.part, self.operation, "auto", False, None, "ours")
+        return self if self.row else decide(self.comm, self.part, self.operation, Options(), "ours")
 
     def bind(self, state: State) -> Iterator[Bound]:
         """Its rounds, with scratch memory of their own."""
@@ -211,40 +220,38 @@ class Call(NamedTuple):
         return [specification(flat[start : start + longest]) for start in range(0, max(len(flat), 1), longest)]
 
 
-def _calls(
-    x: Any,
+def _options(
     comm: MPI.Intracomm,
-    op: str | MPI.Op,
     algorithm: str,
     deterministic: bool | None,
-    segments: int | None,
-    prefer: Preference = "fastest",
-) -> list[Call]:
-    """One call for each dtype in ``x``; everything is checked before the first of them does anything."""
+    segments: int | None = None,
+    wire: str | None = None,
+) -> Options:
+    """What is not given is as the communicator says."""
     if not isinstance(comm, MPI.Intracomm) or not comm:
         what = "one that is null or was freed" if isinstance(comm, MPI.Comm) and not comm else type(comm).__name__
         raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
     if deterministic is None:
         deterministic = getattr(comm, "deterministic", False)
-    return [
-        decide(comm, part, operation(op, part.flat.dtype), algorithm, deterministic, segments, prefer)
-        for part in parts(x)
-    ]
+    return Options(algorithm, deterministic, segments, wire)
+
+
+def _calls(
+    x: Any, comm: MPI.Intracomm, op: str | MPI.Op, options: Options, prefer: Preference = "fastest"
+) -> list[Call]:
+    """One call for each dtype in ``x``; everything is checked before the first of them does anything."""
+    return [decide(comm, part, operation(op, part.flat.dtype), options, prefer) for part in parts(x)]
 
 
 def decide(
-    comm: MPI.Intracomm,
-    part: Part,
-    operation: Operation,
-    algorithm: str,
-    deterministic: bool,
-    segments: int | None,
-    prefer: Preference = "fastest",
+    comm: MPI.Intracomm, part: Part, operation: Operation, options: Options, prefer: Preference = "fastest"
 ) -> Call:
     """Choose; a ``ValueError`` if what was named cannot do it."""
     flat = part.flat
-    row = choose(algorithm, len(flat), flat.dtype, operation, deterministic, prefer)
-    given = parameters(row, flat.nbytes, segments)
-    if row is not None and segments is not None:
+    if options.wire is not None:
+        operation = operation.on_wire(options.wire, flat.dtype)
+    row = choose(options, len(flat), flat.dtype, operation, prefer)
+    given = parameters(row, flat.nbytes, options.segments)
+    if row is not None and options.segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now
     return Call(comm, part, operation, row, given)

@@ -11,7 +11,7 @@ from . import operations
 from .buffers import on_device, parts, staged, vector
 from .collectives import decide
 from .operations import operation
-from .select import LARGE, PLAIN
+from .select import LARGE, PLAIN, Options
 from .state import driving, state_of, under_way
 
 C = TypeVar("C", bound=MPI.Intracomm)
@@ -97,6 +97,7 @@ class Comm(MPI.Intracomm):
         *,
         deterministic: bool | None = None,
         segments: int | None = None,
+        wire: str | None = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.allreduce``.
 
@@ -109,41 +110,32 @@ class Comm(MPI.Intracomm):
             and recvbuf.dtype.num in PLAIN
             and (sendbuf is MPI.IN_PLACE or type(sendbuf) is np.ndarray)
             and type(op) is MPI.Op
+            and segments is None
+            and wire is None
             and not (self.deterministic if deterministic is None else deterministic)
             and not under_way
         ):
             _native_allreduce(self, sendbuf, recvbuf, op)
         else:
-            self._allreduce(sendbuf, recvbuf, op, algorithm, deterministic, segments)
+            if deterministic is None:
+                deterministic = self.deterministic
+            self._allreduce(sendbuf, recvbuf, op, Options(algorithm, deterministic, segments, wire))
 
-    def _allreduce(
-        self,
-        sendbuf: Any,
-        recvbuf: Any,
-        op: MPI.Op | str,
-        algorithm: str,
-        deterministic: bool | None,
-        segments: int | None,
-    ) -> None:
+    def _allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str, options: Options) -> None:
         in_place = sendbuf is None or sendbuf is MPI.IN_PLACE
         on_host = not on_device(recvbuf) and (in_place or not on_device(sendbuf))
-        if deterministic is None:
-            deterministic = self.deterministic
-        as_it_is = on_host and isinstance(op, MPI.Op) and not deterministic
-        if algorithm == "native" and as_it_is:
+        as_it_is = on_host and isinstance(op, MPI.Op) and not options.deterministic
+        if options.algorithm == "native" and as_it_is:
             return self._native_allreduce(sendbuf, recvbuf, op)
         try:
             written_only = not in_place and on_device(recvbuf)
             received = [staged(recvbuf, load=False)] if written_only else parts(recvbuf, masked=True)
-            calls = [
-                decide(self, part, operation(op, part.flat.dtype), algorithm, deterministic, segments)
-                for part in received
-            ]
+            calls = [decide(self, part, operation(op, part.flat.dtype), options) for part in received]
             sent = []
             if not in_place and len(received) == 1:
                 sent = [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
         except (TypeError, ValueError, BufferError, KeyError):
-            if algorithm == "auto" and as_it_is:
+            if options == Options() and as_it_is:
                 return self._native_allreduce(sendbuf, recvbuf, op)  # takes it, or says what is wrong
             raise
         if as_it_is and not calls:

@@ -1,7 +1,7 @@
 """What reducing means: every operation as a function of two arrays, on the dtypes that MPI defines it for."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from mpi4py import MPI
@@ -27,6 +27,14 @@ class Operation:
     widens: bool = False
     finish: Callable[[np.ndarray, int], None] | None = None
     predefined: bool = True
+
+    def on_wire(self, wire: str, dtype: np.dtype) -> "Operation":
+        """The same with partial results of 16-bit floats sent as such: rounded at every hop, half the bytes."""
+        if wire != "16bit":
+            raise ValueError(f"unknown wire {wire!r}: expected 16bit, or nothing")
+        if not is_half(dtype):
+            raise TypeError(f"wire='16bit' is for 16-bit floats, got {dtype}")
+        return replace(self, widens=False)
 
     def carried(self, dtype: np.dtype) -> np.dtype:
         """In what partial results of ``dtype`` are kept and sent."""
@@ -60,9 +68,10 @@ def _product(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
 
 def _mean(total: np.ndarray, p: int) -> None:
     """Divide, once; for integers the nearest, to even where two are: of the sum as it is, overflow included."""
-    if total.dtype.kind in "fc":
-        parts = total.view(total.real.dtype)  # complex division by p would make NaNs of infinities
-        np.divide(parts, p, out=parts)
+    if total.dtype.kind not in "iu":
+        # By parts: complex division by p would make NaNs of infinities.
+        parts = total.view(total.real.dtype) if total.dtype.kind == "c" else total
+        np.divide(parts, parts.dtype.type(p), out=parts)
         return
     for piece in _pieces(total, 1 << 20):  # divmod needs memory of its own
         wide = total[piece].astype(np.uint64 if total.dtype.kind == "u" else np.int64)

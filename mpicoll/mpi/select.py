@@ -1,7 +1,7 @@
 """Which algorithm: by what is equal on all ranks (count, dtype, operation, number of ranks), and by nothing else."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -23,22 +23,31 @@ SEGMENT = 128 << 10
 MAX_SEGMENTS = 32
 
 
+class Options(NamedTuple):
+    """How a call is to be made, beside what is to be reduced; see ``mpicoll.allreduce``."""
+
+    algorithm: str = "auto"
+    deterministic: bool = False
+    segments: int | None = None
+    wire: str | None = None
+
+
 Preference = Literal["fastest", "native", "ours"]
 """What ``"auto"`` means: the fastest, the MPI library's own wherever it can do what is asked, or never that."""
 
 
 def choose(
-    algorithm: str,
-    count: int,
-    dtype: np.dtype,
-    operation: Operation,
-    deterministic: bool = False,
-    prefer: Preference = "fastest",
+    options: Options, count: int, dtype: np.dtype, operation: Operation, prefer: Preference = "fastest"
 ) -> Algorithm | None:
     """The row to use for an allreduce, ``None`` being the MPI library's own.
 
     Raises ``ValueError`` if the named one cannot do it.
     """
+    algorithm, deterministic, segments, _ = options
+    if segments is not None and algorithm in ("auto", "native"):
+        raise ValueError(
+            f"segments are for a pipelining algorithm: name one, {_names(lambda row: bool(row.parameters))}"
+        )
     nbytes = count * operation.carried(dtype).itemsize
     if algorithm == "auto":
         native_can = not deterministic and not is_half(dtype)

@@ -147,6 +147,31 @@ def test_16_bit_floats_are_added_as_float32_and_rounded_once(comm, name, count, 
         np.testing.assert_array_equal(x.astype("f8"), np.float16(60000))
 
 
+@pytest.mark.parametrize("dtype", ["e", bfloat16])
+@pytest.mark.parametrize("name", [*ROWS, "auto"])
+def test_16_bit_on_the_wire_is_a_choice(comm, name, dtype):
+    """Every hop rounds: right to half a unit in the last place for each addition; small integers exactly."""
+    rng = np.random.default_rng(7)
+    everyones = (rng.normal(size=(P, 97)) * 10).astype(dtype)
+    exact = np.sum(everyones.astype("f8"), axis=0)
+    half_ulp = {"e": 2.0**-11}.get(dtype, 2.0**-8)
+    x = everyones[comm.rank].copy()
+    mpicoll.allreduce(x, comm, algorithm=name, wire="16bit")
+    magnitude = np.sum(np.abs(everyones.astype("f8")), axis=0)
+    assert (np.abs(x.astype("f8") - exact) <= 1.01 * (P - 1) * half_ulp * magnitude + 2.0**-24).all()
+    assert_same_bits(comm, x)
+    x = own_data(97, comm.rank, dtype) * P
+    mpicoll.Comm(comm).Allreduce(MPI.IN_PLACE, x, "mean", name, wire="16bit")
+    np.testing.assert_array_equal(x.astype("f8"), sum(own_data(97, rank) for rank in range(P)))
+    mpicoll.iallreduce(x, mpicoll.Comm(comm), "max", name, wire="16bit").wait()
+    plan = Plan(ROWS["ring"].schedule(P), comm.rank, 840, np.dtype(dtype))
+    assert plan.bytes_sent == 2 * (P - 1) * (840 // P) * 2 or 840 % P
+    with pytest.raises(TypeError, match="wire='16bit' is for 16-bit floats, got float64"):
+        mpicoll.allreduce(np.zeros(3), comm, algorithm=name, wire="16bit")
+    with pytest.raises(ValueError, match="unknown wire '8bit': expected 16bit"):
+        mpicoll.allreduce(x, comm, algorithm=name, wire="8bit")
+
+
 def test_16_bit_sums_travel_as_float32_and_their_results_as_16_bit(comm):
     count = P * 840
     x = np.zeros(count, "e")
@@ -423,6 +448,9 @@ def test_unknown_names_are_refused_with_the_known_ones(comm):
             mpicoll.allreduce(np.zeros(3), comm, op)
     with pytest.raises(ValueError, match="ring allreduce has no parameter 'segments'"):
         mpicoll.allreduce(np.zeros(3), comm, algorithm="ring", segments=3)
+    for name in ("auto", "native"):
+        with pytest.raises(ValueError, match="segments are for a pipelining algorithm: name one, double_tree"):
+            mpicoll.allreduce(np.zeros(3), comm, algorithm=name, segments=3)
     with pytest.raises(ValueError, match="segments must be at least 1, got 0"):
         mpicoll.allreduce(np.zeros(3), comm, algorithm="double_tree", segments=0)
     with pytest.raises(ValueError, match="native does not add float16 as float32"):
