@@ -46,8 +46,13 @@ def _owners_once(schedule: Schedule, chunk: int) -> np.ndarray:
     return (np.arange(schedule.p) == _owner(schedule, chunk)).astype(np.int32)
 
 
+def _root_once(schedule: Schedule) -> np.ndarray:
+    return (np.arange(schedule.p) == schedule.root).astype(np.int32)
+
+
 GOALS = {
     "allreduce": Goal(_always, lambda s, rank, chunk: _all_once(s)),
+    "bcast": Goal(lambda s, rank, chunk: rank == s.root, lambda s, rank, chunk: _root_once(s)),
     "reduce": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == s.root else None),
     "reduce_scatter": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == _owner(s, chunk) else None),
     "allgather": Goal(lambda s, rank, chunk: rank == _owner(s, chunk), lambda s, rank, chunk: _owners_once(s, chunk)),

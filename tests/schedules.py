@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from mpicoll.schedule import Recv, Round, Schedule, Send, Verb, reduce
+import numpy as np
+
+from mpicoll.schedule import Recv, Round, Schedule, Send, Verb, chunk_start, reduce
 
 
 def fold_tree_reduce(p: int, root: int) -> Schedule:
@@ -73,3 +75,19 @@ def everyone(p: int) -> Schedule:
         yield Round(tuple(Send(peer, 0, 2) for peer in range(p) if peer != rank), (*below, *above))
 
     return Schedule("allreduce", "everyone", p, 2, rounds)
+
+
+def promised(schedule: Schedule, vectors: list[np.ndarray]) -> list[list[tuple[slice, np.ndarray]]]:
+    """For each rank, what it must end with, and where, if the operation is addition."""
+    p, count = schedule.p, len(vectors[0])
+    whole, total = slice(0, count), np.sum(vectors, axis=0)
+    own = [slice(chunk_start(count, rank, p), chunk_start(count, rank + 1, p)) for rank in range(p)]
+    if schedule.collective == "allreduce":
+        return [[(whole, total)]] * p
+    if schedule.collective == "reduce":
+        return [[(whole, total)] if rank == schedule.root else [] for rank in range(p)]
+    if schedule.collective == "bcast":
+        return [[(whole, vectors[schedule.root])]] * p
+    if schedule.collective == "reduce_scatter":
+        return [[(own[rank], total[own[rank]])] for rank in range(p)]
+    return [[(part, vectors[rank][part]) for rank, part in enumerate(own)]] * p

@@ -3,16 +3,22 @@ import pytest
 
 from mpicoll.algorithms import ALGORITHMS, find
 from mpicoll.interpreter import interpret_arrays
-from schedules import census, everyone, exchange
+from schedules import census, everyone, exchange, promised
+
+ROWS = [row for rows in ALGORITHMS.values() for row in rows.values()]
 
 
 @pytest.mark.parametrize("p", [*range(1, 9), 13, 16, 31, 32, 64])
-@pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
-def test_every_rank_ends_with_the_exact_sum(name, p):
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}-{row.collective}")
+def test_every_rank_ends_with_what_is_promised(row, p):
     for count in {0, 1, p - 1, p, p + 1, 97}:
-        vectors = [np.arange(count) * 3.0 + rank**2 for rank in range(p)]
-        for result in interpret_arrays(find("allreduce", name).schedule(p), vectors, np.add):
-            np.testing.assert_array_equal(result, np.sum(vectors, axis=0))
+        for root in {0, 1 % p, p - 1} if "root" in row.parameters else [None]:
+            schedule = row.schedule(p, **({} if root is None else {"root": root}))
+            vectors = [np.arange(count) * 3.0 + rank**2 for rank in range(p)]
+            results = interpret_arrays(schedule, vectors, np.add)
+            for result, wanted in zip(results, promised(schedule, vectors), strict=True):
+                for held, values in wanted:
+                    np.testing.assert_array_equal(result[held], values)
 
 
 @pytest.mark.parametrize("p", range(1, 65))
@@ -52,5 +58,8 @@ def test_an_unknown_algorithm_is_named_with_the_known_ones():
         find("allreduce", "ring").schedule(0)
     with pytest.raises(ValueError, match="ring allreduce has no parameter 'segments'"):
         find("allreduce", "ring").schedule(2, segments=1)
+    for root in (-1, 3):
+        with pytest.raises(ValueError, match=f"chain reduce: root must be one of 3 ranks, got {root}"):
+            find("reduce", "chain").schedule(3, root=root)
     with pytest.raises(ValueError, match="double_tree allreduce: segments must be at least 1, got 0"):
         find("allreduce", "double_tree").schedule(2, segments=0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from ..schedule import Round, Schedule
-from . import circulant, doubling, ring, tree
+from . import bruck, chain, circulant, doubling, ring, tree
 from .fold import power_below
 
 
@@ -32,19 +32,28 @@ class Algorithm:
     canonical: bool = False
     parameters: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def reduces(self) -> bool:
+        """Does it add anything up?"""
+        return "reduce" in self.collective
+
     def schedule(self, p: int, **parameters: int) -> Schedule:
-        """This algorithm for ``p`` ranks; a ``ValueError`` for a parameter that it does not have or that is below 1."""
+        """This algorithm for ``p`` ranks; a ``ValueError`` for a parameter it does not have or out of range."""
         if p < 1:
             raise ValueError(f"{self.name} {self.collective}: the number of ranks must be at least 1, got {p}")
         for parameter, value in parameters.items():
             if parameter not in self.parameters:
                 raise ValueError(f"{self.name} {self.collective} has no parameter {parameter!r}")
-            if value < 1:
+            if parameter == "root" and not 0 <= value < p:
+                raise ValueError(f"{self.name} {self.collective}: root must be one of {p} ranks, got {value}")
+            if parameter != "root" and value < 1:
                 raise ValueError(f"{self.name} {self.collective}: {parameter} must be at least 1, got {value}")
         given = {**self.parameters, **parameters}
-        return Schedule(
-            self.collective, self.name, p, self.chunks(p, **given), lambda rank: self.generate(p, rank, **given)
-        )
+
+        def rounds(rank: int) -> Iterator[Round]:
+            return self.generate(p, rank, **given)
+
+        return Schedule(self.collective, self.name, p, self.chunks(p, **given), rounds, root=given.get("root", 0))
 
 
 def _log(p: int) -> int:
@@ -55,6 +64,28 @@ def _log(p: int) -> int:
 def _folded(p: int) -> int:
     """1 if p is no power of two: the ranks beyond one are folded."""
     return int(p != power_below(p))
+
+
+def _double_tree_bcast_sent(p: int, root: int, segments: int) -> Fraction:
+    """Every rank is inside one tree, with two children but for the first and the last rank, and halves go down; the
+    root gives a half to the root of each tree, unless it is that itself."""
+    if p == 1:
+        return Fraction(0)
+    halves = [1 + (0 < rank < p - 1) for rank in range(p)]
+    halves[root] += sum(top != root for top in (power_below(p) - 1, 0))
+    return Fraction(max(halves), 2)
+
+
+def _halving_sent(p: int) -> Fraction:
+    """A rank that is folded sends all; so does, with the hop, one that ends halving with another's chunk."""
+    return Fraction(1) if p > 2 else Fraction(p - 1, p)
+
+
+def _doubling_sent(p: int) -> Fraction:
+    """The first rank sends most: the chunks of 1, 2, 4, ... members, pairs having two, and all to the one folded."""
+    pairs = p - power_below(p)
+    doubled = sum((1 << n) + min(1 << n, pairs) for n in range(_log(p)))
+    return Fraction(doubled + (p if pairs else 0), p)
 
 
 _ROWS = [
@@ -113,6 +144,130 @@ _ROWS = [
         sent=lambda p, segments: Fraction(min(p, 4), 2) if p > 1 else Fraction(0),
         rank_order=True,
         parameters={"segments": 4},
+    ),
+    Algorithm(
+        "reduce",
+        "tree",
+        tree.binomial_reduce,
+        chunks=lambda p, root: 1,
+        rounds=lambda p, root: _log(p) + _folded(p) + (root > 0),
+        sent=lambda p, root: Fraction(p > 1),
+        rank_order=True,
+        canonical=True,
+        parameters={"root": 0},
+    ),
+    Algorithm(
+        "reduce",
+        "chain",
+        chain.reduce_to,
+        chunks=lambda p, root, segments: segments,
+        rounds=lambda p, root, segments: p - 2 + segments if p > 1 else 0,
+        sent=lambda p, root, segments: Fraction(p > 1),
+        parameters={"root": 0, "segments": 4},
+    ),
+    Algorithm(
+        "reduce",
+        "double_tree",
+        tree.double_reduce,
+        chunks=lambda p, root, segments: 2 * segments,
+        rounds=lambda p, root, segments: (p - 1).bit_length() + segments if p > 1 else 0,
+        sent=lambda p, root, segments: Fraction(p > 1),
+        rank_order=True,
+        parameters={"root": 0, "segments": 4},
+    ),
+    Algorithm(
+        "bcast",
+        "tree",
+        tree.binomial_bcast,
+        chunks=lambda p, root: 1,
+        rounds=lambda p, root: (p - 1).bit_length(),
+        sent=lambda p, root: Fraction((p - 1).bit_length()),
+        parameters={"root": 0},
+    ),
+    Algorithm(
+        "bcast",
+        "chain",
+        chain.bcast,
+        chunks=lambda p, root, segments: segments,
+        rounds=lambda p, root, segments: p - 2 + segments if p > 1 else 0,
+        sent=lambda p, root, segments: Fraction(p > 1),
+        parameters={"root": 0, "segments": 4},
+    ),
+    Algorithm(
+        "bcast",
+        "double_tree",
+        tree.double_bcast,
+        chunks=lambda p, root, segments: 2 * segments,
+        rounds=lambda p, root, segments: (p - 1).bit_length() + segments if p > 1 else 0,
+        sent=_double_tree_bcast_sent,
+        parameters={"root": 0, "segments": 4},
+    ),
+    Algorithm(
+        "bcast",
+        "scatter_allgather",
+        tree.scatter_allgather,
+        chunks=lambda p, root: p,
+        rounds=lambda p, root: 2 * (p - 1).bit_length(),
+        sent=lambda p, root: Fraction(2 * (p - 1), p),
+        parameters={"root": 0},
+    ),
+    Algorithm(
+        "reduce_scatter",
+        "ring",
+        ring.reduce_scatter,
+        chunks=lambda p: p,
+        rounds=lambda p: p - 1,
+        sent=lambda p: Fraction(p - 1, p),
+    ),
+    Algorithm(
+        "reduce_scatter",
+        "halving",
+        doubling.reduce_scatter,
+        chunks=lambda p: p,
+        rounds=lambda p: _log(p) + 1 + _folded(p) if p > 2 else p - 1,
+        sent=_halving_sent,
+        rank_order=True,
+        canonical=True,
+    ),
+    Algorithm(
+        "reduce_scatter",
+        "circulant",
+        circulant.reduce_scatter,
+        chunks=lambda p: p,
+        rounds=lambda p: (p - 1).bit_length(),
+        sent=lambda p: Fraction(p - 1, p),
+    ),
+    Algorithm(
+        "allgather",
+        "ring",
+        ring.allgather,
+        chunks=lambda p: p,
+        rounds=lambda p: p - 1,
+        sent=lambda p: Fraction(p - 1, p),
+    ),
+    Algorithm(
+        "allgather",
+        "doubling",
+        doubling.allgather,
+        chunks=lambda p: p,
+        rounds=lambda p: _log(p) + 2 * _folded(p),
+        sent=_doubling_sent,
+    ),
+    Algorithm(
+        "allgather",
+        "bruck",
+        bruck.allgather,
+        chunks=lambda p: p,
+        rounds=lambda p: (p - 1).bit_length(),
+        sent=lambda p: Fraction(p - 1, p),
+    ),
+    Algorithm(
+        "allgather",
+        "circulant",
+        circulant.allgather,
+        chunks=lambda p: p,
+        rounds=lambda p: (p - 1).bit_length(),
+        sent=lambda p: Fraction(p - 1, p),
     ),
 ]
 

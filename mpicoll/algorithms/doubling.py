@@ -1,4 +1,4 @@
-"""Exchanges with the partner at distance 1, 2, 4, ...: recursive doubling and halving-doubling.
+"""Exchanges with the partner at distance 1, 2, 4, ...: recursive doubling, halving, and both.
 
 Both add in the canonical order: neighbors first, then pairs of pairs, the lower group on the left.  With q =
 2^floor(log2 p) and n bytes, when p = q:
@@ -9,12 +9,15 @@ Both add in the canonical order: neighbors first, then pairs of pairs, the lower
   for bit; most implementations take far ones first.
 
 Other p are folded: two rounds and n bytes more.  Thakur, Rabenseifner and Gropp, 2005.
+
+Halving alone is a reduce-scatter, in the same order of additions; since near partners come first, ranks end with the
+chunks of others, and one hop brings them home.  Doubling alone is an allgather.
 """
 
 from collections.abc import Iterator
 
 from ..schedule import Recv, Round, Send, reduce
-from .fold import folded, power_below
+from .fold import folded, power_below, rank_of
 
 
 def recursive_doubling(p: int, rank: int) -> Iterator[Round]:
@@ -36,14 +39,73 @@ def _exchange_all(q: int, member: int) -> Iterator[Round]:
 
 
 def _exchange_halves(q: int, member: int) -> Iterator[Round]:
+    halved = list(_halves(q, member))
+    for peer, keep, give in halved:
+        yield Round((Send(peer, *give),), (reduce(member, peer, *keep),))
+    for peer, keep, give in reversed(halved):
+        yield Round((Send(peer, *keep, final=True),), (Recv(peer, *give),))
+
+
+def _halves(q: int, member: int) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
+    """(peer, what to keep, what to give) of the q parts of a vector, until one is left."""
     low, high, distance = 0, q, 1
-    halved = []
     while distance < q:
         peer, middle = member ^ distance, (low + high) // 2
         halves = (low, middle), (middle, high)
         keep, give = halves if member < peer else halves[::-1]
-        yield Round((Send(peer, *give),), (reduce(member, peer, *keep),))
-        halved.append((peer, keep, give))
+        yield peer, keep, give
         (low, high), distance = keep, 2 * distance
-    for peer, keep, give in reversed(halved):
-        yield Round((Send(peer, *keep, final=True),), (Recv(peer, *give),))
+
+
+def reduce_scatter(p: int, rank: int) -> Iterator[Round]:
+    """Rank r ends with chunk r of p.  After the fold member m holds the part of another member: its chunks go home."""
+    q = power_below(p)
+    pairs = p - q
+
+    def chunks(low: int, high: int) -> tuple[int, int]:
+        """Of parts [low, high): part m is what member m, and the rank folded into it, will own."""
+        return rank_of(low, pairs), rank_of(high, pairs)
+
+    def core(q: int, member: int) -> Iterator[Round]:
+        for peer, keep, give in _halves(q, member):
+            yield Round((Send(peer, *chunks(*give)),), (reduce(member, peer, *chunks(*keep)),))
+
+    yield from folded(core, p, rank, p, unfold=False)
+    paired, odd = rank < 2 * pairs, rank % 2
+    holds = None if paired and odd else _reversed(rank // 2 if paired else rank - pairs, q)
+    held = range(*chunks(holds, holds + 1)) if holds is not None else range(0)
+    home = rank // 2 if paired else rank - pairs  # the part with my chunk
+    source = rank_of(_reversed(home, q), pairs)
+    if p > 1:
+        yield Round(
+            tuple(Send(chunk, chunk, chunk + 1, final=True) for chunk in held if chunk != rank),
+            (Recv(source, rank, rank + 1),) if source != rank else (),
+        )
+
+
+def _reversed(member: int, q: int) -> int:
+    """The bits of ``member`` the other way round: which part of q it holds after halving."""
+    return int(bin(member + q)[:2:-1], 2) if q > 1 else 0
+
+
+def allgather(p: int, rank: int) -> Iterator[Round]:
+    """Rank r starts with chunk r of p: doubled at every exchange; the folded give theirs first, and get all last."""
+    q = power_below(p)
+    pairs = p - q
+    paired, odd = rank < 2 * pairs, rank % 2
+    rounds = q.bit_length() - 1
+    if paired and odd:
+        yield Round((Send(rank - 1, rank, rank + 1, final=True),))
+        yield from (Round() for _ in range(rounds))
+        yield Round(recvs=(Recv(rank - 1, 0, p),))
+        return
+    if pairs:
+        yield Round(recvs=(Recv(rank + 1, rank + 1, rank + 2),)) if paired else Round()
+    member = rank // 2 if paired else rank - pairs
+    for n in range(rounds):
+        peer = member ^ (1 << n)
+        mine, theirs = ((first >> n << n, (first >> n << n) + (1 << n)) for first in (member, peer))
+        send = Send(rank_of(peer, pairs), rank_of(mine[0], pairs), rank_of(mine[1], pairs), final=True)
+        yield Round((send,), (Recv(send.peer, rank_of(theirs[0], pairs), rank_of(theirs[1], pairs)),))
+    if pairs:
+        yield Round((Send(rank + 1, 0, p, final=True),)) if paired else Round()

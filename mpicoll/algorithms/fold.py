@@ -9,8 +9,13 @@ from collections.abc import Callable, Iterator
 from ..schedule import Recv, Round, Send, Verb
 
 
-def folded(core: Callable[[int, int], Iterator[Round]], p: int, rank: int, chunks: int) -> Iterator[Round]:
-    """``core(q, member)``, an allreduce of ``chunks`` chunks among a power of two members, for ``p`` ranks."""
+def folded(
+    core: Callable[[int, int], Iterator[Round]], p: int, rank: int, chunks: int, unfold: bool = True
+) -> Iterator[Round]:
+    """``core(q, member)``, a reduction of ``chunks`` chunks among a power of two members, for ``p`` ranks.
+
+    Without ``unfold`` the ranks that gave their vector away are not given the result: one round less.
+    """
     q = power_below(p)
     pairs = p - q
     paired, odd = rank < 2 * pairs, rank % 2
@@ -18,16 +23,17 @@ def folded(core: Callable[[int, int], Iterator[Round]], p: int, rank: int, chunk
     if paired and odd:
         yield Round((Send(rank - 1, 0, chunks),))
         yield from (Round() for _ in core(q, 0))
-        yield Round(recvs=(Recv(rank - 1, 0, chunks),))
+        if unfold:
+            yield Round(recvs=(Recv(rank - 1, 0, chunks),))
         return
     if pairs:
         yield Round(recvs=(Recv(rank + 1, 0, chunks, Verb.REDUCE_ABOVE),)) if paired else Round()
     for round_ in core(q, rank // 2 if paired else rank - pairs):
         yield Round(
-            tuple(send._replace(peer=_rank(send.peer, pairs)) for send in round_.sends),
-            tuple(recv._replace(peer=_rank(recv.peer, pairs)) for recv in round_.recvs),
+            tuple(send._replace(peer=rank_of(send.peer, pairs)) for send in round_.sends),
+            tuple(recv._replace(peer=rank_of(recv.peer, pairs)) for recv in round_.recvs),
         )
-    if pairs:
+    if pairs and unfold:
         yield Round((Send(rank + 1, 0, chunks, final=True),)) if paired else Round()
 
 
@@ -36,5 +42,6 @@ def power_below(p: int) -> int:
     return 1 << (p.bit_length() - 1)
 
 
-def _rank(member: int, pairs: int) -> int:
+def rank_of(member: int, pairs: int) -> int:
+    """The rank that is ``member`` of those that remain, ``pairs`` having been folded."""
     return 2 * member if member < pairs else member + pairs

@@ -1,37 +1,50 @@
 """``mpicoll verify``: the proofs."""
 
+from collections.abc import Iterator
+
 import click
 
-from ..algorithms import ALGORITHMS
+from ..algorithms import ALGORITHMS, Algorithm
 from ..errors import UserError
 from ..schedule import ScheduleError
 from ..verify import verify_algorithm
 
+NAMES = sorted({*ALGORITHMS, *(name for rows in ALGORITHMS.values() for name in rows)})
+
 
 @click.command(short_help="Prove algorithms right.")
-@click.argument("algorithms", nargs=-1, type=click.Choice(list(ALGORITHMS["allreduce"])))
+@click.argument("names", nargs=-1, type=click.Choice(NAMES), metavar="[COLLECTIVE | ALGORITHM]...")
 @click.option(
     "--max-ranks", type=click.IntRange(1, 256), default=64, show_default=True, help="Prove for 1 to this many."
 )
-def verify(algorithms: tuple[str, ...], max_ranks: int) -> None:
+def verify(names: tuple[str, ...], max_ranks: int) -> None:
     """Prove that algorithms (all of them, if none is named) are right, for every number of ranks up to a limit.
 
     Every contribution counts exactly once on every rank; no message is unmatched and nothing deadlocks, even with
     synchronous sends; all ranks end with the same bits; no two writes conflict; rounds and bytes are the stated ones;
     and so is the order of additions: any, by rank (the operation need not commute), or canonical (by rank, and
-    the same for all such algorithms, bit for bit).  Those that pipeline are proved for several numbers of segments.
+    the same for all such algorithms, bit for bit).  Those that pipeline are proved for several numbers of segments,
+    those with a root for the first two, the last, and one in the middle.
     """
-    click.echo(f"{'algorithm':20} {'proved for':>12} {'rounds':>8} {'sent':>8} {'scratch':>8}  order")
-    for name in algorithms or ALGORITHMS["allreduce"]:
-        row = ALGORITHMS["allreduce"][name]
+    click.echo(f"{'collective':15} {'algorithm':18} {'proved for':>12} {'rounds':>7} {'sent':>7} {'scratch':>8}  order")
+    for row in [row for rows in ALGORITHMS.values() for row in rows.values()]:
+        if names and not {row.collective, row.name} & {*names}:
+            continue
         try:
             for p in range(1, max_ranks + 1):
-                for segments in range(1, row.parameters.get("segments", 0)):
-                    verify_algorithm(row, p, segments=segments)
-                proof = verify_algorithm(row, p)
+                for given in variants(row, p):
+                    proof = verify_algorithm(row, p, **given)
         except ScheduleError as error:
             raise UserError(f"not proved: {error}") from error
-        sizes = f"{float(proof.sent):7.3f}n {float(proof.scratch):7.3f}n"
-        order = "canonical" if row.canonical else "by rank" if row.rank_order else "any"
-        click.echo(f"{name:20} {f'p = 1..{max_ranks}':>12} {proof.rounds:8} {sizes}  {order}")
+        order = "canonical" if row.canonical else "by rank" if row.rank_order else "any" if row.reduces else ""
+        sizes = f"{proof.rounds:7} {float(proof.sent):6.3f}n {float(proof.scratch):7.3f}n"
+        click.echo(f"{row.collective:15} {row.name:18} {f'p = 1..{max_ranks}':>12} {sizes}  {order}".rstrip())
     click.echo(f"rounds, most bytes sent by a rank and scratch memory are those at p = {max_ranks}, for n bytes")
+
+
+def variants(row: Algorithm, p: int) -> Iterator[dict[str, int]]:
+    """The parameters to prove it for; the defaults last."""
+    roots = sorted({0, 1 % p, p // 2, p - 1}, reverse=True) if "root" in row.parameters else [None]
+    for root in roots:
+        for segments in range(1, row.parameters["segments"] + 1) if "segments" in row.parameters else [None]:
+            yield {k: v for k, v in (("root", root), ("segments", segments)) if v is not None}
