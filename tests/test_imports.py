@@ -13,14 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "mpicoll"
 LAYERS = [
     ["errors"],
     ["schedule"],
-    [
-        "algorithms.fold",
-        "algorithms.ring",
-        "algorithms.doubling",
-        "algorithms.circulant",
-        "algorithms.tree",
-        "algorithms",
-    ],
+    ["algorithms.fold", "algorithms.ring", "algorithms.circulant", "algorithms.bruck", "algorithms.chain"],
+    ["algorithms.doubling", "algorithms.tree", "algorithms"],
     ["interpreter", "verify", "draw"],
     ["mpi"],
     ["mpi.buffers", "mpi.operations", "mpi.plan", "mpi.state", "mpi.select", "mpi.collectives", "mpi.comm"],

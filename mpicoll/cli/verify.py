@@ -44,7 +44,6 @@ def verify(names: tuple[str, ...], max_ranks: int) -> None:
 
 def variants(row: Algorithm, p: int) -> Iterator[dict[str, int]]:
     """The parameters to prove it for; the defaults last."""
-    roots = sorted({0, 1 % p, p // 2, p - 1}, reverse=True) if "root" in row.parameters else [None]
-    for root in roots:
-        for segments in range(1, row.parameters["segments"] + 1) if "segments" in row.parameters else [None]:
-            yield {k: v for k, v in (("root", root), ("segments", segments)) if v is not None}
+    yield from ({"segments": segments} for segments in range(1, row.parameters.get("segments", 0)))
+    yield from ({"root": root} for root in sorted({1 % p, p // 2, p - 1} - {0}) if "root" in row.parameters)
+    yield {}
