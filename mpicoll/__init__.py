@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .algorithms import ALGORITHMS
     from .errors import UserError
-    from .mpi.collectives import allreduce, allreduce_init, iallreduce, ring_allreduce
+    from .mpi.collectives import allreduce, allreduce_init, bcast, iallreduce, reduce, ring_allreduce, tree_reduce
     from .mpi.comm import Comm
     from .schedule import ScheduleError
 
@@ -23,8 +23,11 @@ __all__ = [
     "__version__",
     "allreduce",
     "allreduce_init",
+    "bcast",
     "iallreduce",
+    "reduce",
     "ring_allreduce",
+    "tree_reduce",
 ]
 
 _HOMES = {
@@ -34,8 +37,11 @@ _HOMES = {
     "UserError": ".errors",
     "allreduce": ".mpi.collectives",
     "allreduce_init": ".mpi.collectives",
+    "bcast": ".mpi.collectives",
     "iallreduce": ".mpi.collectives",
+    "reduce": ".mpi.collectives",
     "ring_allreduce": ".mpi.collectives",
+    "tree_reduce": ".mpi.collectives",
 }
 
 

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from ..algorithms import Algorithm
 from . import operations
 from .buffers import Part, parts, specification
-from .operations import Operation, operation
+from .operations import MOVE, Operation, operation
 from .plan import Bound, Plan
 from .select import LARGE, PLAIN, Options, Preference, choose, parameters
 from .state import Handle, NativeHandle, PersistentHandle, State, driving, find_state, state_of, under_way
@@ -93,6 +93,53 @@ def allreduce(
     return x
 
 
+def reduce(
+    x: Any,
+    comm: MPI.Intracomm,
+    root: int = 0,
+    op: str | MPI.Op = "sum",
+    algorithm: str = "auto",
+    *,
+    deterministic: bool | None = None,
+    segments: int | None = None,
+    wire: str | None = None,
+) -> Any:
+    """Combine the arrays of all ranks elementwise: the ``x`` of rank ``root`` ends with the result, the others stay.
+
+    Arguments, return value and errors are those of ``allreduce``; algorithms are ``mpicoll.ALGORITHMS["reduce"]``.
+    """
+    if isinstance(x, (Number, np.generic)):
+        scalar = np.array(x)
+        reduce(scalar, comm, root, op, algorithm, deterministic=deterministic, segments=segments, wire=wire)
+        return scalar[()]
+    options = _options(comm, algorithm, deterministic, segments, wire)
+    check_root(comm, root)
+    for part in parts(x):
+        decide(comm, part, operation(op, part.flat.dtype), options, collective="reduce", root=root).run()
+    return x
+
+
+def tree_reduce(x: Any, comm: MPI.Intracomm, root: int = 0, op: str | MPI.Op = "sum") -> Any:
+    """``reduce`` by the binomial tree: ceil(log2 p) rounds, or two more, and the canonical order of additions."""
+    return reduce(x, comm, root, op, "tree")
+
+
+def bcast(x: Any, comm: MPI.Intracomm, root: int = 0, algorithm: str = "auto", *, segments: int | None = None) -> Any:
+    """Every rank's ``x`` ends with what that of rank ``root`` holds; returns ``x``.
+
+    ``x`` is an array, or a list of arrays, as for ``allreduce``, of any dtype that holds no objects; algorithms are
+    ``mpicoll.ALGORITHMS["bcast"]``.
+    """
+    options = _options(comm, algorithm, False, segments)
+    check_root(comm, root)
+    for part in parts(x):
+        if part.flat.dtype.hasobject:
+            raise TypeError("objects are not broadcast from memory to memory: use comm.bcast, in lower case")
+        raw = Part(part.flat.view(np.uint8), part.deliver)
+        decide(comm, raw, MOVE, options, collective="bcast", root=root).run()
+    return x
+
+
 def ring_allreduce(x: Any, comm: MPI.Intracomm, op: str | MPI.Op = "sum") -> Any:
     """``allreduce`` by the ring algorithm: 2(p - 1) rounds, 2(p - 1)/p of ``x`` sent by each rank."""
     return allreduce(x, comm, op, "ring")
@@ -164,11 +211,13 @@ def account(
 class Call(NamedTuple):
     """One array's share of a call, everything decided; ``row`` None means the MPI library's own."""
 
+    collective: str
     comm: MPI.Intracomm
     part: Part
     operation: Operation
     row: Algorithm | None
     parameters: dict[str, int]
+    root: int | None = None
 
     def run(self) -> None:
         """Do it, and bring the result to where it is wanted."""
@@ -176,18 +225,33 @@ class Call(NamedTuple):
         if self.row is not None:
             state = state_of(self.comm)
             plan = state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation)
-            state.run(plan, flat, self.operation)
+            state.run(plan, flat if self._receives else state.copied(flat), self.operation)
         else:
             with driving():
                 for piece in self._pieces():
-                    MPI.Intracomm.Allreduce(self.comm, MPI.IN_PLACE, piece, self.operation.native)
+                    self._run_native(piece)
             self.finish()
-        if self.part.deliver:
+        if self.part.deliver and self._receives:
             self.part.deliver()
+
+    @property
+    def _receives(self) -> bool:
+        return self.collective != "reduce" or self.comm.rank == self.root
+
+    def _run_native(self, piece: Any) -> None:
+        op, root = self.operation.native, self.root or 0
+        if self.collective == "allreduce":
+            MPI.Intracomm.Allreduce(self.comm, MPI.IN_PLACE, piece, op)
+        elif self.collective == "bcast":
+            MPI.Intracomm.Bcast(self.comm, piece, root)
+        elif self._receives:
+            MPI.Intracomm.Reduce(self.comm, MPI.IN_PLACE, piece, op, root)
+        else:
+            MPI.Intracomm.Reduce(self.comm, piece, None, op, root)
 
     def ours(self) -> "Call":
         """The same by an algorithm of ours, where it is not yet."""
-        return self if self.row else decide(self.comm, self.part, self.operation, Options(), "ours")
+        return self if self.row else decide(self.comm, self.part, self.operation, Options(), prefer="ours")
 
     def bind(self, state: State) -> Iterator[Bound]:
         """Its rounds, with scratch memory of their own."""
@@ -211,7 +275,7 @@ class Call(NamedTuple):
 
     def finish(self) -> None:
         """What is left to do when the MPI library's own is complete."""
-        if self.operation.finish:
+        if self.operation.finish and self._receives:
             with np.errstate(all="ignore"):
                 self.operation.finish(self.part.flat, self.comm.size)
 
@@ -240,18 +304,31 @@ def _calls(
     x: Any, comm: MPI.Intracomm, op: str | MPI.Op, options: Options, prefer: Preference = "fastest"
 ) -> list[Call]:
     """One call for each dtype in ``x``; everything is checked before the first of them does anything."""
-    return [decide(comm, part, operation(op, part.flat.dtype), options, prefer) for part in parts(x)]
+    return [decide(comm, part, operation(op, part.flat.dtype), options, prefer=prefer) for part in parts(x)]
+
+
+def check_root(comm: MPI.Intracomm, root: int) -> None:
+    """Raise ``ValueError`` if there is no such rank."""
+    if not 0 <= root < comm.size:
+        raise ValueError(f"root must be one of {comm.size} ranks, got {root}")
 
 
 def decide(
-    comm: MPI.Intracomm, part: Part, operation: Operation, options: Options, prefer: Preference = "fastest"
+    comm: MPI.Intracomm,
+    part: Part,
+    operation: Operation,
+    options: Options,
+    *,
+    collective: str = "allreduce",
+    root: int | None = None,
+    prefer: Preference = "fastest",
 ) -> Call:
     """Choose; a ``ValueError`` if what was named cannot do it."""
     flat = part.flat
     if options.wire is not None:
         operation = operation.on_wire(options.wire, flat.dtype)
-    row = choose(options, len(flat), flat.dtype, operation, prefer)
-    given = parameters(row, flat.nbytes, options.segments)
+    row = choose(collective, options, len(flat), flat.dtype, operation, prefer)
+    given = parameters(row, flat.nbytes, root, options.segments)
     if row is not None and options.segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now
-    return Call(comm, part, operation, row, given)
+    return Call(collective, comm, part, operation, row, given, root)

@@ -2,20 +2,19 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from mpi4py import MPI
 
 from . import operations
-from .buffers import on_device, parts, staged, vector
-from .collectives import decide
-from .operations import operation
+from .buffers import Part, on_device, parts, staged, vector
+from .collectives import check_root, decide
+from .operations import MOVE, operation
 from .select import LARGE, PLAIN, Options
 from .state import driving, state_of, under_way
 
 C = TypeVar("C", bound=MPI.Intracomm)
-_native_allreduce = MPI.Intracomm.Allreduce
 
 
 class Comm(MPI.Intracomm):
@@ -115,49 +114,116 @@ class Comm(MPI.Intracomm):
             and not (self.deterministic if deterministic is None else deterministic)
             and not under_way
         ):
-            _native_allreduce(self, sendbuf, recvbuf, op)
+            MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
         else:
-            if deterministic is None:
-                deterministic = self.deterministic
-            self._allreduce(sendbuf, recvbuf, op, Options(algorithm, deterministic, segments, wire))
+            options = self._options(algorithm, deterministic, segments, wire)
+            self._reduction("allreduce", sendbuf, recvbuf, op, None, options)
 
-    def _allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str, options: Options) -> None:
-        in_place = sendbuf is None or sendbuf is MPI.IN_PLACE
-        on_host = not on_device(recvbuf) and (in_place or not on_device(sendbuf))
+    def Reduce(  # noqa: N802
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        op: MPI.Op | str = MPI.SUM,
+        root: int = 0,
+        algorithm: str = "auto",
+        *,
+        deterministic: bool | None = None,
+        segments: int | None = None,
+        wire: str | None = None,
+    ) -> None:
+        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce``."""
+        data = recvbuf if sendbuf is MPI.IN_PLACE else sendbuf
+        if (
+            algorithm == "auto"
+            and type(data) is np.ndarray
+            and data.dtype.num in PLAIN
+            and (recvbuf is None or type(recvbuf) is np.ndarray)
+            and type(op) is MPI.Op
+            and segments is None
+            and wire is None
+            and not (self.deterministic if deterministic is None else deterministic)
+            and not under_way
+        ):
+            MPI.Intracomm.Reduce(self, sendbuf, recvbuf, op, root)
+        else:
+            options = self._options(algorithm, deterministic, segments, wire)
+            self._reduction("reduce", sendbuf, recvbuf, op, root, options)
+
+    def Bcast(  # noqa: N802
+        self, buf: Any, root: int = 0, algorithm: str = "auto", *, segments: int | None = None
+    ) -> None:
+        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.bcast``."""
+        options = self._options(algorithm, False, segments, None)
+        device = on_device(buf)
+        if not device and options in (Options(), Options("native")):
+            with driving():
+                return MPI.Intracomm.Bcast(self, buf, root)
+        check_root(self, root)
+        if device:
+            part = staged(buf, load=self.rank == root)
+        else:
+            flat = vector(buf, writable=self.rank != root)
+            part = Part(flat if flat.flags.writeable else flat.copy())  # algorithms may write to it what it holds
+        raw = Part(part.flat.view(np.uint8), part.deliver if self.rank != root else None)
+        return decide(self, raw, MOVE, options, collective="bcast", root=root).run()
+
+    def _options(self, algorithm: str, deterministic: bool | None, segments: int | None, wire: str | None) -> Options:
+        return Options(algorithm, self.deterministic if deterministic is None else deterministic, segments, wire)
+
+    def _reduction(
+        self, collective: str, sendbuf: Any, recvbuf: Any, op: MPI.Op | str, root: int | None, options: Options
+    ) -> None:
+        receives = root is None or self.rank == root
+        in_place = receives and (sendbuf is None or sendbuf is MPI.IN_PLACE)
+        target = recvbuf if receives else sendbuf
+        on_host = not on_device(target) and (in_place or not on_device(sendbuf))
         as_it_is = on_host and isinstance(op, MPI.Op) and not options.deterministic
+
+        def native() -> None:
+            with driving():
+                if root is None:
+                    MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, cast(MPI.Op, op))
+                else:
+                    MPI.Intracomm.Reduce(self, sendbuf, recvbuf, cast(MPI.Op, op), root)
+
         if options.algorithm == "native" and as_it_is:
-            return self._native_allreduce(sendbuf, recvbuf, op)
+            return native()
+        if root is not None:
+            check_root(self, root)
         try:
-            written_only = not in_place and on_device(recvbuf)
-            received = [staged(recvbuf, load=False)] if written_only else parts(recvbuf, masked=True)
-            calls = [decide(self, part, operation(op, part.flat.dtype), options) for part in received]
+            if not receives:
+                made = [staged(sendbuf) if on_device(sendbuf) else Part(vector(sendbuf, writable=False))]
+            elif not in_place and on_device(recvbuf):
+                made = [staged(recvbuf, load=False)]
+            else:
+                made = parts(recvbuf, masked=True)
+            calls = [
+                decide(self, part, operation(op, part.flat.dtype), options, collective=collective, root=root)
+                for part in made
+            ]
             sent = []
-            if not in_place and len(received) == 1:
+            if receives and not in_place and len(made) == 1:
                 sent = [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
         except (TypeError, ValueError, BufferError, KeyError):
             if options == Options() and as_it_is:
-                return self._native_allreduce(sendbuf, recvbuf, op)  # takes it, or says what is wrong
+                return native()  # takes it, or says what is wrong
             raise
         if as_it_is and not calls:
-            return self._native_allreduce(sendbuf, recvbuf, op)  # which says what is wrong
+            return native()  # which says what is wrong
         if as_it_is and calls[0].row is None and len(calls) == 1 and len(calls[0].part.flat) <= operations.MAX_COUNT:
-            return self._native_allreduce(sendbuf, recvbuf, op)
+            return native()
         if not in_place and len(calls) != 1:
             raise TypeError("a list of arrays is reduced in place: pass MPI.IN_PLACE")
         if sent:
-            target = calls[0].part.flat
-            if len(sent[0]) != len(target):
-                raise ValueError(f"mismatch in send count {len(sent[0])} and receive count {len(target)}")
-            if sent[0].dtype != target.dtype:
-                raise ValueError(f"mismatch in send dtype {sent[0].dtype} and receive dtype {target.dtype}")
-            target[:] = sent[0]
+            flat = calls[0].part.flat
+            if len(sent[0]) != len(flat):
+                raise ValueError(f"mismatch in send count {len(sent[0])} and receive count {len(flat)}")
+            if sent[0].dtype != flat.dtype:
+                raise ValueError(f"mismatch in send dtype {sent[0].dtype} and receive dtype {flat.dtype}")
+            flat[:] = sent[0]
         for call in calls:
             call.run()
         return None
-
-    def _native_allreduce(self, sendbuf: Any, recvbuf: Any, op: Any) -> None:
-        with driving():
-            _native_allreduce(self, sendbuf, recvbuf, op)
 
 
 class _Request(MPI.Request):

@@ -27,6 +27,7 @@ class Operation:
     widens: bool = False
     finish: Callable[[np.ndarray, int], None] | None = None
     predefined: bool = True
+    reduces: bool = True
 
     def on_wire(self, wire: str, dtype: np.dtype) -> "Operation":
         """The same with partial results of 16-bit floats sent as such: rounded at every hop, half the bytes."""
@@ -79,6 +80,13 @@ def _mean(total: np.ndarray, p: int) -> None:
         up = (rest > p - rest) | ((rest == p - rest) & (quotient % 2 == 1))
         total[piece] = quotient + up
 
+
+def _nothing(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
+    raise AssertionError("nothing is to be reduced")
+
+
+MOVE = Operation("move", _nothing, MPI.OP_NULL, reduces=False)
+"""For collectives that only move data, of whatever dtype."""
 
 _NUMBERS, _ORDERED, _LOGICAL, _BITS = "iufc", "iuf", "biu", "iu"  # dtype kinds, as the MPI standard groups types
 _TABLE: dict[str, tuple[Operation, str]] = {

@@ -36,52 +36,68 @@ Preference = Literal["fastest", "native", "ours"]
 """What ``"auto"`` means: the fastest, the MPI library's own wherever it can do what is asked, or never that."""
 
 
+OURS = {"allreduce": ("recursive_doubling", "circulant"), "reduce": ("tree", "double_tree")}
+"""What is best of ours up to ``SMALL``, and above; ``CANONICAL`` and ``IN_ORDER`` are what is if the order matters."""
+CANONICAL = {"allreduce": ("recursive_doubling", "halving_doubling"), "reduce": ("tree", "tree")}
+IN_ORDER = {"allreduce": CANONICAL["allreduce"], "reduce": OURS["reduce"]}
+
+FASTER = ("allreduce",)
+"""The collectives in which ours are faster than the MPI library's own from ``LARGE`` on."""
+
+
 def choose(
-    options: Options, count: int, dtype: np.dtype, operation: Operation, prefer: Preference = "fastest"
+    collective: str,
+    options: Options,
+    count: int,
+    dtype: np.dtype,
+    operation: Operation,
+    prefer: Preference = "fastest",
 ) -> Algorithm | None:
-    """The row to use for an allreduce, ``None`` being the MPI library's own.
+    """The row to use, ``None`` being the MPI library's own.
 
     Raises ``ValueError`` if the named one cannot do it.
     """
     algorithm, deterministic, segments, _ = options
+
+    def names(which: Callable[[Algorithm], bool]) -> str:
+        return ", ".join(name for name, row in ALGORITHMS[collective].items() if which(row))
+
     if segments is not None and algorithm in ("auto", "native"):
-        raise ValueError(
-            f"segments are for a pipelining algorithm: name one, {_names(lambda row: bool(row.parameters))}"
-        )
+        pipelining = names(lambda row: "segments" in row.parameters)
+        raise ValueError(f"segments are for a pipelining algorithm: name one, {pipelining}")
     nbytes = count * operation.carried(dtype).itemsize
     if algorithm == "auto":
-        native_can = not deterministic and not is_half(dtype)
-        native_is_best = nbytes < LARGE or not operation.predefined or dtype in PAIRS
+        native_can = not deterministic and not (is_half(dtype) and operation.reduces)
+        slower = collective not in FASTER or nbytes < LARGE
+        native_is_best = slower or not operation.predefined or dtype in PAIRS
         if native_can and (prefer == "native" or (prefer == "fastest" and native_is_best)):
             return None
-        if nbytes <= SMALL:
-            return find("allreduce", "recursive_doubling")
-        return find("allreduce", "halving_doubling" if deterministic or not operation.commutes else "circulant")
+        best = CANONICAL if deterministic else OURS if operation.commutes else IN_ORDER
+        return find(collective, best[collective][nbytes > SMALL])
     if algorithm == "native":
         if deterministic:
-            raise ValueError("native is not deterministic: expected " + _names(lambda row: row.canonical))
-        if is_half(dtype):
-            raise ValueError(f"native does not add {dtype} as float32: expected auto, " + _names(lambda row: True))
+            raise ValueError("native is not deterministic: expected " + names(lambda row: row.canonical))
+        if is_half(dtype) and operation.reduces:
+            raise ValueError(f"native does not add {dtype} as float32: expected auto, " + names(lambda row: True))
         return None
-    row = find("allreduce", algorithm)
+    row = find(collective, algorithm)
     if deterministic and not row.canonical:
-        raise ValueError(f"{algorithm} is not deterministic: expected " + _names(lambda row: row.canonical))
+        raise ValueError(f"{algorithm} is not deterministic: expected " + names(lambda row: row.canonical))
     if not operation.commutes and not row.rank_order:
         raise ValueError(
             f"{algorithm} adds in an order of its own, and the operation does not commute: expected "
-            + _names(lambda row: row.rank_order)
+            + names(lambda row: row.rank_order)
         )
     return row
 
 
-def parameters(row: Algorithm | None, nbytes: int, segments: int | None) -> dict[str, int]:
-    """What to tell the algorithm: the number of segments as given, or by the vector's length."""
-    if segments is not None and row is not None:
-        return {"segments": segments}
-    if row is not None and "segments" in row.parameters:
-        return {"segments": min(max(nbytes // (2 * SEGMENT), 1), MAX_SEGMENTS)}
-    return {}
-
-
-def _names(which: Callable[[Algorithm], bool]) -> str:
-    return ", ".join(name for name, row in ALGORITHMS["allreduce"].items() if which(row))
+def parameters(row: Algorithm | None, nbytes: int, root: int | None, segments: int | None) -> dict[str, int]:
+    """What to tell the algorithm: the root, and the number of segments as given, or by the vector's length."""
+    if row is None:
+        return {}
+    given = {} if root is None else {"root": root}
+    if segments is not None:
+        given["segments"] = segments
+    elif "segments" in row.parameters:
+        given["segments"] = min(max(nbytes // (2 * SEGMENT), 1), MAX_SEGMENTS)
+    return given

@@ -36,7 +36,7 @@ class State:
         group.Free()
         self.p, self.rank = self.comm.size, self.comm.rank
         self.plans: dict[tuple[Any, ...], Plan] = {}
-        self._scratch = np.empty(0, np.uint8)
+        self._scratch = self._copy = np.empty(0, np.uint8)
         self._interrupted = False
         self._running = Lock()
         self._handles = self._persistent = 0
@@ -91,6 +91,14 @@ class State:
         except BaseException as error:
             handle.abandon(error)
             raise
+
+    def copied(self, vector: np.ndarray) -> np.ndarray:
+        """A copy to work on, in memory that the next one takes over."""
+        if len(self._copy) < vector.nbytes:
+            self._copy = np.empty(vector.nbytes, np.uint8)
+        copy = self._copy[: vector.nbytes].view(vector.dtype)
+        copy[:] = vector
+        return copy
 
     def check(self) -> None:
         """Raise if nothing may be started here: messages of an interrupted call would be taken for the new one's."""

@@ -585,7 +585,7 @@ def test_the_plan_does_what_the_interpreter_says(comm, make):
 @pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
 def test_bytes_sent_are_the_textbook_ones(comm, row: Algorithm):
     x = np.zeros(P * 840, "f4")  # a multiple of every number of chunks here
-    given = select.parameters(row, x.nbytes, None)
+    given = select.parameters(row, x.nbytes, None, None)
     most = comm.allreduce(account(x, comm, row.name)[1], MPI.MAX)
     assert most == row.sent(P, **given) * x.nbytes
     if comm.rank == 0:  # not a collective call
