@@ -43,6 +43,40 @@ def test_version_help_and_python_m(tmp_path):
         assert "Usage:" in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        ("show bruck --ranks 5", "bruck allgather: 5 ranks, 5 chunks, 3 rounds, no rank sends more than 4/5"),
+        ("show tree --collective bcast --root 2", "tree bcast: 4 ranks, 1 chunks, 2 rounds, no rank sends more than 2"),
+        ("show chain --segments 2", "chain reduce: 4 ranks, 2 chunks, 4 rounds, no rank sends more than 1"),
+        (
+            "show ring --collective bcast",
+            "mpicoll: there is no ring bcast: ring is for allreduce, reduce_scatter, allg",
+        ),
+        ("show ring --root 1", "mpicoll: ring allreduce has no parameter 'root'"),
+        ("show chain --root 4", "mpicoll: chain reduce: root must be one of 4 ranks, got 4"),
+        ("show ring --segments 2", "mpicoll: ring allreduce has no parameter 'segments'"),
+        ("show rign", "mpicoll: Invalid value for '{ring|recursive_doubling|"),
+    ],
+)
+def test_show(tmp_path, arguments, first):
+    done = run(["mpicoll", *arguments.split()], tmp_path)
+    assert (done.out + done.err).startswith(first)
+    assert done.status == (0 if done.out else 2 if "rign" in arguments else 1)
+    assert not done.err or done.err.count("\n") == 1
+
+
+def test_verify_names_collectives_and_algorithms(tmp_path):
+    done = run(["mpicoll", "verify", "--max-ranks", "5", "bcast", "ring"], tmp_path)
+    proved = [line.split()[:2] for line in done.out.splitlines()[1:-1]]
+    assert proved == [
+        ["allreduce", "ring"],
+        *(["bcast", name] for name in ALGORITHMS["bcast"]),
+        ["reduce_scatter", "ring"],
+        ["allgather", "ring"],
+    ]
+
+
 def test_show_and_verify_need_no_mpi(tmp_path):
     env = {"MPI4PY_LIBMPI": "/no/libmpi.so"}
     shown = run(["mpicoll", "show", "ring", "--ranks", "4"], tmp_path, env=env)

@@ -207,7 +207,10 @@ def _exported(x: Any) -> np.ndarray:
         pass
     if hasattr(x, "__dlpack__"):
         return np.from_dlpack(x)
-    raise TypeError(f"expected an array in host memory, got {type(x).__module__}.{type(x).__name__}")
+    raise TypeError(
+        f"expected an array in host memory, got {type(x).__module__}.{type(x).__name__}: pass a NumPy array, such as "
+        "x = np.asarray(x)"
+    )
 
 
 def _torch_bfloat16(x: Any) -> np.ndarray:

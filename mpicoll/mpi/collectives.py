@@ -14,7 +14,18 @@ from .buffers import Part, parts, specification
 from .operations import MOVE, Operation, operation
 from .plan import Bound, Plan
 from .select import LARGE, PLAIN, Options, Preference, choose, parameters
-from .state import Handle, NativeHandle, PersistentHandle, State, driving, find_state, state_of, under_way
+from .state import (
+    Handle,
+    NativeHandle,
+    PersistentHandle,
+    State,
+    driving,
+    find_state,
+    interrupted,
+    state_of,
+    under_way,
+    whole,
+)
 
 
 def allreduce(
@@ -77,6 +88,7 @@ def allreduce(
         and isinstance(comm, MPI.Intracomm)
         and not (getattr(comm, "deterministic", False) if deterministic is None else deterministic)
         and not under_way
+        and not interrupted
         and comm
     ):
         try:
@@ -85,12 +97,19 @@ def allreduce(
         except (BufferError, KeyError):
             pass  # mpi4py refuses the array, before anything is sent; below is said why
     if isinstance(x, (Number, np.generic)):
-        scalar = np.array(x)
+        scalar = _number(x, op)
         allreduce(scalar, comm, op, algorithm, deterministic=deterministic, segments=segments, wire=wire)
         return scalar[()]
-    for call in _calls(x, comm, op, _options(comm, algorithm, deterministic, segments, wire)):
-        call.run()
+    options = _options(comm, algorithm, deterministic, segments, wire)
+    with whole(comm):
+        for call in _calls(x, comm, op, options):
+            call.run()
     return x
+
+
+def _number(x: Any, op: str | MPI.Op) -> np.ndarray:
+    """A number as an array to reduce; the mean of whole ones is none."""
+    return np.array(x, float if op == "mean" and isinstance(x, int) else None)
 
 
 def reduce(
@@ -109,13 +128,14 @@ def reduce(
     Arguments, return value and errors are those of ``allreduce``; algorithms are ``mpicoll.ALGORITHMS["reduce"]``.
     """
     if isinstance(x, (Number, np.generic)):
-        scalar = np.array(x)
+        scalar = _number(x, op)
         reduce(scalar, comm, root, op, algorithm, deterministic=deterministic, segments=segments, wire=wire)
         return scalar[()]
     options = _options(comm, algorithm, deterministic, segments, wire)
     check_root(comm, root)
-    for part in parts(x):
-        decide(comm, part, operation(op, part.flat.dtype), options, collective="reduce", root=root).run()
+    with whole(comm):
+        for call in _calls(x, comm, op, options, collective="reduce", root=root):
+            call.run()
     return x
 
 
@@ -132,11 +152,13 @@ def bcast(x: Any, comm: MPI.Intracomm, root: int = 0, algorithm: str = "auto", *
     """
     options = _options(comm, algorithm, False, segments)
     check_root(comm, root)
-    for part in parts(x):
-        if part.flat.dtype.hasobject:
+    with whole(comm):
+        pieces = parts(x)
+        if any(part.flat.dtype.hasobject for part in pieces):
             raise TypeError("objects are not broadcast from memory to memory: use comm.bcast, in lower case")
-        raw = Part(part.flat.view(np.uint8), part.deliver)
-        decide(comm, raw, MOVE, options, collective="bcast", root=root).run()
+        for part in pieces:
+            raw = Part(part.flat.view(np.uint8), part.deliver)
+            decide(comm, raw, MOVE, options, collective="bcast", root=root).run()
     return x
 
 
@@ -161,16 +183,20 @@ def iallreduce(
     what is asked, since all of MPI's calls drive that; our algorithms are driven by calls to mpicoll alone (see
     ``Handle``). Those need a ``mpicoll.Comm``, whose private duplicate is made beforehand.
     """
-    calls = _calls(x, comm, op, _options(comm, algorithm, deterministic, segments, wire), "native")
-    delivers = [call.part.deliver for call in calls if call.part.deliver]
-    if all(call.row is None for call in calls):
-        requests = [request for call in calls for request in call.start_native()]
-        return NativeHandle(requests, (x, op, calls), x, [*(call.finish for call in calls), *delivers])
-    state = find_state(comm)
-    if state is None:
-        raise ValueError("iallreduce by an algorithm of ours needs a mpicoll.Comm, made beforehand: mpicoll.Comm(comm)")
-    bounds = chain.from_iterable(call.ours().bind(state) for call in calls)
-    return Handle(state, bounds, state.handle_tag(), x, delivers)
+    options = _options(comm, algorithm, deterministic, segments, wire)
+    with whole(comm):
+        calls = _calls(x, comm, op, options, prefer="native")
+        delivers = [call.part.deliver for call in calls if call.part.deliver]
+        if all(call.row is None for call in calls):
+            requests = [request for call in calls for request in call.start_native()]
+            return NativeHandle(requests, (x, op, calls), x, [*(call.finish for call in calls), *delivers])
+        state = find_state(comm)
+        if state is None:
+            raise ValueError(
+                "iallreduce by an algorithm of ours needs a mpicoll.Comm, made beforehand: mpicoll.Comm(comm)"
+            )
+        bounds = chain.from_iterable(call.ours().bind(state) for call in calls)
+        return Handle(state, bounds, state.handle_tag(), x, delivers)
 
 
 def allreduce_init(
@@ -188,13 +214,16 @@ def allreduce_init(
     ``handle.start()`` reduces what ``x`` holds then, ``handle.wait()`` ends with the result in it, ``handle.free()``
     gives everything back. It is driven as a handle of ``iallreduce`` is; ``"auto"`` is one of our algorithms.
     """
-    calls = _calls(x, comm, op, _options(comm, algorithm, deterministic, segments, wire), "ours")
-    if any(call.row is None for call in calls):
-        raise ValueError("native persistent collectives are the MPI library's: comm.Allreduce_init")
-    if any(call.part.deliver for call in calls):
-        raise TypeError("a persistent allreduce takes one array in host memory: there is nothing to gather or stage")
-    state = state_of(comm)
-    return PersistentHandle(state, chain.from_iterable(call.bind(state) for call in calls), state.persistent_tag(), x)
+    options = _options(comm, algorithm, deterministic, segments, wire)
+    with whole(comm):
+        calls = _calls(x, comm, op, options, prefer="ours")
+        if any(call.row is None for call in calls):
+            raise ValueError("native persistent collectives are the MPI library's: comm.Allreduce_init")
+        if any(call.part.deliver for call in calls):
+            raise TypeError("a persistent allreduce takes one array in host memory: nothing is gathered or staged")
+        state = state_of(comm)
+        bounds = chain.from_iterable(call.bind(state) for call in calls)
+        return PersistentHandle(state, bounds, state.persistent_tag(), x)
 
 
 def account(
@@ -213,6 +242,7 @@ class Call(NamedTuple):
 
     collective: str
     comm: MPI.Intracomm
+    p: int  # a native handle may outlive the communicator
     part: Part
     operation: Operation
     row: Algorithm | None
@@ -277,7 +307,7 @@ class Call(NamedTuple):
         """What is left to do when the MPI library's own is complete."""
         if self.operation.finish and self._receives:
             with np.errstate(all="ignore"):
-                self.operation.finish(self.part.flat, self.comm.size)
+                self.operation.finish(self.part.flat, self.p)
 
     def _pieces(self) -> list[Any]:
         flat, longest = self.part.flat, operations.MAX_COUNT
@@ -301,10 +331,20 @@ def _options(
 
 
 def _calls(
-    x: Any, comm: MPI.Intracomm, op: str | MPI.Op, options: Options, prefer: Preference = "fastest"
+    x: Any,
+    comm: MPI.Intracomm,
+    op: str | MPI.Op,
+    options: Options,
+    *,
+    collective: str = "allreduce",
+    root: int | None = None,
+    prefer: Preference = "fastest",
 ) -> list[Call]:
     """One call for each dtype in ``x``; everything is checked before the first of them does anything."""
-    return [decide(comm, part, operation(op, part.flat.dtype), options, prefer=prefer) for part in parts(x)]
+    return [
+        decide(comm, part, operation(op, part.flat.dtype), options, collective=collective, root=root, prefer=prefer)
+        for part in parts(x)
+    ]
 
 
 def check_root(comm: MPI.Intracomm, root: int) -> None:
@@ -331,4 +371,4 @@ def decide(
     given = parameters(row, flat.nbytes, root, options.segments)
     if row is not None and options.segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now
-    return Call(collective, comm, part, operation, row, given, root)
+    return Call(collective, comm, comm.size, part, operation, row, given, root)

@@ -12,7 +12,7 @@ from .buffers import Part, on_device, parts, staged, vector
 from .collectives import check_root, decide
 from .operations import MOVE, operation
 from .select import LARGE, PLAIN, Options
-from .state import driving, state_of, under_way
+from .state import driving, interrupted, state_of, under_way, whole
 
 C = TypeVar("C", bound=MPI.Intracomm)
 
@@ -113,11 +113,13 @@ class Comm(MPI.Intracomm):
             and wire is None
             and not (self.deterministic if deterministic is None else deterministic)
             and not under_way
+            and not interrupted
         ):
             MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
         else:
             options = self._options(algorithm, deterministic, segments, wire)
-            self._reduction("allreduce", sendbuf, recvbuf, op, None, options)
+            with whole(self):
+                self._reduction("allreduce", sendbuf, recvbuf, op, None, options)
 
     def Reduce(  # noqa: N802
         self,
@@ -143,11 +145,13 @@ class Comm(MPI.Intracomm):
             and wire is None
             and not (self.deterministic if deterministic is None else deterministic)
             and not under_way
+            and not interrupted
         ):
             MPI.Intracomm.Reduce(self, sendbuf, recvbuf, op, root)
         else:
             options = self._options(algorithm, deterministic, segments, wire)
-            self._reduction("reduce", sendbuf, recvbuf, op, root, options)
+            with whole(self):
+                self._reduction("reduce", sendbuf, recvbuf, op, root, options)
 
     def Bcast(  # noqa: N802
         self, buf: Any, root: int = 0, algorithm: str = "auto", *, segments: int | None = None
@@ -165,7 +169,8 @@ class Comm(MPI.Intracomm):
             flat = vector(buf, writable=self.rank != root)
             part = Part(flat if flat.flags.writeable else flat.copy())  # algorithms may write to it what it holds
         raw = Part(part.flat.view(np.uint8), part.deliver if self.rank != root else None)
-        return decide(self, raw, MOVE, options, collective="bcast", root=root).run()
+        with whole(self):
+            return decide(self, raw, MOVE, options, collective="bcast", root=root).run()
 
     def _options(self, algorithm: str, deterministic: bool | None, segments: int | None, wire: str | None) -> Options:
         return Options(algorithm, self.deterministic if deterministic is None else deterministic, segments, wire)

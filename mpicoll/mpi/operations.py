@@ -69,10 +69,13 @@ def _product(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
 
 def _mean(total: np.ndarray, p: int) -> None:
     """Divide, once; for integers the nearest, to even where two are: of the sum as it is, overflow included."""
-    if total.dtype.kind not in "iu":
-        # By parts: complex division by p would make NaNs of infinities.
-        parts = total.view(total.real.dtype) if total.dtype.kind == "c" else total
-        np.divide(parts, parts.dtype.type(p), out=parts)
+    if is_half(total.dtype):
+        for piece in _pieces(total, 1 << 20):
+            total[piece] = total[piece].astype(np.float32) / p
+        return
+    if total.dtype.kind in "fc":
+        parts = total.view(total.real.dtype)  # complex division by p would make NaNs of infinities
+        np.divide(parts, p, out=parts)
         return
     for piece in _pieces(total, 1 << 20):  # divmod needs memory of its own
         wide = total[piece].astype(np.uint64 if total.dtype.kind == "u" else np.int64)

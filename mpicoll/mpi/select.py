@@ -1,6 +1,7 @@
 """Which algorithm: by what is equal on all ranks (count, dtype, operation, number of ranks), and by nothing else."""
 
 from collections.abc import Callable
+from operator import index
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ def parameters(row: Algorithm | None, nbytes: int, root: int | None, segments: i
         return {}
     given = {} if root is None else {"root": root}
     if segments is not None:
-        given["segments"] = segments
+        given["segments"] = index(segments)
     elif "segments" in row.parameters:
         given["segments"] = min(max(nbytes // (2 * SEGMENT), 1), MAX_SEGMENTS)
     return given

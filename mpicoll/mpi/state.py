@@ -21,6 +21,11 @@ from .plan import Bound, Plan
 MAX_PLANS = 64
 """Plans kept per communicator; the one not used for longest goes first."""
 
+INTERRUPTED = (
+    "an earlier call on this communicator was interrupted by an exception, and its messages may still be under way: "
+    "go on with a new communicator (comm.Dup())"
+)
+
 BLOCKING_TAG = 0
 HANDLE_TAGS = range(1, 16384)  # one each, in turn: several may be under way on one communicator
 PERSISTENT_TAGS = range(16384, 32768)  # one each, for good; MPI guarantees tags up to 32767
@@ -78,11 +83,11 @@ class State:
                     _exchange(self.comm, bound)
                     bound.after()
         except BaseException:
-            self._interrupted = True
+            self.interrupt()
             raise
         finally:
-            _inside(False)
             self._running.release()
+            _inside(False)
 
     def _run_driving(self, plan: Plan, vector: np.ndarray, operation: Operation) -> None:
         handle = Handle(self, plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8), operation), BLOCKING_TAG)
@@ -103,15 +108,13 @@ class State:
     def check(self) -> None:
         """Raise if nothing may be started here: messages of an interrupted call would be taken for the new one's."""
         if self._interrupted:
-            raise RuntimeError(
-                "an earlier call on this communicator was interrupted by an exception, and its messages may still be "
-                "under way: go on with a new communicator (comm.Dup())"
-            )
+            raise RuntimeError(INTERRUPTED)
         check_thread()
 
-    def interrupted(self) -> None:
+    def interrupt(self) -> None:
         """Messages may stay behind: nothing can be started any more."""
         self._interrupted = True
+        interrupted.append("ours")
 
     def retain(self) -> None:
         """Another user of the private communicator."""
@@ -172,6 +175,9 @@ def _post(comm: MPI.Comm, bound: Bound, tag: int) -> list[MPI.Request]:
 under_way: list["Handle"] = []
 """Handles of ours started and not complete, oldest first, of all communicators."""
 
+interrupted: list[str] = []
+"""One entry for each call that was broken off: as long as there is none, small calls need not look."""
+
 _native_under_way: list["NativeHandle"] = []
 _abandoned: list["Handle"] = []  # after an exception: MPI may still write to their memory
 
@@ -209,26 +215,28 @@ class Handle:
     def poll(self) -> bool:
         """Make what progress is possible without waiting; is it complete?"""
         check_thread()
-        _advance_all()
+        with _all_or_none():
+            _advance_all()
         self._raise_if_abandoned()
         return self._bound is None
 
     def wait(self) -> Any:
         """Wait until it is complete, and return the array (or list) that holds the result."""
         check_thread()
-        while self._bound is not None:
-            self._raise_if_abandoned()
-            if under_way == [self]:
-                self._advance(wait=True)
-            elif not _advance_all():
-                time.sleep(0)  # others may need this core
+        with _all_or_none():
+            while self._bound is not None:
+                self._raise_if_abandoned()
+                if under_way == [self]:
+                    self._advance(wait=True)
+                elif not _advance_all():
+                    time.sleep(0)  # others may need this core
         self._raise_if_abandoned()
         return self._result
 
     def abandon(self, error: BaseException) -> None:
         """Give up: what is under way stays so, and the communicator is of no use any more."""
         self._error = error
-        self._state.interrupted()
+        self._state.interrupt()
         if self in under_way:
             under_way.remove(self)
             _abandoned.append(self)
@@ -261,8 +269,8 @@ class Handle:
                     self._next_round()
                     progressed = True
         finally:
-            _inside(False)
             self._lock.release()
+            _inside(False)
         return progressed
 
     def _next_round(self) -> None:
@@ -284,6 +292,17 @@ class Handle:
 
 
 @contextmanager
+def _all_or_none() -> Iterator[None]:
+    """Ctrl-C may come between any two steps, of any handle: none of them goes on after it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        for handle in list(under_way):
+            handle.abandon(error)
+        raise
+
+
+@contextmanager
 def _guarding(handle: Handle) -> Iterator[None]:
     """Floating-point conditions are results, not errors; any exception spoils the communicator."""
     try:
@@ -302,6 +321,7 @@ class PersistentHandle(Handle):
 
     def __init__(self, state: State, bounds: Iterator[Bound], tag: int, result: Any) -> None:
         super().__init__(state, iter(()), tag, result)
+        self._started = False
         self._rounds: list[Bound] | None = list(bounds)
         self._made = [self._persistent_requests(bound) for bound in self._rounds]
         state.retain()
@@ -310,13 +330,19 @@ class PersistentHandle(Handle):
         """Begin, with what the array holds now.  All ranks start theirs in the same order."""
         if self._rounds is None:
             raise RuntimeError("this persistent collective was freed")
-        self._raise_if_abandoned()
+        super()._raise_if_abandoned()
         if self._bound is not None:
             raise RuntimeError("this persistent collective is under way: wait for it first")
         self._state.check()
+        self._started = True
         self._requests_of = iter(self._made)
         self._begin(iter(self._rounds))
         return self
+
+    def _raise_if_abandoned(self) -> None:
+        if not self._started:
+            raise RuntimeError("this persistent collective was not started: start() it first")
+        super()._raise_if_abandoned()
 
     def free(self) -> None:
         """Give its requests and its memory back."""
@@ -351,37 +377,52 @@ class NativeHandle:
         self._requests, self._result, self._deliver = requests, result, tuple(deliver)
         self._keep = keep  # mpi4py's nonblocking reductions let go of their buffers and operation
         self._lock = Lock()
+        self._error: BaseException | None = None
         for other in list(_native_under_way):  # those that nobody waits for
-            other._test()
+            with suppress(Exception):  # their own affair
+                other._test()
         _native_under_way.append(self)
 
     def poll(self) -> bool:
         """Is it complete?"""
         check_thread()
-        _advance_all()
+        with _all_or_none():
+            _advance_all()
         return self._test()
 
     def wait(self) -> Any:
         """Wait until it is complete, and return the array (or list) that holds the result."""
         check_thread()
         while not self._test(wait=not under_way):
-            if not _advance_all():
-                time.sleep(0)
+            with _all_or_none():
+                if not _advance_all():
+                    time.sleep(0)
         return self._result
 
     def _test(self, wait: bool = False) -> bool:
-        with self._lock:
+        if self._error is not None:
+            raise RuntimeError(f"this collective was interrupted by an exception: {self._error!r}") from self._error
+        if self not in _native_under_way:
+            return True
+        if not self._lock.acquire(blocking=False):
+            return False  # another thread is at it
+        try:
             if self not in _native_under_way:
                 return True
             if wait:
                 MPI.Request.Waitall(self._requests)
             elif not MPI.Request.Testall(self._requests):
                 return False
+            _native_under_way.remove(self)  # first: what follows is done once
             for deliver in self._deliver:
                 deliver()
-            _native_under_way.remove(self)
             self._keep = None
             return True
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._lock.release()
 
 
 @contextmanager
@@ -469,10 +510,45 @@ def find_state(comm: MPI.Intracomm) -> State | None:
     return state if isinstance(state, State) else None
 
 
+class _Broken:
+    """In place of the state of a communicator that had none when a call on it was broken off."""
+
+    def check(self) -> None:
+        raise RuntimeError(INTERRUPTED)
+
+    def release(self) -> None:
+        pass
+
+
+def check(comm: MPI.Intracomm) -> None:
+    """Raise if a call on it was broken off: the other ranks may still be in that."""
+    if _keyval != MPI.KEYVAL_INVALID:
+        kept: Any = comm.Get_attr(_keyval)
+        if kept is not None:
+            kept.check()
+
+
+@contextmanager
+def whole(comm: MPI.Intracomm) -> Iterator[None]:
+    """A call on ``comm``: broken off by Ctrl-C, it is the last one, by our algorithms or natively."""
+    check(comm)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        state = find_state(comm)
+        if state is not None:
+            state.interrupt()
+        else:
+            comm.Set_attr(_keyval, _Broken())
+            interrupted.append("native")
+        raise
+
+
 def state_of(comm: MPI.Intracomm) -> State:
     """The communicator's, made now (a collective call) or before."""
     state = find_state(comm)
     if state is None:
+        check(comm)
         state = State(comm)
         comm.Set_attr(_keyval, state)
     return state

@@ -342,6 +342,7 @@ def test_shapes_orders_scalars_and_the_ring_by_name(comm):
     assert mpicoll.ring_allreduce(np.array([comm.rank]), comm, "max") == P - 1
     assert mpicoll.allreduce(comm.rank, comm) == P * (P - 1) // 2
     assert mpicoll.allreduce(1.5, comm, "mean", "tree") == 1.5
+    assert mpicoll.allreduce(1.5 if comm.rank == 0 else 0, comm, "mean") == 1.5 / P
     assert mpicoll.allreduce(np.float32(2), comm, "prod").dtype == np.float32
     assert mpicoll.allreduce(2j, comm) == 2j * P
     for truth in (bool, np.bool_):
@@ -416,7 +417,8 @@ def test_exporters_of_memory(comm, name):
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        ("text", TypeError, "expected an array in host memory, got builtins.str"),
+        ("text", TypeError, "expected an array in host memory, got builtins.str: pass a NumPy array"),
+        ([[1.0, 2.0], [3.0]], TypeError, "got builtins.float: pass a NumPy array"),
         ({1.0}, TypeError, "expected an array in host memory, got builtins.set"),
         (np.zeros(3, object), TypeError, "sum of objects is not defined"),
         (np.zeros(3, "S4"), TypeError, r"sum of dtype \|S4 is not defined"),
@@ -453,6 +455,8 @@ def test_unknown_names_are_refused_with_the_known_ones(comm):
             mpicoll.allreduce(np.zeros(3), comm, algorithm=name, segments=3)
     with pytest.raises(ValueError, match="segments must be at least 1, got 0"):
         mpicoll.allreduce(np.zeros(3), comm, algorithm="double_tree", segments=0)
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        mpicoll.allreduce(np.zeros(3), comm, algorithm="double_tree", segments="2")
     with pytest.raises(ValueError, match="native does not add float16 as float32"):
         mpicoll.allreduce(np.zeros(3, "e"), comm, algorithm="native")
     freed = comm.Dup()
@@ -518,6 +522,35 @@ def test_after_an_interrupted_call_the_communicator_refuses(comm, monkeypatch):
         with pytest.raises(RuntimeError, match="interrupted by an exception, and its messages may still be under way"):
             call(np.ones(3), broken, algorithm="ring")
     assert mpicoll.allreduce(np.ones(3), broken.Dup(), algorithm="ring")[0] == P
+
+
+@pytest.mark.parametrize("wrap", [mpicoll.Comm, lambda comm: comm])
+@pytest.mark.parametrize("name", ["auto", "ring"])
+def test_broken_off_between_two_messages_native_calls_are_refused_too(comm, monkeypatch, name, wrap):
+    """A list of two dtypes is two messages; the next call must not be taken for the second."""
+    broken = wrap(comm.Dup())
+    run, calls = collectives.Call.run, []
+
+    def interrupted(self: Any) -> None:
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        run(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collectives.Call, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mpicoll.allreduce([np.ones(3), np.ones(3, "f4")], broken, algorithm=name)
+    tries = [lambda: mpicoll.allreduce(np.ones(3), broken), lambda: mpicoll.reduce(np.ones(3), broken)]
+    tries += [lambda: mpicoll.iallreduce(np.ones(3), broken), lambda: mpicoll.bcast(np.ones(3), broken)]
+    if wrap is mpicoll.Comm:
+        tries += [lambda: broken.Allreduce(MPI.IN_PLACE, np.ones(3)), lambda: broken.Reduce(np.ones(3), np.ones(3))]
+    for again in tries:
+        with pytest.raises(RuntimeError, match="interrupted by an exception"):
+            again()
+    assert mpicoll.allreduce(np.ones(3), wrap(broken.Dup()))[0] == P
+    assert mpicoll.allreduce(np.ones(3), comm)[0] == P
+    broken.Free()
 
 
 @pytest.mark.parametrize("name", NAMES)

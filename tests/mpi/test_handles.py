@@ -205,6 +205,9 @@ def test_persistent_calls_reduce_what_the_array_holds_at_the_start(ours, name):
     for count in {0, 1, P + 1, 1000}:
         x = np.zeros(count)
         handle = mpicoll.allreduce_init(x, ours, algorithm=name)
+        for early in (handle.wait, handle.poll):
+            with pytest.raises(RuntimeError, match=r"was not started: start\(\) it first"):
+                early()
         for n in range(4):
             x[:] = mine(ours, count) * n
             assert handle.start() is handle
@@ -350,6 +353,37 @@ def test_an_exception_is_raised_by_its_own_handle_alone(ours, monkeypatch):
     np.testing.assert_array_equal(x, TOTAL)
     with pytest.raises((RuntimeError, MemoryError)):
         failing.wait()
+
+
+def test_a_native_handle_finishes_once(ours, monkeypatch):
+    """Interrupted while it divides a sum to make a mean of it, it must not divide again."""
+    x = mine(ours)
+    handle = mpicoll.iallreduce(x, ours.Dup(), "mean")
+    calls: list[int] = []
+
+    def interrupted(self: Any) -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    handle._deliver = (lambda: interrupted(None),)
+    with pytest.raises(KeyboardInterrupt):
+        handle.wait()
+    for call in (handle.wait, handle.poll):
+        with pytest.raises(RuntimeError, match="interrupted by an exception"):
+            call()
+    assert calls == [1]
+
+
+def test_a_native_mean_outlives_its_communicator(ours):
+    if MPI.get_vendor()[0] == "Open MPI":
+        return  # it crashes when a communicator is freed before its nonblocking collectives are complete
+    own, x, y = ours.Dup(), mine(ours), mine(ours)
+    handle = mpicoll.iallreduce(x, own, "mean")
+    own.Free()
+    mpicoll.iallreduce(y, ours).wait()
+    handle.wait()
+    np.testing.assert_array_equal(x, TOTAL / P)
+    np.testing.assert_array_equal(y, TOTAL)
 
 
 def test_interrupted_while_driving_others_the_communicator_refuses(ours, monkeypatch):
