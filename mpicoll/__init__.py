@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .algorithms import ALGORITHMS
     from .errors import UserError
-    from .mpi.collectives import allreduce, allreduce_init, bcast, iallreduce, reduce, ring_allreduce, tree_reduce
+    from .mpi.collectives import (
+        allgather,
+        allreduce,
+        allreduce_init,
+        bcast,
+        iallreduce,
+        reduce,
+        reduce_scatter,
+        ring_allreduce,
+        tree_reduce,
+    )
     from .mpi.comm import Comm
     from .schedule import ScheduleError
 
@@ -21,11 +31,13 @@ __all__ = [
     "ScheduleError",
     "UserError",
     "__version__",
+    "allgather",
     "allreduce",
     "allreduce_init",
     "bcast",
     "iallreduce",
     "reduce",
+    "reduce_scatter",
     "ring_allreduce",
     "tree_reduce",
 ]
@@ -35,11 +47,13 @@ _HOMES = {
     "Comm": ".mpi.comm",
     "ScheduleError": ".schedule",
     "UserError": ".errors",
+    "allgather": ".mpi.collectives",
     "allreduce": ".mpi.collectives",
     "allreduce_init": ".mpi.collectives",
     "bcast": ".mpi.collectives",
     "iallreduce": ".mpi.collectives",
     "reduce": ".mpi.collectives",
+    "reduce_scatter": ".mpi.collectives",
     "ring_allreduce": ".mpi.collectives",
     "tree_reduce": ".mpi.collectives",
 }

@@ -1,16 +1,18 @@
 """The collectives as functions: check the arguments, choose the algorithm, find the plan, run it."""
 
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain, pairwise
 from numbers import Number
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
 from ..algorithms import Algorithm
+from ..schedule import chunk_start
 from . import operations
-from .buffers import Part, parts, specification
+from .buffers import Part, on_device, parts, specification, vector
 from .operations import MOVE, Operation, operation
 from .plan import Bound, Plan
 from .select import LARGE, PLAIN, Options, Preference, choose, parameters
@@ -162,6 +164,83 @@ def bcast(x: Any, comm: MPI.Intracomm, root: int = 0, algorithm: str = "auto", *
     return x
 
 
+def reduce_scatter(
+    x: Any,
+    comm: MPI.Intracomm,
+    counts: Sequence[int] | None = None,
+    op: str | MPI.Op = "sum",
+    algorithm: str = "auto",
+    *,
+    deterministic: bool | None = None,
+    wire: str | None = None,
+) -> np.ndarray:
+    """Combine the arrays of all ranks elementwise, and give each rank its part of the result, as a new flat array.
+
+    ``x``, which stays as it is, is one array in host memory; rank r gets ``counts[r]`` elements, by default equally
+    many to one.  Other arguments and errors are those of ``allreduce``; algorithms are
+    ``mpicoll.ALGORITHMS["reduce_scatter"]``.
+    """
+    options = _options(comm, algorithm, deterministic, wire=wire)
+    with whole(comm):
+        flat = _in_host_memory(x)
+        cuts = cuts_of(counts, len(flat), comm.size)
+        result = np.empty(cuts[comm.rank + 1] - cuts[comm.rank], flat.dtype)
+        found = operation(op, flat.dtype)
+        decide(comm, Part(flat), found, options, collective="reduce_scatter", cuts=cuts, result=result).run()
+    return result
+
+
+def allgather(x: Any, comm: MPI.Intracomm, counts: Sequence[int] | None = None, algorithm: str = "auto") -> np.ndarray:
+    """The arrays of all ranks, one after another, as a new array.
+
+    ``x`` is one array in host memory, of any dtype but objects.  Without ``counts`` it has the same shape on all ranks,
+    and the result one dimension more, in front; with them, rank r brings ``counts[r]`` elements into a flat result.
+    Algorithms are ``mpicoll.ALGORITHMS["allgather"]``.
+    """
+    options = _options(comm, algorithm, False)
+    with whole(comm):
+        flat = _in_host_memory(x)
+        if flat.dtype.hasobject:
+            raise TypeError("objects are not gathered from memory to memory: use comm.allgather, in lower case")
+        cuts = cuts_of([len(flat)] * comm.size if counts is None else counts, None, comm.size)
+        if cuts[comm.rank + 1] - cuts[comm.rank] != len(flat):
+            raise ValueError(f"rank {comm.rank} brings {len(flat)} elements, counts say {counts[comm.rank]}")  # type: ignore[index]
+        result = np.empty(cuts[-1], flat.dtype)
+        gather_into(comm, flat, result, cuts, options)
+    return result if counts is not None else result.reshape(comm.size, *np.shape(x))
+
+
+def gather_into(
+    comm: MPI.Intracomm, flat: np.ndarray | None, result: np.ndarray, cuts: tuple[int, ...], options: Options
+) -> None:
+    """``allgather`` into ``result``, which holds this rank's part already if none is given."""
+    if flat is not None:
+        result[cuts[comm.rank] : cuts[comm.rank + 1]] = flat
+    size = result.dtype.itemsize
+    raw = result.view(np.uint8) if size else np.empty(0, np.uint8)
+    in_bytes = tuple(cut * size for cut in cuts)
+    decide(comm, Part(raw), MOVE, options, collective="allgather", cuts=in_bytes).run()
+
+
+def cuts_of(counts: Sequence[int] | None, total: int | None, p: int) -> tuple[int, ...]:
+    """Where each rank's part begins, and the end; a ``ValueError`` unless there is one for each and they add up."""
+    if counts is None:
+        assert total is not None
+        return tuple(chunk_start(total, rank, p) for rank in range(p + 1))
+    checked = [index(count) for count in counts]
+    if len(checked) != p or min(checked) < 0:
+        raise ValueError(f"expected a count of 0 or more for each of {p} ranks, got {counts}")
+    if total is not None and sum(checked) != total:
+        raise ValueError(f"counts add up to {sum(checked)}, the array has {total} elements")
+    return (0, *accumulate(checked))
+
+
+def _in_host_memory(x: Any) -> np.ndarray:
+    if on_device(x):
+        raise TypeError(f"expected an array in host memory, got {type(x).__module__}.{type(x).__name__}: copy it first")
+    return vector(x, writable=False)
+
+
 def ring_allreduce(x: Any, comm: MPI.Intracomm, op: str | MPI.Op = "sum") -> Any:
     """``allreduce`` by the ring algorithm: 2(p - 1) rounds, 2(p - 1)/p of ``x`` sent by each rank."""
     return allreduce(x, comm, op, "ring")
@@ -248,14 +327,20 @@ class Call(NamedTuple):
     row: Algorithm | None
     parameters: dict[str, int]
     root: int | None = None
+    cuts: tuple[int, ...] | None = None
+    result: np.ndarray | None = None  # where it goes, unless it is in place
 
     def run(self) -> None:
         """Do it, and bring the result to where it is wanted."""
         flat = self.part.flat
         if self.row is not None:
             state = state_of(self.comm)
-            plan = state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation)
-            state.run(plan, flat if self._receives else state.copied(flat), self.operation)
+            plan = state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation, self.cuts)
+            in_place = self.result is None and self._receives
+            work = flat if in_place else state.copied(flat)
+            state.run(plan, work, self.operation)
+            if self.result is not None and self.cuts is not None:
+                self.result[:] = work[self.cuts[self.comm.rank] : self.cuts[self.comm.rank + 1]]
         else:
             with driving():
                 for piece in self._pieces():
@@ -270,7 +355,13 @@ class Call(NamedTuple):
 
     def _run_native(self, piece: Any) -> None:
         op, root = self.operation.native, self.root or 0
-        if self.collective == "allreduce":
+        counts = [after - before for before, after in pairwise(self.cuts or ())]
+        if self.collective == "reduce_scatter":
+            result = specification(self.result) if self.result is not None else None
+            MPI.Intracomm.Reduce_scatter(self.comm, specification(self.part.flat), result, counts, op)
+        elif self.collective == "allgather":
+            MPI.Intracomm.Allgatherv(self.comm, MPI.IN_PLACE, [self.part.flat, counts, MPI.BYTE])
+        elif self.collective == "allreduce":
             MPI.Intracomm.Allreduce(self.comm, MPI.IN_PLACE, piece, op)
         elif self.collective == "bcast":
             MPI.Intracomm.Bcast(self.comm, piece, root)
@@ -307,10 +398,12 @@ class Call(NamedTuple):
         """What is left to do when the MPI library's own is complete."""
         if self.operation.finish and self._receives:
             with np.errstate(all="ignore"):
-                self.operation.finish(self.part.flat, self.p)
+                self.operation.finish(self.part.flat if self.result is None else self.result, self.p)
 
     def _pieces(self) -> list[Any]:
         flat, longest = self.part.flat, operations.MAX_COUNT
+        if self.cuts is not None:
+            return [flat]  # parts of several ranks cannot go in pieces
         return [specification(flat[start : start + longest]) for start in range(0, max(len(flat), 1), longest)]
 
 
@@ -361,6 +454,8 @@ def decide(
     *,
     collective: str = "allreduce",
     root: int | None = None,
+    cuts: tuple[int, ...] | None = None,
+    result: np.ndarray | None = None,
     prefer: Preference = "fastest",
 ) -> Call:
     """Choose; a ``ValueError`` if what was named cannot do it."""
@@ -371,4 +466,4 @@ def decide(
     given = parameters(row, flat.nbytes, root, options.segments)
     if row is not None and options.segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now
-    return Call(collective, comm, comm.size, part, operation, row, given, root)
+    return Call(collective, comm, comm.size, part, operation, row, given, root, cuts, result)

@@ -1,6 +1,6 @@
 """The drop-in communicator: an ``MPI.Intracomm`` whose collectives are ours where that is better."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -8,10 +8,10 @@ import numpy as np
 from mpi4py import MPI
 
 from . import operations
-from .buffers import Part, on_device, parts, staged, vector
-from .collectives import check_root, decide
+from .buffers import Part, is_half, on_device, parts, staged, vector
+from .collectives import check_root, cuts_of, decide, gather_into
 from .operations import MOVE, operation
-from .select import LARGE, PLAIN, Options
+from .select import LARGE, PLAIN, Options, Preference
 from .state import driving, interrupted, state_of, under_way, whole
 
 C = TypeVar("C", bound=MPI.Intracomm)
@@ -171,6 +171,111 @@ class Comm(MPI.Intracomm):
         raw = Part(part.flat.view(np.uint8), part.deliver if self.rank != root else None)
         with whole(self):
             return decide(self, raw, MOVE, options, collective="bcast", root=root).run()
+
+    def Reduce_scatter_block(  # noqa: N802
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        op: MPI.Op | str = MPI.SUM,
+        algorithm: str = "auto",
+        *,
+        deterministic: bool | None = None,
+        wire: str | None = None,
+    ) -> None:
+        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``."""
+        options = self._options(algorithm, deterministic, None, wire)
+        if self._is_native(recvbuf, op, options):
+            with driving():
+                return MPI.Intracomm.Reduce_scatter_block(self, sendbuf, recvbuf, op)  # type: ignore[arg-type]
+        received = vector(recvbuf)
+        count = len(received) // self.size if sendbuf is MPI.IN_PLACE else len(received)
+        return self._reduce_scatter(sendbuf, received, [count] * self.size, op, options)
+
+    def Reduce_scatter(  # noqa: N802
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        recvcounts: Sequence[int] | None = None,
+        op: MPI.Op | str = MPI.SUM,
+        algorithm: str = "auto",
+        *,
+        deterministic: bool | None = None,
+        wire: str | None = None,
+    ) -> None:
+        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``.
+
+        Algorithms of ours need ``recvcounts``.  They are taken in place where these differ: MPICH 5.0.2 crashes there.
+        """
+        options = self._options(algorithm, deterministic, None, wire)
+        crashes = sendbuf is MPI.IN_PLACE and len({*(recvcounts or ())}) > 1 and self._is_ours(recvbuf, op)
+        if self._is_native(recvbuf, op, options) and not (crashes and algorithm == "auto"):
+            with driving():
+                return MPI.Intracomm.Reduce_scatter(self, sendbuf, recvbuf, recvcounts, op)  # type: ignore[arg-type]
+        if recvcounts is None:
+            raise TypeError("algorithms of ours need recvcounts: one for each rank")
+        prefer: Preference = "ours" if crashes else "fastest"
+        return self._reduce_scatter(sendbuf, vector(recvbuf), recvcounts, op, options, prefer)
+
+    def _is_ours(self, buffer: Any, op: MPI.Op | str) -> bool:
+        """Can our algorithms do it?"""
+        try:
+            return bool(operation(op, vector(buffer).dtype))
+        except (TypeError, ValueError, BufferError, KeyError):
+            return False
+
+    def _is_native(self, buffer: Any, op: MPI.Op | str, options: Options) -> bool:
+        """May it go to the MPI library unseen?"""
+        if options != Options() and options != Options("native"):
+            return False
+        try:
+            half = not on_device(buffer) and is_half(vector(buffer).dtype)
+        except (TypeError, ValueError, BufferError, KeyError):
+            half = False  # the MPI library takes it, or says what is wrong
+        return isinstance(op, MPI.Op) and not on_device(buffer) and not (half and options.algorithm == "auto")
+
+    def _reduce_scatter(
+        self,
+        sendbuf: Any,
+        received: np.ndarray,
+        counts: Sequence[int],
+        op: MPI.Op | str,
+        options: Options,
+        prefer: Preference = "fastest",
+    ) -> None:
+        with whole(self):
+            sent = received if sendbuf is None or sendbuf is MPI.IN_PLACE else vector(sendbuf, writable=False)
+            cuts = cuts_of(counts, None, self.size)
+            mine = cuts[self.rank + 1] - cuts[self.rank]
+            if len(sent) < cuts[-1] or len(received) < mine or sent.dtype != received.dtype:
+                raise ValueError(
+                    f"expected {cuts[-1]} elements to send and room for {mine} of the same dtype, got {len(sent)} of "
+                    f"{sent.dtype} and {len(received)} of {received.dtype}"
+                )
+            part, result = Part(sent[: cuts[-1]]), received[:mine]
+            if sent is received:
+                part = Part(part.flat.copy())
+            found = operation(op, sent.dtype)
+            decide(
+                self, part, found, options, collective="reduce_scatter", cuts=cuts, result=result, prefer=prefer
+            ).run()
+
+    def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto") -> None:  # noqa: N802
+        """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
+        if algorithm in ("auto", "native"):
+            with driving():
+                return MPI.Intracomm.Allgather(self, sendbuf, recvbuf)
+        with whole(self):
+            received = vector(recvbuf)
+            sent = None if sendbuf is None or sendbuf is MPI.IN_PLACE else vector(sendbuf, writable=False)
+            count = len(received) // self.size
+            if count * self.size != len(received) or (
+                sent is not None and (len(sent) != count or sent.dtype != received.dtype)
+            ):
+                got = "nothing" if sent is None else f"{len(sent)} of {sent.dtype}"
+                room = f"{len(received)} of {received.dtype}"
+                raise ValueError(f"expected {self.size} times what is sent, got room for {room}, and {got}")
+            cuts = tuple(range(0, len(received) + 1, count)) if count else (0,) * (self.size + 1)
+            return gather_into(self, sent, received, cuts, Options(algorithm))
 
     def _options(self, algorithm: str, deterministic: bool | None, segments: int | None, wire: str | None) -> Options:
         return Options(algorithm, self.deterministic if deterministic is None else deterministic, segments, wire)

@@ -83,7 +83,8 @@ class Plan:
     """The part of ``rank`` in ``schedule``, for vectors of ``count`` elements of ``dtype``.
 
     Partial results are carried and sent in the dtype ``carried``, results in ``dtype``; if it ``finishes``, something
-    is done to each result before it is rounded to that.
+    is done to each result before it is rounded to that.  Chunk c begins at element ``cuts[c]``; without ``cuts``,
+    chunks are equally long, to one element.
     ``bytes_sent`` is the payload of the rank's sends in one run, ``scratch_bytes`` the memory it needs meanwhile.
     """
 
@@ -95,10 +96,12 @@ class Plan:
         dtype: np.dtype,
         carried: np.dtype | None = None,
         finishes: bool = False,
+        cuts: tuple[int, ...] | None = None,
     ) -> None:
         self._schedule, self._rank = schedule, rank
         self._count, self._dtype = count, np.dtype(dtype)
         self._carried, self._finishes = np.dtype(carried or dtype), finishes
+        self._cuts = cuts
         self._widens = self._carried != self._dtype
         self._landing_size = 0
         self._unfinished = np.ones(schedule.chunks, bool)  # chunks whose result is not in the caller's vector yet
@@ -225,4 +228,6 @@ class Plan:
                 yield start, stop
 
     def _start(self, chunk: int) -> int:
+        if self._cuts is not None:
+            return self._cuts[chunk]
         return chunk_start(self._count, chunk, self._schedule.chunks)

@@ -37,10 +37,18 @@ Preference = Literal["fastest", "native", "ours"]
 """What ``"auto"`` means: the fastest, the MPI library's own wherever it can do what is asked, or never that."""
 
 
-OURS = {"allreduce": ("recursive_doubling", "circulant"), "reduce": ("tree", "double_tree")}
+OURS = {
+    "allreduce": ("recursive_doubling", "circulant"),
+    "reduce": ("tree", "double_tree"),
+    "reduce_scatter": ("halving", "circulant"),
+}
 """What is best of ours up to ``SMALL``, and above; ``CANONICAL`` and ``IN_ORDER`` are what is if the order matters."""
-CANONICAL = {"allreduce": ("recursive_doubling", "halving_doubling"), "reduce": ("tree", "tree")}
-IN_ORDER = {"allreduce": CANONICAL["allreduce"], "reduce": OURS["reduce"]}
+CANONICAL = {
+    "allreduce": ("recursive_doubling", "halving_doubling"),
+    "reduce": ("tree", "tree"),
+    "reduce_scatter": ("halving", "halving"),
+}
+IN_ORDER = {**CANONICAL, "reduce": OURS["reduce"]}
 
 FASTER = ("allreduce",)
 """The collectives in which ours are faster than the MPI library's own from ``LARGE`` on."""

@@ -49,17 +49,23 @@ class State:
         self._users = 1  # the communicator, and handles that are not done with
 
     def plan(
-        self, algorithm: Algorithm, parameters: dict[str, int], count: int, dtype: np.dtype, operation: Operation
+        self,
+        algorithm: Algorithm,
+        parameters: dict[str, int],
+        count: int,
+        dtype: np.dtype,
+        operation: Operation,
+        cuts: tuple[int, ...] | None = None,
     ) -> Plan:
         """The plan for such a call, made now or before."""
         carried, finishes = operation.carried(dtype), operation.finish is not None
-        key = (algorithm.collective, algorithm.name, *parameters.items(), count, dtype, carried, finishes)
+        key = (algorithm.collective, algorithm.name, *parameters.items(), count, dtype, carried, finishes, cuts)
         plan = self.plans.pop(key, None)
         if plan is None:
             if len(self.plans) >= MAX_PLANS:
                 del self.plans[next(iter(self.plans))]
             schedule = algorithm.schedule(self.p, **parameters)
-            plan = Plan(schedule, self.rank, count, dtype, carried, finishes)
+            plan = Plan(schedule, self.rank, count, dtype, carried, finishes, cuts)
         self.plans[key] = plan  # the newest last
         return plan
 
