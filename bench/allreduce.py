@@ -151,6 +151,15 @@ def pretty(size: int) -> str:
     return f"{size} B"
 
 
+def launched(script: str, ranks: int) -> dict:
+    """What one launch of ``script --worker`` measures: the JSON that rank 0 prints last."""
+    mpirun = Path(sys.prefix, "bin", "mpirun")
+    worker = [sys.executable, "-m", "mpi4py", script, "--worker"]  # -m mpi4py: one rank failing ends the job
+    launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]
+    done = subprocess.run([*launcher, *worker], stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Launch, collect, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,11 +181,7 @@ def main() -> None:
     for launch in range(args.launches):
         for ranks in args.ranks:
             print(f"launch {launch + 1} of {args.launches}, {ranks} ranks", file=sys.stderr, flush=True)
-            mpirun = Path(sys.prefix, "bin", "mpirun")
-            worker = [sys.executable, "-m", "mpi4py", __file__, "--worker"]  # -m mpi4py: one rank failing ends the job
-            launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]
-            done = subprocess.run([*launcher, *worker], stdout=subprocess.PIPE, text=True, check=True, timeout=600)
-            launches.append(json.loads(done.stdout.splitlines()[-1]))
+            launches.append(launched(__file__, ranks))
     record = {
         "mpi": launches[0]["mpi"],
         "machine": machine(),

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from allreduce import RESULTS, machine
+from allreduce import RESULTS, launched, machine
 
 PROCESSES, LAUNCHES, REPETITIONS, CALLS = 15, 5, 40, 200
 START = """
@@ -82,12 +82,6 @@ def calls() -> dict:
     }
 
 
-def run(command: list[str]) -> dict:
-    """The last line it prints, which is JSON."""
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     """Measure in fresh processes and launches, print a table, record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,13 +96,11 @@ def main() -> None:
     if args.show:
         show(json.loads(args.show.read_text()))
         return
-    table = summarize([run([sys.executable, "-c", START]) for _ in range(PROCESSES)])
-    beside = Path(sys.prefix, "bin", "mpirun")
+    start = [sys.executable, "-c", START]
+    prints = [subprocess.run(start, capture_output=True, text=True, check=True, timeout=60) for _ in range(PROCESSES)]
+    table = summarize([json.loads(done.stdout) for done in prints])
     for ranks in (1, 2):
-        worker = [sys.executable, "-m", "mpi4py", __file__, "--worker"]
-        launches = [
-            run([str(beside) if beside.exists() else "mpirun", "-n", str(ranks), *worker]) for _ in range(LAUNCHES)
-        ]
+        launches = [launched(__file__, ranks) for _ in range(LAUNCHES)]
         rows = summarize([launch["rows"] for launch in launches])
         table.update({f"{ranks} rank(s): {name}": values for name, values in rows.items()})
     record = {"mpi": launches[0]["mpi"], "machine": machine(), "table": table}

@@ -17,7 +17,7 @@ chunks of others, and one hop brings them home.  Doubling alone is an allgather.
 from collections.abc import Iterator
 
 from ..schedule import Recv, Round, Send, reduce
-from .fold import folded, power_below, rank_of
+from .fold import folded, member_of, power_below, rank_of
 
 
 def recursive_doubling(p: int, rank: int) -> Iterator[Round]:
@@ -71,11 +71,10 @@ def reduce_scatter(p: int, rank: int) -> Iterator[Round]:
             yield Round((Send(peer, *chunks(*give)),), (reduce(member, peer, *chunks(*keep)),))
 
     yield from folded(core, p, rank, p, unfold=False)
-    paired, odd = rank < 2 * pairs, rank % 2
-    holds = None if paired and odd else _reversed(rank // 2 if paired else rank - pairs, q)
-    held = range(*chunks(holds, holds + 1)) if holds is not None else range(0)
-    home = rank // 2 if paired else rank - pairs  # the part with my chunk
-    source = rank_of(_reversed(home, q), pairs)
+    member = member_of(rank, pairs)  # the part with my chunk is its own, or will be
+    remains, holds = rank == rank_of(member, pairs), _reversed(member, q)
+    held = range(*chunks(holds, holds + 1)) if remains else range(0)
+    source = rank_of(holds, pairs)  # as I hold the part of another, that one holds mine
     if p > 1:
         yield Round(
             tuple(Send(chunk, chunk, chunk + 1, final=True) for chunk in held if chunk != rank),
@@ -101,7 +100,7 @@ def allgather(p: int, rank: int) -> Iterator[Round]:
         return
     if pairs:
         yield Round(recvs=(Recv(rank + 1, rank + 1, rank + 2),)) if paired else Round()
-    member = rank // 2 if paired else rank - pairs
+    member = member_of(rank, pairs)
     for n in range(rounds):
         peer = member ^ (1 << n)
         mine, theirs = ((first >> n << n, (first >> n << n) + (1 << n)) for first in (member, peer))

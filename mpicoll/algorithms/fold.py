@@ -28,7 +28,7 @@ def folded(
         return
     if pairs:
         yield Round(recvs=(Recv(rank + 1, 0, chunks, Verb.REDUCE_ABOVE),)) if paired else Round()
-    for round_ in core(q, rank // 2 if paired else rank - pairs):
+    for round_ in core(q, member_of(rank, pairs)):
         yield Round(
             tuple(send._replace(peer=rank_of(send.peer, pairs)) for send in round_.sends),
             tuple(recv._replace(peer=rank_of(recv.peer, pairs)) for recv in round_.recvs),
@@ -40,6 +40,11 @@ def folded(
 def power_below(p: int) -> int:
     """The largest power of two that is at most ``p``."""
     return 1 << (p.bit_length() - 1)
+
+
+def member_of(rank: int, pairs: int) -> int:
+    """Which of those that remain ``rank`` is, or the one it is folded into."""
+    return rank // 2 if rank < 2 * pairs else rank - pairs
 
 
 def rank_of(member: int, pairs: int) -> int:

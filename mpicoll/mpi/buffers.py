@@ -14,7 +14,6 @@ import numpy as np
 from mpi4py import MPI
 from mpi4py.util.dtlib import from_numpy_dtype, to_numpy_dtype
 
-IN_PLACE = (None, MPI.IN_PLACE)  # what mpi4py takes for it
 _CPU = 1  # DLPack's device type
 _PAIRS = (MPI.FLOAT_INT, MPI.DOUBLE_INT, MPI.LONG_INT, MPI.TWOINT, MPI.SHORT_INT, MPI.LONG_DOUBLE_INT)
 PAIRS = {to_numpy_dtype(datatype): datatype for datatype in _PAIRS}
@@ -85,6 +84,11 @@ def accumulator(dtype: np.dtype) -> np.dtype:
 def is_half(dtype: np.dtype) -> bool:
     """Is it a 16-bit float: float16, or ml_dtypes' bfloat16?"""
     return dtype.num == 23 or (dtype.num >= 24 and dtype.name == "bfloat16")  # a name costs 3 us
+
+
+def is_in_place(sendbuf: Any) -> bool:
+    """Does a send buffer say that the data are in the receive buffer, as mpi4py has it?"""
+    return sendbuf is None or sendbuf is MPI.IN_PLACE
 
 
 def on_device(x: Any) -> bool:

@@ -21,6 +21,7 @@ from .state import (
     NativeHandle,
     PersistentHandle,
     State,
+    check_comm,
     driving,
     find_state,
     interrupted,
@@ -102,7 +103,8 @@ def allreduce(
         scalar = _number(x, op)
         allreduce(scalar, comm, op, algorithm, deterministic=deterministic, segments=segments, wire=wire)
         return scalar[()]
-    options = _options(comm, algorithm, deterministic, segments, wire)
+    check_comm(comm)
+    options = options_of(comm, algorithm, deterministic, segments, wire)
     with whole(comm):
         for call in _calls(x, comm, op, options):
             call.run()
@@ -133,7 +135,8 @@ def reduce(
         scalar = _number(x, op)
         reduce(scalar, comm, root, op, algorithm, deterministic=deterministic, segments=segments, wire=wire)
         return scalar[()]
-    options = _options(comm, algorithm, deterministic, segments, wire)
+    check_comm(comm)
+    options = options_of(comm, algorithm, deterministic, segments, wire)
     check_root(comm, root)
     with whole(comm):
         for call in _calls(x, comm, op, options, collective="reduce", root=root):
@@ -152,7 +155,8 @@ def bcast(x: Any, comm: MPI.Intracomm, root: int = 0, algorithm: str = "auto", *
     ``x`` is an array, or a list of arrays, as for ``allreduce``, of any dtype that holds no objects; algorithms are
     ``mpicoll.ALGORITHMS["bcast"]``.
     """
-    options = _options(comm, algorithm, False, segments)
+    check_comm(comm)
+    options = options_of(comm, algorithm, False, segments)
     check_root(comm, root)
     with whole(comm):
         pieces = parts(x)
@@ -180,7 +184,8 @@ def reduce_scatter(
     many to one.  Other arguments and errors are those of ``allreduce``; algorithms are
     ``mpicoll.ALGORITHMS["reduce_scatter"]``.
     """
-    options = _options(comm, algorithm, deterministic, wire=wire)
+    check_comm(comm)
+    options = options_of(comm, algorithm, deterministic, wire=wire)
     with whole(comm):
         flat = _in_host_memory(x)
         cuts = cuts_of(counts, len(flat), comm.size)
@@ -197,7 +202,8 @@ def allgather(x: Any, comm: MPI.Intracomm, counts: Sequence[int] | None = None, 
     and the result one dimension more, in front; with them, rank r brings ``counts[r]`` elements into a flat result.
     Algorithms are ``mpicoll.ALGORITHMS["allgather"]``.
     """
-    options = _options(comm, algorithm, False)
+    check_comm(comm)
+    options = options_of(comm, algorithm, False)
     with whole(comm):
         flat = _in_host_memory(x)
         if flat.dtype.hasobject:
@@ -262,7 +268,8 @@ def iallreduce(
     what is asked, since all of MPI's calls drive that; our algorithms are driven by calls to mpicoll alone (see
     ``Handle``). Those need a ``mpicoll.Comm``, whose private duplicate is made beforehand.
     """
-    options = _options(comm, algorithm, deterministic, segments, wire)
+    check_comm(comm)
+    options = options_of(comm, algorithm, deterministic, segments, wire)
     with whole(comm):
         calls = _calls(x, comm, op, options, prefer="native")
         delivers = [call.part.deliver for call in calls if call.part.deliver]
@@ -293,7 +300,8 @@ def allreduce_init(
     ``handle.start()`` reduces what ``x`` holds then, ``handle.wait()`` ends with the result in it, ``handle.free()``
     gives everything back. It is driven as a handle of ``iallreduce`` is; ``"auto"`` is one of our algorithms.
     """
-    options = _options(comm, algorithm, deterministic, segments, wire)
+    check_comm(comm)
+    options = options_of(comm, algorithm, deterministic, segments, wire)
     with whole(comm):
         calls = _calls(x, comm, op, options, prefer="ours")
         if any(call.row is None for call in calls):
@@ -312,8 +320,9 @@ def account(
 
     That is ``None`` for the MPI library's own, where it cannot be known.  Not a collective call.
     """
-    (call,) = _calls(x, comm, "sum", _options(comm, algorithm, deterministic))
-    return ("native", None) if call.row is None else (call.row.name, call.plan(comm.size, comm.rank).bytes_sent)
+    check_comm(comm)
+    (call,) = _calls(x, comm, "sum", options_of(comm, algorithm, deterministic))
+    return ("native", None) if call.row is None else (call.row.name, call.plan().bytes_sent)
 
 
 class Call(NamedTuple):
@@ -381,12 +390,12 @@ class Call(NamedTuple):
         plan = state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation)
         return plan.bind(flat, np.empty(plan.scratch_bytes, np.uint8), self.operation)
 
-    def plan(self, p: int, rank: int) -> Plan:
-        """Its plan, without a communicator."""
+    def plan(self) -> Plan:
+        """Its plan, which is not kept with the communicator: finding it out is no collective call."""
         assert self.row is not None
-        schedule = self.row.schedule(p, **self.parameters)
+        schedule = self.row.schedule(self.p, **self.parameters)
         dtype = self.part.flat.dtype
-        return Plan(schedule, rank, len(self.part.flat), dtype, self.operation.carried(dtype))
+        return Plan(schedule, self.comm.rank, len(self.part.flat), dtype, self.operation.carried(dtype))
 
     def start_native(self) -> list[MPI.Request]:
         """Start the MPI library's own."""
@@ -407,7 +416,7 @@ class Call(NamedTuple):
         return [specification(flat[start : start + longest]) for start in range(0, max(len(flat), 1), longest)]
 
 
-def _options(
+def options_of(
     comm: MPI.Intracomm,
     algorithm: str,
     deterministic: bool | None,
@@ -415,9 +424,6 @@ def _options(
     wire: str | None = None,
 ) -> Options:
     """What is not given is as the communicator says."""
-    if not isinstance(comm, MPI.Intracomm) or not comm:
-        what = "one that is null or was freed" if isinstance(comm, MPI.Comm) and not comm else type(comm).__name__
-        raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
     if deterministic is None:
         deterministic = getattr(comm, "deterministic", False)
     return Options(algorithm, deterministic, segments, wire)

@@ -8,11 +8,11 @@ import numpy as np
 from mpi4py import MPI
 
 from . import operations
-from .buffers import Part, is_half, on_device, parts, staged, vector
-from .collectives import check_root, cuts_of, decide, gather_into
+from .buffers import Part, is_half, is_in_place, on_device, parts, staged, vector
+from .collectives import check_root, cuts_of, decide, gather_into, options_of
 from .operations import MOVE, operation
 from .select import LARGE, PLAIN, Options, Preference
-from .state import driving, interrupted, state_of, under_way, whole
+from .state import check_comm, driving, interrupted, state_of, under_way, whole
 
 C = TypeVar("C", bound=MPI.Intracomm)
 
@@ -38,9 +38,7 @@ class Comm(MPI.Intracomm):
         """See the class."""
         if comm is None:  # how mpi4py makes one that it is going to fill in
             return super().__new__(cls)
-        if not isinstance(comm, MPI.Intracomm) or not comm:
-            what = "one that is null or was freed" if isinstance(comm, MPI.Comm) and not comm else type(comm).__name__
-            raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
+        check_comm(comm)
         return super().__new__(cls, comm)._ready(deterministic)
 
     def _ready(self, deterministic: bool) -> "Comm":
@@ -117,7 +115,7 @@ class Comm(MPI.Intracomm):
         ):
             MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
         else:
-            options = self._options(algorithm, deterministic, segments, wire)
+            options = options_of(self, algorithm, deterministic, segments, wire)
             with whole(self):
                 self._reduction("allreduce", sendbuf, recvbuf, op, None, options)
 
@@ -149,7 +147,7 @@ class Comm(MPI.Intracomm):
         ):
             MPI.Intracomm.Reduce(self, sendbuf, recvbuf, op, root)
         else:
-            options = self._options(algorithm, deterministic, segments, wire)
+            options = options_of(self, algorithm, deterministic, segments, wire)
             with whole(self):
                 self._reduction("reduce", sendbuf, recvbuf, op, root, options)
 
@@ -157,7 +155,7 @@ class Comm(MPI.Intracomm):
         self, buf: Any, root: int = 0, algorithm: str = "auto", *, segments: int | None = None
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.bcast``."""
-        options = self._options(algorithm, False, segments, None)
+        options = options_of(self, algorithm, False, segments, None)
         device = on_device(buf)
         if not device and options in (Options(), Options("native")):
             with driving():
@@ -183,7 +181,7 @@ class Comm(MPI.Intracomm):
         wire: str | None = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``."""
-        options = self._options(algorithm, deterministic, None, wire)
+        options = options_of(self, algorithm, deterministic, None, wire)
         if self._is_native(recvbuf, op, options):
             with driving():
                 return MPI.Intracomm.Reduce_scatter_block(self, sendbuf, recvbuf, op)  # type: ignore[arg-type]
@@ -206,7 +204,7 @@ class Comm(MPI.Intracomm):
 
         Algorithms of ours need ``recvcounts``.  They are taken in place where these differ: MPICH 5.0.2 crashes there.
         """
-        options = self._options(algorithm, deterministic, None, wire)
+        options = options_of(self, algorithm, deterministic, None, wire)
         crashes = sendbuf is MPI.IN_PLACE and len({*(recvcounts or ())}) > 1 and self._is_ours(recvbuf, op)
         if self._is_native(recvbuf, op, options) and not (crashes and algorithm == "auto"):
             with driving():
@@ -243,7 +241,7 @@ class Comm(MPI.Intracomm):
         prefer: Preference = "fastest",
     ) -> None:
         with whole(self):
-            sent = received if sendbuf is None or sendbuf is MPI.IN_PLACE else vector(sendbuf, writable=False)
+            sent = received if is_in_place(sendbuf) else vector(sendbuf, writable=False)
             cuts = cuts_of(counts, None, self.size)
             mine = cuts[self.rank + 1] - cuts[self.rank]
             if len(sent) < cuts[-1] or len(received) < mine or sent.dtype != received.dtype:
@@ -266,7 +264,7 @@ class Comm(MPI.Intracomm):
                 return MPI.Intracomm.Allgather(self, sendbuf, recvbuf)
         with whole(self):
             received = vector(recvbuf)
-            sent = None if sendbuf is None or sendbuf is MPI.IN_PLACE else vector(sendbuf, writable=False)
+            sent = None if is_in_place(sendbuf) else vector(sendbuf, writable=False)
             count = len(received) // self.size
             if count * self.size != len(received) or (
                 sent is not None and (len(sent) != count or sent.dtype != received.dtype)
@@ -277,14 +275,11 @@ class Comm(MPI.Intracomm):
             cuts = tuple(range(0, len(received) + 1, count)) if count else (0,) * (self.size + 1)
             return gather_into(self, sent, received, cuts, Options(algorithm))
 
-    def _options(self, algorithm: str, deterministic: bool | None, segments: int | None, wire: str | None) -> Options:
-        return Options(algorithm, self.deterministic if deterministic is None else deterministic, segments, wire)
-
     def _reduction(
         self, collective: str, sendbuf: Any, recvbuf: Any, op: MPI.Op | str, root: int | None, options: Options
     ) -> None:
         receives = root is None or self.rank == root
-        in_place = receives and (sendbuf is None or sendbuf is MPI.IN_PLACE)
+        in_place = receives and is_in_place(sendbuf)
         target = recvbuf if receives else sendbuf
         on_host = not on_device(target) and (in_place or not on_device(sendbuf))
         as_it_is = on_host and isinstance(op, MPI.Op) and not options.deterministic

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Lock, Thread, get_ident
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from mpi4py import MPI
@@ -249,7 +249,7 @@ class Handle:
 
     def _raise_if_abandoned(self) -> None:
         if self._error is not None:
-            raise RuntimeError(f"this collective was interrupted by an exception: {self._error!r}") from self._error
+            _raise_interrupted(self._error)
 
     def _begin(self, bounds: Iterator[Bound]) -> None:
         self._bounds = bounds
@@ -295,6 +295,10 @@ class Handle:
 
     def _post(self, bound: Bound) -> list[Any]:
         return _post(self._state.comm, bound, self._tag)
+
+
+def _raise_interrupted(error: BaseException) -> NoReturn:
+    raise RuntimeError(f"this collective was interrupted by an exception: {error!r}") from error
 
 
 @contextmanager
@@ -407,7 +411,7 @@ class NativeHandle:
 
     def _test(self, wait: bool = False) -> bool:
         if self._error is not None:
-            raise RuntimeError(f"this collective was interrupted by an exception: {self._error!r}") from self._error
+            _raise_interrupted(self._error)
         if self not in _native_under_way:
             return True
         if not self._lock.acquire(blocking=False):
@@ -514,6 +518,13 @@ def find_state(comm: MPI.Intracomm) -> State | None:
         _create_keyval()
     state = comm.Get_attr(_keyval)
     return state if isinstance(state, State) else None
+
+
+def check_comm(comm: Any) -> None:
+    """Raise ``TypeError`` unless it is a communicator to work on."""
+    if not isinstance(comm, MPI.Intracomm) or not comm:
+        what = "one that is null or was freed" if isinstance(comm, MPI.Comm) and not comm else type(comm).__name__
+        raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
 
 
 class _Broken:

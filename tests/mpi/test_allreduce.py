@@ -10,6 +10,7 @@ from ml_dtypes import bfloat16, float8_e4m3fnuz, float8_e5m2
 from mpi4py import MPI
 
 import mpicoll
+from contract import assert_untouched, composition, guarded, maps, own_data
 from mpicoll.algorithms import ALGORITHMS, Algorithm, find
 from mpicoll.interpreter import interpret_arrays
 from mpicoll.mpi import collectives, operations, plan, select, state
@@ -37,23 +38,6 @@ LEGAL = {
     "i": UFUNCS,
     "u": UFUNCS,
 }
-
-
-def own_data(count: int, rank: int, dtype: Any = np.float64) -> np.ndarray:
-    """Different on every rank and at every index; small integers, so that sums are exact in any dtype."""
-    return ((np.arange(count) * 7 + rank * 3) % 5 + rank % 2).astype(dtype)
-
-
-def guarded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A copy of ``values``, and the larger array it lies in."""
-    around = np.full(len(values) + 16, 77, values.dtype)
-    around[8:-8] = values
-    return around[8:-8], around
-
-
-def assert_untouched(around: np.ndarray) -> None:
-    guard = np.full(8, 77, around.dtype)
-    assert around[:8].tobytes() == around[-8:].tobytes() == guard.tobytes()
 
 
 def assert_same_bits(comm: MPI.Intracomm, x: np.ndarray) -> None:
@@ -206,10 +190,6 @@ def test_means(comm, name):
 def test_user_defined_operations(comm, name):
     """Composing maps z -> a z + b, kept as a + bi, does not commute: in rank order, or refused."""
 
-    def compose(lower: Any, higher: Any, datatype: MPI.Datatype) -> None:
-        first, second = (np.frombuffer(memory, np.complex128) for memory in (lower, higher))
-        second[:] = first.real * second + 1j * first.imag
-
     calls = []
 
     def larger(lower: Any, higher: Any, datatype: MPI.Datatype) -> None:
@@ -224,24 +204,21 @@ def test_user_defined_operations(comm, name):
     assert comm.allreduce(len(calls)) or P == 1
     commuting.Free()
 
-    maps = [own_data(100, rank) % 2 + 1 + 1j * own_data(100, rank) for rank in range(P)]
-    expected = maps[0]
-    for following in maps[1:]:
-        expected = expected.real * following + 1j * expected.imag
-    composition = MPI.Op.Create(compose, commute=False)
-    x, around = guarded(maps[comm.rank])
+    everyones, expected = maps(100, P)
+    composing = composition()
+    x, around = guarded(everyones[comm.rank])
     if name in ("ring", "circulant"):
         with pytest.raises(ValueError, match=r"the operation does not commute: expected recursive_.*double_tree"):
-            mpicoll.allreduce(x, comm, composition, name)
+            mpicoll.allreduce(x, comm, composing, name)
     else:
         assert name in [*IN_ORDER, "native", "auto"]
-        mpicoll.allreduce(x, comm, composition, name)
+        mpicoll.allreduce(x, comm, composing, name)
         np.testing.assert_array_equal(x, expected)
     assert_untouched(around)
     if P > 2 and name == "tree":  # the test can fail: the other way round is something else
-        mpicoll.allreduce(x := maps[P - 1 - comm.rank].copy(), comm, composition, name)
+        mpicoll.allreduce(x := everyones[P - 1 - comm.rank].copy(), comm, composing, name)
         assert not np.array_equal(x, expected)
-    composition.Free()
+    composing.Free()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,13 +1,12 @@
 """The contract of every reduce and broadcast, over every row of the table and several roots."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 from mpi4py import MPI
 
 import mpicoll
+from contract import assert_untouched, composition, guarded, maps, own_data
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.interpreter import interpret_arrays
 from mpicoll.mpi import operations, plan
@@ -18,23 +17,6 @@ ROOTS = sorted({0, 1 % P, P - 1})
 COUNTS = sorted({0, 1, P - 1, P, P + 1, 997, 65537})
 REDUCES = [*ALGORITHMS["reduce"], "native", "auto"]
 BCASTS = [*ALGORITHMS["bcast"], "native", "auto"]
-
-
-def own_data(count: int, rank: int, dtype: Any = np.float64) -> np.ndarray:
-    """Different on every rank and at every index; small integers, so that sums are exact in any dtype."""
-    return ((np.arange(count) * 7 + rank * 3) % 5 + rank % 2).astype(dtype)
-
-
-def guarded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A copy of ``values``, and the larger array it lies in."""
-    around = np.full(len(values) + 16, 77, values.dtype)
-    around[8:-8] = values
-    return around[8:-8], around
-
-
-def assert_untouched(around: np.ndarray) -> None:
-    guard = np.full(8, 77, around.dtype)
-    assert around[:8].tobytes() == around[-8:].tobytes() == guard.tobytes()
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -116,24 +98,17 @@ def test_deterministic_sums_are_the_same_at_every_root_and_everywhere(comm, dtyp
 
 @pytest.mark.parametrize("name", REDUCES)
 def test_operations_that_do_not_commute_come_out_by_rank_or_are_refused(comm, name):
-    def compose(lower: Any, higher: Any, datatype: MPI.Datatype) -> None:
-        first, second = (np.frombuffer(memory, np.complex128) for memory in (lower, higher))
-        second[:] = first.real * second + 1j * first.imag
-
-    composition = MPI.Op.Create(compose, commute=False)
-    maps = [own_data(100, rank) % 2 + 1 + 1j * own_data(100, rank) for rank in range(P)]
-    expected = maps[0]
-    for following in maps[1:]:
-        expected = expected.real * following + 1j * expected.imag
+    everyones, expected = maps(100, P)
+    composing = composition()
     for root in ROOTS:
-        x = maps[comm.rank].copy()
+        x = everyones[comm.rank].copy()
         if name == "chain":
             with pytest.raises(ValueError, match="the operation does not commute: expected tree, double_tree"):
-                mpicoll.reduce(x, comm, root, composition, name)
+                mpicoll.reduce(x, comm, root, composing, name)
         else:
-            mpicoll.reduce(x, comm, root, composition, name)
-            np.testing.assert_array_equal(x, expected if comm.rank == root else maps[comm.rank])
-    composition.Free()
+            mpicoll.reduce(x, comm, root, composing, name)
+            np.testing.assert_array_equal(x, expected if comm.rank == root else everyones[comm.rank])
+    composing.Free()
 
 
 @pytest.mark.parametrize("row", ALGORITHMS["reduce"].values(), ids=lambda row: row.name)

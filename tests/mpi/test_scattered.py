@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 from mpi4py import MPI
-from test_rooted import assert_untouched, guarded, own_data
 
 import mpicoll
+from contract import assert_untouched, composition, guarded, maps, own_data
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.mpi import plan
 
@@ -107,22 +107,15 @@ def test_deterministic_parts_have_the_bits_of_the_whole(comm, dtype):
 
 @pytest.mark.parametrize("name", SCATTERS)
 def test_operations_that_do_not_commute_come_out_by_rank_or_are_refused(comm, name):
-    def compose(lower: Any, higher: Any, datatype: MPI.Datatype) -> None:
-        first, second = (np.frombuffer(memory, np.complex128) for memory in (lower, higher))
-        second[:] = first.real * second + 1j * first.imag
-
-    composition = MPI.Op.Create(compose, commute=False)
-    maps = [own_data(3 * P, rank) % 2 + 1 + 1j * own_data(3 * P, rank) for rank in range(P)]
-    expected = maps[0]
-    for following in maps[1:]:
-        expected = expected.real * following + 1j * expected.imag
+    everyones, expected = maps(3 * P, P)
+    composing = composition()
     if name in ("ring", "circulant"):
         with pytest.raises(ValueError, match="the operation does not commute: expected halving"):
-            mpicoll.reduce_scatter(maps[comm.rank], comm, op=composition, algorithm=name)
+            mpicoll.reduce_scatter(everyones[comm.rank], comm, op=composing, algorithm=name)
     else:
-        part = mpicoll.reduce_scatter(maps[comm.rank], comm, op=composition, algorithm=name)
+        part = mpicoll.reduce_scatter(everyones[comm.rank], comm, op=composing, algorithm=name)
         np.testing.assert_array_equal(part, expected[3 * comm.rank : 3 * comm.rank + 3])
-    composition.Free()
+    composing.Free()
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
