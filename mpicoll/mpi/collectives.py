@@ -351,7 +351,7 @@ class Call(NamedTuple):
             if self.result is not None and self.cuts is not None:
                 self.result[:] = work[self.cuts[self.comm.rank] : self.cuts[self.comm.rank + 1]]
         else:
-            with driving():
+            with driving(self.comm):
                 for piece in self._pieces():
                     self._run_native(piece)
             self.finish()

@@ -158,7 +158,7 @@ class Comm(MPI.Intracomm):
         options = options_of(self, algorithm, False, segments, None)
         device = on_device(buf)
         if not device and options in (Options(), Options("native")):
-            with driving():
+            with driving(self):
                 return MPI.Intracomm.Bcast(self, buf, root)
         check_root(self, root)
         if device:
@@ -183,7 +183,7 @@ class Comm(MPI.Intracomm):
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``."""
         options = options_of(self, algorithm, deterministic, None, wire)
         if self._is_native(recvbuf, op, options):
-            with driving():
+            with driving(self):
                 return MPI.Intracomm.Reduce_scatter_block(self, sendbuf, recvbuf, op)  # type: ignore[arg-type]
         received = vector(recvbuf)
         count = len(received) // self.size if sendbuf is MPI.IN_PLACE else len(received)
@@ -207,7 +207,7 @@ class Comm(MPI.Intracomm):
         options = options_of(self, algorithm, deterministic, None, wire)
         crashes = sendbuf is MPI.IN_PLACE and len({*(recvcounts or ())}) > 1 and self._is_ours(recvbuf, op)
         if self._is_native(recvbuf, op, options) and not (crashes and algorithm == "auto"):
-            with driving():
+            with driving(self):
                 return MPI.Intracomm.Reduce_scatter(self, sendbuf, recvbuf, recvcounts, op)  # type: ignore[arg-type]
         if recvcounts is None:
             raise TypeError("algorithms of ours need recvcounts: one for each rank")
@@ -260,7 +260,7 @@ class Comm(MPI.Intracomm):
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto") -> None:  # noqa: N802
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
         if algorithm in ("auto", "native"):
-            with driving():
+            with driving(self):
                 return MPI.Intracomm.Allgather(self, sendbuf, recvbuf)
         with whole(self):
             received = vector(recvbuf)
@@ -285,7 +285,7 @@ class Comm(MPI.Intracomm):
         as_it_is = on_host and isinstance(op, MPI.Op) and not options.deterministic
 
         def native() -> None:
-            with driving():
+            with driving(self):
                 if root is None:
                     MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, cast(MPI.Op, op))
                 else:

@@ -436,8 +436,11 @@ class NativeHandle:
 
 
 @contextmanager
-def driving() -> Iterator[None]:
-    """Drive what is under way, by a thread, while this one is inside a blocking call of the MPI library."""
+def driving(comm: MPI.Intracomm) -> Iterator[None]:
+    """Around a blocking call of the MPI library on ``comm``: refused if one on it was broken off, and meanwhile a thread
+    drives what is under way."""
+    if interrupted:
+        check(comm)
     if under_way:
         _advance_all()
     if not under_way:

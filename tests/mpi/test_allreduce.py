@@ -522,6 +522,8 @@ def test_broken_off_between_two_messages_native_calls_are_refused_too(comm, monk
     tries += [lambda: mpicoll.iallreduce(np.ones(3), broken), lambda: mpicoll.bcast(np.ones(3), broken)]
     if wrap is mpicoll.Comm:
         tries += [lambda: broken.Allreduce(MPI.IN_PLACE, np.ones(3)), lambda: broken.Reduce(np.ones(3), np.ones(3))]
+        tries += [lambda: broken.Bcast(np.ones(3)), lambda: broken.Allgather(np.ones(1), np.ones(P))]
+        tries += [lambda: broken.Reduce_scatter_block(np.ones(P), np.ones(1))]
     for again in tries:
         with pytest.raises(RuntimeError, match="interrupted by an exception"):
             again()
