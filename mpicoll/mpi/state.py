@@ -437,8 +437,8 @@ class NativeHandle:
 
 @contextmanager
 def driving(comm: MPI.Intracomm) -> Iterator[None]:
-    """Around a blocking call of the MPI library on ``comm``: refused if one on it was broken off, and meanwhile a thread
-    drives what is under way."""
+    """Around a blocking call of the MPI library on ``comm``: it is refused if one there was broken off, and meanwhile a
+    thread drives what is under way."""
     if interrupted:
         check(comm)
     if under_way:
