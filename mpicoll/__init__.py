@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .algorithms import ALGORITHMS
     from .errors import UserError
+    from .graphs import graph
     from .mpi.collectives import (
         allgather,
         allreduce,
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
         tree_reduce,
     )
     from .mpi.comm import Comm
+    from .mpi.mixing import PushSum, butterfly_mix, gossip_average
     from .schedule import ScheduleError
 
 __version__ = "0.1.0"
 __all__ = [
     "ALGORITHMS",
     "Comm",
+    "PushSum",
     "ScheduleError",
     "UserError",
     "__version__",
@@ -35,6 +38,9 @@ __all__ = [
     "allreduce",
     "allreduce_init",
     "bcast",
+    "butterfly_mix",
+    "gossip_average",
+    "graph",
     "iallreduce",
     "reduce",
     "reduce_scatter",
@@ -45,12 +51,16 @@ __all__ = [
 _HOMES = {
     "ALGORITHMS": ".algorithms",
     "Comm": ".mpi.comm",
+    "PushSum": ".mpi.mixing",
     "ScheduleError": ".schedule",
     "UserError": ".errors",
     "allgather": ".mpi.collectives",
     "allreduce": ".mpi.collectives",
     "allreduce_init": ".mpi.collectives",
     "bcast": ".mpi.collectives",
+    "butterfly_mix": ".mpi.mixing",
+    "gossip_average": ".mpi.mixing",
+    "graph": ".graphs",
     "iallreduce": ".mpi.collectives",
     "reduce": ".mpi.collectives",
     "reduce_scatter": ".mpi.collectives",

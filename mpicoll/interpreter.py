@@ -35,9 +35,10 @@ def interpret(
 ) -> list[list[Any]]:
     """Run all ranks; ``start[rank][chunk]`` and the result are what the ranks' vectors hold.
 
-    ``combine(lower, higher)`` must return a new value; ``copied`` is told of each value that travels as final.  A
-    receive that nothing is sent to, or a send that nobody receives, is a deadlock (sends may be synchronous) and raises
-    ``ScheduleError``; so does sending or reducing with a chunk that holds nothing (``None``).
+    ``combine(lower, higher)`` must return a new value, and so must ``*`` and ``+`` of what is mixed; ``copied`` is told
+    of each value that travels as final.  A receive that nothing is sent to, or a send that nobody receives, is a
+    deadlock (sends may be synchronous) and raises ``ScheduleError``; so does sending or reducing with a chunk that
+    holds nothing (``None``).
     """
     chunks = schedule.chunks
     held = [[list(mine), *([None] * chunks for _ in range(schedule.scratch))] for mine in start]
@@ -48,6 +49,7 @@ def interpret(
                 values = [held[rank][send.buffer][chunk % chunks] for chunk in range(send.lo, send.hi)]
                 mail[rank, send.peer].append((send, values))
         for rank, round_ in enumerate(rounds):
+            mixed: set[tuple[int, int]] = set()  # (buffer, chunk): what mixes next into it is added
             for recv in round_.recvs:
                 where = f"{schedule}, round {t}: rank {rank}"
                 arriving = mail[recv.peer, rank]
@@ -74,6 +76,10 @@ def interpret(
                         mine[chunk] = value
                         if send.final:
                             copied(chunk, value)
+                    elif recv.verb is Verb.MIX:
+                        share = recv.weight * value
+                        mine[chunk] = mine[chunk] + share if (recv.buffer, chunk) in mixed else share
+                        mixed.add((recv.buffer, chunk))
                     elif recv.verb is Verb.REDUCE_BELOW:
                         mine[chunk] = combine(value, mine[chunk])
                     else:

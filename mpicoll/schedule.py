@@ -10,6 +10,8 @@ The rules every reader relies on, and the verifier proves:
   whether what travels is final.
 * Sends read what was held before the round.  Within a round no copy lands on chunks that are sent,
   copied to or reduced into; several reductions into a chunk are combined in the order they are listed.
+* What mixes into a chunk replaces it, by the sum of all that mixes into it in this round; a rank's own share is
+  mixed too, as what it sends to itself.  All that mixes into a chunk covers the same range.
 * Reducing is always op(lower group of ranks, higher group), so that both partners of an exchange compute
   the same bits, and operations that do not commute come out right where groups are contiguous.
 """
@@ -30,6 +32,7 @@ class Verb(Enum):
     COPY = "copy"  # mine = arriving
     REDUCE_BELOW = "reduce below"  # mine = op(arriving, mine): it arrives from the lower group of ranks
     REDUCE_ABOVE = "reduce above"  # mine = op(mine, arriving): it arrives from the higher group of ranks
+    MIX = "mix"  # mine = weight * arriving, and what else mixes, added in the order listed
 
 
 class Send(NamedTuple):
@@ -48,13 +51,14 @@ class Send(NamedTuple):
 
 
 class Recv(NamedTuple):
-    """Receive chunks [lo, hi) from ``peer`` into ``buffer``, as ``verb`` says."""
+    """Receive chunks [lo, hi) from ``peer`` into ``buffer``, as ``verb`` says; ``weight`` is for mixing."""
 
     peer: int
     lo: int
     hi: int
     verb: Verb = Verb.COPY
     buffer: int = 0
+    weight: float = 1.0
 
 
 class Round(NamedTuple):

@@ -4,11 +4,13 @@ Each rank starts with a symbol of its own; reducing builds the expression op(low
 expressions tell which contributions arrived *and how often* (a set of marks would let one counted twice pass),
 whether all ranks hold the same bits (they do if and only if they hold the same expression), and whether
 the operands stand in rank order, so that the operation need not commute.
+
+Mixing needs no symbols: run on the unit vectors, it gives its matrix.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -57,6 +59,7 @@ GOALS = {
     "reduce_scatter": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == _owner(s, chunk) else None),
     "allgather": Goal(lambda s, rank, chunk: rank == _owner(s, chunk), lambda s, rank, chunk: _owners_once(s, chunk)),
 }
+TOLERANCE = 1e-12  # of the sums and products of mixing weights
 OWNED = ("reduce_scatter", "allgather")  # each chunk belongs to a rank: equally many to each, in order
 
 
@@ -69,6 +72,7 @@ class Proof:
     scratch: Fraction  # the most any rank needs beside the vector, likewise
     rank_order: bool  # the operands stand in rank order: the operation need not commute
     canonical: bool  # the additions are those of the canonical tree
+    exact: bool = False  # mixing ends with the mean itself
 
 
 class _Expressions:
@@ -102,8 +106,8 @@ class _Expressions:
 
 def verify_schedule(schedule: Schedule) -> Proof:
     """Prove ``schedule`` does what its collective promises, or raise ``ScheduleError`` saying where it does not."""
-    if schedule.collective not in GOALS:
-        raise ValueError(f"no goal is stated for {schedule.collective!r}: expected one of {', '.join(GOALS)}")
+    if schedule.collective not in (*GOALS, "mix"):
+        raise ValueError(f"no goal is stated for {schedule.collective!r}: expected mix, {', '.join(GOALS)}")
     if schedule.p < 1 or schedule.chunks < 1 or not 0 <= schedule.root < schedule.p:
         raise ScheduleError(
             f"{schedule}: needs at least one rank and one chunk, and a root among the ranks; "
@@ -111,12 +115,14 @@ def verify_schedule(schedule: Schedule) -> Proof:
         )
     if schedule.collective in OWNED and schedule.chunks % schedule.p:
         raise ScheduleError(f"{schedule}: {schedule.chunks} chunks cannot be owned equally by {schedule.p} ranks")
-    goal = GOALS[schedule.collective]
     table = lockstep(schedule)
     for t, rounds in enumerate(table):
         for rank, round_ in enumerate(rounds):
             _check_round(schedule, f"{schedule}, round {t}: rank {rank}", round_)
+    if schedule.collective == "mix":
+        return _verify_mixing(schedule, table)
 
+    goal = GOALS[schedule.collective]
     expressions = _Expressions(schedule.p)
     start = [
         [rank if goal.starts(schedule, rank, chunk) else None for chunk in range(schedule.chunks)]
@@ -152,6 +158,33 @@ def verify_schedule(schedule: Schedule) -> Proof:
     return _measure(schedule, table, rank_order, in_tree)
 
 
+def mixing_matrix(schedule: Schedule) -> np.ndarray:
+    """What mixing does: ``[i, j]`` is how much of what rank j brings rank i ends with."""
+    return np.array([mine[0] for mine in interpret(schedule, [[own] for own in np.eye(schedule.p)], _never)])
+
+
+def _never(lower: object, higher: object) -> object:
+    raise ScheduleError("mixing and reducing in one schedule")
+
+
+def _verify_mixing(schedule: Schedule, table: list[list[Round]]) -> Proof:
+    if schedule.chunks > 1 or any(
+        recv.verb is not Verb.MIX for rounds in table for round_ in rounds for recv in round_.recvs
+    ):
+        raise ScheduleError(f"{schedule}: whole vectors are mixed, and nothing else is done")
+    matrix = mixing_matrix(schedule)
+    for axis, side in ((1, "row"), (0, "column")):
+        sums = matrix.sum(axis=axis)
+        for n in np.flatnonzero(np.abs(sums - 1) > TOLERANCE):
+            raise ScheduleError(
+                f"{schedule}: {side} {n} of the mixing matrix adds up to {sums[n]}: the mean is not kept"
+            )
+    if (matrix < 0).any():
+        raise ScheduleError(f"{schedule}: a negative share of rank {np.argwhere(matrix < 0)[0][1]}'s contribution")
+    proof = _measure(schedule, table, False, False)
+    return replace(proof, exact=bool(np.abs(matrix - 1 / schedule.p).max() <= TOLERANCE))
+
+
 def verify_algorithm(algorithm: Algorithm, p: int, **parameters: int) -> Proof:
     """``verify_schedule`` for ``p`` ranks, and what the table states about the algorithm is so."""
     schedule = algorithm.schedule(p, **parameters)
@@ -166,6 +199,8 @@ def verify_algorithm(algorithm: Algorithm, p: int, **parameters: int) -> Proof:
         raise ScheduleError(f"{schedule}: operands do not stand in rank order, the table states they do")
     if algorithm.canonical and not proof.canonical:
         raise ScheduleError(f"{schedule}: the additions are not those of the canonical tree, the table states they are")
+    if algorithm.exact(p) and not proof.exact:
+        raise ScheduleError(f"{schedule}: does not end with the mean, the table states it does")
     return proof
 
 
@@ -187,13 +222,16 @@ def _check_round(schedule: Schedule, where: str, round_: Round) -> None:
             raise ScheduleError(f"{where} has {count} {kind.__name__}s with rank {peer}; two are allowed")
 
     sent = {place for send in round_.sends for place in _places(schedule, send)}
-    written: dict[tuple[int, int], list[Verb]] = {}
+    written: dict[tuple[int, int], list[Recv]] = {}
     for recv in round_.recvs:
         for place in _places(schedule, recv):
-            written.setdefault(place, []).append(recv.verb)
-    for (_, chunk), verbs in written.items():
+            written.setdefault(place, []).append(recv)
+    for (_, chunk), recvs in written.items():
+        verbs = [recv.verb for recv in recvs]
         if Verb.COPY in verbs and len(verbs) > 1:
             raise ScheduleError(f"{where} copies onto chunk {chunk} and writes it a second time in the same round")
+        if Verb.MIX in verbs and len({(recv.verb, recv.lo, recv.hi) for recv in recvs}) > 1:
+            raise ScheduleError(f"{where} mixes into chunk {chunk} and does something else to it in the same round")
     for recv in round_.recvs:
         if recv.verb is Verb.COPY and not sent.isdisjoint(_places(schedule, recv)):
             raise ScheduleError(f"{where} copies chunks {span(schedule, recv)} onto what it sends in the same round")
@@ -210,7 +248,7 @@ def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool, can
     for rank in range(schedule.p):
         own = {place for rounds in table for recv in rounds[rank].recvs for place in _places(schedule, recv)}
         scratch[rank] = sum(buffer > 0 for buffer, _ in own)
-        scratch[rank] += max((_landing(rounds[rank]) for rounds in table), default=0)
+        scratch[rank] += max((_landing(rank, rounds[rank]) for rounds in table), default=0)
     for rounds in table:
         messages = [(rank, send) for rank, round_ in enumerate(rounds) for send in round_.sends if send.peer != rank]
         busy += bool(messages)
@@ -220,6 +258,11 @@ def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool, can
     return Proof(busy, Fraction(max(sent), n), Fraction(max(scratch), n), rank_order, canonical)
 
 
-def _landing(round_: Round) -> int:
-    """Chunks that arrive to be reduced: they land beside the vector first."""
-    return sum(recv.hi - recv.lo for recv in round_.recvs if recv.verb is not Verb.COPY)
+def _landing(rank: int, round_: Round) -> int:
+    """Chunks that arrive to be reduced or mixed: they land beside the vector first."""
+    return sum(recv.hi - recv.lo for recv in round_.recvs if recv.verb is not Verb.COPY and not _stays(rank, recv))
+
+
+def _stays(rank: int, recv: Recv) -> bool:
+    """A rank's own share is mixed where it is."""
+    return recv.verb is Verb.MIX and recv.peer == rank

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
+from math import isqrt
 
 from ..schedule import Round, Schedule
-from . import bruck, chain, circulant, doubling, ring, tree
+from . import bruck, chain, circulant, doubling, mixing, ring, tree
 from .fold import power_below
 
 
@@ -17,6 +19,8 @@ class Algorithm:
     stated independently of the generator; the verifier compares them with what the generator does.  It proves as well
     that the operands stand in rank order if ``rank_order`` says so (the operation then need not commute), and that
     the additions are those of the canonical tree if ``canonical`` does: all such rows give the same bits.
+
+    Mixing is proved to keep the mean, and to reach it if ``exact(p)`` says so; its rows are a period of a graph.
 
     ``parameters`` are what the algorithm can be told beyond p, with their defaults; every function of the row takes
     them by name.
@@ -30,6 +34,7 @@ class Algorithm:
     sent: Callable[..., Fraction]
     rank_order: bool = False
     canonical: bool = False
+    exact: Callable[[int], bool] = lambda p: False
     parameters: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -86,6 +91,40 @@ def _doubling_sent(p: int) -> Fraction:
     pairs = p - power_below(p)
     doubled = sum((1 << n) + min(1 << n, pairs) for n in range(_log(p)))
     return Fraction(doubled + (p if pairs else 0), p)
+
+
+def _base_rounds(p: int) -> int:
+    """log2 of the power of two in p; and up and down the largest one in the rest, with a meeting between."""
+    odd = p // (p & -p)
+    return _log(p // odd) + (2 * _log(odd) + 1 if odd > 1 else 0)
+
+
+def _torus_neighbors(p: int) -> int:
+    """Two along each side, but one if the side is two long."""
+    height = max(n for n in range(1, isqrt(p) + 1) if p % n == 0)
+    return sum(min(side - 1, 2) for side in (height, p // height))
+
+
+def _is_power(p: int) -> bool:
+    return p == power_below(p)
+
+
+def _mixing(
+    name: str,
+    rounds: Callable[[int], int],
+    neighbors: Callable[[int], int] = lambda p: 1,
+    exact: Callable[[int], bool] = lambda p: p <= 2,
+) -> Algorithm:
+    """A row: a period of a graph in which some rank always has that many neighbors to send to."""
+    return Algorithm(
+        "mix",
+        name,
+        partial(mixing.period, name),
+        chunks=lambda p: 1,
+        rounds=lambda p: rounds(p) if p > 1 else 0,
+        sent=lambda p: Fraction(rounds(p) * neighbors(p) if p > 1 else 0),
+        exact=exact,
+    )
 
 
 _ROWS = [
@@ -269,6 +308,15 @@ _ROWS = [
         rounds=lambda p: (p - 1).bit_length(),
         sent=lambda p: Fraction(p - 1, p),
     ),
+    _mixing("butterfly", lambda p: (p - 1).bit_length(), exact=_is_power),
+    _mixing("exponential", lambda p: (p - 1).bit_length(), exact=_is_power),
+    _mixing("static_exponential", lambda p: 1, lambda p: (p - 1).bit_length(), exact=lambda p: p <= 3),
+    _mixing("ring", lambda p: 1, lambda p: min(p - 1, 2), exact=lambda p: p <= 3),
+    _mixing("torus", lambda p: 1, _torus_neighbors, exact=lambda p: p <= 3),
+    _mixing("star", lambda p: 1, lambda p: p - 1),
+    _mixing("complete", lambda p: 1, lambda p: p - 1, exact=lambda p: True),
+    _mixing("matching", lambda p: 1),
+    _mixing("base", _base_rounds, exact=lambda p: True),
 ]
 
 ALGORITHMS: dict[str, dict[str, Algorithm]] = {}

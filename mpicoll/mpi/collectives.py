@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..algorithms import Algorithm
-from ..schedule import chunk_start
+from ..schedule import Schedule, chunk_start
 from . import operations
 from .buffers import Part, on_device, parts, specification, vector
 from .operations import MOVE, Operation, operation
@@ -344,7 +344,7 @@ class Call(NamedTuple):
         flat = self.part.flat
         if self.row is not None:
             state = state_of(self.comm)
-            plan = state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation, self.cuts)
+            plan = self._plan(state)
             in_place = self.result is None and self._receives
             work = flat if in_place else state.copied(flat)
             state.run(plan, work, self.operation)
@@ -385,17 +385,22 @@ class Call(NamedTuple):
 
     def bind(self, state: State) -> Iterator[Bound]:
         """Its rounds, with scratch memory of their own."""
-        flat = self.part.flat
+        plan = self._plan(state)
+        return plan.bind(self.part.flat, np.empty(plan.scratch_bytes, np.uint8), self.operation)
+
+    def _schedule(self) -> Schedule:
         assert self.row is not None
-        plan = state.plan(self.row, self.parameters, len(flat), flat.dtype, self.operation)
-        return plan.bind(flat, np.empty(plan.scratch_bytes, np.uint8), self.operation)
+        return self.row.schedule(self.p, **self.parameters)
+
+    def _plan(self, state: State) -> Plan:
+        assert self.row is not None
+        name, flat = (self.row.collective, self.row.name, *self.parameters.items()), self.part.flat
+        return state.plan(name, self._schedule, len(flat), flat.dtype, self.operation, self.cuts)
 
     def plan(self) -> Plan:
         """Its plan, which is not kept with the communicator: finding it out is no collective call."""
-        assert self.row is not None
-        schedule = self.row.schedule(self.p, **self.parameters)
         dtype = self.part.flat.dtype
-        return Plan(schedule, self.comm.rank, len(self.part.flat), dtype, self.operation.carried(dtype))
+        return Plan(self._schedule(), self.comm.rank, len(self.part.flat), dtype, self.operation.carried(dtype))
 
     def start_native(self) -> list[MPI.Request]:
         """Start the MPI library's own."""

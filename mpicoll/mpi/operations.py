@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import frexp
 
 import numpy as np
 from mpi4py import MPI
 
 from .buffers import PAIRS, accumulator, is_half, specification
+
+BLOCK = 1 << 14
+"""Elements mixed at a time, so that what is in between stays in the cache."""
 
 MAX_COUNT = 2**30
 """Elements handed to the MPI library at once: past 2^31 some fail, and some return the input unreduced."""
@@ -151,6 +155,23 @@ def _by_mpi(op: MPI.Op, dtype: np.dtype) -> Operation:
             out[:] = higher
 
     return Operation(located or "user-defined", combine, op, op.Is_commutative(), predefined=bool(located))
+
+
+def mix(out: np.ndarray, shares: list[tuple[np.ndarray, float]]) -> None:
+    """Replace ``out``, which may be one of the arrays, by the sum of the weighted arrays, in this order.
+
+    It is computed in float64 at least and rounded once, so that thousands of rounds do not shift the mean; halves,
+    quarters and so on are exact in any precision, and it stays in that of the arrays (float32 for 16-bit floats).
+    """
+    exact = all(frexp(weight)[0] == 0.5 for _, weight in shares)
+    dtype = np.result_type(out.dtype, np.float32 if exact else np.float64)
+    for piece in _pieces(out, BLOCK):
+        total: np.ndarray | None = None
+        for array, weight in shares:
+            share = array[piece].astype(dtype)
+            share *= weight
+            total = share if total is None else np.add(total, share, out=total)
+        out[piece] = total
 
 
 def _is_numpys(dtype: np.dtype) -> bool:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..schedule import Recv, Round, Schedule, Send, Verb, chunk_start, is_final, pieces
-from .operations import Operation
+from .operations import Operation, mix
 
 MAX_MESSAGE = 2**30
 """Bytes.  Longer pieces travel as several messages: MPI counts are often 32-bit integers."""
 
 # Areas of memory: 0 is what is reduced, 1.. are the schedule's scratch vectors, and
-_LANDING = -1  # where data to be reduced arrive
+_LANDING = -1  # where data to be reduced or mixed arrive
 _RESULT = -2  # the caller's vector, where it is not area 0 because sums are carried in another dtype
 
 
@@ -45,13 +45,21 @@ class _Move(NamedTuple):
     finish: bool = False  # what is moved is a result: finish it first
 
 
+class _Mixing(NamedTuple):
+    area: int
+    lo: int  # elements
+    hi: int
+    shares: list[tuple[int, int, float]]  # (area, lo, weight)
+
+
 class _Step(NamedTuple):
-    """One round, compiled: do ``moves``, exchange ``recvs`` and ``sends``, do ``reductions``."""
+    """One round, compiled: do ``moves``, exchange ``recvs`` and ``sends``, do ``reductions`` and ``mixings``."""
 
     recvs: list[_Message]
     sends: list[_Message]
     moves: list[_Move]
     reductions: list[_Reduction]
+    mixings: list[_Mixing]
 
 
 class Bound(NamedTuple):
@@ -61,6 +69,7 @@ class Bound(NamedTuple):
     sends: list[tuple[memoryview, int]]
     moves: list[tuple[np.ndarray, np.ndarray, bool]]  # (target, source, finish)
     reductions: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # (lower, higher, out)
+    mixings: list[tuple[np.ndarray, list[tuple[np.ndarray, float]]]]  # (out, shares)
     operation: Operation
     p: int
 
@@ -73,10 +82,12 @@ class Bound(NamedTuple):
                 target[:] = source
 
     def after(self) -> None:
-        """Reduce what has arrived."""
+        """Reduce or mix what has arrived."""
         combine = self.operation.combine
         for lower, higher, out in self.reductions:
             combine(lower, higher, out=out)
+        for out, shares in self.mixings:
+            mix(out, shares)
 
 
 class Plan:
@@ -134,12 +145,13 @@ class Plan:
             arrays.insert(0, vector)
             bytes_of.insert(0, caller)
         p = self._schedule.p
-        for recvs, sends, moves, reductions in self._steps:
+        for recvs, sends, moves, reductions, mixings in self._steps:
             yield Bound(
                 [(bytes_of[area][lo:hi], peer) for area, lo, hi, peer in recvs],
                 [(bytes_of[area][lo:hi], peer) for area, lo, hi, peer in sends],
                 [self._bound_move(arrays, move) for move in moves] if moves else [],
                 [self._bound_reduction(arrays, reduction) for reduction in reductions],
+                [self._bound_mixing(arrays, mixing) for mixing in mixings] if mixings else [],
                 operation,
                 p,
             )
@@ -157,19 +169,25 @@ class Plan:
         mine, arrived = arrays[area][lo:hi], arrays[_LANDING][landing_lo:landing_hi]
         return (arrived, mine, mine) if verb is Verb.REDUCE_BELOW else (mine, arrived, mine)
 
+    @staticmethod
+    def _bound_mixing(arrays: list[np.ndarray], mixing: _Mixing) -> tuple[np.ndarray, list[tuple[np.ndarray, float]]]:
+        size = mixing.hi - mixing.lo
+        shares = [(arrays[area][lo : lo + size], weight) for area, lo, weight in mixing.shares]
+        return arrays[mixing.area][mixing.lo : mixing.hi], shares
+
     def _compile(self) -> Iterator[_Step]:
         if self._widens:
-            yield _Step([], [], [_Move(_RESULT, 0, self._count, 0, 0)], [])
+            yield _Step([], [], [_Move(_RESULT, 0, self._count, 0, 0)], [], [])
         for round_ in self._schedule.rounds(self._rank):
             yield self._compile_round(round_)
         if self._widens:
-            yield _Step([], [], self._finishing(0, self._schedule.chunks), [])
+            yield _Step([], [], self._finishing(0, self._schedule.chunks), [], [])
         elif self._finishes and self._count:
-            yield _Step([], [], [_Move(0, 0, self._count, 0, 0, finish=True)], [])
+            yield _Step([], [], [_Move(0, 0, self._count, 0, 0, finish=True)], [], [])
 
     def _compile_round(self, round_: Round) -> _Step:
         rank, chunks = self._rank, self._schedule.chunks
-        step = _Step([], [], [], [])
+        step = _Step([], [], [], [], [])
 
         # Messages of a round to one peer need no tags: MPI keeps their order.
         def post(messages: list[_Message], area: int, lo: int, hi: int, peer: int) -> None:
@@ -189,6 +207,7 @@ class Plan:
                 post(step.sends, area, lo, hi, send.peer)
 
         to_self = iter([send for send in round_.sends if send.peer == rank])
+        mixings: dict[tuple[int, int], _Mixing] = {}  # by area and first element
         landed = 0
         for recv in round_.recvs:
             source = next(to_self) if recv.peer == rank else None
@@ -198,13 +217,21 @@ class Plan:
                     self._unfinished[lo:hi] = False
             for lo, hi in self._elements(recv):
                 area, start = _RESULT if arrives_final else recv.buffer, lo
-                if recv.verb is not Verb.COPY:
+                if recv.verb is Verb.MIX:
+                    mixing = mixings.setdefault((area, lo), _Mixing(area, lo, hi, []))
+                    if source is not None:  # its own share is mixed where it is
+                        mixing.shares.append((source.buffer, lo, recv.weight))
+                        continue
+                    area, start, landed = _LANDING, landed, landed + hi - lo
+                    mixing.shares.append((area, start, recv.weight))
+                elif recv.verb is not Verb.COPY:
                     area, start, landed = _LANDING, landed, landed + hi - lo
                     step.reductions.append(_Reduction(recv.buffer, lo, hi, start, landed, recv.verb))
                 if source is None:
                     post(step.recvs, area, start, start + hi - lo, recv.peer)
                 else:
                     step.moves.append(_Move(source.buffer, lo, hi, area, start))
+        step.mixings.extend(mixings.values())
         self._landing_size = max(self._landing_size, landed)
         return step
 

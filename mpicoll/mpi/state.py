@@ -6,7 +6,7 @@ calls do not drive ours.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Lock, Thread, get_ident
 from typing import Any, NoReturn
@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import numpy as np
 from mpi4py import MPI
 
-from ..algorithms import Algorithm
+from ..graphs import Graph
+from ..schedule import Schedule
 from .operations import Operation
 from .plan import Bound, Plan
 
@@ -41,6 +42,7 @@ class State:
         group.Free()
         self.p, self.rank = self.comm.size, self.comm.rank
         self.plans: dict[tuple[Any, ...], Plan] = {}
+        self._agreed: set[bytes] = set()  # graphs that were found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)
         self._interrupted = False
         self._running = Lock()
@@ -50,22 +52,21 @@ class State:
 
     def plan(
         self,
-        algorithm: Algorithm,
-        parameters: dict[str, int],
+        name: Hashable,
+        schedule: Callable[[], Schedule],
         count: int,
         dtype: np.dtype,
         operation: Operation,
         cuts: tuple[int, ...] | None = None,
     ) -> Plan:
-        """The plan for such a call, made now or before."""
+        """The plan for such a call, made now or before; one ``name``, one schedule."""
         carried, finishes = operation.carried(dtype), operation.finish is not None
-        key = (algorithm.collective, algorithm.name, *parameters.items(), count, dtype, carried, finishes, cuts)
+        key = (name, count, dtype, carried, finishes, cuts)
         plan = self.plans.pop(key, None)
         if plan is None:
             if len(self.plans) >= MAX_PLANS:
                 del self.plans[next(iter(self.plans))]
-            schedule = algorithm.schedule(self.p, **parameters)
-            plan = Plan(schedule, self.rank, count, dtype, carried, finishes, cuts)
+            plan = Plan(schedule(), self.rank, count, dtype, carried, finishes, cuts)
         self.plans[key] = plan  # the newest last
         return plan
 
@@ -102,6 +103,21 @@ class State:
         except BaseException as error:
             handle.abandon(error)
             raise
+
+    def agree_on(self, graph: Graph) -> None:
+        """Compare it between the ranks, once: a ``ValueError`` on all of them if it is not the same."""
+        if graph.digest in self._agreed:
+            return
+        self.check()
+        with driving(self.comm):
+            everyone = self.comm.allgather((str(graph), graph.digest))
+        for rank, (theirs, digest) in enumerate(everyone):
+            if digest != everyone[0][1]:
+                other = f"a {theirs}" if theirs != everyone[0][0] else "other weights"
+                raise ValueError(
+                    f"the graph must be the same on all ranks: rank 0 has a {everyone[0][0]}, rank {rank} {other}"
+                )
+        self._agreed.add(graph.digest)
 
     def copied(self, vector: np.ndarray) -> np.ndarray:
         """A copy to work on, in memory that the next one takes over."""
@@ -436,7 +452,7 @@ class NativeHandle:
 
 
 @contextmanager
-def driving(comm: MPI.Intracomm) -> Iterator[None]:
+def driving(comm: MPI.Comm) -> Iterator[None]:
     """Around a blocking call of the MPI library on ``comm``: it is refused if one there was broken off, and meanwhile a
     thread drives what is under way."""
     if interrupted:
@@ -540,7 +556,7 @@ class _Broken:
         pass
 
 
-def check(comm: MPI.Intracomm) -> None:
+def check(comm: MPI.Comm) -> None:
     """Raise if a call on it was broken off: the other ranks may still be in that."""
     if _keyval != MPI.KEYVAL_INVALID:
         kept: Any = comm.Get_attr(_keyval)

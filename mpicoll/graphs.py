@@ -1,0 +1,437 @@
+"""Who mixes with whom, and with what weights: gossip graphs, their mixing matrices, and how fast they agree.
+
+A round of mixing replaces what rank i holds by the sum over j of W[i, j] times what rank j holds.  If the columns of
+the mixing matrix W add up to 1, the sum over all ranks stays; if the rows do, what all agree on stays; if both do
+("doubly stochastic"), the mean stays and every round brings the ranks closer to it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import sha256
+from math import isqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TOLERANCE = 1e-9
+"""By how much the sum of a row or column may miss 1."""
+
+SAMPLE = 256
+"""So many rounds stand for a graph that never repeats."""
+
+MAX_ROUNDS = 1 << 24
+"""A graph that has not come to agree by then is said never to."""
+
+
+class Edges(NamedTuple):
+    """One round, as three arrays: ``target`` takes ``weight`` times what ``source`` holds; own shares included."""
+
+    target: np.ndarray
+    source: np.ndarray
+    weight: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The mixing matrices of ``p`` ranks, round by round; the first comes again after ``period`` rounds, if ever.
+
+    Made by ``mpicoll.graph``.  A ``ValueError`` unless all weights are 0 or more, and all rows, all columns, or both,
+    add up to 1.
+    """
+
+    name: str
+    p: int
+    generate: Callable[[int], Edges]
+    period: int | None = 1
+
+    def __post_init__(self) -> None:
+        _ = self.stochastic  # the check
+
+    def __str__(self) -> str:
+        return f"{self.name} graph of {self.p} ranks"
+
+    @cached_property
+    def stochastic(self) -> str:
+        """What adds up to 1, in every round: ``"row"`` or ``"column"``, or ``"doubly"`` for both."""
+        wrong: dict[str, str] = {}
+        for t in range(self.period or 1):
+            edges = self.edges(t)
+            if not (edges.weight >= 0).all():
+                raise ValueError(f"{self}, round {t}: every weight must be 0 or more")
+            for side, index in (("row", edges.target), ("column", edges.source)):
+                sums = np.bincount(index, edges.weight, self.p)
+                worst = int(np.argmax(np.abs(sums - 1)))
+                if not abs(sums[worst] - 1) <= TOLERANCE:
+                    wrong.setdefault(side, f"{side} {worst} of round {t} adds up to {sums[worst]:.6g}")
+        if len(wrong) == 2:
+            raise ValueError(
+                f"{self}: all rows, all columns, or both must add up to 1, but {' and '.join(wrong.values())}"
+            )
+        return "row" if "column" in wrong else "column" if "row" in wrong else "doubly"
+
+    @cached_property
+    def digest(self) -> bytes:
+        """The same for equal matrices, by whatever name."""
+        found = sha256(f"{self.p} {self.period}".encode())
+        for t in range(self.period or SAMPLE):
+            for array in self.edges(t):
+                found.update(array.tobytes())
+        return found.digest()
+
+    def edges(self, t: int) -> Edges:
+        """Round ``t``, by target and then by source."""
+        target, source, weight = self.generate(t % self.period if self.period else t)
+        order = np.lexsort((source, target))
+        order = order[weight[order] != 0]
+        return Edges(target[order].astype(np.int64), source[order].astype(np.int64), weight[order].astype(np.float64))
+
+    def neighbors(self, rank: int, t: int) -> tuple[list[tuple[int, float]], list[int]]:
+        """From whom ``rank`` takes in round ``t``, and with what weights, itself included; and who takes from it."""
+        target, source, weight = self.edges(t)
+        mine = target == rank
+        return list(zip(source[mine].tolist(), weight[mine].tolist(), strict=True)), target[source == rank].tolist()
+
+    def matrix(self, t: int) -> np.ndarray:
+        """The p x p matrix of round ``t``; ``matrix(t)[i, j]`` is what rank i takes of what rank j holds."""
+        target, source, weight = self.edges(t)
+        matrix = np.zeros((self.p, self.p))
+        matrix[target, source] = weight
+        return matrix
+
+    def product(self) -> np.ndarray:
+        """The matrices of one period, the first rightmost: what a period does; of one round, if there is no period."""
+        product = np.eye(self.p)
+        for t in range(self.period or 1):
+            product = self.matrix(t) @ product
+        return product
+
+    @cached_property
+    def contraction(self) -> float:
+        """By what factor a round brings the ranks closer to agreement, at worst, and on average over a period.
+
+        One minus this is the spectral gap.  For a graph that never repeats it is the root of the second eigenvalue of
+        the average of W^T W over ``SAMPLE`` rounds: the factor for the root of the mean square distance.
+        """
+        if self.p == 1:
+            return 0.0
+        if self.period is None:
+            squares = [self.matrix(t).T @ self.matrix(t) for t in range(SAMPLE)]
+            return float(np.sqrt(np.linalg.eigvalsh(np.mean(squares, axis=0))[-2]))
+        second = float(np.sort(np.abs(np.linalg.eigvals(self.product())))[-2])
+        return second ** (1 / self.period) if second > 1e-12 else 0.0
+
+    def rounds_to(self, distance: float) -> int | None:
+        """After how many rounds the ranks agree but for ``distance`` times what they disagreed by at first, whatever
+        they held; ``None`` if that never is.
+
+        Disagreement is the root of the sum over ranks of squared distances to the mean, or if only columns add up to 1,
+        of what push-sum estimates.
+        """
+
+        def apart(matrix: np.ndarray) -> float:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                off = matrix / matrix.sum(axis=1, keepdims=True) - 1 / self.p
+            return float(np.linalg.norm(off, 2)) if np.isfinite(off).all() else np.inf
+
+        done, t = np.eye(self.p), 0
+        if self.period is not None:  # by powers of two of periods, then round by round
+            powers = [self.product()]
+            while apart(powers[-1]) > distance:
+                if self.period << len(powers) > MAX_ROUNDS:
+                    return None
+                powers.append(powers[-1] @ powers[-1])
+            for n in reversed(range(len(powers) - 1)):
+                further = powers[n] @ done
+                if apart(further) > distance:
+                    done, t = further, t + (self.period << n)
+        while apart(done) > distance:
+            done, t = self.matrix(t) @ done, t + 1
+        return t
+
+
+def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:
+    """A graph to mix on, for ``mpicoll.gossip_average`` and ``mpicoll.PushSum``.
+
+    Parameters
+    ----------
+    what
+        A name: ``"butterfly"``, ``"exponential"`` (one peer a round), ``"static_exponential"``, ``"ring"``,
+        ``"torus"``, ``"star"``, ``"complete"``, ``"matching"`` (random pairs; ``seed=0``), ``"base"`` (the exact mean
+        after a period, for any number of ranks; ``degree=1`` peers a round).  Or a p x p matrix ``W`` of weights, rank
+        i taking ``W[i, j]`` of what rank j holds; or several, one for each round of a period.  Or a networkx graph
+        on nodes 0 to p - 1, edge u -> v meaning that u sends to v: with weights on all its edges, loops included, they
+        are ``W[v, u]``; without, an undirected graph gets Metropolis weights (doubly stochastic), and on a directed one
+        each rank sends equal shares to its neighbors and itself (column-stochastic: for push-sum).
+    p
+        The number of ranks; a matrix or a networkx graph has it already.
+    parameters
+        Those of the named graph.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no graph, or cannot keep a sum or mean.
+
+    Sources: Ying et al. 2021 (exponential), Takezawa et al. 2023 (base), Zhao and Canny 2013 (butterfly), Boyd et al.
+    2006 (matching), Xiao and Boyd 2004 (Metropolis weights).
+    """
+    if isinstance(what, str):
+        if what not in _NAMED:
+            raise ValueError(f"unknown graph {what!r}: expected {', '.join(_NAMED)}, a matrix or a networkx graph")
+        if p is None or p < 1:
+            raise ValueError(f"a {what} graph needs the number of ranks, 1 or more")
+        return _named(what, p, tuple(sorted(parameters.items())))
+    if parameters:
+        raise ValueError(f"{', '.join(parameters)}: only for graphs that have a name")
+    made = _from_networkx(what) if hasattr(what, "is_directed") else _from_matrices(what)
+    if p not in (None, made.p):
+        raise ValueError(f"expected a graph of {p} ranks, got one of {made.p}")
+    return made
+
+
+@lru_cache(maxsize=64)
+def _named(name: str, p: int, parameters: tuple[tuple[str, int], ...]) -> Graph:
+    try:
+        return _NAMED[name](p, **dict(parameters))
+    except TypeError:
+        raise ValueError(f"a {name} graph has no such parameter: {', '.join(key for key, _ in parameters)}") from None
+
+
+def _from_matrices(what: Any) -> Graph:
+    try:
+        matrices = np.asarray(what, float)
+    except (TypeError, ValueError):
+        matrices = np.empty(())
+    if matrices.ndim == 2:
+        matrices = matrices[np.newaxis]
+    if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2] or not matrices.size:
+        raise TypeError(
+            f"expected the name of a graph, a square matrix or several, or a networkx graph, got {type(what).__name__}"
+        )
+    matrices = matrices.copy()  # the caller's may change
+
+    def edges(t: int) -> Edges:
+        target, source = np.nonzero(matrices[t])
+        return Edges(target, source, matrices[t, target, source])
+
+    return Graph("user's", matrices.shape[1], edges, len(matrices))
+
+
+def _from_networkx(what: Any) -> Graph:
+    p = len(what)
+    if p < 1 or set(what.nodes) != set(range(p)):
+        raise ValueError(f"the nodes of the networkx graph must be the ranks: the numbers 0 to {max(p - 1, 0)}")
+    if what.is_multigraph():
+        raise ValueError("a networkx graph with several edges between two nodes is not supported")
+    listed = list(what.edges(data="weight"))
+    if not what.is_directed():
+        listed += [(v, u, weight) for u, v, weight in listed if u != v]
+    weights = [weight for *_, weight in listed]
+    source, target = np.array([edge[:2] for edge in listed], np.int64).reshape(-1, 2).T
+    if not weights or all(weight is None for weight in weights):
+        if not what.is_directed():
+            return _metropolis("user's", p, source, target)
+        others = source != target
+        source, target = (np.append(ends[others], np.arange(p)) for ends in (source, target))
+        return _static("user's", p, Edges(target, source, 1 / np.bincount(source)[source]))
+    if any(weight is None for weight in weights):
+        raise ValueError("the networkx graph has weights on some edges only")
+    return _static("user's", p, Edges(target, source, np.array(weights, float)))
+
+
+def _static(name: str, p: int, edges: Edges) -> Graph:
+    return Graph(name, p, lambda t: edges)
+
+
+def _metropolis(name: str, p: int, source: np.ndarray, target: np.ndarray) -> Graph:
+    """Undirected and any: 1 / (1 + the larger of two degrees), and what is left for oneself."""
+    linked = np.zeros((p, p), bool)
+    linked[source, target] = linked[target, source] = True
+    np.fill_diagonal(linked, False)
+    degree = linked.sum(axis=1)
+    a, b = np.nonzero(linked)
+    weight = 1 / (1 + np.maximum(degree[a], degree[b]))
+    own = 1 - np.bincount(a, weight, p)
+    ranks = np.arange(p)
+    return _static(name, p, Edges(np.append(a, ranks), np.append(b, ranks), np.append(weight, own)))
+
+
+def _ring(p: int) -> Graph:
+    ranks = np.arange(p)
+    return _metropolis("ring", p, ranks, (ranks + 1) % p)
+
+
+def _torus(p: int) -> Graph:
+    """As square as p allows; a ring if p is prime."""
+    height = max(n for n in range(1, isqrt(p) + 1) if p % n == 0)
+    width = p // height
+    ranks = np.arange(p)
+    row, column = np.divmod(ranks, width)
+    right, below = row * width + (column + 1) % width, (row + 1) % height * width + column
+    return _metropolis("torus", p, np.append(ranks, ranks), np.append(right, below))
+
+
+def _star(p: int) -> Graph:
+    return _metropolis("star", p, np.zeros(p, int), np.arange(p))
+
+
+def _complete(p: int) -> Graph:
+    return _metropolis("complete", p, *np.indices((p, p)).reshape(2, -1))
+
+
+def _from_shifts(p: int, offsets: Iterable[int]) -> Edges:
+    """Everybody takes equal shares of itself and of the ranks so far before it."""
+    shifts = np.array([0, *offsets])
+    target = np.repeat(np.arange(p), len(shifts))
+    return Edges(target, (target - np.tile(shifts, p)) % p, np.full(len(target), 1 / len(shifts)))
+
+
+def _exponential(p: int, name: str = "exponential") -> Graph:
+    """One peer a round: 1, 2, 4, ... ranks away."""
+    return Graph(name, p, lambda t: _from_shifts(p, [1 << t] if p > 1 else []), max((p - 1).bit_length(), 1))
+
+
+def _static_exponential(p: int) -> Graph:
+    """All these peers in every round."""
+    return _static("static_exponential", p, _from_shifts(p, [1 << n for n in range((p - 1).bit_length())]))
+
+
+def _butterfly(p: int) -> Graph:
+    """A stage a round, if p is a power of two; otherwise the exponential graph, which is best there."""
+    if p & (p - 1):
+        return _exponential(p, "butterfly")
+    return Graph("butterfly", p, lambda t: _in_pairs(np.arange(p) ^ (1 << t) % p), max(p.bit_length() - 1, 1))
+
+
+def _matching(p: int, seed: int = 0) -> Graph:
+    """Random pairs; of an odd number of ranks one stays alone."""
+
+    def edges(t: int) -> Edges:
+        order = np.random.default_rng((seed, t)).permutation(p)
+        partner = np.arange(p)
+        first, second = order[: p - 1 : 2], order[1::2]
+        partner[first], partner[second] = second, first
+        return _in_pairs(partner)
+
+    return Graph(f"matching (seed {seed})", p, edges, None)
+
+
+def _in_pairs(partner: np.ndarray) -> Edges:
+    """Half of one's own and half of the partner's; all of one's own without one."""
+    ranks = np.arange(len(partner))
+    paired = partner != ranks
+    target, source = np.append(ranks, ranks[paired]), np.append(ranks, partner[paired])
+    return Edges(target, source, np.append(1 - paired / 2, np.full(paired.sum(), 0.5)))
+
+
+_Links = list[list[tuple[int, int, float]]]  # for each round, who takes how much of each other's
+
+
+def _base(p: int, degree: int = 1) -> Graph:
+    """Takezawa et al.'s base-(degree + 1) graph: whoever can is averaged by cliques, the rest by way of these."""
+    if degree < 1:
+        raise ValueError(f"the degree of a base graph must be 1 or more, got {degree}")
+    smooth = max(n for n in range(1, p + 1) if p % n == 0 and _is_smooth(n, degree + 1))
+    rest = p // smooth
+    ranks = range(p)
+    by_blocks = _side_by_side(_simple_base(ranks[start : start + rest], degree) for start in range(0, p, rest))
+    by_blocks += _side_by_side(_hypercube(ranks[start::rest], degree) for start in range(rest))
+    rounds = min(by_blocks, _simple_base(ranks, degree), key=len) or [[]]
+
+    def edges(t: int) -> Edges:
+        links = np.array(rounds[t], float).reshape(-1, 3)
+        a, b, weight = links[:, 0].astype(int), links[:, 1].astype(int), links[:, 2]
+        target, source, shares = np.append(a, b), np.append(b, a), np.append(weight, weight)
+        own = 1 - np.bincount(target, shares, p)
+        return Edges(np.append(target, ranks), np.append(source, ranks), np.append(shares, own))
+
+    return Graph("base" if degree == 1 else f"base (degree {degree})", p, edges, len(rounds))
+
+
+def _is_smooth(n: int, largest: int) -> bool:
+    """Has it no prime factor larger than that?"""
+    for factor in range(2, largest + 1):
+        while n % factor == 0:
+            n //= factor
+    return n == 1
+
+
+@lru_cache(maxsize=256)
+def _factors(n: int, largest: int) -> tuple[int, ...]:
+    """The fewest factors of a smooth number, none larger than that."""
+    if n == 1:
+        return ()
+    return min(
+        ((f, *_factors(n // f, largest)) for f in range(largest, 1, -1) if n % f == 0 and _is_smooth(n // f, largest)),
+        key=len,
+    )
+
+
+def _side_by_side(parts: Iterable[_Links]) -> _Links:
+    """Rounds of disjoint groups of ranks, at the same time."""
+    merged: _Links = []
+    for rounds in parts:
+        merged += [[] for _ in range(len(rounds) - len(merged))]
+        for t, links in enumerate(rounds):
+            merged[t] += links
+    return merged
+
+
+def _hypercube(ranks: range, degree: int) -> _Links:
+    """The mean of all, in as many rounds as their number has factors: cliques along one dimension after another."""
+    rounds: _Links = []
+    stride = 1
+    for factor in _factors(len(ranks), degree + 1):
+        cliques = [
+            range(start + offset, start + offset + stride * factor, stride)
+            for start in range(0, len(ranks), stride * factor)
+            for offset in range(stride)
+        ]
+        rounds.append([(ranks[a], ranks[b], 1 / factor) for clique in cliques for a in clique for b in clique if a < b])
+        stride *= factor
+    return rounds
+
+
+def _simple_base(ranks: range, degree: int) -> _Links:
+    """Groups as large as the digits of the number of ranks in base degree + 1 say.
+
+    First each group averages within itself; then, group by group, the ranks of all later groups meet one rank in each
+    block of this one, with weights that leave the later ones with the mean of all; and its blocks average that in.
+    """
+    base, p = degree + 1, len(ranks)
+    groups: list[tuple[int, range]] = []  # (blocks, ranks), the largest first
+    start, unit = 0, 1
+    while unit * base <= p:
+        unit *= base
+    while unit:
+        blocks = (p - start) // unit
+        if blocks:
+            groups.append((blocks, ranks[start : start + blocks * unit]))
+            start += blocks * unit
+        unit //= base
+    rounds = _side_by_side(_hypercube(group, degree) for _, group in groups)
+    t, start = len(rounds), 0
+    for blocks, group in groups[:-1]:
+        later, size = ranks[start + len(group) :], len(group) // blocks
+        weight = len(group) / (blocks * (p - start))
+        parts = [group[first : first + size] for first in range(0, len(group), size)]
+        meeting = [(rank, part[n], weight) for n, rank in enumerate(later) for part in parts]
+        averaging = _side_by_side(_hypercube(part, degree) for part in parts)
+        rounds = _side_by_side([rounds, [*([[]] * t), meeting, *averaging]])
+        start += len(group)
+        t += 1
+    return rounds
+
+
+_NAMED: dict[str, Callable[..., Graph]] = {
+    "butterfly": _butterfly,
+    "exponential": _exponential,
+    "static_exponential": _static_exponential,
+    "ring": _ring,
+    "torus": _torus,
+    "star": _star,
+    "complete": _complete,
+    "matching": _matching,
+    "base": _base,
+}

@@ -1,0 +1,139 @@
+"""Mixing as functions: a round of a graph a call.  Unlike the collectives it leaves every rank with its own values."""
+
+from functools import partial
+from operator import index
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from ..algorithms import mixing
+from ..graphs import Graph, graph
+from .buffers import Part, is_half, parts
+from .operations import MOVE
+from .state import check_comm, state_of, whole
+
+
+def butterfly_mix(x: Any, comm: MPI.Intracomm, *, step: int) -> Any:
+    """One stage of butterfly mixing, in place: ``x`` becomes the mean of a rank's own array and one peer's.
+
+    If p is a power of two, the peer of rank r at step t is r XOR 2^(t mod log2 p), and log2 p calls with consecutive
+    steps, from any step on, leave every rank with the mean of all, exactly but for rounding.  At any other p it is the
+    exponential graph of ``gossip_average``, which comes close to the mean and reaches it never.
+
+    Arguments, return value and errors are those of ``gossip_average``.  Source: Zhao and Canny 2013.
+    """
+    return gossip_average(x, comm, "butterfly", step=step)
+
+
+def gossip_average(x: Any, comm: MPI.Intracomm, graph: Any = "exponential", *, step: int) -> Any:
+    """One round of gossip averaging, in place: ``x`` becomes a weighted mean of a rank's own array and its neighbors'.
+
+    The mean over all ranks stays, and every round brings them closer to it; ``mpicoll show gossip`` says how fast.
+    Each rank sends ``x`` to its neighbors, and to nobody else.
+
+    Parameters
+    ----------
+    x
+        An array of floats or complex numbers, as for ``allreduce``, or a list of arrays: the same shapes and dtypes on
+        all ranks.  It is computed in float64 at least, or in the precision of ``x`` where weights are exact in it.
+    comm
+        An mpi4py intracommunicator.  If it is no ``mpicoll.Comm``, the first call on it duplicates it.
+    graph
+        What ``mpicoll.graph`` takes or has made (which is faster, for a matrix), doubly stochastic.  The first call
+        with it on a communicator compares it between all ranks.
+    step
+        The number of the call, the same on all ranks: graphs that change use another round each time.  Count on from
+        epoch to epoch; do not start again at 0.
+
+    Returns
+    -------
+    ``x`` itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what cannot be used, before anything is sent; if graphs differ, on all ranks.
+    """
+    check_comm(comm)
+    made = _graph(graph, comm)
+    if made.stochastic != "doubly":
+        raise ValueError(
+            f"averaging needs a doubly stochastic graph, got one of which only {made.stochastic}s add up to 1"
+            + (": use mpicoll.PushSum" if made.stochastic == "column" else "")
+        )
+    _mix(x, comm, made, step)
+    return x
+
+
+class PushSum:
+    """Averaging on directed graphs, of which only the columns add up to 1: what a rank sends, to itself included.
+
+    ``mix(x)`` keeps the sum of ``x`` over all ranks, but not what single ranks weigh in it, so that each has a
+    ``weight`` too, which is mixed likewise: ``estimate(x)``, ``x / weight``, goes to the mean of what all began with.
+    In SGD, take gradients at the estimate and step on ``x``.  The weights follow from the graph, so every rank computes
+    them, and none is sent.  Sources: Kempe et al. 2003; Assran et al. 2019 (with SGD).
+
+    Making one is a collective call, which compares the graph between all ranks; ``comm`` and ``graph`` are those of
+    ``gossip_average``.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, graph: Any) -> None:
+        check_comm(comm)
+        self.comm, self.graph = comm, _graph(graph, comm)
+        if self.graph.stochastic == "row":
+            raise ValueError("push-sum needs a graph of which columns add up to 1, got one of which only rows do")
+        with whole(comm):
+            state_of(comm).agree_on(self.graph)
+        self.step = 0
+        self.weights: np.ndarray = np.ones(self.graph.p)
+
+    def __repr__(self) -> str:
+        return f"<PushSum on a {self.graph}, step {self.step}>"
+
+    @property
+    def weight(self) -> float:
+        """This rank's; over all ranks they add up to p."""
+        return float(self.weights[self.comm.rank])
+
+    def mix(self, x: Any) -> Any:
+        """One round, in place; returns ``x``, an array or a list of arrays as for ``gossip_average``."""
+        _mix(x, self.comm, self.graph, self.step)
+        target, source, weight = self.graph.edges(self.step)
+        self.weights = np.bincount(target, weight * self.weights[source], self.graph.p)
+        self.step += 1
+        return x
+
+    def estimate(self, x: Any) -> Any:
+        """The mean as far as it is known here: new arrays."""
+        return [self.estimate(array) for array in x] if isinstance(x, (list, tuple)) else x / self.weight
+
+
+def _graph(what: Any, comm: MPI.Intracomm) -> Graph:
+    made = what if isinstance(what, Graph) else graph(what, comm.size)
+    if made.p != comm.size:
+        raise ValueError(f"expected a graph of {comm.size} ranks, got a {made}")
+    return made
+
+
+def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int) -> None:
+    t = index(step)
+    if t < 0:
+        raise ValueError(f"step must be 0 or more, got {step}")
+    with whole(comm):
+        pieces = [_checked(part) for part in parts(x)]
+        state = state_of(comm)
+        state.agree_on(graph)
+        t = t % graph.period if graph.period else t
+        for flat, deliver in pieces:
+            schedule = partial(mixing.schedule, graph, t, 1)
+            state.run(state.plan(("mix", graph.digest, t), schedule, len(flat), flat.dtype, MOVE), flat, MOVE)
+            if deliver:
+                deliver()
+
+
+def _checked(part: Part) -> Part:
+    dtype = part.flat.dtype
+    if not (dtype.kind in "fc" and dtype.num < 24) and not is_half(dtype):
+        raise TypeError(f"mixing takes floats or complex numbers, got dtype {dtype}: convert with x.astype(float)")
+    return part
