@@ -1,21 +1,36 @@
-"""A schedule as text: ranks across, rounds down."""
+"""A schedule as text and as a picture (SVG): ranks across, rounds down."""
 
-from .interpreter import lockstep, span
-from .schedule import Recv, Round, Schedule, Send, Verb
+from colorsys import hls_to_rgb
+from fractions import Fraction
 
-LEGEND = "[2]→1 sends chunk 2 to rank 1; [2]←1 receives it from rank 1, [2]+←1 and adds it to its own; [4..1] wraps"
+import numpy as np
+
+from .interpreter import interpret_rounds, lockstep, span
+from .schedule import Recv, Round, Schedule, Send, Verb, pieces
+from .verify import own_chunks
 
 
 def text(schedule: Schedule) -> str:
-    """The picture, one line a round; ``LEGEND`` explains the cells.  Scratch buffers are a, b, ..."""
-    table = [[_cell(schedule, round_) for round_ in rounds] for rounds in lockstep(schedule)]
+    """The picture, one line a round; ``legend`` explains the cells.  Scratch buffers are a, b, ..."""
+    table = [[_cell(schedule, rank, round_) for rank, round_ in enumerate(rounds)] for rounds in lockstep(schedule)]
     heads = [f"rank {rank}" for rank in range(schedule.p)]
     widths = [max(map(len, column)) for column in zip(heads, *table, strict=True)]
     rows = [("round", heads), *((f"{t:5}", cells) for t, cells in enumerate(table))]
     return "\n".join(" │ ".join((label, *map(str.ljust, cells, widths))).rstrip() for label, cells in rows)
 
 
-def _cell(schedule: Schedule, round_: Round) -> str:
+def legend(schedule: Schedule) -> str:
+    """What the cells of ``text`` mean."""
+    if schedule.collective == "mix":
+        return "→1 sends its vector to rank 1; 1/3 + 2/3←1 takes a third of its own and two thirds of rank 1's"
+    return "[2]→1 sends chunk 2 to rank 1; [2]←1 receives it from rank 1, [2]+←1 and adds it to its own; [4..1] wraps"
+
+
+def _cell(schedule: Schedule, rank: int, round_: Round) -> str:
+    if schedule.collective == "mix":
+        sends = [f"→{send.peer}" for send in round_.sends if send.peer != rank]
+        shares = [share(recv.weight) + (f"←{recv.peer}" if recv.peer != rank else "") for recv in round_.recvs]
+        return "  ".join([" ".join(sends), " + ".join(shares)]).strip() or "idle"
     sends = [f"{_buffer(send)}{span(schedule, send)}→{send.peer}" for send in round_.sends]
     recvs = [f"{_buffer(recv)}{span(schedule, recv)}{_SIGNS[recv.verb]}{recv.peer}" for recv in round_.recvs]
     return "  ".join(sends + recvs) or "idle"
@@ -26,3 +41,122 @@ _SIGNS = {Verb.COPY: "←", Verb.REDUCE_BELOW: "+←", Verb.REDUCE_ABOVE: "+←"
 
 def _buffer(part: Send | Recv) -> str:
     return "abcdefghijklmnopqrstuvwxyz"[part.buffer - 1] if part.buffer else ""
+
+
+def share(weight: float) -> str:
+    """A weight as a fraction, where it is a simple one."""
+    simple = Fraction(weight).limit_denominator(999)
+    return str(simple) if abs(simple - weight) < 1e-9 else f"{weight:.3g}"
+
+
+def svg(schedule: Schedule, title: str) -> str:
+    """A picture: what each rank's vector holds before and after every round, and what travels in between.
+
+    A rank is a box with a column for each chunk and a row, and a color, for each rank; a colored cell says that this
+    rank's contribution is in that chunk.  Where vectors are mixed, a bar's length is the share of the contribution.
+    """
+    return _Picture(schedule).draw(title)
+
+
+class _Picture:
+    """Measures in pixels; x and y of a box are its upper left corner."""
+
+    gap_x, gap_y = 26, 54
+    left, top = 46, 74
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.mixes = schedule.collective == "mix"
+        self.row = max(3, min(9, 72 // schedule.p))
+        self.column = 72 if self.mixes else max(6, min(24, 96 // schedule.chunks))
+        self.width, self.height = self.column * schedule.chunks, self.row * schedule.p
+        self.colors = [_color(rank / schedule.p) for rank in range(schedule.p)]
+        self.parts: list[str] = []
+
+    def x(self, rank: int) -> float:
+        return self.left + rank * (self.width + self.gap_x)
+
+    def y(self, t: int) -> float:
+        return self.top + t * (self.height + self.gap_y)
+
+    def draw(self, title: str) -> str:
+        schedule = self.schedule
+        table = lockstep(schedule)
+        for rank in range(schedule.p):
+            self.label(self.x(rank) + self.width / 2, self.top - 14, f"rank {rank}", self.colors[rank], "middle")
+        for t, held in enumerate(interpret_rounds(schedule, own_chunks(schedule, np.eye(schedule.p)), np.add)):
+            for rank, chunks in enumerate(held):
+                self.box(rank, t, chunks)
+        for t, rounds in enumerate(table):
+            self.label(self.left - 14, self.y(t) + self.height + self.gap_y / 2 + 4, str(t), "#555", "end")
+            for rank, round_ in enumerate(rounds):
+                self.arrows(t, rank, round_)
+        width, height = self.x(schedule.p) - self.gap_x + 20, self.y(len(table)) + self.height + 44
+        lines = [
+            "bars: whose contribution is in a vector, and how much of it; the line marks the mean"
+            if self.mixes
+            else "columns: chunks; rows: whose contribution is in them; solid arrows: added, dashed: copied"
+        ]
+        wide = max(width, 7 * max(len(title) * 1.2, *map(len, lines)) + 30)
+        self.label(16, 28, title, "#111", size=16)
+        self.label(16, height - 14, lines[0], "#555")
+        return "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide:g}" height="{height:g}" '
+                f'viewBox="0 0 {wide:g} {height:g}" font-family="Helvetica, Arial, sans-serif">',
+                '<rect width="100%" height="100%" fill="white"/>',
+                *self.parts,
+                "</svg>\n",
+            ]
+        )
+
+    def label(self, x: float, y: float, what: str, color: str, anchor: str = "start", size: int = 12) -> None:
+        escaped = what.replace("&", "&amp;").replace("<", "&lt;")
+        self.parts.append(
+            f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{escaped}</text>'
+        )
+
+    def box(self, rank: int, t: int, chunks: list[np.ndarray | None]) -> None:
+        x, y = self.x(rank), self.y(t)
+        self.rectangle(x, y, self.width, self.height, "#f1f1f1")
+        for n, counts in enumerate(chunks):
+            for origin in [] if counts is None else np.flatnonzero(counts).tolist():
+                length = self.column * counts[origin] if self.mixes and counts is not None else self.column
+                self.rectangle(x + n * self.column, y + origin * self.row, length, self.row, self.colors[origin])
+        lines = [f"M{x + n * self.column:g},{y:g}v{self.height:g}" for n in range(1, self.schedule.chunks)]
+        if self.mixes:
+            lines = [f"M{x + self.width / self.schedule.p:g},{y:g}v{self.height:g}"]
+        self.parts.append(f'<path d="{"".join(lines)}" stroke="{"#333" if self.mixes else "white"}" stroke-width="1"/>')
+        self.rectangle(x, y, self.width, self.height, "none", "#888")
+
+    def rectangle(self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none") -> None:
+        self.parts.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{fill}" stroke="{stroke}"/>'
+        )
+
+    def arrows(self, t: int, rank: int, round_: Round) -> None:
+        """To what ``rank`` receives."""
+        color_of = self.colors
+        for recv in round_.recvs:
+            if recv.peer == rank:
+                continue
+            dash = ' stroke-dasharray="4 3"' if recv.verb is Verb.COPY else ""
+            for lo, hi in pieces(recv.lo, recv.hi, self.schedule.chunks):
+                inset, length = lo * self.column, (hi - lo) * self.column
+                x1, y1 = self.x(recv.peer) + inset, self.y(t) + self.height + 4
+                x2, y2 = self.x(rank) + inset, self.y(t + 1) - 4
+                for x, y in ((x1, y1), (x2, y2)):
+                    self.parts.append(
+                        f'<path d="M{x + 1:g},{y:g}h{length - 2:g}" stroke="{color_of[recv.peer]}" stroke-width="2"/>'
+                    )
+                x1, x2, middle = x1 + length / 2, x2 + length / 2, (y1 + y2) / 2
+                self.parts.append(
+                    f'<path d="M{x1:g},{y1:g}C{x1:g},{middle:g} {x2:g},{middle:g} {x2:g},{y2 - 7:g}" fill="none" '
+                    f'stroke="{color_of[recv.peer]}" stroke-width="1.5"{dash}/>'
+                    f'<path d="M{x2:g},{y2:g}l-4,-8h8z" fill="{color_of[recv.peer]}"/>'
+                )
+
+
+def _color(turn: float) -> str:
+    red, green, blue = hls_to_rgb(turn, 0.45, 0.65)
+    return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"

@@ -4,7 +4,7 @@ On NumPy arrays it is the reference the MPI plan is tested against; on symbols i
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,15 @@ def span(schedule: Schedule, part: Send | Recv) -> str:
     return f"[{part.lo}]" if part.hi == part.lo + 1 else f"[{part.lo}..{last}]"
 
 
+Held = list[list[Any]]  # what the ranks' vectors hold: [rank][chunk]
+
+
 def interpret(
     schedule: Schedule,
     start: Sequence[Sequence[Any]],
     combine: Callable[[Any, Any], Any],
     copied: Callable[[int, Any], None] = lambda chunk, value: None,
-) -> list[list[Any]]:
+) -> Held:
     """Run all ranks; ``start[rank][chunk]`` and the result are what the ranks' vectors hold.
 
     ``combine(lower, higher)`` must return a new value, and so must ``*`` and ``+`` of what is mixed; ``copied`` is told
@@ -40,8 +43,20 @@ def interpret(
     deadlock (sends may be synchronous) and raises ``ScheduleError``; so does sending or reducing with a chunk that
     holds nothing (``None``).
     """
+    *_, end = interpret_rounds(schedule, start, combine, copied)
+    return end
+
+
+def interpret_rounds(
+    schedule: Schedule,
+    start: Sequence[Sequence[Any]],
+    combine: Callable[[Any, Any], Any],
+    copied: Callable[[int, Any], None] = lambda chunk, value: None,
+) -> Iterator[Held]:
+    """``interpret``, round by round: what the vectors hold at first, and after each round."""
     chunks = schedule.chunks
     held = [[list(mine), *([None] * chunks for _ in range(schedule.scratch))] for mine in start]
+    yield [list(buffers[0]) for buffers in held]
     for t, rounds in enumerate(lockstep(schedule)):
         mail: defaultdict[tuple[int, int], deque[tuple[Send, list[Any]]]] = defaultdict(deque)
         for rank, round_ in enumerate(rounds):
@@ -90,7 +105,7 @@ def interpret(
                     f"{schedule}, round {t}: rank {src} sends chunks {span(schedule, left[0][0])} to rank {dst}, "
                     "which does not receive them: deadlock"
                 )
-    return [buffers[0] for buffers in held]
+        yield [list(buffers[0]) for buffers in held]
 
 
 def interpret_arrays(schedule: Schedule, vectors: Sequence[np.ndarray], combine: np.ufunc) -> list[np.ndarray]:

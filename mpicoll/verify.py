@@ -9,10 +9,10 @@ Mixing needs no symbols: run on the unit vectors, it gives its matrix.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -124,10 +124,7 @@ def verify_schedule(schedule: Schedule) -> Proof:
 
     goal = GOALS[schedule.collective]
     expressions = _Expressions(schedule.p)
-    start = [
-        [rank if goal.starts(schedule, rank, chunk) else None for chunk in range(schedule.chunks)]
-        for rank in range(schedule.p)
-    ]
+    start = own_chunks(schedule, range(schedule.p))
     travelled: set[tuple[int, int]] = set()  # (chunk, value) of every copy
     end = interpret(schedule, start, expressions.combine, lambda chunk, value: travelled.add((chunk, value)))
 
@@ -158,9 +155,18 @@ def verify_schedule(schedule: Schedule) -> Proof:
     return _measure(schedule, table, rank_order, in_tree)
 
 
+def own_chunks(schedule: Schedule, marks: Iterable[Any]) -> list[list[Any]]:
+    """What each rank's chunks hold at first, to run the schedule on: its own mark, or nothing if it brings none."""
+    starts = GOALS[schedule.collective].starts if schedule.collective in GOALS else _always
+    return [
+        [mark if starts(schedule, rank, chunk) else None for chunk in range(schedule.chunks)]
+        for rank, mark in enumerate(marks)
+    ]
+
+
 def mixing_matrix(schedule: Schedule) -> np.ndarray:
     """What mixing does: ``[i, j]`` is how much of what rank j brings rank i ends with."""
-    return np.array([mine[0] for mine in interpret(schedule, [[own] for own in np.eye(schedule.p)], _never)])
+    return np.array([mine[0] for mine in interpret(schedule, own_chunks(schedule, np.eye(schedule.p)), _never)])
 
 
 def _never(lower: object, higher: object) -> object:

@@ -1,38 +1,73 @@
-"""``mpicoll show``: what an algorithm looks like."""
+"""``mpicoll show``: what an algorithm looks like, and how fast gossip spreads."""
+
+from pathlib import Path
 
 import click
 
 from ..algorithms import ALGORITHMS
-from ..draw import LEGEND, text
+from ..draw import legend, svg, text
 from ..errors import UserError
+from ..graphs import graph
 
-NAMES = list(dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows))
+NAMES = [*dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows), "gossip"]
+CONSENSUS = 1e-3
 
 
-@click.command()
-@click.argument("algorithm", type=click.Choice(NAMES))
+@click.command(short_help="Draw an algorithm.")
+@click.argument("name", type=click.Choice(NAMES), metavar="ALGORITHM|gossip")
 @click.option(
     "--collective", type=click.Choice(list(ALGORITHMS)), help="By default the first of these that has the algorithm."
 )
 @click.option("--ranks", type=click.IntRange(1, 256), default=4, show_default=True)
 @click.option("--root", type=click.IntRange(min=0), help="Where it begins or ends, if it has a root.")
 @click.option("--segments", type=click.IntRange(1, 64), help="Into how many pieces a pipelining algorithm cuts.")
-def show(algorithm: str, collective: str | None, ranks: int, root: int | None, segments: int | None) -> None:
-    """Draw an algorithm: ranks across, rounds down."""
-    known = [name for name, rows in ALGORITHMS.items() if algorithm in rows]
+@click.option("--svg", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it into this file.")
+def show(
+    name: str, collective: str | None, ranks: int, root: int | None, segments: int | None, picture: Path | None
+) -> None:
+    """Draw an algorithm, ranks across and rounds down: as text, or as a picture.
+
+    Algorithms are those that `mpicoll verify` lists.  The name gossip gives the graphs to mix on, side by side: the
+    messages that a rank sends in a round, the spectral gap (how much of the distance to the mean goes in a round), and
+    how many rounds it takes until a thousandth of the distance is left, whatever the ranks held.
+    """
+    asked = {option: value for option, value in (("root", root), ("segments", segments)) if value is not None}
+    if name == "gossip":
+        if asked or picture or collective not in (None, "mix"):
+            raise UserError("gossip is a table of all graphs: it takes --ranks only; name one to draw it")
+        _gossip(ranks)
+        return
+    known = [name_ for name_, rows in ALGORITHMS.items() if name in rows]
     collective = collective or known[0]
     if collective not in known:
-        raise UserError(f"there is no {algorithm} {collective}: {algorithm} is for {', '.join(known)}")
-    row = ALGORITHMS[collective][algorithm]
-    asked = {name: value for name, value in (("root", root), ("segments", segments)) if value is not None}
+        raise UserError(f"there is no {name} {collective}: {name} is for {', '.join(known)}")
+    row = ALGORITHMS[collective][name]
     given = {**row.parameters, **asked}
     try:
         schedule = row.schedule(ranks, **given)
     except ValueError as error:
         raise UserError(str(error)) from error
+    chunks = f", {schedule.chunks} chunks" if collective != "mix" else ""
+    about = f"{name} {collective}: {ranks} ranks{chunks}, {row.rounds(ranks, **given)} rounds"
+    if picture is None:
+        click.echo(f"{about}, no rank sends more than {row.sent(ranks, **given)} of the vector")
+        click.echo(text(schedule))
+        click.echo(legend(schedule))
+        return
+    try:
+        picture.write_text(svg(schedule, about), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{str(picture)!r} cannot be written ({error.strerror})") from error
+    click.echo(f"{about}: drawn in {picture}")
+
+
+def _gossip(ranks: int) -> None:
     click.echo(
-        f"{schedule.name} {collective}: {ranks} ranks, {schedule.chunks} chunks, {row.rounds(ranks, **given)} rounds, "
-        f"no rank sends more than {row.sent(ranks, **given)} of the vector"
+        f"{'graph':18} {'period':>6} {'messages':>9} {'spectral gap':>13} {f'rounds to {CONSENSUS:g}':>16}  mean"
     )
-    click.echo(text(schedule))
-    click.echo(LEGEND)
+    for name, row in ALGORITHMS["mix"].items():
+        made = graph(name, ranks)
+        messages = max(len(made.neighbors(rank, t)[1]) - 1 for t in range(made.period or 1) for rank in range(ranks))
+        gap, rounds = f"{1 - made.contraction:.3g}", made.rounds_to(CONSENSUS)
+        exact = f"reached after {made.period}" if row.exact(ranks) else "approached"
+        click.echo(f"{name:18} {made.period or 'none':>6} {messages:9} {gap:>13} {"never" if rounds is None else rounds:>16}  {exact}")
