@@ -93,7 +93,7 @@ class _Picture:
                 self.arrows(t, rank, round_)
         width, height = self.x(schedule.p) - self.gap_x + 20, self.y(len(table)) + self.height + 44
         lines = [
-            "bars: whose contribution is in a vector, and how much of it; the line marks the mean"
+            "bars: whose contribution is in a vector, and how much of it; the line: an equal share"
             if self.mixes
             else "columns: chunks; rows: whose contribution is in them; solid arrows: added, dashed: copied"
         ]

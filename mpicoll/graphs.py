@@ -6,10 +6,12 @@ the mixing matrix W add up to 1, the sum over all ranks stays; if the rows do, w
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
+from inspect import signature
 from math import isqrt
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,8 +61,8 @@ class Graph:
             edges = self.edges(t)
             if not (edges.weight >= 0).all():
                 raise ValueError(f"{self}, round {t}: every weight must be 0 or more")
-            for side, index in (("row", edges.target), ("column", edges.source)):
-                sums = np.bincount(index, edges.weight, self.p)
+            for side, ends in (("row", edges.target), ("column", edges.source)):
+                sums = np.bincount(ends, edges.weight, self.p)
                 worst = int(np.argmax(np.abs(sums - 1)))
                 if not abs(sums[worst] - 1) <= TOLERANCE:
                     wrong.setdefault(side, f"{side} {worst} of round {t} adds up to {sums[worst]:.6g}")
@@ -192,10 +194,11 @@ def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:
 
 @lru_cache(maxsize=64)
 def _named(name: str, p: int, parameters: tuple[tuple[str, int], ...]) -> Graph:
-    try:
-        return _NAMED[name](p, **dict(parameters))
-    except TypeError:
-        raise ValueError(f"a {name} graph has no such parameter: {', '.join(key for key, _ in parameters)}") from None
+    known = list(signature(_NAMED[name]).parameters)[1:]
+    for key, _ in parameters:
+        if key not in known:
+            raise ValueError(f"a {name} graph has no parameter {key!r}")
+    return _NAMED[name](p, **{key: index(value) for key, value in parameters})
 
 
 def _from_matrices(what: Any) -> Graph:
@@ -277,7 +280,7 @@ def _star(p: int) -> Graph:
 
 
 def _complete(p: int) -> Graph:
-    return _metropolis("complete", p, *np.indices((p, p)).reshape(2, -1))
+    return _static("complete", p, _from_shifts(p, range(1, p)))
 
 
 def _from_shifts(p: int, offsets: Iterable[int]) -> Edges:
@@ -287,9 +290,9 @@ def _from_shifts(p: int, offsets: Iterable[int]) -> Edges:
     return Edges(target, (target - np.tile(shifts, p)) % p, np.full(len(target), 1 / len(shifts)))
 
 
-def _exponential(p: int, name: str = "exponential") -> Graph:
+def _exponential(p: int) -> Graph:
     """One peer a round: 1, 2, 4, ... ranks away."""
-    return Graph(name, p, lambda t: _from_shifts(p, [1 << t] if p > 1 else []), max((p - 1).bit_length(), 1))
+    return Graph("exponential", p, lambda t: _from_shifts(p, [1 << t] if p > 1 else []), max((p - 1).bit_length(), 1))
 
 
 def _static_exponential(p: int) -> Graph:
@@ -300,12 +303,14 @@ def _static_exponential(p: int) -> Graph:
 def _butterfly(p: int) -> Graph:
     """A stage a round, if p is a power of two; otherwise the exponential graph, which is best there."""
     if p & (p - 1):
-        return _exponential(p, "butterfly")
+        return replace(_exponential(p), name="butterfly")
     return Graph("butterfly", p, lambda t: _in_pairs(np.arange(p) ^ (1 << t) % p), max(p.bit_length() - 1, 1))
 
 
 def _matching(p: int, seed: int = 0) -> Graph:
     """Random pairs; of an odd number of ranks one stays alone."""
+    if seed < 0:
+        raise ValueError(f"the seed of a matching graph must be 0 or more, got {seed}")
 
     def edges(t: int) -> Edges:
         order = np.random.default_rng((seed, t)).permutation(p)

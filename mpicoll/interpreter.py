@@ -77,9 +77,10 @@ def interpret_rounds(
                     raise ScheduleError(
                         f"{where} expects chunks {span(schedule, recv)}, rank {recv.peer} sends {span(schedule, send)}"
                     )
-                if recv.peer != rank and send.final != is_final(recv):
+                final = recv.peer != rank and is_final(recv)
+                if send.final != final:
                     raise ScheduleError(
-                        f"{where} takes chunks {span(schedule, recv)} as {'final' if is_final(recv) else 'partial'}, "
+                        f"{where} takes chunks {span(schedule, recv)} as {'final' if final else 'partial'}, "
                         f"rank {recv.peer} sends them as {'final' if send.final else 'partial'}"
                     )
                 mine = held[rank][recv.buffer]

@@ -1,9 +1,10 @@
-"""Schedules that only tests use: what the two algorithms of the table do not need, others will."""
+"""Schedules that only tests use, and what any schedule promises."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
+from mpicoll.graphs import graph
 from mpicoll.schedule import Recv, Round, Schedule, Send, Verb, chunk_start, reduce
 
 
@@ -88,6 +89,18 @@ def promised(schedule: Schedule, vectors: list[np.ndarray]) -> list[list[tuple[s
         return [[(whole, total)] if rank == schedule.root else [] for rank in range(p)]
     if schedule.collective == "bcast":
         return [[(whole, vectors[schedule.root])]] * p
+    if schedule.collective == "mix":
+        return [[(whole, mixed)] for mixed in graph(schedule.name, p).product() @ vectors]
     if schedule.collective == "reduce_scatter":
         return [[(own[rank], total[own[rank]])] for rank in range(p)]
     return [[(part, vectors[rank][part]) for rank, part in enumerate(own)]] * p
+
+
+def assert_promised(schedule: Schedule, vectors: list[np.ndarray], results: list[np.ndarray], what: str = "") -> None:
+    """What ranks end with is what was promised: exactly, but for mixing weights."""
+    for rank, promises in enumerate(promised(schedule, vectors)):
+        for held, wanted in promises:
+            tolerance = 1e-12 if schedule.collective == "mix" else 0
+            np.testing.assert_allclose(
+                results[rank][held], wanted, tolerance, 0, err_msg=f"{schedule}: {what}: rank {rank}"
+            )

@@ -69,5 +69,6 @@ def _gossip(ranks: int) -> None:
         made = graph(name, ranks)
         messages = max(len(made.neighbors(rank, t)[1]) - 1 for t in range(made.period or 1) for rank in range(ranks))
         gap, rounds = f"{1 - made.contraction:.3g}", made.rounds_to(CONSENSUS)
+        needed = "never" if rounds is None else str(rounds)
         exact = f"reached after {made.period}" if row.exact(ranks) else "approached"
-        click.echo(f"{name:18} {made.period or 'none':>6} {messages:9} {gap:>13} {"never" if rounds is None else rounds:>16}  {exact}")
+        click.echo(f"{name:18} {made.period or 'none':>6} {messages:9} {gap:>13} {needed:>16}  {exact}")

@@ -160,10 +160,10 @@ def _by_mpi(op: MPI.Op, dtype: np.dtype) -> Operation:
 def mix(out: np.ndarray, shares: list[tuple[np.ndarray, float]]) -> None:
     """Replace ``out``, which may be one of the arrays, by the sum of the weighted arrays, in this order.
 
-    It is computed in float64 at least and rounded once, so that thousands of rounds do not shift the mean; halves,
-    quarters and so on are exact in any precision, and it stays in that of the arrays (float32 for 16-bit floats).
+    It is computed in float64 at least and rounded once, so that thousands of rounds do not shift the mean; but two
+    halves are rounded once in any precision, and it stays in that of the arrays (float32 for 16-bit floats).
     """
-    exact = all(frexp(weight)[0] == 0.5 for _, weight in shares)
+    exact = len(shares) <= 2 and all(frexp(weight)[0] == 0.5 for _, weight in shares)
     dtype = np.result_type(out.dtype, np.float32 if exact else np.float64)
     for piece in _pieces(out, BLOCK):
         total: np.ndarray | None = None

@@ -511,6 +511,10 @@ def test_device_arrays_go_through_host_memory(ours, fake_cupy, name):
     y = on_device(np.zeros(5))
     ours.Allreduce(mine(ours), y, algorithm=name)
     np.testing.assert_array_equal(y._host, TOTAL)
+    x = on_device(mine(ours))
+    mpicoll.gossip_average(x, ours, "complete", step=0)
+    np.testing.assert_allclose(x._host, TOTAL / ours.size)
+    assert [event for event in fake_cupy if event in moves] == IN_ORDER
     arrays = [on_device(mine(ours)), mine(ours), cupy.ndarray(mine(ours, 3), fake_cupy)]
     mpicoll.allreduce(arrays, ours, algorithm=name)
     np.testing.assert_array_equal(np.concatenate([arrays[0]._host, arrays[1], arrays[2]._host]), TOTAL)
@@ -526,6 +530,7 @@ def test_foreign_device_arrays_are_refused_by_name(ours, fake_cupy, name):
         lambda: mpicoll.iallreduce(foreign, ours, algorithm=name),
         lambda: mpicoll.allreduce([np.zeros(3), foreign], ours, algorithm=name),
         lambda: ours.Allreduce(MPI.IN_PLACE, foreign, algorithm=name),
+        lambda: mpicoll.butterfly_mix(foreign, ours, step=0),
         lambda: ours.Allreduce(np.zeros(5), foreign, algorithm=name),
         lambda: ours.Allreduce(foreign, np.zeros(5), algorithm=name),
     ):
