@@ -10,8 +10,8 @@ The rules every reader relies on, and the verifier proves:
   whether what travels is final.
 * Sends read what was held before the round.  Within a round no copy lands on chunks that are sent,
   copied to or reduced into; several reductions into a chunk are combined in the order they are listed.
-* What mixes into a chunk replaces it, by the sum of all that mixes into it in this round; a rank's own share is
-  mixed too, as what it sends to itself.  All that mixes into a chunk covers the same range.
+* A schedule that mixes does nothing else, and with the whole vector: all that mixes in a round, a rank's own share
+  included, which it sends to itself, replaces it by the weighted sum.
 * Reducing is always op(lower group of ranks, higher group), so that both partners of an exchange compute
   the same bits, and operations that do not commute come out right where groups are contiguous.
 """

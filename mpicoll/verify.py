@@ -113,6 +113,8 @@ def verify_schedule(schedule: Schedule) -> Proof:
             f"{schedule}: needs at least one rank and one chunk, and a root among the ranks; "
             f"has {schedule.chunks} chunks and root {schedule.root}"
         )
+    if schedule.collective == "mix" and schedule.chunks != 1:
+        raise ScheduleError(f"{schedule}: whole vectors are mixed, but it has {schedule.chunks} chunks")
     if schedule.collective in OWNED and schedule.chunks % schedule.p:
         raise ScheduleError(f"{schedule}: {schedule.chunks} chunks cannot be owned equally by {schedule.p} ranks")
     table = lockstep(schedule)
@@ -170,10 +172,6 @@ def mixing_matrix(schedule: Schedule) -> np.ndarray:
 
 
 def _verify_mixing(schedule: Schedule, table: list[list[Round]]) -> Proof:
-    if schedule.chunks > 1 or any(
-        recv.verb is not Verb.MIX for rounds in table for round_ in rounds for recv in round_.recvs
-    ):
-        raise ScheduleError(f"{schedule}: whole vectors are mixed, and nothing else is done")
     matrix = mixing_matrix(schedule)
     for axis, side in ((1, "row"), (0, "column")):
         sums = matrix.sum(axis=axis)
@@ -224,17 +222,16 @@ def _check_round(schedule: Schedule, where: str, round_: Round) -> None:
             raise ScheduleError(f"{where} has {count} {kind.__name__}s with rank {peer}; two are allowed")
 
     sent = {place for send in round_.sends for place in _places(schedule, send)}
-    written: dict[tuple[int, int], list[Recv]] = {}
+    written: dict[tuple[int, int], list[Verb]] = {}
     for recv in round_.recvs:
         for place in _places(schedule, recv):
-            written.setdefault(place, []).append(recv)
-    for (_, chunk), recvs in written.items():
-        verbs = [recv.verb for recv in recvs]
+            written.setdefault(place, []).append(recv.verb)
+    for (_, chunk), verbs in written.items():
         if Verb.COPY in verbs and len(verbs) > 1:
             raise ScheduleError(f"{where} copies onto chunk {chunk} and writes it a second time in the same round")
-        if Verb.MIX in verbs and len({(recv.verb, recv.lo, recv.hi) for recv in recvs}) > 1:
-            raise ScheduleError(f"{where} mixes into chunk {chunk} and does something else to it in the same round")
     for recv in round_.recvs:
+        if (recv.verb is Verb.MIX) != (schedule.collective == "mix"):
+            raise ScheduleError(f"{where} receives to {recv.verb.value}, in a schedule for {schedule.collective}")
         if recv.verb is Verb.COPY and not sent.isdisjoint(_places(schedule, recv)):
             raise ScheduleError(f"{where} copies chunks {span(schedule, recv)} onto what it sends in the same round")
 

@@ -167,16 +167,11 @@ WRONG = {
     "row 0 of the mixing matrix adds up to 1.25: the mean is not kept": _mixed([0.75, 0.5], [0.25, 0.5]),
     "column 0 of the mixing matrix adds up to 0.5: the mean is not kept": _mixed([0.5, 0.5], [0, 1]),
     "a negative share of rank 1's contribution": _mixed([1.5, -0.5], [-0.5, 1.5]),
-    "rank 0 mixes into chunk 0 and does something else to it": _schedule(
-        2, {0: Round((Send(0, 0, 1),), (Recv(0, 0, 1, Verb.MIX), Recv(1, 0, 1, Verb.REDUCE_BELOW))), 1: GIVE[0]}
+    "rank 0 receives to mix, in a schedule for allreduce": _schedule(
+        2, {0: Round((Send(0, 0, 1),), (Recv(0, 0, 1, Verb.MIX),)), 1: GIVE[0]}
     ),
-    "rank 0 mixes into chunk 1 and does something else to it": _schedule(
-        1,
-        {0: Round((Send(0, 0, 2), Send(0, 1, 3)), (Recv(0, 0, 2, Verb.MIX), Recv(0, 1, 3, Verb.MIX)))},
-        chunks=4,
-    ),
-    "whole vectors are mixed, and nothing else is done": _schedule(2, GIVE, collective="mix"),
-    "whole vectors are mixed": _schedule(2, chunks=2, collective="mix"),
+    "rank 1 receives to reduce below, in a schedule for mix": _schedule(2, GIVE, collective="mix"),
+    "whole vectors are mixed, but it has 2 chunks": _schedule(2, chunks=2, collective="mix"),
 }
 
 

@@ -45,21 +45,14 @@ class _Move(NamedTuple):
     finish: bool = False  # what is moved is a result: finish it first
 
 
-class _Mixing(NamedTuple):
-    area: int
-    lo: int  # elements
-    hi: int
-    shares: list[tuple[int, int, float]]  # (area, lo, weight)
-
-
 class _Step(NamedTuple):
-    """One round, compiled: do ``moves``, exchange ``recvs`` and ``sends``, do ``reductions`` and ``mixings``."""
+    """One round, compiled: do ``moves``, exchange ``recvs`` and ``sends``, do ``reductions``, or mix ``shares``."""
 
     recvs: list[_Message]
     sends: list[_Message]
     moves: list[_Move]
     reductions: list[_Reduction]
-    mixings: list[_Mixing]
+    shares: list[tuple[int, int, float]]  # (area, first element, weight)
 
 
 class Bound(NamedTuple):
@@ -69,7 +62,8 @@ class Bound(NamedTuple):
     sends: list[tuple[memoryview, int]]
     moves: list[tuple[np.ndarray, np.ndarray, bool]]  # (target, source, finish)
     reductions: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # (lower, higher, out)
-    mixings: list[tuple[np.ndarray, list[tuple[np.ndarray, float]]]]  # (out, shares)
+    vector: np.ndarray
+    shares: list[tuple[np.ndarray, float]]  # to be mixed into the vector
     operation: Operation
     p: int
 
@@ -86,8 +80,8 @@ class Bound(NamedTuple):
         combine = self.operation.combine
         for lower, higher, out in self.reductions:
             combine(lower, higher, out=out)
-        for out, shares in self.mixings:
-            mix(out, shares)
+        if self.shares:
+            mix(self.vector, self.shares)
 
 
 class Plan:
@@ -145,13 +139,14 @@ class Plan:
             arrays.insert(0, vector)
             bytes_of.insert(0, caller)
         p = self._schedule.p
-        for recvs, sends, moves, reductions, mixings in self._steps:
+        for recvs, sends, moves, reductions, shares in self._steps:
             yield Bound(
                 [(bytes_of[area][lo:hi], peer) for area, lo, hi, peer in recvs],
                 [(bytes_of[area][lo:hi], peer) for area, lo, hi, peer in sends],
                 [self._bound_move(arrays, move) for move in moves] if moves else [],
                 [self._bound_reduction(arrays, reduction) for reduction in reductions],
-                [self._bound_mixing(arrays, mixing) for mixing in mixings] if mixings else [],
+                vector,
+                [(arrays[area][lo : lo + self._count], weight) for area, lo, weight in shares],
                 operation,
                 p,
             )
@@ -168,12 +163,6 @@ class Plan:
         area, lo, hi, landing_lo, landing_hi, verb = reduction
         mine, arrived = arrays[area][lo:hi], arrays[_LANDING][landing_lo:landing_hi]
         return (arrived, mine, mine) if verb is Verb.REDUCE_BELOW else (mine, arrived, mine)
-
-    @staticmethod
-    def _bound_mixing(arrays: list[np.ndarray], mixing: _Mixing) -> tuple[np.ndarray, list[tuple[np.ndarray, float]]]:
-        size = mixing.hi - mixing.lo
-        shares = [(arrays[area][lo : lo + size], weight) for area, lo, weight in mixing.shares]
-        return arrays[mixing.area][mixing.lo : mixing.hi], shares
 
     def _compile(self) -> Iterator[_Step]:
         if self._widens:
@@ -207,7 +196,6 @@ class Plan:
                 post(step.sends, area, lo, hi, send.peer)
 
         to_self = iter([send for send in round_.sends if send.peer == rank])
-        mixings: dict[tuple[int, int], _Mixing] = {}  # by area and first element
         landed = 0
         for recv in round_.recvs:
             source = next(to_self) if recv.peer == rank else None
@@ -218,12 +206,11 @@ class Plan:
             for lo, hi in self._elements(recv):
                 area, start = _RESULT if arrives_final else recv.buffer, lo
                 if recv.verb is Verb.MIX:
-                    mixing = mixings.setdefault((area, lo), _Mixing(area, lo, hi, []))
                     if source is not None:  # its own share is mixed where it is
-                        mixing.shares.append((source.buffer, lo, recv.weight))
+                        step.shares.append((source.buffer, lo, recv.weight))
                         continue
                     area, start, landed = _LANDING, landed, landed + hi - lo
-                    mixing.shares.append((area, start, recv.weight))
+                    step.shares.append((area, start, recv.weight))
                 elif recv.verb is not Verb.COPY:
                     area, start, landed = _LANDING, landed, landed + hi - lo
                     step.reductions.append(_Reduction(recv.buffer, lo, hi, start, landed, recv.verb))
@@ -231,7 +218,6 @@ class Plan:
                     post(step.recvs, area, start, start + hi - lo, recv.peer)
                 else:
                     step.moves.append(_Move(source.buffer, lo, hi, area, start))
-        step.mixings.extend(mixings.values())
         self._landing_size = max(self._landing_size, landed)
         return step
 
