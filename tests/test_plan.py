@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mpicoll.algorithms import ALGORITHMS
+from mpicoll.graphs import graph
 from mpicoll.mpi.operations import operation
 from mpicoll.mpi.plan import Plan
 from mpicoll.schedule import Schedule
@@ -46,6 +47,16 @@ def test_a_plan_needs_the_scratch_memory_that_the_proof_found(name, p):
     count = schedule.chunks * 64  # chunks of equal length, of whole cache lines
     plans = [compiled(schedule, rank, count) for rank in range(p)]
     assert max(plan.scratch_bytes for plan in plans) == verify_schedule(schedule).scratch * count * 4
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", ALGORITHMS["mix"])
+def test_mixing_sends_to_neighbors_only_and_needs_what_they_send(name, p):
+    schedule, made = ALGORITHMS["mix"][name].schedule(p), graph(name, p)
+    plans = [Plan(schedule, rank, 64, np.dtype("f4")) for rank in range(p)]
+    assert max(plan.scratch_bytes for plan in plans) == verify_schedule(schedule).scratch * 64 * 4
+    links = sum(np.count_nonzero(made.matrix(t)) - p for t in range(made.period or 1))
+    assert sum(plan.bytes_sent for plan in plans) == links * 64 * 4
 
 
 def test_chunks_that_are_empty_are_not_sent():

@@ -187,6 +187,23 @@ def _specified(x: Sequence[Any], writable: bool) -> np.ndarray:
     return raw[start * size : stop * size].view(dtype)
 
 
+def blocks(x: Any) -> tuple[np.ndarray, list[int], list[int] | None]:
+    """mpi4py's specification of a block for each rank: the buffer, all counts, and all displacements if given."""
+    buffer, *rest = x if isinstance(x, (list, tuple)) else [x]
+    datatype = rest.pop() if rest and isinstance(rest[-1], (str, MPI.Datatype)) else None
+    if len(rest) == 1 and isinstance(rest[0], (list, tuple)) and len(rest[0]) == 2 and not _is_counts(rest[0]):
+        rest = list(rest[0])
+    counts, displacements = [*rest, None, None][:2]
+    if counts is None or len(rest) > 2:
+        raise TypeError("algorithms of ours need [buffer, counts], or [buffer, counts, displacements, datatype]")
+    flat = vector(buffer if datatype is None else [buffer, datatype])
+    found = [index(count) for count in counts]
+    starts = None if displacements is None else [index(start) for start in displacements]
+    if starts is not None and len(starts) != len(found):
+        raise ValueError(f"expected as many displacements as counts, {len(found)}, got {len(starts)}")
+    return flat, found, starts
+
+
 def dtype_of(datatype: MPI.Datatype | str) -> np.dtype:
     """NumPy's equivalent of a predefined MPI type; a ``TypeError`` where there is none to reduce."""
     if isinstance(datatype, str):

@@ -8,7 +8,7 @@ import numpy as np
 from mpi4py import MPI
 
 from . import operations
-from .buffers import Part, is_half, is_in_place, on_device, parts, staged, vector
+from .buffers import Part, blocks, is_half, is_in_place, on_device, parts, staged, vector
 from .collectives import check_root, cuts_of, decide, gather_into, options_of
 from .operations import MOVE, operation
 from .select import LARGE, PLAIN, Options, Preference
@@ -274,6 +274,36 @@ class Comm(MPI.Intracomm):
                 raise ValueError(f"expected {self.size} times what is sent, got room for {room}, and {got}")
             cuts = tuple(range(0, len(received) + 1, count)) if count else (0,) * (self.size + 1)
             return gather_into(self, sent, received, cuts, Options(algorithm))
+
+    def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto") -> None:  # noqa: N802
+        """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``.
+
+        Algorithms of ours need the counts: ``[buffer, counts]``, ``[buffer, (counts, displacements), datatype]``, ...
+        """
+        if algorithm in ("auto", "native"):
+            with driving(self):
+                return MPI.Intracomm.Allgatherv(self, sendbuf, recvbuf)
+        with whole(self):
+            received, counts, displacements = blocks(recvbuf)
+            cuts = cuts_of(counts, None, self.size)
+            starts = cuts[:-1] if displacements is None else tuple(displacements)
+            ends = [start + count for start, count in zip(starts, counts, strict=True)]
+            if min(starts) < 0 or max(ends) > len(received):
+                raise ValueError(f"counts and displacements go beyond the {len(received)} elements of the buffer")
+            own = received[starts[self.rank] : ends[self.rank]]
+            sent = own if is_in_place(sendbuf) else vector(sendbuf, writable=False)
+            if len(sent) != len(own) or sent.dtype != received.dtype:
+                raise ValueError(
+                    f"expected {len(own)} elements of {received.dtype} to send, as counts say, got {len(sent)} of "
+                    f"{sent.dtype}"
+                )
+            in_order = starts == cuts[:-1]
+            result = received[: cuts[-1]] if in_order else np.empty(cuts[-1], received.dtype)
+            gather_into(self, None if in_order and sent is own else sent, result, cuts, Options(algorithm))
+            if not in_order:
+                for rank, start in enumerate(starts):
+                    received[start : ends[rank]] = result[cuts[rank] : cuts[rank + 1]]
+            return None
 
     def _reduction(
         self, collective: str, sendbuf: Any, recvbuf: Any, op: MPI.Op | str, root: int | None, options: Options

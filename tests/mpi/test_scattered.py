@@ -127,6 +127,16 @@ def test_everybody_ends_with_all_parts(comm, name, counts):
     mine.flags.writeable = False
     for _ in range(2):
         np.testing.assert_array_equal(mpicoll.allgather(mine, comm, counts, name), expected)
+        received, around = guarded(np.full(sum(counts), -1.0))
+        ours.Allgatherv(mine, [received, counts], name)
+        np.testing.assert_array_equal(received, expected)
+        assert_untouched(around)
+        first = sum(counts[: comm.rank])
+        received[:] = -1
+        received[first : first + counts[comm.rank]] = mine
+        ours.Allgatherv(MPI.IN_PLACE, [received, counts, MPI.DOUBLE], name)
+        np.testing.assert_array_equal(received, expected)
+        assert_untouched(around)
         if len(set(counts)) == 1:
             np.testing.assert_array_equal(mpicoll.allgather(mine, comm, algorithm=name), expected.reshape(P, -1))
             received, around = guarded(np.full(sum(counts), -1.0))
@@ -139,6 +149,30 @@ def test_everybody_ends_with_all_parts(comm, name, counts):
             np.testing.assert_array_equal(received, expected)
             assert_untouched(around)
     assert_untouched(around_mine)
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_blocks_may_lie_anywhere_in_the_receive_buffer(comm, name):
+    """The last rank's block first, and a gap of two before each."""
+    ours, counts = mpicoll.Comm(comm), COUNTS["uneven"]
+    starts = [sum(counts[rank + 1 :]) + 2 * (P - rank) for rank in range(P)]
+    expected = np.full(sum(counts) + 2 * P + 3, -1.0)
+    for rank, start in enumerate(starts):
+        expected[start : start + counts[rank]] = own_data(counts[rank], rank)
+    mine = own_data(counts[comm.rank], comm.rank)
+    for rest in (
+        [(counts, starts)],
+        [(counts, starts), MPI.DOUBLE],
+        [counts, starts, MPI.DOUBLE],
+        [counts, starts, "d"],
+    ):
+        received = np.full(len(expected), -1.0)
+        ours.Allgatherv(mine, [received, *rest], name)
+        np.testing.assert_array_equal(received, expected)
+        received[:] = -1
+        received[starts[comm.rank] :][: len(mine)] = mine
+        ours.Allgatherv(MPI.IN_PLACE, [received, *rest], name)
+        np.testing.assert_array_equal(received, expected)
 
 
 @pytest.mark.parametrize("name", GATHERS)
@@ -166,6 +200,19 @@ def test_counts_that_do_not_fit_are_refused(comm):
         ours.Reduce_scatter(np.zeros(P), np.zeros(1), algorithm="ring")
     with pytest.raises(ValueError, match=f"expected {P} times what is sent, got room for {P + 1} of float64"):
         ours.Allgather(np.zeros(1), np.zeros(P + 1), "ring")
+    twos, x = [2] * P, np.zeros(2 * P)
+    for wrong, message in (
+        ([x], "algorithms of ours need .buffer, counts."),
+        (x, "algorithms of ours need .buffer, counts."),
+        ([x, [2] * (P + 1)], f"expected a count of 0 or more for each of {P} ranks"),
+        ([x, [3] * P], f"go beyond the {2 * P} elements of the buffer"),
+        ([x, (twos, [-1] * P)], f"go beyond the {2 * P} elements of the buffer"),
+        ([x, (twos, [0] * (P + 1))], f"expected as many displacements as counts, {P}, got {P + 1}"),
+        ([x.astype("f4"), twos], "expected 2 elements of float32 to send, as counts say, got 2 of float64"),
+        ([x, [1] * P], "expected 1 elements of float64 to send, as counts say, got 2 of float64"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ours.Allgatherv(np.zeros(2), wrong, "ring")
     with pytest.raises(ValueError, match="unknown allgather algorithm 'tree': expected ring, doubling, bruck, circ"):
         mpicoll.allgather(np.zeros(3), comm, algorithm="tree")
 
