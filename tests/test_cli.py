@@ -56,7 +56,20 @@ def test_version_help_and_python_m(tmp_path):
         ("show ring --root 1", "mpicoll: ring allreduce has no parameter 'root'"),
         ("show chain --root 4", "mpicoll: chain reduce: root must be one of 4 ranks, got 4"),
         ("show ring --segments 2", "mpicoll: ring allreduce has no parameter 'segments'"),
-        ("show rign", "mpicoll: Invalid value for '{ring|recursive_doubling|"),
+        ("show base --ranks 6", "base mix: 6 ranks, 4 rounds, no rank sends more than 4 of the vector"),
+        ("show ring --collective mix", "ring mix: 4 ranks, 1 rounds, no rank sends more than 2 of the vector"),
+        ("show gossip --collective mix --ranks 1", "graph              period  messages  spectral gap  rounds to"),
+        (
+            "show gossip --root 1",
+            "mpicoll: gossip is a table of all graphs: it takes --ranks only; name one to draw it",
+        ),
+        ("show gossip --svg x.svg", "mpicoll: gossip is a table of all graphs"),
+        ("show gossip --collective bcast", "mpicoll: gossip is a table of all graphs"),
+        ("show ring --svg no/where.svg", "mpicoll: 'no/where.svg' cannot be written (No such file or directory)"),
+        (
+            "show rign",
+            "mpicoll: Invalid value for 'ALGORITHM|gossip': 'rign' is not one of 'ring', 'recursive_doubling'",
+        ),
     ],
 )
 def test_show(tmp_path, arguments, first):
@@ -64,6 +77,21 @@ def test_show(tmp_path, arguments, first):
     assert (done.out + done.err).startswith(first)
     assert done.status == (0 if done.out else 2 if "rign" in arguments else 1)
     assert not done.err or done.err.count("\n") == 1
+
+
+def test_show_gossip_compares_the_graphs(tmp_path):
+    done = run(["mpicoll", "show", "gossip", "--ranks", "6"], tmp_path)
+    head, *rows = [line.split() for line in done.out.splitlines()]
+    assert head[:3] == ["graph", "period", "messages"]
+    assert [row[0] for row in rows] == list(ALGORITHMS["mix"])
+    assert ["base", "4", "1", "1", "4", "reached", "after", "4"] in rows
+    assert ["ring", "1", "2", "0.333", "18", "approached"] in rows
+
+
+def test_show_draws_a_picture(tmp_path):
+    done = run(["mpicoll", "show", "tree", "--collective", "bcast", "--root", "2", "--svg", "a.svg"], tmp_path)
+    assert done.out == "tree bcast: 4 ranks, 1 chunks, 2 rounds: drawn in a.svg\n"
+    assert (tmp_path / "a.svg").read_text().startswith("<svg ")
 
 
 def test_verify_names_collectives_and_algorithms(tmp_path):
@@ -74,6 +102,7 @@ def test_verify_names_collectives_and_algorithms(tmp_path):
         *(["bcast", name] for name in ALGORITHMS["bcast"]),
         ["reduce_scatter", "ring"],
         ["allgather", "ring"],
+        ["mix", "ring"],
     ]
 
 
