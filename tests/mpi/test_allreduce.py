@@ -635,10 +635,10 @@ def test_communicators_and_plans_come_and_go(comm):
     for count in range(2 * state.MAX_PLANS):
         mpicoll.allreduce(np.zeros(count), comm, algorithm="tree")
     own = state.state_of(comm)
-    counts = [key[2] for key in own.plans]
+    counts = [key[1] for key in own.plans]
     assert counts == list(range(state.MAX_PLANS, 2 * state.MAX_PLANS))
     mpicoll.allreduce(np.zeros(state.MAX_PLANS), comm, algorithm="tree")  # the oldest is now the newest
-    assert [key[2] for key in own.plans][-1] == state.MAX_PLANS
+    assert [key[1] for key in own.plans][-1] == state.MAX_PLANS
     assert len(own._scratch) <= 8 * 2 * state.MAX_PLANS  # shared by all plans
 
 
