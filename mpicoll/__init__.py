@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .algorithms import ALGORITHMS
-    from .errors import UserError
+    from .errors import MismatchError, UserError
     from .graphs import graph
     from .mpi.collectives import (
         allgather,
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALGORITHMS",
     "Comm",
+    "MismatchError",
     "PushSum",
     "ScheduleError",
     "UserError",
@@ -51,6 +52,7 @@ __all__ = [
 _HOMES = {
     "ALGORITHMS": ".algorithms",
     "Comm": ".mpi.comm",
+    "MismatchError": ".errors",
     "PushSum": ".mpi.mixing",
     "ScheduleError": ".schedule",
     "UserError": ".errors",

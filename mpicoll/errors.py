@@ -1,4 +1,4 @@
-"""The one exception whose text is for the person at the keyboard."""
+"""The exceptions whose text is for the person at the keyboard."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     Every rank of a job raises the same one; the command line prints it once, from rank 0, and exits
     with status 1.
     """
+
+
+class MismatchError(RuntimeError):
+    """Ranks do not make the same call; the text is a table of who made which.  All of them raise the same one."""

@@ -14,6 +14,9 @@ import numpy as np
 from mpi4py import MPI
 from mpi4py.util.dtlib import from_numpy_dtype, to_numpy_dtype
 
+REFUSALS = (TypeError, ValueError, BufferError, KeyError)
+"""What wrong arguments raise; the last from mpi4py, for a dtype that it does not know."""
+
 _CPU = 1  # DLPack's device type
 _PAIRS = (MPI.FLOAT_INT, MPI.DOUBLE_INT, MPI.LONG_INT, MPI.TWOINT, MPI.SHORT_INT, MPI.LONG_DOUBLE_INT)
 PAIRS = {to_numpy_dtype(datatype): datatype for datatype in _PAIRS}
@@ -84,6 +87,23 @@ def accumulator(dtype: np.dtype) -> np.dtype:
 def is_half(dtype: np.dtype) -> bool:
     """Is it a 16-bit float: float16, or ml_dtypes' bfloat16?"""
     return dtype.num == 23 or (dtype.num >= 24 and dtype.name == "bfloat16")  # a name costs 3 us
+
+
+def name_of(dtype: np.dtype) -> str:
+    """The same for the same numbers, on all ranks."""
+    if dtype in PAIRS:
+        return str(PAIRS[dtype].name)
+    return dtype.name
+
+
+def order_of(x: Any) -> str:
+    """The order in memory of an array of several dimensions."""
+    if isinstance(x, (list, tuple)):
+        return " ".join(map(order_of, x)) if not _is_specification(x) else ""
+    flags = getattr(x, "flags", None)
+    if flags is None or getattr(x, "ndim", 0) < 2 or flags.c_contiguous:
+        return "C order"
+    return "F order" if flags.f_contiguous else "no order"
 
 
 def is_in_place(sendbuf: Any) -> bool:
@@ -202,6 +222,28 @@ def blocks(x: Any) -> tuple[np.ndarray, list[int], list[int] | None]:
     if starts is not None and len(starts) != len(found):
         raise ValueError(f"expected as many displacements as counts, {len(found)}, got {len(starts)}")
     return flat, found, starts
+
+
+def described(x: Any) -> tuple[str, int | None]:
+    """The dtype and the number of elements of a buffer, as far as they can be told; derived types count in bytes."""
+    try:
+        flat = vector(x, writable=False)
+        return name_of(flat.dtype), len(flat)
+    except REFUSALS:
+        pass
+    if isinstance(x, (list, tuple)) and len(x) > 2 and isinstance(x[-1], MPI.Datatype):
+        count = x[1][0] if isinstance(x[1], (list, tuple)) else x[1]
+        if isinstance(count, Integral):
+            return "bytes", int(count) * x[-1].Get_size()
+    return "", None
+
+
+def payload(x: Any) -> int | None:
+    """How many bytes a buffer holds, as far as it can be told."""
+    try:
+        return vector(x, writable=False).nbytes
+    except REFUSALS:
+        return described(x)[1]
 
 
 def dtype_of(datatype: MPI.Datatype | str) -> np.dtype:

@@ -1,18 +1,20 @@
 """The collectives as functions: check the arguments, choose the algorithm, find the plan, run it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain, pairwise
 from numbers import Number
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
 from ..algorithms import Algorithm
+from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
 from . import operations
-from .buffers import Part, on_device, parts, specification, vector
+from .agreement import Comparison, Header, Headers, level_of, native
+from .buffers import REFUSALS, Part, name_of, on_device, order_of, parts, specification, vector
 from .operations import MOVE, Operation, operation
 from .plan import Bound, Plan
 from .select import LARGE, PLAIN, Options, Preference, choose, parameters
@@ -30,6 +32,8 @@ from .state import (
     whole,
 )
 
+C = TypeVar("C", "Call", "Native")
+
 
 def allreduce(
     x: Any,
@@ -40,6 +44,7 @@ def allreduce(
     deterministic: bool | None = None,
     segments: int | None = None,
     wire: str | None = None,
+    check: str | None = None,
 ) -> Any:
     """Combine the arrays of all ranks elementwise, in place: every rank's ``x`` ends with the same bits.
 
@@ -68,6 +73,11 @@ def allreduce(
     wire
         ``"16bit"``: sums of 16-bit floats travel as such, rounded at every hop: half the bytes, and less precise. By
         default they travel as float32.
+    check
+        Whether to compare the call between all ranks first, so that a mistake raises on all of them: ``"header"``
+        (operation, dtype, count, algorithm, number of the call), ``"full"`` (also the order of memory, and where the
+        calls are made), ``"off"``. The same on all ranks. By default as the ``Comm`` says, else as the environment
+        variable ``MPICOLL_CHECK`` does, else ``"header"``.
 
     Returns
     -------
@@ -76,10 +86,12 @@ def allreduce(
     Raises
     ------
     TypeError, ValueError
-        For an array, operation or algorithm that cannot be used, before anything is sent. Raised on the rank that
-        made the mistake: a mistake on some ranks only leaves the others waiting, unless the job is aborted
-        (``mpirun ... python -m mpi4py script.py`` does that).
+        For an array, operation or algorithm that cannot be used, before anything is sent.
+    MismatchError
+        On all ranks (the others, if some raise one of the above) if they do not make the same call.  With
+        ``check="off"`` a mistake on some ranks leaves the others waiting, or with wrong numbers.
     """
+    level = level_of(comm, check)
     if (  # what every small call would otherwise pay for
         type(x) is np.ndarray
         and algorithm == "auto"
@@ -88,26 +100,27 @@ def allreduce(
         and wire is None
         and x.nbytes < LARGE
         and x.dtype.num in PLAIN
+        and x.flags.carray
+        and x.dtype.isnative
         and isinstance(comm, MPI.Intracomm)
         and not (getattr(comm, "deterministic", False) if deterministic is None else deterministic)
         and not under_way
         and not interrupted
         and comm
+        and level != "full"
     ):
-        try:
-            MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
-            return x
-        except (BufferError, KeyError):
-            pass  # mpi4py refuses the array, before anything is sent; below is said why
+        if level == "header" and comm.size > 1:
+            state_of(comm).agreement.check((native("allreduce", "sum", PLAIN[x.dtype.num], x.size),))
+        MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
+        return x
     if isinstance(x, (Number, np.generic)):
         scalar = _number(x, op)
-        allreduce(scalar, comm, op, algorithm, deterministic=deterministic, segments=segments, wire=wire)
+        allreduce(scalar, comm, op, algorithm, deterministic=deterministic, segments=segments, wire=wire, check=check)
         return scalar[()]
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic, segments, wire)
     with whole(comm):
-        for call in _calls(x, comm, op, options):
-            call.run()
+        run(agreed(comm, check, "allreduce", x, lambda: _calls(x, comm, op, options)))
     return x
 
 
@@ -126,6 +139,7 @@ def reduce(
     deterministic: bool | None = None,
     segments: int | None = None,
     wire: str | None = None,
+    check: str | None = None,
 ) -> Any:
     """Combine the arrays of all ranks elementwise: the ``x`` of rank ``root`` ends with the result, the others stay.
 
@@ -133,14 +147,14 @@ def reduce(
     """
     if isinstance(x, (Number, np.generic)):
         scalar = _number(x, op)
-        reduce(scalar, comm, root, op, algorithm, deterministic=deterministic, segments=segments, wire=wire)
+        reduce(
+            scalar, comm, root, op, algorithm, deterministic=deterministic, segments=segments, wire=wire, check=check
+        )
         return scalar[()]
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic, segments, wire)
-    check_root(comm, root)
     with whole(comm):
-        for call in _calls(x, comm, op, options, collective="reduce", root=root):
-            call.run()
+        run(agreed(comm, check, "reduce", x, lambda: _calls(x, comm, op, options, collective="reduce", root=root)))
     return x
 
 
@@ -149,7 +163,15 @@ def tree_reduce(x: Any, comm: MPI.Intracomm, root: int = 0, op: str | MPI.Op = "
     return reduce(x, comm, root, op, "tree")
 
 
-def bcast(x: Any, comm: MPI.Intracomm, root: int = 0, algorithm: str = "auto", *, segments: int | None = None) -> Any:
+def bcast(
+    x: Any,
+    comm: MPI.Intracomm,
+    root: int = 0,
+    algorithm: str = "auto",
+    *,
+    segments: int | None = None,
+    check: str | None = None,
+) -> Any:
     """Every rank's ``x`` ends with what that of rank ``root`` holds; returns ``x``.
 
     ``x`` is an array, or a list of arrays, as for ``allreduce``, of any dtype that holds no objects; algorithms are
@@ -157,14 +179,16 @@ def bcast(x: Any, comm: MPI.Intracomm, root: int = 0, algorithm: str = "auto", *
     """
     check_comm(comm)
     options = options_of(comm, algorithm, False, segments)
-    check_root(comm, root)
-    with whole(comm):
+
+    def calls() -> list[Call]:
         pieces = parts(x)
         if any(part.flat.dtype.hasobject for part in pieces):
             raise TypeError("objects are not broadcast from memory to memory: use comm.bcast, in lower case")
-        for part in pieces:
-            raw = Part(part.flat.view(np.uint8), part.deliver)
-            decide(comm, raw, MOVE, options, collective="bcast", root=root).run()
+        raw = [Part(part.flat.view(np.uint8), part.deliver) for part in pieces]
+        return [decide(comm, part, MOVE, options, collective="bcast", root=root) for part in raw]
+
+    with whole(comm):
+        run(agreed(comm, check, "bcast", x, calls))
     return x
 
 
@@ -177,6 +201,7 @@ def reduce_scatter(
     *,
     deterministic: bool | None = None,
     wire: str | None = None,
+    check: str | None = None,
 ) -> np.ndarray:
     """Combine the arrays of all ranks elementwise, and give each rank its part of the result, as a new flat array.
 
@@ -186,16 +211,29 @@ def reduce_scatter(
     """
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic, wire=wire)
-    with whole(comm):
+
+    def calls() -> list[Call]:
         flat = _in_host_memory(x)
         cuts = cuts_of(counts, len(flat), comm.size)
         result = np.empty(cuts[comm.rank + 1] - cuts[comm.rank], flat.dtype)
         found = operation(op, flat.dtype)
-        decide(comm, Part(flat), found, options, collective="reduce_scatter", cuts=cuts, result=result).run()
-    return result
+        return [decide(comm, Part(flat), found, options, collective="reduce_scatter", cuts=cuts, result=result)]
+
+    with whole(comm):
+        (call,) = agreed(comm, check, "reduce_scatter", x, calls)
+        call.run()
+    assert call.result is not None
+    return call.result
 
 
-def allgather(x: Any, comm: MPI.Intracomm, counts: Sequence[int] | None = None, algorithm: str = "auto") -> np.ndarray:
+def allgather(
+    x: Any,
+    comm: MPI.Intracomm,
+    counts: Sequence[int] | None = None,
+    algorithm: str = "auto",
+    *,
+    check: str | None = None,
+) -> np.ndarray:
     """The arrays of all ranks, one after another, as a new array.
 
     ``x`` is one array in host memory, of any dtype but objects.  Without ``counts`` it has the same shape on all ranks,
@@ -204,7 +242,10 @@ def allgather(x: Any, comm: MPI.Intracomm, counts: Sequence[int] | None = None, 
     """
     check_comm(comm)
     options = options_of(comm, algorithm, False)
-    with whole(comm):
+    result: np.ndarray | None = None
+
+    def calls() -> list[Call]:
+        nonlocal result
         flat = _in_host_memory(x)
         if flat.dtype.hasobject:
             raise TypeError("objects are not gathered from memory to memory: use comm.allgather, in lower case")
@@ -212,20 +253,24 @@ def allgather(x: Any, comm: MPI.Intracomm, counts: Sequence[int] | None = None, 
         if cuts[comm.rank + 1] - cuts[comm.rank] != len(flat):
             raise ValueError(f"rank {comm.rank} brings {len(flat)} elements, counts say {counts[comm.rank]}")  # type: ignore[index]
         result = np.empty(cuts[-1], flat.dtype)
-        gather_into(comm, flat, result, cuts, options)
+        return [gathering(comm, flat, result, cuts, options)]
+
+    with whole(comm):
+        run(agreed(comm, check, "allgather", x, calls))
+    assert result is not None
     return result if counts is not None else result.reshape(comm.size, *np.shape(x))
 
 
-def gather_into(
+def gathering(
     comm: MPI.Intracomm, flat: np.ndarray | None, result: np.ndarray, cuts: tuple[int, ...], options: Options
-) -> None:
+) -> "Call":
     """``allgather`` into ``result``, which holds this rank's part already if none is given."""
     if flat is not None:
         result[cuts[comm.rank] : cuts[comm.rank + 1]] = flat
     size = result.dtype.itemsize
     raw = result.view(np.uint8) if size else np.empty(0, np.uint8)
     in_bytes = tuple(cut * size for cut in cuts)
-    decide(comm, Part(raw), MOVE, options, collective="allgather", cuts=in_bytes).run()
+    return decide(comm, Part(raw), MOVE, options, collective="allgather", cuts=in_bytes)
 
 
 def cuts_of(counts: Sequence[int] | None, total: int | None, p: int) -> tuple[int, ...]:
@@ -261,28 +306,47 @@ def iallreduce(
     deterministic: bool | None = None,
     segments: int | None = None,
     wire: str | None = None,
+    check: str | None = None,
 ) -> Handle | NativeHandle:
     """``allreduce`` that returns at once, with a handle: ``poll()`` it until it is ``True``, or ``wait()``.
 
     ``x`` must be left alone meanwhile; ``wait`` returns it. ``"auto"`` means the MPI library's own wherever it can do
     what is asked, since all of MPI's calls drive that; our algorithms are driven by calls to mpicoll alone (see
-    ``Handle``). Those need a ``mpicoll.Comm``, whose private duplicate is made beforehand.
+    ``Handle``). Those need a ``mpicoll.Comm``, whose private duplicate is made beforehand; and on no other communicator
+    is the call compared between the ranks (``check``), which is done when it is waited for.
     """
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic, segments, wire)
     with whole(comm):
-        calls = _calls(x, comm, op, options, prefer="native")
+        state = find_state(comm)
+        calls, comparison = _comparing(state, comm, check, x, lambda: _calls(x, comm, op, options, prefer="native"))
         delivers = [call.part.deliver for call in calls if call.part.deliver]
         if all(call.row is None for call in calls):
             requests = [request for call in calls for request in call.start_native()]
-            return NativeHandle(requests, (x, op, calls), x, [*(call.finish for call in calls), *delivers])
-        state = find_state(comm)
+            finishes = [*(call.finish for call in calls), *delivers]
+            return NativeHandle(requests, (x, op, calls), x, finishes, comparison)
         if state is None:
             raise ValueError(
                 "iallreduce by an algorithm of ours needs a mpicoll.Comm, made beforehand: mpicoll.Comm(comm)"
             )
         bounds = chain.from_iterable(call.ours().bind(state) for call in calls)
-        return Handle(state, bounds, state.handle_tag(), x, delivers)
+        return Handle(state, bounds, state.handle_tag(), x, delivers, comparison)
+
+
+def _comparing(
+    state: State | None, comm: MPI.Intracomm, check: str | None, x: Any, make: "Callable[[], list[Call]]"
+) -> "tuple[list[Call], Comparison | None]":
+    """What ``make`` gives, and the comparison with other ranks, under way."""
+    level = level_of(comm, check)
+    if state is None or level == "off" or state.p == 1:
+        return make(), None
+    detail = (order_of(x),) if level == "full" else None
+    try:
+        calls = make()
+    except REFUSALS as error:
+        state.agreement.begin(f"iallreduce refused, {error}", detail)
+        raise
+    return calls, state.agreement.begin(tuple(call.header() for call in calls), detail)
 
 
 def allreduce_init(
@@ -294,6 +358,7 @@ def allreduce_init(
     deterministic: bool | None = None,
     segments: int | None = None,
     wire: str | None = None,
+    check: str | None = None,
 ) -> PersistentHandle:
     """``allreduce`` of one array again and again: set up once, with memory and MPI requests of its own.
 
@@ -303,11 +368,16 @@ def allreduce_init(
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic, segments, wire)
     with whole(comm):
-        calls = _calls(x, comm, op, options, prefer="ours")
-        if any(call.row is None for call in calls):
-            raise ValueError("native persistent collectives are the MPI library's: comm.Allreduce_init")
-        if any(call.part.deliver for call in calls):
-            raise TypeError("a persistent allreduce takes one array in host memory: nothing is gathered or staged")
+
+        def checked() -> list[Call]:
+            calls = _calls(x, comm, op, options, prefer="ours")
+            if any(call.row is None for call in calls):
+                raise ValueError("native persistent collectives are the MPI library's: comm.Allreduce_init")
+            if any(call.part.deliver for call in calls):
+                raise TypeError("a persistent allreduce takes one array in host memory: nothing is gathered or staged")
+            return calls
+
+        calls = agreed(comm, check, "allreduce_init", x, checked)
         state = state_of(comm)
         bounds = chain.from_iterable(call.bind(state) for call in calls)
         return PersistentHandle(state, bounds, state.persistent_tag(), x)
@@ -323,6 +393,51 @@ def account(
     check_comm(comm)
     (call,) = _calls(x, comm, "sum", options_of(comm, algorithm, deterministic))
     return ("native", None) if call.row is None else (call.row.name, call.plan().bytes_sent)
+
+
+def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Callable[[], list[C]]) -> list[C]:
+    """What ``make`` gives, once the ranks are seen to make the same call; what it raises, others hear of."""
+    level = level_of(comm, check)
+    if level == "off" or comm.size == 1:
+        return make()
+    error: Exception | None = None
+    calls: list[C] = []
+    headers: Headers
+    try:
+        calls = make()
+        headers = tuple(call.header() for call in calls)
+    except REFUSALS as raised:
+        error, headers = raised, f"{name} refused, {raised}"
+    try:
+        state_of(comm).agree(headers, (order_of(x),) if level == "full" else None)
+    except MismatchError as mismatch:
+        if error is None:
+            raise
+        raise error from mismatch
+    if error is not None:
+        raise error
+    return calls
+
+
+def run(calls: "Iterable[Call | Native]") -> None:
+    """All of them, one after another."""
+    for call in calls:
+        call.run()
+
+
+class Native(NamedTuple):
+    """A call that goes to the MPI library as it is, and what all ranks must have in common."""
+
+    described: Header
+    do: Callable[[], None]
+
+    def header(self) -> Header:
+        """See the class."""
+        return self.described
+
+    def run(self) -> None:
+        """Do it."""
+        self.do()
 
 
 class Call(NamedTuple):
@@ -357,6 +472,22 @@ class Call(NamedTuple):
             self.finish()
         if self.part.deliver and self._receives:
             self.part.deliver()
+
+    def header(self) -> Header:
+        """What all ranks must have in common."""
+        dtype, moves = self.part.flat.dtype, self.operation is MOVE
+        carried = self.operation.carried(dtype)
+        parameters = dict(self.parameters) if self.root is None else {"root": self.root, **self.parameters}
+        return Header(
+            self.collective,
+            self.row.name if self.row else "native",
+            "" if moves else self.operation.name,
+            "bytes" if moves else name_of(dtype),
+            len(self.part.flat),
+            tuple(parameters.items()),
+            self.cuts,
+            "" if carried == dtype else name_of(carried),
+        )
 
     @property
     def _receives(self) -> bool:
@@ -471,6 +602,8 @@ def decide(
 ) -> Call:
     """Choose; a ``ValueError`` if what was named cannot do it."""
     flat = part.flat
+    if root is not None:
+        check_root(comm, root)
     if options.wire is not None:
         operation = operation.on_wire(options.wire, flat.dtype)
     row = choose(collective, options, len(flat), flat.dtype, operation, prefer)

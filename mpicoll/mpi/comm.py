@@ -2,15 +2,28 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
 from . import operations
-from .buffers import Part, blocks, is_half, is_in_place, on_device, parts, staged, vector
-from .collectives import check_root, cuts_of, decide, gather_into, options_of
-from .operations import MOVE, operation
+from .agreement import level_of, native
+from .buffers import (
+    REFUSALS,
+    Part,
+    blocks,
+    described,
+    is_half,
+    is_in_place,
+    on_device,
+    parts,
+    payload,
+    staged,
+    vector,
+)
+from .collectives import Call, Native, agreed, check_root, cuts_of, decide, gathering, options_of, run
+from .operations import MOVE, name_of, operation
 from .select import LARGE, PLAIN, Options, Preference
 from .state import check_comm, driving, interrupted, state_of, under_way, whole
 
@@ -28,38 +41,42 @@ class Comm(MPI.Intracomm):
     The MPI library's nonblocking and persistent collectives stay its own.  mpi4py lets go of the buffers of those that
     reduce; here they are kept as long as the request is.
 
-    ``deterministic`` is the default of the calls that have such an argument, and passes on to communicators made from
-    this one.
+    ``deterministic`` and ``check`` are the defaults of the calls that have such arguments (see ``mpicoll.allreduce``),
+    and pass on to communicators made from this one.
     """
 
     deterministic: bool = False
+    check: str | None = None
 
-    def __new__(cls, comm: MPI.Intracomm | None = None, *, deterministic: bool = False) -> "Comm":
+    def __new__(
+        cls, comm: MPI.Intracomm | None = None, *, deterministic: bool = False, check: str | None = None
+    ) -> "Comm":
         """See the class."""
         if comm is None:  # how mpi4py makes one that it is going to fill in
             return super().__new__(cls)
         check_comm(comm)
-        return super().__new__(cls, comm)._ready(deterministic)
+        return super().__new__(cls, comm)._ready(deterministic, check)
 
-    def _ready(self, deterministic: bool) -> "Comm":
-        self.deterministic = deterministic
-        state_of(self)
+    def _ready(self, deterministic: bool, check: str | None) -> "Comm":
+        level_of(self, check)  # or it is refused
+        self.deterministic, self.check = deterministic, check
+        self._agreement = state_of(self).agreement
         return self
 
     def _wrapped(self, comm: C) -> "C | Comm":
-        return Comm(comm, deterministic=self.deterministic) if comm else comm
+        return Comm(comm, deterministic=self.deterministic, check=self.check) if comm else comm
 
     def Dup(self, info: MPI.Info | None = None) -> "Comm":  # noqa: N802
         """As mpi4py's; a ``Comm``."""
-        return super().Dup(info)._ready(self.deterministic)
+        return super().Dup(info)._ready(self.deterministic, self.check)
 
     def Dup_with_info(self, info: MPI.Info) -> "Comm":  # noqa: N802
         """As mpi4py's; a ``Comm``."""
-        return super().Dup_with_info(info)._ready(self.deterministic)
+        return super().Dup_with_info(info)._ready(self.deterministic, self.check)
 
     def Clone(self) -> "Comm":  # noqa: N802
         """As mpi4py's; a ``Comm``."""
-        return super().Clone()._ready(self.deterministic)
+        return super().Clone()._ready(self.deterministic, self.check)
 
     def Idup(self, info: MPI.Info | None = None) -> Any:  # noqa: N802
         """As mpi4py's: a plain communicator, to be made a ``Comm`` once the request is complete."""
@@ -95,29 +112,40 @@ class Comm(MPI.Intracomm):
         deterministic: bool | None = None,
         segments: int | None = None,
         wire: str | None = None,
+        check: str | None = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.allreduce``.
 
         With ``algorithm="native"`` host buffers and operations go to the MPI library as they are.
         """
+        level = level_of(self, check)
         if (
             algorithm == "auto"
             and type(recvbuf) is np.ndarray
             and recvbuf.nbytes < LARGE
             and recvbuf.dtype.num in PLAIN
-            and (sendbuf is MPI.IN_PLACE or type(sendbuf) is np.ndarray)
+            and recvbuf.flags.carray
+            and recvbuf.dtype.isnative
+            and (sendbuf is MPI.IN_PLACE or _are_alike(sendbuf, recvbuf))
             and type(op) is MPI.Op
+            and level != "full"
             and segments is None
             and wire is None
             and not (self.deterministic if deterministic is None else deterministic)
             and not under_way
             and not interrupted
         ):
+            if level == "header":
+                self._agree("allreduce", op, recvbuf)
             MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
         else:
             options = options_of(self, algorithm, deterministic, segments, wire)
             with whole(self):
-                self._reduction("allreduce", sendbuf, recvbuf, op, None, options)
+                self._reduction("allreduce", sendbuf, recvbuf, op, None, options, check)
+
+    def _agree(self, collective: str, op: MPI.Op, data: np.ndarray, root: int | None = None) -> None:
+        if self.size > 1:
+            self._agreement.check((native(collective, name_of(op), PLAIN[data.dtype.num], data.size, root),))
 
     def Reduce(  # noqa: N802
         self,
@@ -130,45 +158,72 @@ class Comm(MPI.Intracomm):
         deterministic: bool | None = None,
         segments: int | None = None,
         wire: str | None = None,
+        check: str | None = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce``."""
         data = recvbuf if sendbuf is MPI.IN_PLACE else sendbuf
+        level = level_of(self, check)
         if (
             algorithm == "auto"
             and type(data) is np.ndarray
             and data.dtype.num in PLAIN
-            and (recvbuf is None or type(recvbuf) is np.ndarray)
+            and data.flags.carray
+            and data.dtype.isnative
+            and (recvbuf is data or (self.rank != root if recvbuf is None else _are_alike(recvbuf, data)))
+            and type(root) is int
+            and 0 <= root < self.size
             and type(op) is MPI.Op
+            and level != "full"
             and segments is None
             and wire is None
             and not (self.deterministic if deterministic is None else deterministic)
             and not under_way
             and not interrupted
         ):
+            if level == "header":
+                self._agree("reduce", op, data, root)
             MPI.Intracomm.Reduce(self, sendbuf, recvbuf, op, root)
         else:
             options = options_of(self, algorithm, deterministic, segments, wire)
             with whole(self):
-                self._reduction("reduce", sendbuf, recvbuf, op, root, options)
+                self._reduction("reduce", sendbuf, recvbuf, op, root, options, check)
 
     def Bcast(  # noqa: N802
-        self, buf: Any, root: int = 0, algorithm: str = "auto", *, segments: int | None = None
+        self,
+        buf: Any,
+        root: int = 0,
+        algorithm: str = "auto",
+        *,
+        segments: int | None = None,
+        check: str | None = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.bcast``."""
         options = options_of(self, algorithm, False, segments, None)
-        device = on_device(buf)
-        if not device and options in (Options(), Options("native")):
-            with driving(self):
-                return MPI.Intracomm.Bcast(self, buf, root)
-        check_root(self, root)
-        if device:
-            part = staged(buf, load=self.rank == root)
-        else:
-            flat = vector(buf, writable=self.rank != root)
-            part = Part(flat if flat.flags.writeable else flat.copy())  # algorithms may write to it what it holds
-        raw = Part(part.flat.view(np.uint8), part.deliver if self.rank != root else None)
+
+        def calls() -> list[Any]:
+            check_root(self, root)
+            device = on_device(buf)
+            if not device and options in (Options(), Options("native")):
+                return [Native(native("bcast", "", "bytes", payload(buf), root), self._natively("Bcast", buf, root))]
+            if device:
+                part = staged(buf, load=self.rank == root)
+            else:
+                flat = vector(buf, writable=self.rank != root)
+                part = Part(flat if flat.flags.writeable else flat.copy())  # algorithms may write to it what it holds
+            raw = Part(part.flat.view(np.uint8), part.deliver if self.rank != root else None)
+            return [decide(self, raw, MOVE, options, collective="bcast", root=root)]
+
         with whole(self):
-            return decide(self, raw, MOVE, options, collective="bcast", root=root).run()
+            run(agreed(self, check, "bcast", buf, calls))
+
+    def _natively(self, name: str, *args: Any) -> Callable[[], None]:
+        """mpi4py's method of that name."""
+
+        def call() -> None:
+            with driving(self):
+                getattr(MPI.Intracomm, name)(self, *args)
+
+        return call
 
     def Reduce_scatter_block(  # noqa: N802
         self,
@@ -179,15 +234,23 @@ class Comm(MPI.Intracomm):
         *,
         deterministic: bool | None = None,
         wire: str | None = None,
+        check: str | None = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``."""
         options = options_of(self, algorithm, deterministic, None, wire)
-        if self._is_native(recvbuf, op, options):
-            with driving(self):
-                return MPI.Intracomm.Reduce_scatter_block(self, sendbuf, recvbuf, op)  # type: ignore[arg-type]
-        received = vector(recvbuf)
-        count = len(received) // self.size if sendbuf is MPI.IN_PLACE else len(received)
-        return self._reduce_scatter(sendbuf, received, [count] * self.size, op, options)
+
+        def calls() -> list[Any]:
+            if self._is_native(recvbuf, op, options):
+                dtype, count = described(recvbuf)
+                total = count if count is None or is_in_place(sendbuf) else count * self.size
+                header = native("reduce_scatter", name_of(op), dtype, total)
+                return [Native(header, self._natively("Reduce_scatter_block", sendbuf, recvbuf, op))]
+            received = vector(recvbuf)
+            count = len(received) // self.size if sendbuf is MPI.IN_PLACE else len(received)
+            return [self._reduce_scatter(sendbuf, received, [count] * self.size, op, options)]
+
+        with whole(self):
+            run(agreed(self, check, "reduce_scatter", recvbuf, calls))
 
     def Reduce_scatter(  # noqa: N802
         self,
@@ -199,20 +262,27 @@ class Comm(MPI.Intracomm):
         *,
         deterministic: bool | None = None,
         wire: str | None = None,
+        check: str | None = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``.
 
         Algorithms of ours need ``recvcounts``.  They are taken in place where these differ: MPICH 5.0.2 crashes there.
         """
         options = options_of(self, algorithm, deterministic, None, wire)
-        crashes = sendbuf is MPI.IN_PLACE and len({*(recvcounts or ())}) > 1 and self._is_ours(recvbuf, op)
-        if self._is_native(recvbuf, op, options) and not (crashes and algorithm == "auto"):
-            with driving(self):
-                return MPI.Intracomm.Reduce_scatter(self, sendbuf, recvbuf, recvcounts, op)  # type: ignore[arg-type]
-        if recvcounts is None:
-            raise TypeError("algorithms of ours need recvcounts: one for each rank")
-        prefer: Preference = "ours" if crashes else "fastest"
-        return self._reduce_scatter(sendbuf, vector(recvbuf), recvcounts, op, options, prefer)
+
+        def calls() -> list[Any]:
+            crashes = sendbuf is MPI.IN_PLACE and len({*(recvcounts or ())}) > 1 and self._is_ours(recvbuf, op)
+            if self._is_native(recvbuf, op, options) and not (crashes and algorithm == "auto"):
+                dtype, total = described(recvbuf if is_in_place(sendbuf) else sendbuf)
+                header = native("reduce_scatter", name_of(op), dtype, sum(recvcounts) if recvcounts else total)
+                return [Native(header, self._natively("Reduce_scatter", sendbuf, recvbuf, recvcounts, op))]
+            if recvcounts is None:
+                raise TypeError("algorithms of ours need recvcounts: one for each rank")
+            prefer: Preference = "ours" if crashes else "fastest"
+            return [self._reduce_scatter(sendbuf, vector(recvbuf), recvcounts, op, options, prefer)]
+
+        with whole(self):
+            run(agreed(self, check, "reduce_scatter", recvbuf, calls))
 
     def _is_ours(self, buffer: Any, op: MPI.Op | str) -> bool:
         """Can our algorithms do it?"""
@@ -239,30 +309,33 @@ class Comm(MPI.Intracomm):
         op: MPI.Op | str,
         options: Options,
         prefer: Preference = "fastest",
-    ) -> None:
-        with whole(self):
-            sent = received if is_in_place(sendbuf) else vector(sendbuf, writable=False)
-            cuts = cuts_of(counts, None, self.size)
-            mine = cuts[self.rank + 1] - cuts[self.rank]
-            if len(sent) < cuts[-1] or len(received) < mine or sent.dtype != received.dtype:
-                raise ValueError(
-                    f"expected {cuts[-1]} elements to send and room for {mine} of the same dtype, got {len(sent)} of "
-                    f"{sent.dtype} and {len(received)} of {received.dtype}"
-                )
-            part, result = Part(sent[: cuts[-1]]), received[:mine]
-            if sent is received:
-                part = Part(part.flat.copy())
-            found = operation(op, sent.dtype)
-            decide(
-                self, part, found, options, collective="reduce_scatter", cuts=cuts, result=result, prefer=prefer
-            ).run()
+    ) -> Call:
+        sent = received if is_in_place(sendbuf) else vector(sendbuf, writable=False)
+        cuts = cuts_of(counts, None, self.size)
+        mine = cuts[self.rank + 1] - cuts[self.rank]
+        if len(sent) < cuts[-1] or len(received) < mine or sent.dtype != received.dtype:
+            raise ValueError(
+                f"expected {cuts[-1]} elements to send and room for {mine} of the same dtype, got {len(sent)} of "
+                f"{sent.dtype} and {len(received)} of {received.dtype}"
+            )
+        part, result = Part(sent[: cuts[-1]]), received[:mine]
+        if sent is received:
+            part = Part(part.flat.copy())
+        found = operation(op, sent.dtype)
+        return decide(self, part, found, options, collective="reduce_scatter", cuts=cuts, result=result, prefer=prefer)
 
-    def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto") -> None:  # noqa: N802
+    def Allgather(  # noqa: N802
+        self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
+    ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
-        if algorithm in ("auto", "native"):
-            with driving(self):
-                return MPI.Intracomm.Allgather(self, sendbuf, recvbuf)
-        with whole(self):
+
+        def calls() -> list[Any]:
+            if algorithm in ("auto", "native"):
+                each = payload(recvbuf) if is_in_place(sendbuf) else payload(sendbuf)
+                if each is not None and is_in_place(sendbuf):
+                    each //= self.size
+                header = native("allgather", "", "bytes a rank", each)
+                return [Native(header, self._natively("Allgather", sendbuf, recvbuf))]
             received = vector(recvbuf)
             sent = None if is_in_place(sendbuf) else vector(sendbuf, writable=False)
             count = len(received) // self.size
@@ -273,17 +346,23 @@ class Comm(MPI.Intracomm):
                 room = f"{len(received)} of {received.dtype}"
                 raise ValueError(f"expected {self.size} times what is sent, got room for {room}, and {got}")
             cuts = tuple(range(0, len(received) + 1, count)) if count else (0,) * (self.size + 1)
-            return gather_into(self, sent, received, cuts, Options(algorithm))
+            return [gathering(self, sent, received, cuts, Options(algorithm))]
 
-    def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto") -> None:  # noqa: N802
+        with whole(self):
+            run(agreed(self, check, "allgather", recvbuf, calls))
+
+    def Allgatherv(  # noqa: N802
+        self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
+    ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``.
 
         Algorithms of ours need the counts: ``[buffer, counts]``, ``[buffer, (counts, displacements), datatype]``, ...
         """
-        if algorithm in ("auto", "native"):
-            with driving(self):
-                return MPI.Intracomm.Allgatherv(self, sendbuf, recvbuf)
-        with whole(self):
+        deliver: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def calls() -> list[Any]:
+            if algorithm in ("auto", "native"):
+                return [Native(native("allgatherv", "", "", None), self._natively("Allgatherv", sendbuf, recvbuf))]
             received, counts, displacements = blocks(recvbuf)
             cuts = cuts_of(counts, None, self.size)
             starts = cuts[:-1] if displacements is None else tuple(displacements)
@@ -297,68 +376,92 @@ class Comm(MPI.Intracomm):
                     f"expected {len(own)} elements of {received.dtype} to send, as counts say, got {len(sent)} of "
                     f"{sent.dtype}"
                 )
-            in_order = starts == cuts[:-1]
-            result = received[: cuts[-1]] if in_order else np.empty(cuts[-1], received.dtype)
-            gather_into(self, None if in_order and sent is own else sent, result, cuts, Options(algorithm))
-            if not in_order:
-                for rank, start in enumerate(starts):
-                    received[start : ends[rank]] = result[cuts[rank] : cuts[rank + 1]]
-            return None
+            if starts == cuts[:-1]:
+                return [gathering(self, None if sent is own else sent, received[: cuts[-1]], cuts, Options(algorithm))]
+            result = np.empty(cuts[-1], received.dtype)
+            for rank, start in enumerate(starts):
+                deliver.append((received[start : ends[rank]], result[cuts[rank] : cuts[rank + 1]]))
+            return [gathering(self, sent, result, cuts, Options(algorithm))]
+
+        with whole(self):
+            run(agreed(self, check, "allgatherv", None, calls))
+            for target, source in deliver:
+                target[:] = source
 
     def _reduction(
-        self, collective: str, sendbuf: Any, recvbuf: Any, op: MPI.Op | str, root: int | None, options: Options
+        self,
+        collective: str,
+        sendbuf: Any,
+        recvbuf: Any,
+        op: MPI.Op | str,
+        root: int | None,
+        options: Options,
+        check: str | None,
     ) -> None:
         receives = root is None or self.rank == root
         in_place = receives and is_in_place(sendbuf)
         target = recvbuf if receives else sendbuf
         on_host = not on_device(target) and (in_place or not on_device(sendbuf))
         as_it_is = on_host and isinstance(op, MPI.Op) and not options.deterministic
+        before: list[tuple[np.ndarray, np.ndarray]] = []
 
-        def native() -> None:
-            with driving(self):
-                if root is None:
-                    MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, cast(MPI.Op, op))
+        def natively() -> list[Any]:
+            method, ending = ("Allreduce", []) if root is None else ("Reduce", [root])
+            header = native(collective, name_of(op), *described(target), root)
+            return [Native(header, self._natively(method, sendbuf, recvbuf, op, *ending))]
+
+        def calls() -> list[Any]:
+            if root is not None:
+                check_root(self, root)
+            if options.algorithm == "native" and as_it_is:
+                return natively()
+            try:
+                if not receives:
+                    made = [staged(sendbuf) if on_device(sendbuf) else Part(vector(sendbuf, writable=False))]
+                elif not in_place and on_device(recvbuf):
+                    made = [staged(recvbuf, load=False)]
                 else:
-                    MPI.Intracomm.Reduce(self, sendbuf, recvbuf, cast(MPI.Op, op), root)
+                    made = parts(recvbuf, masked=True)
+                calls = [
+                    decide(self, part, operation(op, part.flat.dtype), options, collective=collective, root=root)
+                    for part in made
+                ]
+                sent = []
+                if receives and not in_place and len(made) == 1:
+                    sent = [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
+            except REFUSALS:
+                if options == Options() and as_it_is:
+                    return natively()  # takes it, or says what is wrong
+                raise
+            if as_it_is and not calls:
+                return natively()  # which says what is wrong
+            if not in_place and len(calls) != 1:
+                raise TypeError("a list of arrays is reduced in place: pass MPI.IN_PLACE")
+            if sent:
+                flat = calls[0].part.flat
+                if len(sent[0]) != len(flat):
+                    raise ValueError(f"mismatch in send count {len(sent[0])} and receive count {len(flat)}")
+                if sent[0].dtype != flat.dtype:
+                    raise ValueError(f"mismatch in send dtype {sent[0].dtype} and receive dtype {flat.dtype}")
+            if (
+                as_it_is
+                and calls[0].row is None
+                and len(calls) == 1
+                and len(calls[0].part.flat) <= operations.MAX_COUNT
+            ):
+                return natively()
+            before.extend((calls[0].part.flat, array) for array in sent)
+            return calls
 
-        if options.algorithm == "native" and as_it_is:
-            return native()
-        if root is not None:
-            check_root(self, root)
-        try:
-            if not receives:
-                made = [staged(sendbuf) if on_device(sendbuf) else Part(vector(sendbuf, writable=False))]
-            elif not in_place and on_device(recvbuf):
-                made = [staged(recvbuf, load=False)]
-            else:
-                made = parts(recvbuf, masked=True)
-            calls = [
-                decide(self, part, operation(op, part.flat.dtype), options, collective=collective, root=root)
-                for part in made
-            ]
-            sent = []
-            if receives and not in_place and len(made) == 1:
-                sent = [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
-        except (TypeError, ValueError, BufferError, KeyError):
-            if options == Options() and as_it_is:
-                return native()  # takes it, or says what is wrong
-            raise
-        if as_it_is and not calls:
-            return native()  # which says what is wrong
-        if as_it_is and calls[0].row is None and len(calls) == 1 and len(calls[0].part.flat) <= operations.MAX_COUNT:
-            return native()
-        if not in_place and len(calls) != 1:
-            raise TypeError("a list of arrays is reduced in place: pass MPI.IN_PLACE")
-        if sent:
-            flat = calls[0].part.flat
-            if len(sent[0]) != len(flat):
-                raise ValueError(f"mismatch in send count {len(sent[0])} and receive count {len(flat)}")
-            if sent[0].dtype != flat.dtype:
-                raise ValueError(f"mismatch in send dtype {sent[0].dtype} and receive dtype {flat.dtype}")
-            flat[:] = sent[0]
-        for call in calls:
-            call.run()
-        return None
+        made = agreed(self, check, collective, target, calls)
+        for flat, array in before:
+            flat[:] = array
+        run(made)
+
+
+def _are_alike(x: Any, other: np.ndarray) -> bool:
+    """Is it an array of as many elements of the same dtype, side by side?"""
+    return type(x) is np.ndarray and x.size == other.size and x.dtype == other.dtype and x.flags.c_contiguous
 
 
 class _Request(MPI.Request):

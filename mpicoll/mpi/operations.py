@@ -117,6 +117,13 @@ _LOCATIONS = {MPI.MAXLOC.handle: "maxloc", MPI.MINLOC.handle: "minloc"}
 _NEVER = {MPI.OP_NULL.handle, MPI.REPLACE.handle, MPI.NO_OP.handle}
 
 
+def name_of(op: str | MPI.Op) -> str:
+    """What it is called."""
+    if isinstance(op, str):
+        return op
+    return _NAMES.get(op.handle) or _LOCATIONS.get(op.handle, "user-defined")
+
+
 def operation(op: str | MPI.Op, dtype: np.dtype) -> Operation:
     """``op`` on arrays of ``dtype``; a ``ValueError`` if it is unknown, a ``TypeError`` if MPI defines none such."""
     if isinstance(op, MPI.Op):

@@ -8,14 +8,17 @@ calls do not drive ours.
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from threading import Event, Lock, Thread, get_ident
 from typing import Any, NoReturn
 
 import numpy as np
 from mpi4py import MPI
 
+from ..errors import MismatchError
 from ..graphs import Graph
 from ..schedule import Schedule
+from .agreement import Agreement, Comparison, Header, Headers
 from .operations import Operation
 from .plan import Bound, Plan
 
@@ -42,7 +45,8 @@ class State:
         group.Free()
         self.p, self.rank = self.comm.size, self.comm.rank
         self.plans: dict[tuple[Any, ...], Plan] = {}
-        self._agreed: set[bytes] = set()  # graphs that were found to be the same on all ranks
+        self.agreement = Agreement(self.comm)
+        self._graphs: set[bytes] = set()  # those found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)
         self._interrupted = False
         self._running = Lock()
@@ -73,10 +77,7 @@ class State:
     def run(self, plan: Plan, vector: np.ndarray, operation: Operation) -> None:
         """Do it now, on memory that belongs to the caller."""
         self.check()
-        if not self._running.acquire(blocking=False):
-            raise RuntimeError(
-                "another thread is in a collective on this communicator: give each thread a communicator of its own"
-            )
+        self._take_turn()
         try:
             _inside(True)
             if under_way:  # other ranks may need them to go on before they join this
@@ -96,6 +97,12 @@ class State:
             self._running.release()
             _inside(False)
 
+    def _take_turn(self) -> None:
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is in a collective on this communicator: give each thread a communicator of its own"
+            )
+
     def _run_driving(self, plan: Plan, vector: np.ndarray, operation: Operation) -> None:
         handle = Handle(self, plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8), operation), BLOCKING_TAG)
         try:
@@ -104,20 +111,23 @@ class State:
             handle.abandon(error)
             raise
 
+    def agree(self, headers: Headers, detail: tuple[str, ...] | None = None) -> None:
+        """Compare a blocking call between the ranks: a ``MismatchError`` on all of them if it is not the same."""
+        if self.p > 1:
+            self.check()
+            self._take_turn()
+            try:
+                with driving(self.comm):
+                    self.agreement.check(headers, detail)
+            finally:
+                self._running.release()
+
     def agree_on(self, graph: Graph) -> None:
-        """Compare it between the ranks, once: a ``ValueError`` on all of them if it is not the same."""
-        if graph.digest in self._agreed:
-            return
-        self.check()
-        with driving(self.comm):
-            everyone = self.comm.allgather((str(graph), graph.digest))
-        for rank, (theirs, digest) in enumerate(everyone):
-            if digest != everyone[0][1]:
-                other = f"a {theirs}" if theirs != everyone[0][0] else "other weights"
-                raise ValueError(
-                    f"the graph must be the same on all ranks: rank 0 has a {everyone[0][0]}, rank {rank} {other}"
-                )
-        self._agreed.add(graph.digest)
+        """Compare it, the first time that it is used."""
+        if graph.digest not in self._graphs:
+            weights = sha256(graph.digest).hexdigest()[:8]
+            self.agree((Header("mix", str(graph), f"weights {weights}", "", None),))
+            self._graphs.add(graph.digest)
 
     def copied(self, vector: np.ndarray) -> np.ndarray:
         """A copy to work on, in memory that the next one takes over."""
@@ -201,6 +211,7 @@ interrupted: list[str] = []
 """One entry for each call that was broken off: as long as there is none, small calls need not look."""
 
 _native_under_way: list["NativeHandle"] = []
+_native_abandoned: list["NativeHandle"] = []
 _abandoned: list["Handle"] = []  # after an exception: MPI may still write to their memory
 
 
@@ -219,6 +230,7 @@ class Handle:
         tag: int,
         result: Any = None,
         deliver: Iterable[Callable[[], None]] = (),
+        comparison: Comparison | None = None,
     ) -> None:
         state.check()
         if _thread_level != MPI.THREAD_MULTIPLE:  # see driving(); refused here, where all ranks are
@@ -229,10 +241,10 @@ class Handle:
         self._state, self._tag = state, tag
         self._result, self._deliver = result, tuple(deliver)
         self._lock = Lock()  # of the thread that makes progress
-        self._bound: Bound | None = None
+        self._bound: Bound | Comparison | None = None
         self._requests: list[Any] = []
         self._error: BaseException | None = None
-        self._begin(bounds)
+        self._begin(bounds, comparison)
 
     def poll(self) -> bool:
         """Make what progress is possible without waiting; is it complete?"""
@@ -267,12 +279,15 @@ class Handle:
         if self._error is not None:
             _raise_interrupted(self._error)
 
-    def _begin(self, bounds: Iterator[Bound]) -> None:
+    def _begin(self, bounds: Iterator[Bound], comparison: Comparison | None = None) -> None:
         self._bounds = bounds
         with self._lock, _guarding(self):
             self._state.started(self, self._tag)
             under_way.append(self)
-            self._next_round()
+            if comparison is None:
+                self._next_round()
+            else:  # nothing is sent before it is known to match
+                self._bound, self._requests = comparison, [comparison.request]
 
     def _advance(self, wait: bool = False) -> bool:
         """Go on with what has arrived, or ``wait`` for all of it.  Was there any progress?"""
@@ -314,6 +329,8 @@ class Handle:
 
 
 def _raise_interrupted(error: BaseException) -> NoReturn:
+    if isinstance(error, MismatchError):
+        raise error
     raise RuntimeError(f"this collective was interrupted by an exception: {error!r}") from error
 
 
@@ -398,9 +415,15 @@ class NativeHandle:
     """The same face for nonblocking collectives of the MPI library, which any of its calls drives."""
 
     def __init__(
-        self, requests: list[MPI.Request], keep: Any, result: Any, deliver: Iterable[Callable[[], None]]
+        self,
+        requests: list[MPI.Request],
+        keep: Any,
+        result: Any,
+        deliver: Iterable[Callable[[], None]],
+        comparison: Comparison | None = None,
     ) -> None:
         self._requests, self._result, self._deliver = requests, result, tuple(deliver)
+        self._comparison = comparison
         self._keep = keep  # mpi4py's nonblocking reductions let go of their buffers and operation
         self._lock = Lock()
         self._error: BaseException | None = None
@@ -435,6 +458,13 @@ class NativeHandle:
         try:
             if self not in _native_under_way:
                 return True
+            if self._comparison is not None:
+                if wait:
+                    self._comparison.request.Wait()
+                elif not self._comparison.request.Test():
+                    return False
+                self._comparison.after()
+                self._comparison = None
             if wait:
                 MPI.Request.Waitall(self._requests)
             elif not MPI.Request.Testall(self._requests):
@@ -446,6 +476,9 @@ class NativeHandle:
             return True
         except BaseException as error:
             self._error = error
+            if self in _native_under_way:
+                _native_under_way.remove(self)
+                _native_abandoned.append(self)
             raise
         finally:
             self._lock.release()

@@ -137,12 +137,12 @@ def test_a_graph_that_differs_between_ranks_is_refused_on_all(comm):
         lambda: mpicoll.gossip_average(np.ones(3), comm, mine, step=0),
         lambda: mpicoll.PushSum(comm, mine),
     ):
-        with pytest.raises(ValueError, match=f"rank 0 has a ring graph of {P} ranks, rank {P - 1} a star graph of {P}"):
+        with pytest.raises(mpicoll.MismatchError, match=rf"rank {P - 1} .*mix, weights \w+, star graph of {P} ranks"):
             call()
     weights = np.full((P, P), 1 / P)
     if comm.rank == 1:
         weights = (weights + np.eye(P)) / 2
-    with pytest.raises(ValueError, match=f"rank 0 has a user's graph of {P} ranks, rank 1 other weights"):
+    with pytest.raises(mpicoll.MismatchError, match=f"rank 1 .*user's graph of {P} ranks"):
         mpicoll.gossip_average(np.ones(3), comm, weights, step=0)
     x = np.full(3, float(comm.rank))  # nothing was sent: the communicator is as good as before
     np.testing.assert_allclose(mpicoll.gossip_average(x, comm, "complete", step=0), (P - 1) / 2)

@@ -1,0 +1,167 @@
+"""Do all ranks make the same call?  A small exchange before each one, so that a mistake raises on every rank.
+
+Otherwise a rank that calls something else, or with another length, gets wrong numbers, an error of the MPI library, or
+waits for ever, depending on what the others happen to do.
+"""
+
+import os
+import sys
+from collections.abc import Hashable
+from functools import lru_cache
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from mpi4py import MPI
+
+from ..errors import MismatchError
+
+LEVELS = ("off", "header", "full")
+"""Nothing; what is done, to how many of what; and from where, and in which order of memory."""
+
+KEPT = 128
+"""Headers remembered: those of a program that makes the same calls again and again."""
+
+_MIX = 0x9E3779B97F4A7C15  # odd: numbers that follow each other differ in many bits
+_MASK = (1 << 64) - 1
+_SAID = 256  # bytes of a hash and a text
+_PACKAGE = str(Path(__file__).parents[1])
+
+_begun: list["Comparison"] = []  # MPI writes to their memory, though the call may be refused on this rank
+_digests: dict[Hashable, int] = {}
+_default: str | None = None
+
+
+class Header(NamedTuple):
+    """A call, as far as it must be the same on all ranks."""
+
+    collective: str
+    algorithm: str
+    operation: str
+    dtype: str
+    elements: int | None
+    parameters: tuple[tuple[str, int], ...] = ()
+    cuts: tuple[int, ...] | None = None
+    carried: str = ""
+
+    def __str__(self) -> str:
+        what = "" if self.elements is None else f" of {self.elements} {self.dtype}"
+        named = [f"{name} {value}" for name, value in self.parameters]
+        if self.cuts is not None:
+            named.append(f"parts of {[after - before for before, after in pairwise(self.cuts)]}")
+        if self.carried:
+            named.append(f"carried as {self.carried}")
+        return ", ".join([f"{self.collective}{what}", *filter(None, [self.operation]), self.algorithm, *named])
+
+
+Headers = tuple[Header, ...] | str
+"""One for each dtype; or why the call cannot be made."""
+
+
+def level_of(comm: MPI.Comm, check: str | None) -> str:
+    """How much to compare: as the call says, else as the ``Comm`` does, else ``MPICOLL_CHECK``, else the header."""
+    global _default
+    found = check or getattr(comm, "check", None) or _default
+    if found is None:
+        found = _default = os.environ.get("MPICOLL_CHECK") or "header"
+    if found not in LEVELS:
+        raise ValueError(f"check must be one of {', '.join(LEVELS)}, got {found!r}")
+    return found
+
+
+@lru_cache(maxsize=KEPT)
+def native(collective: str, operation: str, dtype: str, elements: int | None, root: int | None = None) -> Header:
+    """The header of one of the MPI library's own calls, at the least cost."""
+    return Header(collective, "native", operation, dtype, elements, () if root is None else (("root", root),))
+
+
+class Agreement:
+    """The ranks of one communicator, compared by way of a private one."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm, self._p = comm, comm.size
+        self._mine, self._all = bytearray(8), bytearray(8 * self._p)
+        self._calls = 0
+
+    def check(self, headers: Headers, detail: tuple[str, ...] | None = None) -> None:
+        """Compare a call, with ``detail`` if given: a ``MismatchError`` on all ranks if it is not the same on all.
+
+        64 bits of hash are exchanged, and what they stand for only if they differ.
+        """
+        self._calls += 1
+        digest = _digest(headers if detail is None else (headers, detail))
+        self._mine[:] = (digest ^ (self._calls * _MIX & _MASK)).to_bytes(8, "little")
+        self._comm.Allgather(self._mine, self._all)
+        if self._all != self._mine * self._p:
+            raise MismatchError(_table(self._comm.allgather(self._said(headers, detail))))
+
+    def _said(self, headers: Headers, detail: tuple[str, ...] | None) -> str:
+        what = headers if isinstance(headers, str) else "; ".join(map(str, headers)) or "nothing to do"
+        more = [] if detail is None else [*detail, f"at {_site()}"]
+        return ", ".join([f"call {self._calls}: {what}", *more])
+
+    def begin(self, headers: Headers, detail: tuple[str, ...] | None = None) -> "Comparison":
+        """Compare a nonblocking call: at the end of the request, and so with the text at once, cut to fit."""
+        self._calls += 1
+        said = self._said(headers, detail).encode()[: _SAID - 8]
+        mine = _digest((self._calls, headers, detail)).to_bytes(8, "little") + said.ljust(_SAID - 8, b"\0")
+        everyone = bytearray(_SAID * self._p)
+        comparison = Comparison(self._comm.Iallgather(mine, everyone), mine, everyone)
+        _begun.append(comparison)
+        return comparison
+
+
+class Comparison(NamedTuple):
+    """One under way."""
+
+    request: MPI.Request
+    mine: bytes
+    everyone: bytearray
+
+    def after(self) -> None:
+        """Once the request is complete: raise if calls differ."""
+        _begun.remove(self)
+        if any(self.everyone[start : start + _SAID] != self.mine for start in range(0, len(self.everyone), _SAID)):
+            said = [self.everyone[start + 8 : start + _SAID] for start in range(0, len(self.everyone), _SAID)]
+            raise MismatchError(_table([one.rstrip(b"\0").decode(errors="replace") for one in said]))
+
+
+def _table(said: list[str]) -> str:
+    """Who made which call: a line for each of them."""
+    ranks: dict[str, list[int]] = {}
+    for rank, call in enumerate(said):
+        ranks.setdefault(call, []).append(rank)
+    heads = [f"{'ranks' if len(who) > 1 else 'rank'} {_spans(who)}" for who in ranks.values()]
+    width = max(map(len, heads))
+    lines = [f"  {head:{width}}  {call}" for head, call in zip(heads, ranks, strict=True)]
+    return "\n".join(["ranks do not make the same call on this communicator:", *lines])
+
+
+def _spans(numbers: list[int]) -> str:
+    """``0-2, 5``"""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][1] + 1 == number:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in found)
+
+
+def _site() -> str:
+    """Where the program calls us."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _digest(headers: Hashable) -> int:
+    """The same in all processes, which Python's own hash is not."""
+    digest = _digests.get(headers)
+    if digest is None:
+        if len(_digests) >= KEPT:
+            _digests.clear()
+        digest = _digests[headers] = int.from_bytes(sha256(repr(headers).encode()).digest()[:8], "little")
+    return digest
