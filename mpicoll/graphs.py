@@ -1,8 +1,8 @@
 """Who mixes with whom, and with what weights: gossip graphs, their mixing matrices, and how fast they agree.
 
 A round of mixing replaces what rank i holds by the sum over j of W[i, j] times what rank j holds.  If the columns of
-the mixing matrix W add up to 1, the sum over all ranks stays; if the rows do, what all agree on stays; if both do
-("doubly stochastic"), the mean stays and every round brings the ranks closer to it.
+the mixing matrix W add up to 1, the sum over all ranks stays (and push-sum finds the mean); if the rows do too ("doubly
+stochastic"), what all agree on stays as well, and rounds bring the ranks closer to the mean.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,13 +11,17 @@ from functools import cached_property, lru_cache
 from hashlib import sha256
 from inspect import signature
 from math import isqrt
+from numbers import Real
 from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
 
 TOLERANCE = 1e-9
-"""By how much the sum of a row or column may miss 1."""
+"""By how much the sum of a row or column may miss 1: not for weights of a few digits, which would shift the mean."""
+
+KEPT = 64
+"""The edges of periods up to this are kept."""
 
 SAMPLE = 256
 """So many rounds stand for a graph that never repeats."""
@@ -38,8 +42,8 @@ class Edges(NamedTuple):
 class Graph:
     """The mixing matrices of ``p`` ranks, round by round; the first comes again after ``period`` rounds, if ever.
 
-    Made by ``mpicoll.graph``.  A ``ValueError`` unless all weights are 0 or more, and all rows, all columns, or both,
-    add up to 1.
+    Made by ``mpicoll.graph``.  A ``ValueError`` unless all weights are 0 or more, all columns add up to 1, and every
+    rank takes something in every round.
     """
 
     name: str
@@ -48,29 +52,30 @@ class Graph:
     period: int | None = 1
 
     def __post_init__(self) -> None:
-        _ = self.stochastic  # the check
+        for t in range(self.period or 1):
+            edges, where = self.edges(t), f"{self}, round {t}"
+            if not (edges.weight >= 0).all():
+                raise ValueError(f"{where}: every weight must be 0 or more")
+            sums = np.bincount(edges.source, edges.weight, self.p)
+            rank = int(np.argmax(np.abs(sums - 1)))
+            if not abs(sums[rank] - 1) <= TOLERANCE:
+                raise ValueError(
+                    f"{where}: what rank {rank} gives away, column {rank}, must add up to 1, but misses it by "
+                    f"{sums[rank] - 1:.3g}; divide each column by its sum, in float64"
+                )
+            idle = np.flatnonzero(np.bincount(edges.target, minlength=self.p) == 0)
+            if len(idle):
+                raise ValueError(f"{where}: rank {idle[0]} takes nothing, not even of its own, and would end with zero")
 
     def __str__(self) -> str:
         return f"{self.name} graph of {self.p} ranks"
 
     @cached_property
-    def stochastic(self) -> str:
-        """What adds up to 1, in every round: ``"row"`` or ``"column"``, or ``"doubly"`` for both."""
-        wrong: dict[str, str] = {}
-        for t in range(self.period or 1):
-            edges = self.edges(t)
-            if not (edges.weight >= 0).all():
-                raise ValueError(f"{self}, round {t}: every weight must be 0 or more")
-            for side, ends in (("row", edges.target), ("column", edges.source)):
-                sums = np.bincount(ends, edges.weight, self.p)
-                worst = int(np.argmax(np.abs(sums - 1)))
-                if not abs(sums[worst] - 1) <= TOLERANCE:
-                    wrong.setdefault(side, f"{side} {worst} of round {t} adds up to {sums[worst]:.6g}")
-        if len(wrong) == 2:
-            raise ValueError(
-                f"{self}: all rows, all columns, or both must add up to 1, but {' and '.join(wrong.values())}"
-            )
-        return "row" if "column" in wrong else "column" if "row" in wrong else "doubly"
+    def doubly(self) -> bool:
+        """Do all rows add up to 1 too?"""
+        rounds = (self.edges(t) for t in range(self.period or 1))
+        sums = [np.bincount(edges.target, edges.weight, self.p) for edges in rounds]
+        return bool(np.abs(np.array(sums) - 1).max() <= TOLERANCE)
 
     @cached_property
     def digest(self) -> bytes:
@@ -83,10 +88,20 @@ class Graph:
 
     def edges(self, t: int) -> Edges:
         """Round ``t``, by target and then by source."""
-        target, source, weight = self.generate(t % self.period if self.period else t)
+        t = t % self.period if self.period else t
+        if t in self._kept:
+            return self._kept[t]
+        target, source, weight = self.generate(t)
         order = np.lexsort((source, target))
         order = order[weight[order] != 0]
-        return Edges(target[order].astype(np.int64), source[order].astype(np.int64), weight[order].astype(np.float64))
+        edges = Edges(target[order].astype(np.int64), source[order].astype(np.int64), weight[order].astype(np.float64))
+        if self.period and self.period <= KEPT:
+            self._kept[t] = edges
+        return edges
+
+    @cached_property
+    def _kept(self) -> dict[int, Edges]:
+        return {}
 
     def neighbors(self, rank: int, t: int) -> tuple[list[tuple[int, float]], list[int]]:
         """From whom ``rank`` takes in round ``t``, and with what weights, itself included; and who takes from it."""
@@ -125,7 +140,7 @@ class Graph:
 
     def rounds_to(self, distance: float) -> int | None:
         """After how many rounds the ranks agree but for ``distance`` times what they disagreed by at first, whatever
-        they held; ``None`` if that never is.
+        they held; ``None`` if that never is: some ranks hear nothing of others, or only in turns.
 
         Disagreement is the root of the sum over ranks of squared distances to the mean, or if only columns add up to 1,
         of what push-sum estimates.
@@ -173,7 +188,7 @@ def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:
     Raises
     ------
     TypeError, ValueError
-        For what is no graph, or cannot keep a sum or mean.
+        For what is no graph, or does not keep the sum over all ranks.
 
     Sources: Ying et al. 2021 (exponential), Takezawa et al. 2023 (base), Zhao and Canny 2013 (butterfly), Boyd et al.
     2006 (matching), Xiao and Boyd 2004 (Metropolis weights).
@@ -181,9 +196,17 @@ def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:
     if isinstance(what, str):
         if what not in _NAMED:
             raise ValueError(f"unknown graph {what!r}: expected {', '.join(_NAMED)}, a matrix or a networkx graph")
-        if p is None or p < 1:
+        known = list(signature(_NAMED[what]).parameters)[1:]
+        for key in parameters:
+            if key not in known:
+                raise ValueError(f"a {what} graph has no parameter {key!r}")
+        try:
+            counted = {key: index(value) for key, value in {"p": 0 if p is None else p, **parameters}.items()}
+        except TypeError:
+            raise TypeError(f"the number of ranks, {' and '.join(['p', *parameters])}, must be whole") from None
+        if counted["p"] < 1:
             raise ValueError(f"a {what} graph needs the number of ranks, 1 or more")
-        return _named(what, p, tuple(sorted(parameters.items())))
+        return _named(what, **counted)
     if parameters:
         raise ValueError(f"{', '.join(parameters)}: only for graphs that have a name")
     made = _from_networkx(what) if hasattr(what, "is_directed") else _from_matrices(what)
@@ -193,26 +216,25 @@ def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:
 
 
 @lru_cache(maxsize=64)
-def _named(name: str, p: int, parameters: tuple[tuple[str, int], ...]) -> Graph:
-    known = list(signature(_NAMED[name]).parameters)[1:]
-    for key, _ in parameters:
-        if key not in known:
-            raise ValueError(f"a {name} graph has no parameter {key!r}")
-    return _NAMED[name](p, **{key: index(value) for key, value in parameters})
+def _named(name: str, p: int, **parameters: int) -> Graph:
+    return _NAMED[name](p, **parameters)
 
 
 def _from_matrices(what: Any) -> Graph:
     try:
-        matrices = np.asarray(what, float)
-    except (TypeError, ValueError):
+        matrices = np.asarray(what)
+    except ValueError:
+        matrices = np.empty(())
+    if matrices.dtype.kind not in "biuf":
         matrices = np.empty(())
     if matrices.ndim == 2:
         matrices = matrices[np.newaxis]
     if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2] or not matrices.size:
         raise TypeError(
-            f"expected the name of a graph, a square matrix or several, or a networkx graph, got {type(what).__name__}"
+            "expected the name of a graph, a square matrix of real numbers or several, or a networkx graph, got "
+            + (f"shape {matrices.shape}" if matrices.ndim else type(what).__name__)
         )
-    matrices = matrices.copy()  # the caller's may change
+    matrices = matrices.astype(np.float64)  # a copy: the caller's may change
 
     def edges(t: int) -> Edges:
         target, source = np.nonzero(matrices[t])
@@ -240,6 +262,8 @@ def _from_networkx(what: Any) -> Graph:
         return _static("user's", p, Edges(target, source, 1 / np.bincount(source)[source]))
     if any(weight is None for weight in weights):
         raise ValueError("the networkx graph has weights on some edges only")
+    if not all(isinstance(weight, Real) for weight in weights):
+        raise TypeError("the weights of a networkx graph must be real numbers")
     return _static("user's", p, Edges(target, source, np.array(weights, float)))
 
 

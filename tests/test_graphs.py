@@ -24,7 +24,7 @@ def rounds(made: Graph) -> range:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_round_is_doubly_stochastic_and_its_schedule_does_what_its_matrix_says(name, p):
     made = graph(name, p)
-    assert made.stochastic == "doubly"
+    assert made.doubly
     for t in rounds(made):
         matrix = made.matrix(t)
         np.testing.assert_allclose([matrix.sum(axis=0), matrix.sum(axis=1)], 1, rtol=1e-14)
@@ -186,14 +186,14 @@ def test_the_same_matrices_are_the_same_graph_by_whatever_name():
 def test_a_users_matrices_one_for_each_round():
     swap = np.array([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
     made = mpicoll.graph([swap, swap[::-1, ::-1]])
-    assert (made.p, made.period, made.stochastic) == (3, 2, "doubly")
+    assert (made.p, made.period, made.doubly) == (3, 2, True)
     assert made.neighbors(1, 0) == ([(0, 0.5), (1, 0.5)], [0, 1])
     assert made.neighbors(0, 3) == ([(0, 1.0)], [0])
     swap[:] = 0  # it has a copy
     assert made.matrix(0)[0].tolist() == [0.5, 0.5, 0]
     assert made.contraction == pytest.approx(0.5)  # |second eigenvalue| of the product is 1/4
-    assert graph([[0.5, 0.5], [1, 0]]).stochastic == "row"
-    assert graph([[0.5, 1], [0.5, 0]]).stochastic == "column"
+    assert not graph([[0.5, 1], [0.5, 0]]).doubly
+    assert not graph([np.eye(2), [[0.5, 1], [0.5, 0]]]).doubly
     assert graph(np.eye(3)).rounds_to(0.5) is None
     assert graph(np.eye(3)).contraction == 1
     assert graph(np.roll(np.eye(3), 1, axis=0)).rounds_to(0.5) is None  # goes round for ever
@@ -204,11 +204,11 @@ def test_networkx_graphs():
     np.testing.assert_allclose(path.matrix(0), [[2 / 3, 1 / 3, 0], [1 / 3, 1 / 3, 1 / 3], [0, 1 / 3, 2 / 3]])
     directed = nx.DiGraph([(0, 1), (0, 2), (1, 0), (2, 2), (2, 0)])  # each sends equal shares; the loop is no neighbor
     made = graph(directed)
-    assert made.stochastic == "column"
+    assert not made.doubly
     np.testing.assert_allclose(made.matrix(0), [[1 / 3, 1 / 2, 1 / 2], [1 / 3, 1 / 2, 0], [1 / 3, 0, 1 / 2]])
     assert made.neighbors(0, 5)[1] == [0, 1, 2]
     regular = graph(nx.DiGraph([(0, 1), (1, 2), (2, 0)]))
-    assert regular.stochastic == "doubly"
+    assert regular.doubly
     weighted = nx.DiGraph()
     weighted.add_weighted_edges_from([(0, 1, 1.0), (1, 0, 0.25), (1, 1, 0.75)])
     np.testing.assert_array_equal(graph(weighted).matrix(0), [[0, 0.25], [1, 0.75]])
@@ -224,7 +224,7 @@ def test_push_sum_on_a_directed_graph_comes_to_agree():
     made = graph(nx.DiGraph([(0, 1), (1, 2), (2, 0), (0, 2)]))
     needed = made.rounds_to(1e-6)
     assert needed is not None
-    assert made.stochastic == "column"
+    assert not made.doubly
     x, weight = np.array([1.0, 5.0, 9.0]), np.ones(3)
     for t in range(needed):
         x, weight = made.matrix(t) @ x, made.matrix(t) @ weight
@@ -236,21 +236,32 @@ WRONG = {
     "unknown graph 'rign': expected butterfly, .*base, a matrix or a networkx graph": lambda: graph("rign", 4),
     "a ring graph needs the number of ranks, 1 or more": lambda: graph("ring"),
     "a star graph needs the number of ranks": lambda: graph("star", 0),
+    "the number of ranks, p, must be whole": lambda: graph("star", 4.0),  # type: ignore[arg-type]
+    "the number of ranks, p and seed, must be whole": lambda: graph("matching", 4, seed=[1]),  # type: ignore[arg-type]
     "a ring graph has no parameter 'seed'": lambda: graph("ring", 4, seed=1),
     "seed: only for graphs that have a name": lambda: graph(np.eye(2), seed=1),
     "degree of a base graph must be 1 or more, got 0": lambda: graph("base", 4, degree=0),
     "seed of a matching graph must be 0 or more, got -1": lambda: graph("matching", 4, seed=-1),
     "expected a graph of 4 ranks, got one of 3": lambda: graph(np.eye(3), 4),
-    "expected the name of a graph, a square matrix or several, or a networkx graph, got int": lambda: graph(7, 4),
+    "expected the name of a graph, a square matrix of real numbers or several, or a networkx graph, got int": lambda: (
+        graph(7, 4)
+    ),
     "networkx graph, got list": lambda: graph([[1, 2], [3]]),
-    "networkx graph, got ndarray": lambda: graph(np.ones((2, 3))),
-    "networkx graph, got tuple": lambda: graph(()),
+    r"networkx graph, got shape \(1, 2, 3\)": lambda: graph(np.ones((2, 3))),
+    "or a networkx graph, got ndarray": lambda: graph(np.eye(2) * 1j),
+    "real numbers or several, or a networkx graph, got list": lambda: graph([["1"]]),
+    "weights of a networkx graph must be real numbers": lambda: graph(nx.Graph([(0, 1, {"weight": [1]})])),
+    r"networkx graph, got shape \(0,\)": lambda: graph(()),
     "user's graph of 2 ranks, round 0: every weight must be 0 or more": lambda: graph([[1.5, -0.5], [-0.5, 1.5]]),
     "user's graph of 2 ranks, round 1: every weight must be 0 or more": lambda: graph([np.eye(2), np.eye(2) * np.nan]),
-    "row 1 of round 0 adds up to 0.7 and column 1 of round 0 adds up to 0.8": lambda: graph([[0.5, 0.5], [0.4, 0.3]]),
-    "row 0 of round 0 adds up to 1.5 and column 0 of round 1 adds up to 0.5": lambda: graph(
-        [[[0.5, 1], [0.5, 0]], [[0.5, 0.5], [0, 1]]]
+    "round 0: what rank 0 gives away, column 0, must add up to 1, but misses it by -0.5": lambda: graph(
+        [[0.5, 0.5], [0, 0.5]]
     ),
+    "round 1: what rank 1 gives away, column 1, must add up to 1, but misses it by 0.5": lambda: graph(
+        [np.eye(2), [[0, 0.5], [1, 1]]]
+    ),
+    "misses it by 2.98e-08; divide each column by its sum, in float64": lambda: graph(np.full((3, 3), 1 / 3, "f4")),
+    "round 0: rank 0 takes nothing, not even of its own, and would end with zero": lambda: graph([[0, 0], [1, 1]]),
     "nodes of the networkx graph must be the ranks: the numbers 0 to 2": lambda: graph(nx.path_graph([1, 2, 3])),
     "the numbers 0 to 0": lambda: graph(nx.Graph()),
     "weights on some edges only": lambda: graph(nx.Graph([(0, 1, {"weight": 1}), (1, 2)])),

@@ -6,6 +6,7 @@ so that no device pointer reaches MPI.
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from numbers import Integral
 from operator import index
 from typing import Any, NamedTuple
@@ -207,20 +208,37 @@ def _specified(x: Sequence[Any], writable: bool) -> np.ndarray:
     return raw[start * size : stop * size].view(dtype)
 
 
-def blocks(x: Any) -> tuple[np.ndarray, list[int], list[int] | None]:
-    """mpi4py's specification of a block for each rank: the buffer, all counts, and all displacements if given."""
-    buffer, *rest = x if isinstance(x, (list, tuple)) else [x]
-    datatype = rest.pop() if rest and isinstance(rest[-1], (str, MPI.Datatype)) else None
-    if len(rest) == 1 and isinstance(rest[0], (list, tuple)) and len(rest[0]) == 2 and not _is_counts(rest[0]):
-        rest = list(rest[0])
-    counts, displacements = [*rest, None, None][:2]
-    if counts is None or len(rest) > 2:
-        raise TypeError("algorithms of ours need [buffer, counts], or [buffer, counts, displacements, datatype]")
+def blocks(x: Any, p: int) -> tuple[np.ndarray, list[int], list[int]]:
+    """mpi4py's specification of a block for each of ``p`` ranks: the buffer, all counts, and all displacements.
+
+    A count or a displacement may be one number for all, a stride; a *tuple* of two is (counts, displacements); what is
+    left out is the whole buffer in equal blocks, and one after another.
+    """
+    buffer, *rest = x if isinstance(x, (list, tuple)) and len(x) else [x]
+    datatype = rest.pop() if rest and (len(rest) == 3 or isinstance(rest[-1], (str, MPI.Datatype))) else None
+    if rest and isinstance(rest[0], tuple) and len(rest[0]) == 2:
+        rest[:1] = rest[0]
+    counts, displacements, *more = [*rest, None, None]
+    if more[2:]:
+        raise TypeError(f"expected [buffer, counts, displacements, datatype], as mpi4py has it, got {len(x)} things")
     flat = vector(buffer if datatype is None else [buffer, datatype])
-    found = [index(count) for count in counts]
-    starts = None if displacements is None else [index(start) for start in displacements]
-    if starts is not None and len(starts) != len(found):
+    if counts is None:
+        if len(flat) % p:
+            raise ValueError(
+                f"expected a whole number of elements for each of {p} ranks, got {len(flat)}, and no counts"
+            )
+        counts = len(flat) // p
+    found = [index(counts)] * p if isinstance(counts, Integral) else [index(count) for count in counts]
+    if displacements is None:
+        starts = [0, *accumulate(found)][: len(found)]
+    elif isinstance(displacements, Integral):
+        starts = [index(displacements) * rank for rank in range(len(found))]
+    else:
+        starts = [index(start) for start in displacements]
+    if len(starts) != len(found):
         raise ValueError(f"expected as many displacements as counts, {len(found)}, got {len(starts)}")
+    if any(count and not 0 <= start <= len(flat) - count for start, count in zip(starts, found, strict=True)):
+        raise ValueError(f"counts and displacements go beyond the {len(flat)} elements of the buffer")
     return flat, found, starts
 
 

@@ -354,34 +354,27 @@ class Comm(MPI.Intracomm):
     def Allgatherv(  # noqa: N802
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
     ) -> None:
-        """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``.
-
-        Algorithms of ours need the counts: ``[buffer, counts]``, ``[buffer, (counts, displacements), datatype]``, ...
-        """
+        """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
         deliver: list[tuple[np.ndarray, np.ndarray]] = []
 
         def calls() -> list[Any]:
             if algorithm in ("auto", "native"):
                 return [Native(native("allgatherv", "", "", None), self._natively("Allgatherv", sendbuf, recvbuf))]
-            received, counts, displacements = blocks(recvbuf)
+            received, counts, starts = blocks(recvbuf, self.size)
             cuts = cuts_of(counts, None, self.size)
-            starts = cuts[:-1] if displacements is None else tuple(displacements)
-            ends = [start + count for start, count in zip(starts, counts, strict=True)]
-            if min(starts) < 0 or max(ends) > len(received):
-                raise ValueError(f"counts and displacements go beyond the {len(received)} elements of the buffer")
-            own = received[starts[self.rank] : ends[self.rank]]
-            sent = own if is_in_place(sendbuf) else vector(sendbuf, writable=False)
-            if len(sent) != len(own) or sent.dtype != received.dtype:
+            own = received[starts[self.rank] :][: counts[self.rank]]
+            sent = None if is_in_place(sendbuf) else vector(sendbuf, writable=False)
+            if sent is not None and (len(sent) != len(own) or sent.dtype != received.dtype):
                 raise ValueError(
                     f"expected {len(own)} elements of {received.dtype} to send, as counts say, got {len(sent)} of "
                     f"{sent.dtype}"
                 )
-            if starts == cuts[:-1]:
-                return [gathering(self, None if sent is own else sent, received[: cuts[-1]], cuts, Options(algorithm))]
+            if tuple(starts) == cuts[:-1]:
+                return [gathering(self, sent, received[: cuts[-1]], cuts, Options(algorithm))]
             result = np.empty(cuts[-1], received.dtype)
-            for rank, start in enumerate(starts):
-                deliver.append((received[start : ends[rank]], result[cuts[rank] : cuts[rank + 1]]))
-            return [gathering(self, sent, result, cuts, Options(algorithm))]
+            for rank, (start, count) in enumerate(zip(starts, counts, strict=True)):
+                deliver.append((received[start:][:count], result[cuts[rank] : cuts[rank + 1]]))
+            return [gathering(self, own if sent is None else sent, result, cuts, Options(algorithm))]
 
         with whole(self):
             run(agreed(self, check, "allgatherv", None, calls))

@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from ..algorithms import mixing
 from ..graphs import Graph, graph
-from .buffers import Part, is_half, parts
+from .buffers import is_half, parts
 from .operations import MOVE
 from .state import check_comm, state_of, whole
 
@@ -55,15 +55,12 @@ def gossip_average(x: Any, comm: MPI.Intracomm, graph: Any = "exponential", *, s
     TypeError, ValueError
         For what cannot be used, before anything is sent; if graphs differ, on all ranks.
     """
-    check_comm(comm)
-    made = _graph(graph, comm)
-    if made.stochastic != "doubly":
+    made = _agreed(graph, comm)
+    if not made.doubly:
         raise ValueError(
-            f"averaging needs a doubly stochastic graph, got one of which only {made.stochastic}s add up to 1"
-            + (": use mpicoll.PushSum" if made.stochastic == "column" else "")
+            "averaging needs a doubly stochastic graph, got one of which only columns add up to 1: use mpicoll.PushSum"
         )
-    _mix(x, comm, made, step)
-    return x
+    return _mix(x, comm, made, step)
 
 
 class PushSum:
@@ -71,7 +68,8 @@ class PushSum:
 
     ``mix(x)`` keeps the sum of ``x`` over all ranks, but not what single ranks weigh in it, so that each has a
     ``weight`` too, which is mixed likewise: ``estimate(x)``, ``x / weight``, goes to the mean of what all began with.
-    In SGD, take gradients at the estimate and step on ``x``.  The weights follow from the graph, so every rank computes
+    In SGD, take gradients at the estimate and step on ``x``.  Every rank must hear of every other in the end; otherwise
+    it estimates the mean of those it hears of, or nothing.  The weights follow from the graph, so every rank computes
     them, and none is sent.  Sources: Kempe et al. 2003; Assran et al. 2019 (with SGD).
 
     Making one is a collective call, which compares the graph between all ranks; ``comm`` and ``graph`` are those of
@@ -79,14 +77,10 @@ class PushSum:
     """
 
     def __init__(self, comm: MPI.Intracomm, graph: Any) -> None:
-        check_comm(comm)
-        self.comm, self.graph = comm, _graph(graph, comm)
-        if self.graph.stochastic == "row":
-            raise ValueError("push-sum needs a graph of which columns add up to 1, got one of which only rows do")
-        with whole(comm):
-            state_of(comm).agree_on(self.graph)
+        self.comm, self.graph = comm, _agreed(graph, comm)
         self.step = 0
         self.weights: np.ndarray = np.ones(self.graph.p)
+        self._rank = comm.rank
 
     def __repr__(self) -> str:
         return f"<PushSum on a {self.graph}, step {self.step}>"
@@ -94,46 +88,58 @@ class PushSum:
     @property
     def weight(self) -> float:
         """This rank's; over all ranks they add up to p."""
-        return float(self.weights[self.comm.rank])
+        return float(self.weights[self._rank])
 
     def mix(self, x: Any) -> Any:
         """One round, in place; returns ``x``, an array or a list of arrays as for ``gossip_average``."""
-        _mix(x, self.comm, self.graph, self.step)
         target, source, weight = self.graph.edges(self.step)
-        self.weights = np.bincount(target, weight * self.weights[source], self.graph.p)
-        self.step += 1
+        with np.errstate(all="ignore"):
+            weights = np.bincount(target, weight * self.weights[source], self.graph.p)
+        _mix(x, self.comm, self.graph, self.step)
+        self.weights, self.step = weights, self.step + 1
         return x
 
     def estimate(self, x: Any) -> Any:
-        """The mean as far as it is known here: new arrays."""
-        return [self.estimate(array) for array in x] if isinstance(x, (list, tuple)) else x / self.weight
+        """The mean as far as it is known here: a new array, or a list of them."""
+        if isinstance(x, (list, tuple)):
+            return [self.estimate(array) for array in x]
+        if not isinstance(x, np.ndarray):
+            return x / self.weight
+        wide = np.result_type(x.dtype, np.float64)  # the weight may be small
+        return np.divide(x, self.weight, dtype=wide).astype(x.dtype)
 
 
-def _graph(what: Any, comm: MPI.Intracomm) -> Graph:
+def _agreed(what: Any, comm: MPI.Intracomm) -> Graph:
+    """The graph, the same on all ranks."""
+    check_comm(comm)
     made = what if isinstance(what, Graph) else graph(what, comm.size)
     if made.p != comm.size:
         raise ValueError(f"expected a graph of {comm.size} ranks, got a {made}")
+    with whole(comm):
+        state_of(comm).agree_on(made)
     return made
 
 
-def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int) -> None:
-    t = index(step)
+def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int) -> Any:
+    check_comm(comm)
+    try:
+        t = index(step)
+    except TypeError:
+        raise TypeError(f"step must be a whole number, got {type(step).__name__}") from None
     if t < 0:
         raise ValueError(f"step must be 0 or more, got {step}")
+    t = t % graph.period if graph.period else t
     with whole(comm):
-        pieces = [_checked(part) for part in parts(x)]
+        pieces = parts(x)
+        for flat, _ in pieces:
+            if not (flat.dtype.kind in "fc" and flat.dtype.num < 24) and not is_half(flat.dtype):
+                raise TypeError(
+                    f"mixing takes floats or complex numbers, got dtype {flat.dtype}: convert with x.astype(float)"
+                )
         state = state_of(comm)
-        state.agree_on(graph)
-        t = t % graph.period if graph.period else t
         for flat, deliver in pieces:
             schedule = partial(mixing.schedule, graph, t, 1)
             state.run(state.plan(("mix", graph.digest, t), schedule, len(flat), flat.dtype, MOVE), flat, MOVE)
             if deliver:
                 deliver()
-
-
-def _checked(part: Part) -> Part:
-    dtype = part.flat.dtype
-    if not (dtype.kind in "fc" and dtype.num < 24) and not is_half(dtype):
-        raise TypeError(f"mixing takes floats or complex numbers, got dtype {dtype}: convert with x.astype(float)")
-    return part
+    return x

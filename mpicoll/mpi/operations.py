@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from .buffers import PAIRS, accumulator, is_half, specification
 
-BLOCK = 1 << 14
+BLOCK = 1 << 15
 """Elements mixed at a time, so that what is in between stays in the cache."""
 
 MAX_COUNT = 2**30
@@ -167,18 +167,21 @@ def _by_mpi(op: MPI.Op, dtype: np.dtype) -> Operation:
 def mix(out: np.ndarray, shares: list[tuple[np.ndarray, float]]) -> None:
     """Replace ``out``, which may be one of the arrays, by the sum of the weighted arrays, in this order.
 
-    It is computed in float64 at least and rounded once, so that thousands of rounds do not shift the mean; but two
-    halves are rounded once in any precision, and it stays in that of the arrays (float32 for 16-bit floats).
+    It is computed in float64 at least and rounded once, so that thousands of rounds do not shift the mean; but the mean
+    of two is as good in any precision, and is computed in that of the arrays (float32 for 16-bit floats).
     """
-    exact = len(shares) <= 2 and all(frexp(weight)[0] == 0.5 for _, weight in shares)
-    dtype = np.result_type(out.dtype, np.float32 if exact else np.float64)
+    if out.dtype.kind == "c":  # by parts: infinities times a complex weight would be NaNs
+        out, shares = out.view(out.real.dtype), [(array.view(array.real.dtype), weight) for array, weight in shares]
+    halves = len(shares) <= 2 and all(frexp(weight)[0] == 0.5 for _, weight in shares)
+    dtype = np.result_type(out.dtype, np.float32 if halves else np.float64)
+    total, share = np.empty((2, min(len(out), BLOCK)), dtype)
     for piece in _pieces(out, BLOCK):
-        total: np.ndarray | None = None
-        for array, weight in shares:
-            share = array[piece].astype(dtype)
-            share *= weight
-            total = share if total is None else np.add(total, share, out=total)
-        out[piece] = total
+        size = len(out[piece])
+        for n, (array, weight) in enumerate(shares):
+            np.multiply(array[piece], weight, out=share[:size] if n else total[:size], dtype=dtype)
+            if n:
+                np.add(total[:size], share[:size], out=total[:size])
+        out[piece] = total[:size]
 
 
 def _is_numpys(dtype: np.dtype) -> bool:

@@ -496,6 +496,19 @@ def test_past_the_thread_level_is_a_clear_error(ours, monkeypatch, level, messag
     assert all(message in text and "mpi4py.rc.thread_level = 'multiple'" in text for text in caught)
 
 
+def test_the_first_call_on_another_communicator_drives_handles(ours, comm):
+    """It makes a private duplicate, which is a collective call: rank 1 comes to it only after the handle."""
+    for _ in range(10):
+        plain, x, y = comm.Dup(), mine(ours, 100_000), mine(ours)
+        handle = mpicoll.iallreduce(x, ours, algorithm="ring")
+        if comm.rank == 1:
+            handle.wait()
+        mpicoll.allreduce(y, plain)
+        handle.wait()
+        assert x[0] == y[0] == TOTAL
+        plain.Free()
+
+
 def test_waiting_leaves_the_core_to_others(ours):
     """Two handles: progress is by polling, and a rank that comes late must get its turn on a crowded machine."""
     x, y = mine(ours), mine(ours)

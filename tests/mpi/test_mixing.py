@@ -91,6 +91,15 @@ def test_the_mean_stays_for_a_hundred_steps_and_all_come_to_it(comm, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_infinities_and_signed_zeros(comm, name):
+    x = np.array([complex(np.inf, 1), complex(1, -0.0), complex(-0.0, -np.inf)])
+    before = x.copy()
+    mpicoll.gossip_average(x, comm, name, step=0)
+    np.testing.assert_allclose(x, before, rtol=1e-15)
+    np.testing.assert_array_equal(np.signbit(x.view("d")), np.signbit(before.view("d")))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_all_agree_on_does_not_drift(comm, name):
     x = np.random.default_rng(0).normal(size=1000).astype("f4")
     before = x.copy()
@@ -153,7 +162,7 @@ WRONG: dict[str, Any] = {
     "got dtype bool": (np.ones(3, bool), "ring", 0),
     "got dtype int32": ([np.ones(3), np.ones(3, "i4")], "ring", 0),
     "step must be 0 or more, got -1": (np.ones(3), "ring", -1),
-    "'float' object cannot be interpreted as an integer": (np.ones(3), "ring", 0.5),
+    "step must be a whole number, got float": (np.ones(3), "ring", 0.5),
     "expected a graph of": (np.ones(3), np.eye(P + 1), 0),
     f"expected a graph of {P} ranks, got a ring graph of {P + 1} ranks": (np.ones(3), graph("ring", P + 1), 0),
     "unknown graph 'rign'": (np.ones(3), "rign", 0),
@@ -162,9 +171,15 @@ WRONG: dict[str, Any] = {
 }
 if P > 1:
     SINK = np.eye(P)
-    SINK[0] = 1 / P  # all are taken of by rank 0, and none gives anything away: only its row adds up to 1
-    WRONG["doubly stochastic graph, got one of which only rows add up to 1$"] = (np.ones(3), SINK, 0)
-    WRONG["of which only columns add up to 1: use mpicoll.PushSum"] = (np.ones(3), SINK.T, 0)
+    SINK[0] = 1 / 2  # rank 0 takes half of what the others have, and gives nothing away
+    SINK[1:] /= 2
+    SINK[0, 0] = 1
+    WRONG["doubly stochastic graph, got one of which only columns add up to 1: use mpicoll.PushSum"] = (
+        np.ones(3),
+        SINK,
+        0,
+    )
+    WRONG["what rank 0 gives away, column 0, must add up to 1, but misses it by"] = (np.ones(3), SINK.T, 0)
 
 
 @pytest.mark.parametrize("message", WRONG)
@@ -256,11 +271,25 @@ def test_push_sum_on_a_doubly_stochastic_graph_is_averaging(comm):
     assert repr(push) == f"<PushSum on a ring graph of {P} ranks, step 5>"
 
 
-def test_push_sum_refuses_what_does_not_keep_the_sum(comm):
-    if P > 1:
-        with pytest.raises(ValueError, match="push-sum needs a graph of which columns add up to 1, got one of which"):
-            mpicoll.PushSum(comm, SINK)
-    push = mpicoll.PushSum(comm, "ring")
-    with pytest.raises(TypeError, match="got dtype int64"):
-        push.mix(np.arange(3))
+def test_push_sum_stays_as_it_is_where_a_call_is_refused(comm):
+    push = mpicoll.PushSum(comm, "star")
+    for wrong in (np.arange(3), "text"):
+        with pytest.raises(TypeError):
+            push.mix(wrong)
     assert push.step == 0
+    assert push.weights.tolist() == [1] * P
+    duplicate = comm.Dup()
+    gone = mpicoll.PushSum(duplicate, "star")
+    duplicate.Free()
+    with pytest.raises(TypeError, match="expected an mpi4py intracommunicator, got one that is null or was freed"):
+        gone.mix(np.ones(3))
+    assert gone.weight == 1
+
+
+def test_an_estimate_is_of_the_dtype_and_as_precise(comm):
+    push = mpicoll.PushSum(comm, "complete")
+    push.weights = push.weights * 1e-9  # as where rank after rank passes a little on
+    for dtype in ("e", bfloat16, "f", "d", "D"):
+        estimate = push.estimate(np.full(3, 1e-7).astype(dtype))
+        assert estimate.dtype == np.dtype(dtype)
+        np.testing.assert_allclose(estimate.astype("D"), 100, rtol=0.25 if dtype == "e" else 0.01)

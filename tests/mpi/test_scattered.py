@@ -175,6 +175,34 @@ def test_blocks_may_lie_anywhere_in_the_receive_buffer(comm, name):
         np.testing.assert_array_equal(received, expected)
 
 
+@pytest.mark.parametrize("name", ALGORITHMS["allgather"])
+def test_every_form_of_blocks_is_read_as_mpi4py_reads_it(comm, name):
+    ours = mpicoll.Comm(comm)
+    forms: list[Any] = [
+        lambda b: b[: 2 * P],
+        lambda b: [b[: 2 * P], MPI.DOUBLE],
+        lambda b: [b[: 2 * P], None],
+        lambda b: [b[: 2 * P], None, "d"],
+        lambda b: [b, 2],
+        lambda b: [b, 2, MPI.DOUBLE],
+        lambda b: [b, (2, 3)],  # a stride
+        lambda b: [b, (2, 3), "d"],
+        lambda b: [b, (2, None)],
+        lambda b: [b, (2, list(range(0, 3 * P, 3)))],
+        lambda b: [b, 2, 3, MPI.DOUBLE],
+        lambda b: [b, [2] * P, list(range(0, 3 * P, 3)), None],
+        lambda b: [b, np.full(P, 2), None, "d"],
+        lambda b: [b[: 2 * P], (None, list(range(0, 2 * P, 2)))],
+    ]
+    for form in forms:
+        native, own = np.full(3 * P, -1.0), np.full(3 * P, -1.0)
+        comm.Allgatherv(np.full(2, float(comm.rank)), form(native))
+        ours.Allgatherv(np.full(2, float(comm.rank)), form(own), name)
+        np.testing.assert_array_equal(own, native)
+    some = [0] * P
+    ours.Allgatherv(np.zeros(0), [np.zeros(0), (some, [10**6] * P)], name)  # nothing goes beyond
+
+
 @pytest.mark.parametrize("name", GATHERS)
 def test_data_of_any_kind_are_gathered(comm, name):
     for kind in (np.array(["a", "bcd"]), np.array([(1, 2.5)], "i4,f8"), np.array([[True, False]]), np.array(2, "e")):
@@ -202,9 +230,9 @@ def test_counts_that_do_not_fit_are_refused(comm):
         ours.Allgather(np.zeros(1), np.zeros(P + 1), "ring")
     twos, x = [2] * P, np.zeros(2 * P)
     for wrong, message in (
-        ([x], "algorithms of ours need .buffer, counts."),
-        (x, "algorithms of ours need .buffer, counts."),
-        ([x, [2] * (P + 1)], f"expected a count of 0 or more for each of {P} ranks"),
+        ([x, twos, twos, twos, "d"], r"expected \[buffer, counts, displacements, datatype\], as mpi4py has it, got 5"),
+        (np.zeros(2 * P + 1)[: 2 * P + 1 if P > 1 else 0], "whole number of elements for each|expected 0 elements"),
+        ([x, [2] * (P + 1)], f"go beyond|expected a count of 0 or more for each of {P} ranks"),
         ([x, [3] * P], f"go beyond the {2 * P} elements of the buffer"),
         ([x, (twos, [-1] * P)], f"go beyond the {2 * P} elements of the buffer"),
         ([x, (twos, [0] * (P + 1))], f"expected as many displacements as counts, {P}, got {P + 1}"),
