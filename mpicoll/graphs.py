@@ -196,9 +196,8 @@ def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:
     if isinstance(what, str):
         if what not in _NAMED:
             raise ValueError(f"unknown graph {what!r}: expected {', '.join(_NAMED)}, a matrix or a networkx graph")
-        known = list(signature(_NAMED[what]).parameters)[1:]
         for key in parameters:
-            if key not in known:
+            if key not in list(signature(_NAMED[what]).parameters)[1:]:
                 raise ValueError(f"a {what} graph has no parameter {key!r}")
         try:
             counted = {key: index(value) for key, value in {"p": 0 if p is None else p, **parameters}.items()}

@@ -98,7 +98,7 @@ class Agreement:
 
     def _said(self, headers: Headers, detail: tuple[str, ...] | None) -> str:
         what = headers if isinstance(headers, str) else "; ".join(map(str, headers)) or "nothing to do"
-        more = [] if detail is None else [*detail, f"at {_site()}"]
+        more = [] if detail is None else [*filter(None, detail), f"at {_site()}"]
         return ", ".join([f"call {self._calls}: {what}", *more])
 
     def begin(self, headers: Headers, detail: tuple[str, ...] | None = None) -> "Comparison":

@@ -98,13 +98,14 @@ def name_of(dtype: np.dtype) -> str:
 
 
 def order_of(x: Any) -> str:
-    """The order in memory of an array of several dimensions."""
+    """``"F order"`` if elements lie in memory column by column; for a list, of which arrays they do."""
     if isinstance(x, (list, tuple)):
-        return " ".join(map(order_of, x)) if not _is_specification(x) else ""
+        if _is_specification(x):
+            return ""
+        numbers = [str(n) for n, array in enumerate(x) if order_of(array)]
+        return f"F order of {', '.join(numbers)}" if numbers and len(x) > 1 else "F order" if numbers else ""
     flags = getattr(x, "flags", None)
-    if flags is None or getattr(x, "ndim", 0) < 2 or flags.c_contiguous:
-        return "C order"
-    return "F order" if flags.f_contiguous else "no order"
+    return "F order" if getattr(flags, "f_contiguous", False) and not getattr(flags, "c_contiguous", True) else ""
 
 
 def is_in_place(sendbuf: Any) -> bool:

@@ -1,0 +1,377 @@
+"""Calls that differ between ranks raise the same error on all of them, and correct programs never do."""
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import mpicoll
+from contract import own_data
+from mpicoll.mpi import agreement
+from mpicoll.mpi.state import state_of
+
+P = MPI.COMM_WORLD.size
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P == 1, reason="one rank agrees with itself")]
+ODD = P - 1  # the rank that does something else
+OTHERS = "rank 0 " if P == 2 else "ranks 0-" + str(P - 2)
+
+
+def ones(count: int = 5, dtype: Any = "f8") -> np.ndarray:
+    return np.ones(count, dtype)
+
+
+def strided() -> np.ndarray:
+    return np.ones(10)[::2]
+
+
+Pair = tuple[Callable[[mpicoll.Comm], Any], Callable[[mpicoll.Comm], Any], str, str]
+
+DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how the table calls them
+    "count": (
+        lambda c: mpicoll.allreduce(ones(), c),
+        lambda c: mpicoll.allreduce(ones(6), c),
+        "allreduce of 5 float64, sum, native",
+        "allreduce of 6 float64, sum, native",
+    ),
+    "count, a few bytes against many": (
+        lambda c: mpicoll.allreduce(ones(1), c),
+        lambda c: mpicoll.allreduce(ones(1 << 20), c),
+        "allreduce of 1 float64",
+        "allreduce of 1048576 float64",
+    ),
+    "dtype": (
+        lambda c: c.Allreduce(MPI.IN_PLACE, ones()),
+        lambda c: c.Allreduce(MPI.IN_PLACE, ones(5, "i8")),
+        "allreduce of 5 float64",
+        "allreduce of 5 int64",
+    ),
+    "operation": (
+        lambda c: c.Allreduce(ones(), ones()),
+        lambda c: c.Allreduce(ones(), ones(), MPI.MAX),
+        "allreduce of 5 float64, sum",
+        "allreduce of 5 float64, max",
+    ),
+    "mean": (
+        lambda c: mpicoll.allreduce(ones(), c, "mean"),
+        lambda c: mpicoll.allreduce(ones(), c),
+        "float64, mean",
+        "float64, sum",
+    ),
+    "algorithm": (
+        lambda c: mpicoll.allreduce(ones(), c, algorithm="ring"),
+        lambda c: mpicoll.allreduce(ones(), c, algorithm="tree"),
+        "sum, ring",
+        "sum, tree",
+    ),
+    "segments": (
+        lambda c: mpicoll.allreduce(ones(), c, algorithm="double_tree", segments=2),
+        lambda c: mpicoll.allreduce(ones(), c, algorithm="double_tree", segments=3),
+        "double_tree, segments 2",
+        "double_tree, segments 3",
+    ),
+    "deterministic": (
+        lambda c: mpicoll.allreduce(ones(), c),
+        lambda c: mpicoll.allreduce(ones(), c, deterministic=True),
+        "sum, native",
+        "sum, recursive_doubling",
+    ),
+    "wire": (
+        lambda c: mpicoll.allreduce(ones(5, "e"), c, algorithm="ring"),
+        lambda c: mpicoll.allreduce(ones(5, "e"), c, algorithm="ring", wire="16bit"),
+        "5 float16, sum, ring, carried as float32",
+        "5 float16, sum, ring$",
+    ),
+    "root": (lambda c: c.Bcast(ones(), 0), lambda c: c.Bcast(ones(), 1), "native, root 0", "native, root 1"),
+    "root of a reduce": (
+        lambda c: c.Reduce(ones(), ones(), MPI.SUM, 0),
+        lambda c: c.Reduce(ones(), ones(), MPI.SUM, 1),
+        "reduce of 5 float64, sum, native, root 0",
+        "root 1",
+    ),
+    "root of ours": (
+        lambda c: mpicoll.reduce(ones(), c, 0, algorithm="chain"),
+        lambda c: mpicoll.reduce(ones(), c, 1, algorithm="chain"),
+        "chain, root 0",
+        "chain, root 1",
+    ),
+    "bytes of a bcast": (
+        lambda c: mpicoll.bcast(ones(), c),
+        lambda c: mpicoll.bcast(ones(6), c),
+        "bcast of 40 bytes",
+        "bcast of 48 bytes",
+    ),
+    "another collective": (
+        lambda c: c.Allreduce(MPI.IN_PLACE, ones()),
+        lambda c: c.Bcast(ones()),
+        "allreduce of 5 float64",
+        "bcast of 40 bytes",
+    ),
+    "parts": (
+        lambda c: mpicoll.reduce_scatter(ones(P + 1), c),
+        lambda c: mpicoll.reduce_scatter(ones(P + 1), c, [P + 1] + [0] * (P - 1)),
+        "reduce_scatter of .* parts of ",
+        r"parts of \[" + str(P + 1),
+    ),
+    "bytes of an allgather": (
+        lambda c: c.Allgather(ones(1), ones(P)),
+        lambda c: c.Allgather(ones(2), ones(2 * P)),
+        "allgather of 8 bytes a rank",
+        "allgather of 16 bytes a rank",
+    ),
+    "reduce_scatter_block": (
+        lambda c: c.Reduce_scatter_block(ones(P), ones(1)),
+        lambda c: c.Reduce_scatter_block(ones(2 * P), ones(2)),
+        f"reduce_scatter of {P} float64",
+        f"reduce_scatter of {2 * P} float64",
+    ),
+    "list": (
+        lambda c: mpicoll.allreduce([ones(), ones(2, "f4")], c),
+        lambda c: mpicoll.allreduce([ones(2, "f4"), ones()], c),
+        "of 5 float64, sum, native; allreduce of 2 float32",
+        "of 2 float32, sum, native; allreduce of 5 float64",
+    ),
+    "persistent": (
+        lambda c: mpicoll.allreduce_init(ones(), c, algorithm="ring"),
+        lambda c: mpicoll.allreduce_init(ones(6), c, algorithm="ring"),
+        "of 5 float64",
+        "of 6 float64",
+    ),
+    "blocking or not": (
+        lambda c: mpicoll.allreduce_init(ones(), c, algorithm="ring"),
+        lambda c: mpicoll.allreduce(ones(), c, algorithm="tree"),
+        "sum, ring",
+        "sum, tree",
+    ),
+    "level": (
+        lambda c: mpicoll.allreduce(ones(), c),
+        lambda c: mpicoll.allreduce(ones(), c, check="full"),
+        "sum, native",
+        "sum, native, at .*test_agreement.py:",
+    ),
+}
+REFUSED: dict[str, Pair] = {  # a mistake that one rank sees by itself: it raises its own error
+    "strided": (
+        lambda c: mpicoll.allreduce(ones(), c),
+        lambda c: mpicoll.allreduce(strided(), c),
+        "allreduce of 5 float64",
+        "allreduce refused, expected a contiguous array",
+    ),
+    "strided, to a Comm": (
+        lambda c: c.Allreduce(ones(), ones()),
+        lambda c: c.Allreduce(ones(), strided(), algorithm="ring"),
+        "allreduce of 5 float64",
+        "allreduce refused, expected a contiguous array",
+    ),
+    "unknown algorithm": (
+        lambda c: mpicoll.bcast(ones(), c, algorithm="tree"),
+        lambda c: mpicoll.bcast(ones(), c, algorithm="rign"),
+        "bcast of 40 bytes, tree",
+        "bcast refused, unknown bcast algorithm 'rign'",
+    ),
+    "root beyond": (
+        lambda c: mpicoll.reduce(ones(), c, 0),
+        lambda c: mpicoll.reduce(ones(), c, P),
+        "native, root 0",
+        f"reduce refused, root must be one of {P} ranks, got {P}",
+    ),
+    "counts": (
+        lambda c: mpicoll.allgather(ones(2), c, [2] * P),
+        lambda c: mpicoll.allgather(ones(3), c, [2] * P),
+        "allgather of ",
+        f"allgather refused, rank {ODD} brings 3 elements, counts say 2",
+    ),
+    "nonsense": (
+        lambda c: mpicoll.allreduce(ones(), c),
+        lambda c: mpicoll.allreduce("text", c),
+        "allreduce of 5",
+        "allreduce refused, expected an array in host memory, got builtins.str",
+    ),
+    "lengths": (
+        lambda c: c.Allreduce(ones(), ones()),
+        lambda c: c.Allreduce(ones(), ones(4), algorithm="ring"),
+        "allreduce of 5 float64",
+        "allreduce refused, mismatch in send count 5 and receive count 4",
+    ),
+}
+
+
+@pytest.fixture
+def ours(comm: MPI.Intracomm) -> mpicoll.Comm:
+    return mpicoll.Comm(comm)
+
+
+def raised(call: Callable[[mpicoll.Comm], Any], comm: mpicoll.Comm) -> BaseException:
+    with pytest.raises((mpicoll.MismatchError, TypeError, ValueError)) as caught:
+        call(comm)
+    return caught.value
+
+
+@pytest.mark.parametrize("what", [*DIFFERENT, *REFUSED])
+def test_every_rank_hears_who_does_what(ours, what):
+    usual, other, shown, shown_other = {**DIFFERENT, **REFUSED}[what]
+    error = raised(other if ours.rank == ODD else usual, ours)
+    errors = ours.allgather((type(error).__name__, str(error)))
+    if what in DIFFERENT:
+        assert len(set(errors)) == 1
+    else:
+        assert errors[ODD][0] in ("TypeError", "ValueError")
+        assert len(set(errors[:ODD])) == 1
+    name, text = errors[0]
+    assert name == "MismatchError"
+    head, first, second = text.splitlines()
+    assert head == "ranks do not make the same call on this communicator:"
+    assert_line(first, OTHERS, shown)
+    assert_line(second, f"rank {ODD}", shown_other)
+    # Nothing was sent: the communicator is as good as before.
+    assert mpicoll.allreduce(np.full(3, 1.0), ours, algorithm="ring").tolist() == [P] * 3
+
+
+def assert_line(line: str, who: str, what: str) -> None:
+    assert line.startswith("  " + who)
+    assert re.search(what, line), (what, line)
+
+
+@pytest.mark.parametrize("names", [("ring", "tree"), ("native", "ring"), ("native", "native")])
+def test_nonblocking_calls_are_compared_when_they_are_waited_for(ours, names):
+    own = ours.Dup()
+    odd = own.rank == ODD
+    handle = mpicoll.iallreduce(ones(5 + odd), own, algorithm=names[odd])
+    for wait in (handle.wait, handle.wait):
+        with pytest.raises(
+            mpicoll.MismatchError, match=f"rank {ODD} .*call 1: allreduce of 6 float64, sum, {names[1]}"
+        ):
+            wait()
+    again = own.Dup()
+    if odd:
+        with pytest.raises(ValueError, match="expected a contiguous array"):
+            mpicoll.iallreduce(strided(), again)
+    else:
+        with pytest.raises(mpicoll.MismatchError, match="iallreduce refused, expected a contiguous"):
+            mpicoll.iallreduce(ones(), again).wait()
+
+
+def test_the_order_of_memory_and_the_place_are_compared_in_full(ours):
+    square = np.ones((3, 3))
+    if ours.rank == ODD:
+        square = np.asfortranarray(square)
+    mpicoll.allreduce(square, ours)
+    with pytest.raises(mpicoll.MismatchError) as caught:
+        mpicoll.allreduce(square, ours, check="full")
+    assert "sum, native, at " in str(caught.value)
+    assert "sum, native, F order, at " in str(caught.value)
+    assert "test_agreement.py:" in str(caught.value)
+    with pytest.raises(mpicoll.MismatchError, match=f"rank {ODD} .*F order of 1, at"):
+        mpicoll.allreduce([np.ones(3), square], ours, check="full")
+    if ours.rank == 0:  # that the places differ is no mistake
+        mpicoll.bcast(ones(), ours, check="full")
+    else:
+        mpicoll.bcast(ones(), ours, check="full")
+
+
+def test_levels_come_from_the_call_the_comm_and_the_environment(ours, monkeypatch):
+    monkeypatch.setattr(agreement, "_default", None)
+    counted = []
+    before = agreement.Agreement.check
+
+    def counting(self: Any, headers: Any, detail: Any = None) -> None:
+        counted.append("header" if detail is None else "full")
+        before(self, headers, detail)
+
+    monkeypatch.setattr(agreement.Agreement, "check", counting)
+
+    def level(comm: mpicoll.Comm, **given: Any) -> list[str]:
+        counted.clear()
+        mpicoll.allreduce(ones(), comm, **given)
+        comm.Allreduce(MPI.IN_PLACE, ones(), **given)
+        comm.Reduce(ones(), ones() if comm.rank == 0 else None, **given)
+        comm.Bcast(ones(), **given)
+        return list(counted)
+
+    assert level(ours) == ["header"] * 4
+    assert level(ours, check="off") == []
+    assert level(ours, check="full") == ["full"] * 4
+    off = mpicoll.Comm(ours, check="off")
+    for derived in (off, off.Dup(), off.Clone(), off.Split(), mpicoll.Comm(off.Split(), check="off")):
+        assert level(derived) == []
+        assert level(derived, check="header") == ["header"] * 4
+    monkeypatch.setattr(agreement, "_default", None)
+    monkeypatch.setenv("MPICOLL_CHECK", "full")
+    assert level(ours) == ["full"] * 4
+    monkeypatch.setattr(agreement, "_default", None)
+    monkeypatch.setenv("MPICOLL_CHECK", "sometimes")
+    with pytest.raises(ValueError, match="check must be one of off, header, full, got 'sometimes'"):
+        level(ours)
+    with pytest.raises(ValueError, match="check must be one of off, header, full, got 'on'"):
+        mpicoll.Comm(ours, check="on")
+    monkeypatch.setattr(agreement, "_default", None)
+
+
+@pytest.mark.parametrize("check", ["header", "full"])
+def test_correct_programs_are_left_alone(ours, check):
+    """The same call may be written in different ways on different ranks."""
+    own = mpicoll.Comm(ours, check=check)
+    odd, rank = own.rank % 2, own.rank
+    swapped = MPI.Op.Create(lambda a, b, datatype: None, commute=True)
+    for count, n in itertools.product((0, 1, 7, 1000), range(12)):
+        x = own_data(count, rank)
+        mpicoll.allreduce(memoryview(x) if odd else x, own)
+        own.Allreduce(MPI.IN_PLACE, [x, MPI.DOUBLE] if odd else x, op=MPI.SUM if odd else "sum")
+        own.Allreduce(x.copy() if odd else MPI.IN_PLACE, x)
+        mpicoll.allreduce([x, x[:0]] if odd else [x], own)
+        own.Reduce(x, x.copy() if rank == n % P else None, MPI.MAX, n % P)
+        own.Reduce(MPI.IN_PLACE if rank == n % P else x, x, "max", n % P, "tree")
+        own.Bcast([x, count, MPI.DOUBLE] if odd else x, n % P)
+        own.Bcast([x, 8 * count, MPI.BYTE] if odd else x.view("u1"), n % P, "tree")
+        own.Allreduce(x.copy(), x, swapped)
+        parts = np.empty(count * P)
+        own.Allgather(x, parts)
+        own.Allgather([x, MPI.DOUBLE] if odd else x, parts, "ring")
+        own.Allgatherv(x, [parts, [count] * P] if odd else parts)
+        own.Reduce_scatter_block(parts, x)
+        own.Reduce_scatter(parts, x, [count] * P)
+        mpicoll.reduce_scatter(parts, own)
+        mpicoll.allgather(np.ones(rank), own, range(P) if odd else list(range(P)))
+        handle = mpicoll.iallreduce(x, own, algorithm="ring")
+        mpicoll.allreduce(float(rank), own)
+        handle.wait()
+    swapped.Free()
+    column = MPI.DOUBLE.Create_vector(3, 1, 3).Commit()  # a column at the root, contiguous at the others
+    square, flat = np.arange(9.0), np.zeros(3)
+    own.Bcast([square, 1, column] if rank == 0 else flat)
+    assert rank == 0 or flat.tolist() == [0, 3, 6]
+    column.Free()
+
+
+def test_a_call_that_one_rank_leaves_out_is_noticed_at_the_next(ours):
+    for _ in range(500):
+        mpicoll.allreduce(ones(), ours)
+    if ours.rank != ODD:
+        with pytest.raises(mpicoll.MismatchError, match="call 501: allreduce of 5") as caught:
+            mpicoll.allreduce(ones(), ours)
+    else:
+        with pytest.raises(mpicoll.MismatchError, match="call 501: reduce of 5") as caught:
+            mpicoll.reduce(ones(), ours)
+    assert len(set(ours.allgather(str(caught.value)))) == 1
+
+
+def test_the_hash_tells_calls_apart_by_their_number(ours):
+    """A rank that is a call behind, on calls that are otherwise equal, is found out."""
+    if ours.rank == ODD:
+        state_of(ours).agreement._calls += 1
+    with pytest.raises(mpicoll.MismatchError, match=f"rank {ODD} .*call 2: allreduce of 5"):
+        mpicoll.allreduce(ones(), ours)
+
+
+def test_different_calls_have_different_hashes():
+    calls = [
+        (agreement.Header(collective, algorithm, "sum", dtype, count, (("root", root),)),)
+        for collective, algorithm, dtype, count, root in itertools.product(
+            ("reduce", "bcast"), ("tree", "native"), ("float32", "float64"), range(20), range(4)
+        )
+    ]
+    assert len({agreement._digest(call) for call in calls}) == len(calls)
+    assert len(agreement._digests) <= agreement.KEPT
