@@ -3,9 +3,9 @@
     python bench/overhead.py               measures (a minute or two), prints, records in bench/results/
     python bench/overhead.py --show FILE   prints a recorded one
 
-Importing it, over mpi4py and NumPy; compiling one rank's plans at 4096 ranks; small calls, beside the MPI library's
-own, in turn in the same process: the difference within a repetition is what is compared.  Every figure is the median
-of several processes or launches (least to most of them).
+Importing it, over mpi4py and NumPy; compiling one rank's plans at 4096 ranks; small calls, unchecked but where it says
+so, beside the MPI library's own, in turn in the same process: the difference within a repetition is what is compared.
+Every figure is the median of several processes or launches (least to most of them).
 """
 
 import argparse
@@ -52,13 +52,15 @@ def calls() -> dict:
     from mpicoll.mpi.launch import library_name
 
     comm = MPI.COMM_WORLD
-    ours = mpicoll.Comm(comm)
+    ours = mpicoll.Comm(comm, check="off")
     x, y = np.zeros(1, "f4"), np.zeros(1, "f4")
     persistent = mpicoll.allreduce_init(x, ours, algorithm="recursive_doubling")
     kinds = {
         "native": lambda: comm.Allreduce(y, x),
         "Comm.Allreduce": lambda: ours.Allreduce(y, x),
         "mpicoll.allreduce": lambda: mpicoll.allreduce(x, ours),
+        "Comm.Allreduce, check=header (the default)": lambda: ours.Allreduce(y, x, check="header"),
+        "Comm.Allreduce, check=full": lambda: ours.Allreduce(y, x, check="full"),
         "persistent recursive_doubling": lambda: persistent.start().wait(),
         "Comm.Allreduce, deterministic": lambda: ours.Allreduce(y, x, deterministic=True),
         "iallreduce().wait()": lambda: mpicoll.iallreduce(x, ours).wait(),

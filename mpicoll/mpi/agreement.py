@@ -62,12 +62,15 @@ Headers = tuple[Header, ...] | str
 def level_of(comm: MPI.Comm, check: str | None) -> str:
     """How much to compare: as the call says, else as the ``Comm`` does, else ``MPICOLL_CHECK``, else the header."""
     global _default
-    found = check or getattr(comm, "check", None) or _default
-    if found is None:
-        found = _default = os.environ.get("MPICOLL_CHECK") or "header"
-    if found not in LEVELS:
-        raise ValueError(f"check must be one of {', '.join(LEVELS)}, got {found!r}")
-    return found
+    if check is None:
+        check = getattr(comm, "check", None) or _default
+        if check is not None:
+            return check
+        _default = check = os.environ.get("MPICOLL_CHECK") or "header"
+    if check not in LEVELS:
+        _default = None
+        raise ValueError(f"check must be one of {', '.join(LEVELS)}, got {check!r}")
+    return check
 
 
 @lru_cache(maxsize=KEPT)

@@ -46,7 +46,7 @@ class Comm(MPI.Intracomm):
     """
 
     deterministic: bool = False
-    check: str | None = None
+    check: str = ""
 
     def __new__(
         cls, comm: MPI.Intracomm | None = None, *, deterministic: bool = False, check: str | None = None
@@ -58,8 +58,7 @@ class Comm(MPI.Intracomm):
         return super().__new__(cls, comm)._ready(deterministic, check)
 
     def _ready(self, deterministic: bool, check: str | None) -> "Comm":
-        level_of(self, check)  # or it is refused
-        self.deterministic, self.check = deterministic, check
+        self.deterministic, self.check = deterministic, level_of(self, check)
         self._agreement = state_of(self).agreement
         return self
 
@@ -118,7 +117,7 @@ class Comm(MPI.Intracomm):
 
         With ``algorithm="native"`` host buffers and operations go to the MPI library as they are.
         """
-        level = level_of(self, check)
+        level = self.check if check is None else level_of(self, check)
         if (
             algorithm == "auto"
             and type(recvbuf) is np.ndarray
@@ -162,7 +161,7 @@ class Comm(MPI.Intracomm):
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce``."""
         data = recvbuf if sendbuf is MPI.IN_PLACE else sendbuf
-        level = level_of(self, check)
+        level = self.check if check is None else level_of(self, check)
         if (
             algorithm == "auto"
             and type(data) is np.ndarray
