@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         tree_reduce,
     )
     from .mpi.comm import Comm
+    from .mpi.guard import guard
     from .mpi.mixing import PushSum, butterfly_mix, gossip_average
     from .schedule import ScheduleError
 
@@ -42,6 +43,7 @@ __all__ = [
     "butterfly_mix",
     "gossip_average",
     "graph",
+    "guard",
     "iallreduce",
     "reduce",
     "reduce_scatter",
@@ -63,6 +65,7 @@ _HOMES = {
     "butterfly_mix": ".mpi.mixing",
     "gossip_average": ".mpi.mixing",
     "graph": ".graphs",
+    "guard": ".mpi.guard",
     "iallreduce": ".mpi.collectives",
     "reduce": ".mpi.collectives",
     "reduce_scatter": ".mpi.collectives",

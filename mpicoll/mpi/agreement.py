@@ -10,12 +10,12 @@ from collections.abc import Hashable
 from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 from mpi4py import MPI
 
 from ..errors import MismatchError
+from .record import site
 
 LEVELS = ("off", "header", "full")
 """Nothing; what is done, to how many of what; and from where, and in which order of memory."""
@@ -26,7 +26,6 @@ KEPT = 128
 _MIX = 0x9E3779B97F4A7C15  # odd: numbers that follow each other differ in many bits
 _MASK = (1 << 64) - 1
 _SAID = 256  # bytes of a hash and a text
-_PACKAGE = str(Path(__file__).parents[1])
 
 _begun: list["Comparison"] = []  # MPI writes to their memory, though the call may be refused on this rank
 _digests: dict[Hashable, int] = {}
@@ -85,30 +84,30 @@ class Agreement:
     def __init__(self, comm: MPI.Comm) -> None:
         self._comm, self._p = comm, comm.size
         self._mine, self._all = bytearray(8), bytearray(8 * self._p)
-        self._calls = 0
+        self.calls = 0
 
     def check(self, headers: Headers, detail: tuple[str, ...] | None = None) -> None:
         """Compare a call, with ``detail`` if given: a ``MismatchError`` on all ranks if it is not the same on all.
 
         64 bits of hash are exchanged, and what they stand for only if they differ.
         """
-        self._calls += 1
+        self.calls += 1
         digest = _digest(headers if detail is None else (headers, detail))
-        self._mine[:] = (digest ^ (self._calls * _MIX & _MASK)).to_bytes(8, "little")
+        self._mine[:] = (digest ^ (self.calls * _MIX & _MASK)).to_bytes(8, "little")
         self._comm.Allgather(self._mine, self._all)
         if self._all != self._mine * self._p:
             raise MismatchError(_table(self._comm.allgather(self._said(headers, detail))))
 
     def _said(self, headers: Headers, detail: tuple[str, ...] | None) -> str:
         what = headers if isinstance(headers, str) else "; ".join(map(str, headers)) or "nothing to do"
-        more = [] if detail is None else [*filter(None, detail), f"at {_site()}"]
-        return ", ".join([f"call {self._calls}: {what}", *more])
+        more = [] if detail is None else [*filter(None, detail), f"at {site(sys._getframe())}"]
+        return ", ".join([f"call {self.calls}: {what}", *more])
 
     def begin(self, headers: Headers, detail: tuple[str, ...] | None = None) -> "Comparison":
         """Compare a nonblocking call: at the end of the request, and so with the text at once, cut to fit."""
-        self._calls += 1
+        self.calls += 1
         said = self._said(headers, detail).encode()[: _SAID - 8]
-        mine = _digest((self._calls, headers, detail)).to_bytes(8, "little") + said.ljust(_SAID - 8, b"\0")
+        mine = _digest((self.calls, headers, detail)).to_bytes(8, "little") + said.ljust(_SAID - 8, b"\0")
         everyone = bytearray(_SAID * self._p)
         comparison = Comparison(self._comm.Iallgather(mine, everyone), mine, everyone)
         _begun.append(comparison)
@@ -150,14 +149,6 @@ def _spans(numbers: list[int]) -> str:
         else:
             found.append([number, number])
     return ", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in found)
-
-
-def _site() -> str:
-    """Where the program calls us."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _digest(headers: Hashable) -> int:

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from ..algorithms import Algorithm
 from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
-from . import operations
+from . import operations, record
 from .agreement import Comparison, Header, Headers, level_of, native
 from .buffers import REFUSALS, Part, name_of, on_device, order_of, parts, specification, vector
 from .operations import MOVE, Operation, operation
@@ -110,8 +110,16 @@ def allreduce(
         and level != "full"
     ):
         if level == "header" and comm.size > 1:
-            state_of(comm).agreement.check((native("allreduce", "sum", PLAIN[x.dtype.num], x.size),))
-        MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
+            state = state_of(comm)
+            headers = (native("allreduce", "sum", PLAIN[x.dtype.num], x.size),)
+            record.begin(state.entry(headers))
+            try:
+                state.agreement.check(headers)
+                MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
+            finally:
+                record.end()
+        else:
+            MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
         return x
     if isinstance(x, (Number, np.generic)):
         scalar = _number(x, op)
@@ -398,18 +406,23 @@ def account(
 def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Callable[[], list[C]]) -> list[C]:
     """What ``make`` gives, once the ranks are seen to make the same call; what it raises, others hear of."""
     level = level_of(comm, check)
+    calls: list[C]
     if level == "off" or comm.size == 1:
-        return make()
+        calls = make()
+        record.begin(record.Entry(tuple(call.header() for call in calls)))
+        return calls
     error: Exception | None = None
-    calls: list[C] = []
+    calls = []
     headers: Headers
     try:
         calls = make()
         headers = tuple(call.header() for call in calls)
     except REFUSALS as raised:
         error, headers = raised, f"{name} refused, {raised}"
+    state = state_of(comm)
+    record.begin(state.entry(headers))
     try:
-        state_of(comm).agree(headers, (order_of(x),) if level == "full" else None)
+        state.agree(headers, (order_of(x),) if level == "full" else None)
     except MismatchError as mismatch:
         if error is None:
             raise

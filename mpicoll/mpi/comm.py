@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from . import operations
+from . import operations, record
 from .agreement import level_of, native
 from .buffers import (
     REFUSALS,
@@ -59,7 +59,7 @@ class Comm(MPI.Intracomm):
 
     def _ready(self, deterministic: bool, check: str | None) -> "Comm":
         self.deterministic, self.check = deterministic, level_of(self, check)
-        self._agreement = state_of(self).agreement
+        self._state = state_of(self)
         return self
 
     def _wrapped(self, comm: C) -> "C | Comm":
@@ -134,17 +134,26 @@ class Comm(MPI.Intracomm):
             and not under_way
             and not interrupted
         ):
-            if level == "header":
-                self._agree("allreduce", op, recvbuf)
-            MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
+            if level == "off" or self.size == 1:
+                MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
+            else:
+                self._compared("allreduce", op, recvbuf, None, MPI.Intracomm.Allreduce, sendbuf, recvbuf, op)
         else:
             options = options_of(self, algorithm, deterministic, segments, wire)
             with whole(self):
                 self._reduction("allreduce", sendbuf, recvbuf, op, None, options, check)
 
-    def _agree(self, collective: str, op: MPI.Op, data: np.ndarray, root: int | None = None) -> None:
-        if self.size > 1:
-            self._agreement.check((native(collective, name_of(op), PLAIN[data.dtype.num], data.size, root),))
+    def _compared(
+        self, collective: str, op: MPI.Op, data: np.ndarray, root: int | None, call: Callable[..., None], *args: Any
+    ) -> None:
+        """mpi4py's ``call``, compared between the ranks first; the same as ``agreed``, in fewer microseconds."""
+        headers = (native(collective, name_of(op), PLAIN[data.dtype.num], data.size, root),)
+        record.begin(self._state.entry(headers))
+        try:
+            self._state.agreement.check(headers)
+            call(self, *args)
+        finally:
+            record.end()
 
     def Reduce(  # noqa: N802
         self,
@@ -179,9 +188,10 @@ class Comm(MPI.Intracomm):
             and not under_way
             and not interrupted
         ):
-            if level == "header":
-                self._agree("reduce", op, data, root)
-            MPI.Intracomm.Reduce(self, sendbuf, recvbuf, op, root)
+            if level == "off" or self.size == 1:
+                MPI.Intracomm.Reduce(self, sendbuf, recvbuf, op, root)
+            else:
+                self._compared("reduce", op, data, root, MPI.Intracomm.Reduce, sendbuf, recvbuf, op, root)
         else:
             options = options_of(self, algorithm, deterministic, segments, wire)
             with whole(self):

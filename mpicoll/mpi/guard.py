@@ -1,5 +1,6 @@
 """One job, one outcome: ranks fail together, and a rank that fails alone ends the job."""
 
+import atexit
 import os
 import signal
 import socket
@@ -8,12 +9,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from mpi4py import MPI
 
 from ..errors import UserError
+from .watch import LIMIT, Watch
 
 T = TypeVar("T")
 
@@ -36,6 +39,85 @@ def on_root(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
         comm.Barrier()  # raise it together, however late some ranks come
         raise error
     return value
+
+
+class Guard:
+    """What ``mpicoll.guard`` returns: in force at once, until the end of the program, or of a ``with`` block."""
+
+    def __init__(self, limit: float, folder: Path | None) -> None:
+        self._held = ExitStack()
+        self._comm = MPI.COMM_WORLD
+        self._watch = Watch(self._comm, limit, folder) if limit else None
+        self._hooks = sys.excepthook, threading.excepthook
+        sys.excepthook = lambda kind, error, trace: self._end(error)
+        threading.excepthook = lambda args: self._end(args.exc_value, args.thread)
+        self._held.enter_context(_exits_after_interrupt(self._comm.rank))
+        atexit.register(self._leave)
+
+    def __enter__(self) -> "Guard":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._end(error)
+        self.release()
+
+    def release(self) -> None:
+        """Let go: from now on a rank that fails leaves the others waiting, as in any MPI program."""
+        sys.excepthook, threading.excepthook = self._hooks
+        self._held.close()
+        atexit.unregister(self._leave)
+        if self._watch:
+            self._watch.stop()
+
+    def _leave(self) -> None:
+        if self._watch:
+            self._watch.leave()
+
+    def _end(self, error: BaseException | None, thread: threading.Thread | None = None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            _exit_interrupted(self._comm.rank)
+        if isinstance(error, SystemExit):
+            if thread is not None or not error.code:
+                return
+            _abort(self._comm, error.code if isinstance(error.code, int) else 1, error)
+        _abort(self._comm, 1, error, thread, self._watch)
+
+
+def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = None) -> Guard:
+    """End the whole job when a rank fails, instead of leaving the others waiting for it.
+
+    One line at the beginning of a program, on all ranks (it is a collective call on ``MPI.COMM_WORLD``), or
+    ``with mpicoll.guard():`` around a part of it.
+
+    * An exception that nobody catches, in whatever thread, is told with its traceback, and the job aborted (status 1).
+    * Ctrl-C and SIGTERM end the job with status 130, even if this rank waits inside MPI.
+    * A call of ours that takes longer than ``timeout`` seconds, or for 3 seconds waits for a rank that has left the
+      program, ends it with status 124 and an account of all ranks of the node: in which call each is, or after which,
+      since when, and where in the program.
+
+    Parameters
+    ----------
+    timeout
+        Seconds; 0 for no limit. By default ``MPICOLL_TIMEOUT``, else 600. Rank 0's counts.
+    report
+        A folder for the stacks and the last calls of each rank, a file for each, if the job is ended. By default
+        ``MPICOLL_REPORT``, else none.
+
+    Only calls that are recorded have a limit: not those of the MPI library's own with ``check="off"``, and none of
+    mpi4py's.
+    """
+    if timeout is None:
+        given = os.environ.get("MPICOLL_TIMEOUT") or LIMIT
+        try:
+            timeout = float(given)
+        except ValueError:
+            raise ValueError(f"MPICOLL_TIMEOUT must be a number of seconds, got {given!r}") from None
+    if not timeout >= 0:
+        raise ValueError(f"timeout must be a number of seconds, 0 or more, got {timeout}")
+    report = report or os.environ.get("MPICOLL_REPORT")
+    limit, folder = MPI.COMM_WORLD.bcast((timeout, report and os.path.abspath(report)))
+    return Guard(limit, Path(folder) if folder else None)
 
 
 @contextmanager
@@ -74,10 +156,20 @@ def _all_arrive(comm: MPI.Intracomm) -> bool:
     return True
 
 
-def _abort(comm: MPI.Intracomm, status: int) -> NoReturn:
-    text = f"mpicoll: rank {comm.rank} failed:\n{traceback.format_exc()}"
-    print(text, file=sys.stderr, end="", flush=True)
-    comm.Abort(status)
+def _abort(
+    comm: MPI.Intracomm,
+    status: int,
+    error: BaseException | None = None,
+    thread: threading.Thread | None = None,
+    watch: Watch | None = None,
+) -> NoReturn:
+    told = "".join(traceback.format_exception(error)) if error else traceback.format_exc()
+    where = f" in {thread.name}" if thread else ""
+    print(f"mpicoll: rank {comm.rank} failed{where}:\n{told}", file=sys.stderr, end="", flush=True)
+    if watch is not None and watch.folder is not None:
+        watch.collect()
+    if MPI.Query_thread() == MPI.THREAD_MULTIPLE or threading.current_thread() is threading.main_thread():
+        comm.Abort(status)
     os._exit(status)  # some MPIs return while the launcher is still ending the job
 
 

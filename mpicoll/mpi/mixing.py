@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from ..algorithms import mixing
 from ..graphs import Graph, graph
+from . import record
 from .buffers import is_half, parts
 from .operations import MOVE
 from .state import check_comm, state_of, whole
@@ -137,6 +138,7 @@ def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int) -> Any:
                     f"mixing takes floats or complex numbers, got dtype {flat.dtype}: convert with x.astype(float)"
                 )
         state = state_of(comm)
+        record.begin(record.Entry(f"mix on a {graph}, step {step}", state.name))
         for flat, deliver in pieces:
             schedule = partial(mixing.schedule, graph, t, 1)
             state.run(state.plan(("mix", graph.digest, t), schedule, len(flat), flat.dtype, MOVE), flat, MOVE)

@@ -18,6 +18,7 @@ from mpi4py import MPI
 from ..errors import MismatchError
 from ..graphs import Graph
 from ..schedule import Schedule
+from . import record
 from .agreement import Agreement, Comparison, Header, Headers
 from .operations import Operation
 from .plan import Bound, Plan
@@ -42,9 +43,10 @@ class State:
     def __init__(self, comm: MPI.Intracomm) -> None:
         group = comm.Get_group()
         self.comm = MPI.Intracomm(comm).Create(group)  # a duplicate, but for the user's attributes
-        group.Free()
         self.p, self.rank = self.comm.size, self.comm.rank
+        self.name, self.world = _named(self.comm, group)
         self.plans: dict[tuple[Any, ...], Plan] = {}
+        group.Free()
         self.agreement = Agreement(self.comm)
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)
@@ -86,7 +88,10 @@ class State:
             if len(self._scratch) < plan.scratch_bytes:
                 self._scratch = np.empty(plan.scratch_bytes, np.uint8)
             with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
-                for bound in plan.bind(vector, self._scratch, operation):
+                entry = record.inside.get(get_ident())
+                for n, bound in enumerate(plan.bind(vector, self._scratch, operation)):
+                    if entry is not None:
+                        entry.round = n
                     bound.before()
                     _exchange(self.comm, bound)
                     bound.after()
@@ -110,6 +115,10 @@ class State:
         except BaseException as error:
             handle.abandon(error)
             raise
+
+    def entry(self, what: Any) -> record.Entry:
+        """For the flight record: a call that comes next."""
+        return record.Entry(what, self.name, self.world, self.agreement.calls + 1)
 
     def agree(self, headers: Headers, detail: tuple[str, ...] | None = None) -> None:
         """Compare a blocking call between the ranks: a ``MismatchError`` on all of them if it is not the same."""
@@ -257,7 +266,7 @@ class Handle:
     def wait(self) -> Any:
         """Wait until it is complete, and return the array (or list) that holds the result."""
         check_thread()
-        with _all_or_none():
+        with _all_or_none(), record.during("waiting for a handle of ours", self._state):
             while self._bound is not None:
                 self._raise_if_abandoned()
                 if under_way == [self]:
@@ -442,10 +451,11 @@ class NativeHandle:
     def wait(self) -> Any:
         """Wait until it is complete, and return the array (or list) that holds the result."""
         check_thread()
-        while not self._test(wait=not under_way):
-            with _all_or_none():
-                if not _advance_all():
-                    time.sleep(0)
+        with record.during("waiting for a handle of the MPI library"):
+            while not self._test(wait=not under_way):
+                with _all_or_none():
+                    if not _advance_all():
+                        time.sleep(0)
         return self._result
 
     def _test(self, wait: bool = False) -> bool:
@@ -579,6 +589,19 @@ def check_comm(comm: Any) -> None:
         raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
 
 
+_named_here = 0
+
+
+def _named(comm: MPI.Comm, group: MPI.Group) -> tuple[str, tuple[int, ...]]:
+    """A name that is the same on all ranks and no other's, and the ranks in ``MPI.COMM_WORLD``."""
+    global _named_here
+    everything = MPI.COMM_WORLD.Get_group()
+    world = tuple(group.Translate_ranks(list(range(group.size)), everything))
+    everything.Free()
+    _named_here += comm.rank == 0
+    return comm.bcast(f"communicator {world[0]}.{_named_here}"), world
+
+
 class _Broken:
     """In place of the state of a communicator that had none when a call on it was broken off."""
 
@@ -603,6 +626,7 @@ def whole(comm: MPI.Intracomm) -> Iterator[None]:
     check(comm)
     try:
         yield
+        record.end()
     except (KeyboardInterrupt, SystemExit):
         state = find_state(comm)
         if state is not None:
@@ -610,6 +634,10 @@ def whole(comm: MPI.Intracomm) -> Iterator[None]:
         else:
             comm.Set_attr(_keyval, _Broken())
             interrupted.append("native")
+        record.end()
+        raise
+    except BaseException:
+        record.end()
         raise
 
 

@@ -1,0 +1,217 @@
+"""A time limit for calls: a thread that makes no MPI call, so that it can tell what is wrong while MPI waits for ever.
+
+The ranks of a node share a page, which each of these threads updates ten times a second: whether its rank is in a call,
+in which, and since when.  When one finds that its rank has been in a call for too long, all report, in one order, and
+the job ends with status ``TIMED_OUT``.
+"""
+
+import faulthandler
+import mmap
+import os
+import struct
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from mpi4py import MPI
+
+from . import record
+
+TIMED_OUT = 124
+"""The exit status of a job that a time limit has ended, as the command timeout has it."""
+
+LIMIT = 600.0
+"""Seconds that a call may take by default."""
+
+TICK = 0.1
+SILENT = 2.0  # seconds without an update until a rank is called silent
+LEFT = 3.0  # seconds to wait in a call for a rank that has left the program
+GRACE = 5.0  # seconds for all ranks to report
+
+OUTSIDE, INSIDE, GONE, REPORTED = range(4)
+_STATES = struct.Struct("=ddqq")  # when updated, since when, process, state
+_SLOT = 512
+_HEAD = 64
+_ALARM, _DONE = 0, 8  # where in the head: the rank that raised the alarm, plus one; whether it has told
+
+
+class Page:
+    """What the ranks of this node know of each other, in a file that has no name any more, and so is never left."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+        self.ranks = node.allgather(comm.rank)
+        size = _HEAD + _SLOT * node.size
+        path = None
+        if node.rank == 0:
+            folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+            handle, path = tempfile.mkstemp(prefix="mpicoll-watch-", dir=folder)
+            os.truncate(handle, size)
+            os.close(handle)
+        path = node.bcast(path)
+        with open(path, "r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), size)
+        node.Barrier()
+        if node.rank == 0:
+            os.unlink(path)
+        node.Free()
+        self._slot = {rank: _HEAD + _SLOT * n for n, rank in enumerate(self.ranks)}
+
+    def write(self, rank: int, since: float, state: int, text: str) -> None:
+        """One rank's part."""
+        start, said = self._slot[rank], text.encode(errors="replace")[: _SLOT - _STATES.size]
+        room = _SLOT - _STATES.size
+        self._memory[start + _STATES.size : start + _SLOT] = said.ljust(room, b"\0")
+        _STATES.pack_into(self._memory, start, time.monotonic(), since, os.getpid(), state)
+
+    def read(self, rank: int) -> tuple[float, float, int, int, str]:
+        """When it was updated, since when it is so, the process, the state, and the text."""
+        start = self._slot[rank]
+        said = self._memory[start + _STATES.size : start + _SLOT].rstrip(b"\0")
+        updated, since, process, state = _STATES.unpack_from(self._memory, start)
+        return updated, since, process, state, said.decode(errors="replace")
+
+    def get(self, where: int) -> int:
+        """A number of the head."""
+        return int.from_bytes(self._memory[where : where + 8], "little")
+
+    def set(self, where: int, value: int) -> None:
+        """The same, written."""
+        self._memory[where : where + 8] = value.to_bytes(8, "little")
+
+
+class Watch:
+    """The thread of this rank; making it is a collective call."""
+
+    def __init__(self, comm: MPI.Intracomm, limit: float, folder: Path | None) -> None:
+        self.rank, self.size, self.limit, self.folder = comm.rank, comm.size, limit, folder
+        self.page = Page(comm)
+        self._since, self._stop = time.monotonic(), threading.Event()
+        self._publish()
+        comm.Barrier()
+        self._thread = threading.Thread(target=self._run, name="mpicoll-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._stop.set()
+        self._thread.join()
+        self.page.write(self.rank, time.monotonic(), GONE, "")
+
+    def leave(self) -> None:
+        """The program has come to its end on this rank."""
+        self._stop.set()
+        self.page.write(self.rank, time.monotonic(), GONE, "has left the program")
+
+    def _run(self) -> None:
+        while not self._stop.wait(TICK):
+            self._publish()
+            alarm = self.page.get(_ALARM)
+            if not alarm and (reason := self._reason()):
+                self.page.set(_ALARM, self.rank + 1)
+                self._report()
+                self._tell(reason)
+            elif alarm:
+                self._report()
+                self._until(lambda: self.page.get(_DONE) > 0, 2 * GRACE)
+                os._exit(TIMED_OUT)
+
+    def _publish(self) -> None:
+        entry = record.current()
+        if entry is not None:
+            self.page.write(self.rank, entry.began, INSIDE, f"in {entry}")
+            return
+        last = record.calls[-1] if record.calls else None
+        since, text = (last.ended or last.began, f", after {last}") if last else (self._since, "")
+        self.page.write(self.rank, since, OUTSIDE, f"in no call{text}")
+
+    def _reason(self) -> str | None:
+        entry, now = record.current(), time.monotonic()
+        if entry is None:
+            return None
+        for rank in entry.ranks:
+            if rank in self.page.ranks and rank != self.rank:
+                _, since, process, state, _ = self.page.read(rank)
+                waited = now - max(since, entry.began) > LEFT
+                if waited and (state == GONE or (process and not _lives(process))):
+                    return f"rank {rank}, which this call needs, is gone"
+        return f"time limit of {self.limit:g} s" if now - entry.began > self.limit else None
+
+    def collect(self) -> None:
+        """Have all ranks of this node report, because this one is about to end the job."""
+        self._stop.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        if not self.page.get(_ALARM):
+            self.page.set(_ALARM, self.rank + 1)
+        self._report()
+        self._until(self._all_have_reported, GRACE)
+
+    def _report(self) -> None:
+        if self.folder is not None:
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (self.folder / f"rank-{self.rank}.txt").open("w") as file:
+                    print(f"rank {self.rank} of {self.size}, process {os.getpid()}, calls:", file=file)
+                    print("\n".join(record.lines()), file=file)
+                    print("stacks:", file=file, flush=True)
+                    faulthandler.dump_traceback(file)
+        _, since, _, _, text = self.page.read(self.rank)
+        self.page.write(self.rank, since, REPORTED, f"{text}, at {record.here()}")
+
+    def _all_have_reported(self) -> bool:
+        return all(self.page.read(rank)[3] in (REPORTED, GONE) for rank in self.page.ranks)
+
+    def _tell(self, reason: str) -> None:
+        self._until(self._all_have_reported, GRACE)
+        entry = record.current()
+        print(f"mpicoll: {reason}: rank {self.rank} is in {entry}\n{self.account()}", file=sys.stderr, flush=True)
+        self.page.set(_DONE, 1)
+        time.sleep(2 * TICK)
+        os._exit(TIMED_OUT)
+
+    def account(self) -> str:
+        """A line for each rank of this node, and where to read more."""
+        now = time.monotonic()
+        rows = []
+        for rank in self.page.ranks:
+            updated, since, process, state, text = self.page.read(rank)
+            if state == GONE:
+                text = text or "is no longer watched"
+            elif not _lives(process):
+                text = f"is dead; was {text}"
+            elif now - updated > SILENT and state != REPORTED:
+                text = f"{'stopped' if _is_stopped(process) else 'silent'} for {now - updated:.1f} s; was {text}"
+            rows.append(f"  rank {rank:<5} {now - since:8.1f} s  {text}")
+        if len(self.page.ranks) < self.size:
+            rows.append(f"  the other {self.size - len(self.page.ranks)} ranks are on other nodes")
+        if self.folder is not None:
+            rows.append(f"  stacks and calls: {self.folder}/rank-*.txt")
+        return "\n".join(rows)
+
+    @staticmethod
+    def _until(condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(TICK / 2)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _is_stopped(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except (OSError, IndexError):
+        return False
