@@ -1,17 +1,21 @@
 """Ranks that fail alone, hang or are interrupted: each job is launched apart, with a hard limit."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
-from launch import IS_OPEN_MPI, mpirun
+from launch import BIN, IS_OPEN_MPI, mpirun, run
 
 GUARDED = """
 import time
+from pathlib import Path
 from mpi4py import MPI
 from mpicoll import UserError
 from mpicoll.mpi.guard import ends_job, on_root
@@ -164,3 +168,190 @@ def test_a_hanging_test_fails_with_the_stacks_of_all_ranks(tmp_path):
     assert done.seconds < 40
     assert done.err.count('test_hang.py", line 6 in test_hang') == 2  # ranks 0 and 2
     assert "line 9 in test_hang_as_well" in done.err  # rank 1 went on
+
+
+# mpicoll.guard: in a library's user's program, one line.
+
+WATCHED = """
+import os, signal, sys, threading, time
+import numpy as np
+import mpicoll
+from mpi4py import MPI
+
+mpicoll.guard(timeout={timeout}, report={report!r})
+comm = mpicoll.Comm(MPI.COMM_WORLD)
+x = np.ones(5)
+for _ in range(500):
+    mpicoll.allreduce(x, comm)
+    comm.Allreduce(MPI.IN_PLACE, x, op=MPI.MAX)
+    x[:] = 1
+if comm.rank == 1:
+    {one}
+{others}
+print(f"rank {{comm.rank}} is done")
+"""
+CALL = "mpicoll.allreduce(x, comm, algorithm='ring')"
+
+
+def watched(tmp_path, one, others=CALL, timeout=2.0, report="", **options):
+    (tmp_path / "job.py").write_text(WATCHED.format(one=one, others=others, timeout=timeout, report=report))
+    done = mpirun(3, [sys.executable, "job.py"], tmp_path, **options)
+    assert done.seconds < 30
+    return done
+
+
+def account(done):
+    """The account that was told, by rank."""
+    told = [line for line in done.err.splitlines() if line.startswith("mpicoll:")]
+    lines = [line.split(None, 4) for line in done.err.splitlines() if line.startswith("  rank ")]
+    assert len(told) == 1
+    return told[0], {int(rank): text for _, rank, _, _, text in lines}
+
+
+def test_a_correct_program_is_left_alone(tmp_path):
+    own = "MPI.COMM_WORLD.Barrier(); "  # mpi4py's own communicators have no limit
+    done = watched(tmp_path, "time.sleep(3)", own + CALL, timeout=1)
+    assert (done.status, done.err) == (0, "")
+    assert all(f"rank {rank} is done" in done.out for rank in range(3))
+
+
+NUMBER = r"call 1001 on communicator 0\.1"
+LATE = {  # what keeps rank 1 from a call, and what is told of it
+    "sleeping": ("time.sleep(1000)", CALL, "in no call, after call 1000 on communicator 0.1, allreduce of 5"),
+    "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", CALL, "stopped for "),
+    "in another call": ("comm.Barrier()", CALL, "in communicator 0.1, Barrier, at "),
+    "in a call of mpi4py's own": ("MPI.COMM_WORLD.Barrier()", CALL, "in no call, after call 1000"),
+    "in a handle": (
+        "mpicoll.iallreduce(x, comm, algorithm='ring').wait()",
+        "MPI.COMM_WORLD.Recv(x, 1)",
+        "in communicator 0.1, waiting for a handle of ours, at ",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_a_time_limit_ends_the_job_and_says_who_is_late(tmp_path, what):
+    one, others, told = LATE[what]
+    report = tmp_path / "report"
+    done = watched(tmp_path, one, f"if comm.rank != 1:\n    {others}\nelse:\n    {CALL}", report=str(report))
+    assert done.status == 124
+    head, ranks = account(done)
+    assert head.startswith("mpicoll: time limit of 2 s: rank ")
+    assert ranks[1].startswith(told)
+    if what == "sleeping":
+        assert re.search(r", at .*job\.py:\d+$", ranks[1])
+    if others == CALL:
+        for rank in (0, 2):
+            assert ranks[rank].startswith("in call 1001 on communicator 0.1, allreduce of 5 float64, sum, ring, at ")
+            assert "in run" in (report / f"rank-{rank}.txt").read_text()
+        compared = run([BIN / "mpicoll", "report", report], tmp_path).out.splitlines()
+        assert compared[0].startswith("2 of 3 ranks reported; nothing of rank 1" if what == "stopped" else "3 of 3")
+        assert "communicator 0.1, ranks 0-2:" in compared
+        assert any(line.startswith("  call 1001: allreduce of 5 float64, sum, ring: ranks 0, 2") for line in compared)
+        assert ("  call 1001: not made by rank 1" in compared) == (what != "stopped")
+
+
+@pytest.mark.parametrize("how", ["sys.exit(0)", "sys.exit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_rank_that_is_gone_ends_the_job_soon(tmp_path, how):
+    done = watched(tmp_path, how, timeout=1000)
+    assert done.status != 0
+    assert "is done" not in done.out
+    if "exit" in how:
+        head, ranks = account(done)
+        assert head.startswith("mpicoll: rank 1, which this call needs, is gone: rank ")
+        assert ranks[1] == "has left the program"
+        assert done.status == 124
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("raise RuntimeError('only here')", "mpicoll: rank 1 failed:\nTraceback"),
+        (
+            "threading.Thread(target=lambda: 1 / 0, name='helper').start(); time.sleep(1000)",
+            "mpicoll: rank 1 failed in helper:\nTraceback",
+        ),
+    ],
+)
+def test_an_exception_that_nobody_catches_ends_the_job(tmp_path, how, told):
+    report = tmp_path / "report"
+    done = watched(tmp_path, how, timeout=1000, report=str(report))
+    assert done.status != 0
+    assert "is done" not in done.out
+    assert told in done.err
+    assert done.err.count("Traceback") == 1
+    assert {path.name for path in report.glob("*.json")} == {f"rank-{rank}.json" for rank in range(3)}
+
+
+def test_ctrl_c_ends_a_guarded_program(tmp_path):
+    def interrupt(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+
+    waiting = "if comm.rank == 0: print('waiting', flush=True)\n"
+    done = watched(tmp_path, "time.sleep(1000)", waiting + CALL, timeout=1000, meanwhile=interrupt)
+    assert done.status != 0
+    assert "is done" not in done.out
+    assert "Traceback" not in done.err
+
+
+def test_a_mismatch_that_nobody_catches_ends_the_job_with_the_table(tmp_path):
+    done = watched(tmp_path, "mpicoll.allreduce(x[:4], comm, algorithm='ring')")
+    assert done.status != 0
+    assert "MismatchError: ranks do not make the same call on this communicator:" in done.err
+    assert re.search(r"rank 1 +call 1001: allreduce of 4 float64, sum, ring", done.err)
+
+
+def test_a_guard_lasts_as_long_as_its_block_and_leaves_nothing(tmp_path):
+    (tmp_path / "job.py").write_text(
+        textwrap.dedent(
+            """\
+            import glob, signal, sys, threading, time
+            import mpicoll
+            from mpi4py import MPI
+            before = sys.excepthook, threading.excepthook, signal.getsignal(signal.SIGTERM), threading.active_count()
+            for _ in range(2):
+                with mpicoll.guard(timeout=5) as guard:
+                    assert mpicoll.allreduce(1, MPI.COMM_WORLD) == 3
+                    assert glob.glob("/dev/shm/mpicoll-*") == []
+                    assert threading.active_count() > before[3]
+                time.sleep(0.1)
+                after = sys.excepthook, threading.excepthook, signal.getsignal(signal.SIGTERM), threading.active_count()
+                assert after == before
+            for wrong in ({"timeout": -1}, {"timeout": float("nan")}):
+                try:
+                    mpicoll.guard(**wrong)
+                except ValueError as error:
+                    assert str(error).startswith("timeout must be a number of seconds, 0 or more, got")
+                else:
+                    raise AssertionError(wrong)
+            print("fine")
+            """
+        )
+    )
+    done = mpirun(3, [sys.executable, "job.py"], tmp_path)
+    assert (done.status, done.out.count("fine"), done.err) == (0, 3, "")
+
+
+def test_training_has_a_time_limit(tmp_path):
+    """One rank is stopped in the middle of it."""
+
+    def stop(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        while process.stdout.readline().split()[:2] != ["1", "23"]:
+            pass
+        pids = subprocess.run(["pgrep", "-f", f"mpicoll train .*{tmp_path}"], capture_output=True, text=True)
+        ranks = [pid for pid in pids.stdout.split() if b"PMI_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        assert len(ranks) == 1
+        os.kill(int(ranks[0]), signal.SIGSTOP)
+
+    if IS_OPEN_MPI:
+        return
+    train = ["mpicoll", "train", "--epochs", "100000", "--timeout", "2", "--out", str(tmp_path / "run")]
+    done = mpirun(2, train, tmp_path, meanwhile=stop)
+    assert done.status == 124
+    assert "mpicoll: time limit of 2 s: rank 0 is in call " in done.err
+    assert re.search(r"rank 1 +[0-9.]+ s  stopped for", done.err)
+    assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -34,7 +34,7 @@ LAYERS = [
     ["train"],
     ["train.settings", "train.models", "train.optimizers", "train.strategies", "train.data", "train.loop"],
     ["train.files", "train.run"],
-    ["cli.predict", "cli.show", "cli.train", "cli.verify", "cli.app", "cli"],
+    ["cli.predict", "cli.report", "cli.show", "cli.train", "cli.verify", "cli.app", "cli"],
     ["__main__"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]

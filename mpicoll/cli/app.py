@@ -4,6 +4,7 @@ import click
 
 from .. import __version__
 from .predict import predict
+from .report import report
 from .show import show
 from .train import train
 from .verify import verify
@@ -26,5 +27,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, predict, show, verify):
+for command in (train, predict, show, verify, report):
     app.add_command(command)

@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,19 +65,34 @@ def _with_options(command: Any) -> Any:
 @click.option(
     "--json", "as_json", is_flag=True, envvar="MPICOLL_TRAIN_JSON", help="End with the summary as one line of JSON."
 )
-def train(as_json: bool, **options: Any) -> None:
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=600,
+    show_default=True,
+    envvar=["MPICOLL_TRAIN_TIMEOUT", "MPICOLL_TIMEOUT"],
+    help="Seconds that a rank may wait for the others in a collective; 0 for no limit.",
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar=["MPICOLL_TRAIN_REPORT", "MPICOLL_REPORT"],
+    help="Where to leave stacks and calls if the job is ended for that: see mpicoll report.",
+)
+def train(as_json: bool, timeout: float, report: Path | None, **options: Any) -> None:
     """Train a model on all ranks: mpirun -n 4 mpicoll train"""
     settings = Settings(**options)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
+    from ..mpi.comm import Comm
     from ..mpi.guard import ends_job
     from ..train.run import run
 
     progress = _Progress(settings)
     if launched_ranks() == 0:
         _say("one rank: use more with mpirun -n N mpicoll train")
-    with ends_job(comm):
-        summary = run(comm, settings, progress.start, progress.epoch)
+    with ends_job(comm, timeout, report):
+        summary = run(Comm(comm), settings, progress.start, progress.epoch)
     progress.finish(summary)
     if as_json:
         _say(json.dumps(summary))

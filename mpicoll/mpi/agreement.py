@@ -15,7 +15,7 @@ from typing import NamedTuple
 from mpi4py import MPI
 
 from ..errors import MismatchError
-from .record import site
+from .record import named, site
 
 LEVELS = ("off", "header", "full")
 """Nothing; what is done, to how many of what; and from where, and in which order of memory."""
@@ -134,21 +134,10 @@ def _table(said: list[str]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, call in enumerate(said):
         ranks.setdefault(call, []).append(rank)
-    heads = [f"{'ranks' if len(who) > 1 else 'rank'} {_spans(who)}" for who in ranks.values()]
+    heads = [named(who) for who in ranks.values()]
     width = max(map(len, heads))
     lines = [f"  {head:{width}}  {call}" for head, call in zip(heads, ranks, strict=True)]
     return "\n".join(["ranks do not make the same call on this communicator:", *lines])
-
-
-def _spans(numbers: list[int]) -> str:
-    """``0-2, 5``"""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and found[-1][1] + 1 == number:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in found)
 
 
 def _digest(headers: Hashable) -> int:

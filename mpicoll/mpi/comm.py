@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from threading import get_ident
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from .buffers import (
 from .collectives import Call, Native, agreed, check_root, cuts_of, decide, gathering, options_of, run
 from .operations import MOVE, name_of, operation
 from .select import LARGE, PLAIN, Options, Preference
-from .state import check_comm, driving, interrupted, state_of, under_way, whole
+from .state import State, check_comm, driving, interrupted, state_of, under_way, whole
 
 C = TypeVar("C", bound=MPI.Intracomm)
 
@@ -47,6 +48,7 @@ class Comm(MPI.Intracomm):
 
     deterministic: bool = False
     check: str = ""
+    _state: State | None = None
 
     def __new__(
         cls, comm: MPI.Intracomm | None = None, *, deterministic: bool = False, check: str | None = None
@@ -148,9 +150,10 @@ class Comm(MPI.Intracomm):
     ) -> None:
         """mpi4py's ``call``, compared between the ranks first; the same as ``agreed``, in fewer microseconds."""
         headers = (native(collective, name_of(op), PLAIN[data.dtype.num], data.size, root),)
-        record.begin(self._state.entry(headers))
+        state = state_of(self)
+        record.begin(state.entry(headers))
         try:
-            self._state.agreement.check(headers)
+            state.agreement.check(headers)
             call(self, *args)
         finally:
             record.end()
@@ -499,3 +502,29 @@ for _name in [
     *("Allreduce_init", "Reduce_init", "Reduce_scatter_init", "Reduce_scatter_block_init", "Scan_init", "Exscan_init"),
 ]:
     setattr(Comm, _name, _keeping(_name))
+
+
+def _recorded(name: str, collective: bool) -> Callable[..., Any]:
+    native = getattr(MPI.Intracomm, name)
+
+    @wraps(native)
+    def call(self: Comm, *args: Any, **kwargs: Any) -> Any:
+        state = self._state
+        if state is None or get_ident() in record.inside:
+            return native(self, *args, **kwargs)
+        record.begin(record.Entry(name, state.name, state.world if collective else ()))
+        try:
+            return native(self, *args, **kwargs)
+        finally:
+            record.end()
+
+    return call
+
+
+for _name in [
+    *("Barrier", "Gather", "Gatherv", "Scatter", "Scatterv", "Alltoall", "Alltoallv", "Alltoallw", "Scan", "Exscan"),
+    *("barrier", "bcast", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan"),
+]:
+    setattr(Comm, _name, _recorded(_name, True))
+for _name in ("Send", "Ssend", "Recv", "Sendrecv", "Probe", "send", "ssend", "recv", "sendrecv", "probe"):
+    setattr(Comm, _name, _recorded(_name, False))

@@ -104,32 +104,33 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
         A folder for the stacks and the last calls of each rank, a file for each, if the job is ended. By default
         ``MPICOLL_REPORT``, else none.
 
-    Only calls that are recorded have a limit: not those of the MPI library's own with ``check="off"``, and none of
-    mpi4py's.
+    Only calls that are recorded have a limit: those of our functions, and of all blocking methods of a ``Comm``, but
+    not small ones that go to the MPI library with ``check="off"``; and not those of mpi4py's own communicators.
     """
-    if timeout is None:
-        given = os.environ.get("MPICOLL_TIMEOUT") or LIMIT
-        try:
-            timeout = float(given)
-        except ValueError:
-            raise ValueError(f"MPICOLL_TIMEOUT must be a number of seconds, got {given!r}") from None
-    if not timeout >= 0:
-        raise ValueError(f"timeout must be a number of seconds, 0 or more, got {timeout}")
+    try:
+        limit = float(os.environ.get("MPICOLL_TIMEOUT") or LIMIT) if timeout is None else float(timeout)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        given = os.environ.get("MPICOLL_TIMEOUT") if timeout is None else timeout
+        raise ValueError(f"timeout must be a number of seconds, 0 or more, got {given!r}")
     report = report or os.environ.get("MPICOLL_REPORT")
-    limit, folder = MPI.COMM_WORLD.bcast((timeout, report and os.path.abspath(report)))
+    limit, folder = MPI.COMM_WORLD.bcast((limit, report and os.path.abspath(report)))
     return Guard(limit, Path(folder) if folder else None)
 
 
 @contextmanager
-def ends_job(comm: MPI.Intracomm) -> Iterator[None]:
+def ends_job(comm: MPI.Intracomm, limit: float = 0, folder: Path | None = None) -> Iterator[None]:
     """Within it, an exception on one rank ends the whole job instead of leaving the others waiting.
 
     A ``UserError`` is expected to be raised by all ranks, and passes on once they all did; if they do not within
     ``ARRIVE`` seconds, or for any other exception, the rank's traceback goes to standard error and the job is aborted
     with status 1 (that of ``sys.exit`` if this is what was raised).  After Ctrl-C or SIGTERM the job ends with
-    status 130, even if this rank is inside MPI for ever.  Entering and leaving are collective calls.
+    status 130, even if this rank is inside MPI for ever.  Calls longer than ``limit`` seconds end it as ``guard`` does.
+    Entering and leaving are collective calls.
     """
     own = comm.Dup()  # so that no barrier of ours can meet one of the program's
+    watch = Watch(own, limit, folder) if limit else None
     with _exits_after_interrupt(comm.rank):
         try:
             yield
@@ -141,8 +142,11 @@ def ends_job(comm: MPI.Intracomm) -> Iterator[None]:
             _exit_interrupted(comm.rank)
         except SystemExit as leaving:
             _abort(comm, leaving.code if isinstance(leaving.code, int) else 1)
-        except BaseException:
-            _abort(comm, 1)
+        except BaseException as error:
+            _abort(comm, 1, error, watch=watch)
+        finally:
+            if watch:
+                watch.stop()
     own.Free()
 
 

@@ -1,9 +1,11 @@
 """The flight record: what this process has called lately, kept in memory, to be told when something goes wrong."""
 
+import faulthandler
+import json
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
@@ -13,7 +15,7 @@ from typing import Any
 KEPT = 256
 """Calls; older ones are forgotten."""
 
-PACKAGE = str(Path(__file__).parents[1])
+HERE = str(Path(__file__).parent)
 
 
 class Entry:
@@ -26,10 +28,14 @@ class Entry:
         self.round: int | None = None
         self.began, self.ended = monotonic(), 0.0
 
+    @property
+    def shown(self) -> str:
+        """What it is, in words."""
+        return self.what if isinstance(self.what, str) else "; ".join(map(str, self.what))
+
     def __str__(self) -> str:
-        what = self.what if isinstance(self.what, str) else "; ".join(map(str, self.what))
         number = f"call {self.call} on {self.where}, " if self.call else f"{self.where}, " if self.where else ""
-        return f"{number}{what}" + ("" if self.round is None else f", round {self.round}")
+        return f"{number}{self.shown}" + ("" if self.round is None else f", round {self.round}")
 
 
 calls: deque[Entry] = deque(maxlen=KEPT)
@@ -71,20 +77,108 @@ def current() -> Entry | None:
 
 
 def site(frame: Any) -> str:
-    """Where a program calls us: the file and line nearest to ``frame`` that is not our own."""
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    """Where a program calls this package: its file and line; where it is, if it is elsewhere."""
+    outer = frame
+    while outer is not None and not outer.f_code.co_filename.startswith(HERE):
+        outer = outer.f_back  # NumPy's, called by ours, or all of them the program's
+    while outer is not None and outer.f_code.co_filename.startswith(HERE):
+        outer = outer.f_back
+    found = outer or frame
+    return f"{found.f_code.co_filename}:{found.f_lineno}"
 
 
-def lines() -> list[str]:
-    """The record, for people: one line a call, with seconds before now."""
+def write(folder: Path, rank: int, size: int) -> None:
+    """This rank's part of a report: its calls, for ``compare``, and the stacks of its threads."""
+    folder.mkdir(parents=True, exist_ok=True)
     now = monotonic()
-    found = []
-    for entry in list(calls):
-        took = f"took {entry.ended - entry.began:.6f} s" if entry.ended else "has not ended"
-        found.append(f"{entry.began - now:12.6f} s  {took:>20}  {entry}")
-    return found
+    known = [
+        {
+            "communicator": entry.where,
+            "ranks": entry.ranks,
+            "call": entry.call,
+            "what": entry.shown,
+            "round": entry.round,
+            "began": entry.began - now,
+            "ended": entry.ended - now if entry.ended else None,
+        }
+        for entry in list(calls)
+    ]
+    with (folder / f"rank-{rank}.txt").open("w") as file:
+        faulthandler.dump_traceback(file)
+    path = folder / f"rank-{rank}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"rank": rank, "size": size, "calls": known}))
+    partial.replace(path)
+
+
+def compare(folder: Path) -> list[str]:
+    """What the reports of all ranks say, in lines; a ``ValueError`` if there are none."""
+    try:
+        reports = {report["rank"]: report for report in map(_read, sorted(folder.glob("rank-*.json")))}
+        if not reports:
+            raise ValueError(f"{str(folder)!r} holds no report: expected files rank-0.json, rank-1.json, ...")
+        size = max(report["size"] for report in reports.values())
+        made: dict[str, dict[int, dict[int, Any]]] = {}  # communicator -> call -> rank -> the call there
+        members: dict[str, list[int]] = {}
+        for rank, report in reports.items():
+            for call in report["calls"]:
+                if call["call"]:
+                    made.setdefault(call["communicator"], {}).setdefault(call["call"], {})[rank] = call
+                    members[call["communicator"]] = call["ranks"]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{str(folder)!r} holds files that are no reports") from None
+    missing = sorted(set(range(size)) - set(reports))
+    told = [f"{len(reports)} of {size} ranks reported" + (f"; nothing of {named(missing)}" if missing else "")]
+    for communicator, numbers in made.items():
+        told.append(f"{communicator}, {named(members[communicator])}:")
+        told += _differences(numbers, [rank for rank in members[communicator] if rank in reports])
+    return told
+
+
+def _differences(made: dict[int, dict[int, Any]], members: list[int]) -> list[str]:
+    """From the first call that is not the same, and complete, on all ranks."""
+    newest = {rank: max((number for number, by in made.items() if rank in by), default=0) for rank in members}
+    oldest = max(min((number for number, by in made.items() if rank in by), default=0) for rank in members)
+    same, told = [], []
+    for number in sorted(made):
+        by = made[number]
+        whats = {rank: call["what"] for rank, call in by.items()}
+        behind = [rank for rank in members if rank not in by and newest[rank] < number]
+        open_ = [rank for rank, call in by.items() if call["ended"] is None]
+        if number < oldest:
+            continue  # some ranks have forgotten it
+        if not behind and not open_ and len(set(whats.values())) == 1:
+            same.append(number)
+            continue
+        for what in dict.fromkeys(whats.values()):
+            ranks = [rank for rank in whats if whats[rank] == what]
+            waiting = [rank for rank in ranks if rank in open_]
+            since = f" ({named(waiting)} for {-min(by[rank]['began'] for rank in waiting):.1f} s)" if waiting else ""
+            told.append(f"  call {number}: {what}: {named(ranks)}{since}")
+        if behind:
+            told.append(f"  call {number}: not made by {named(behind)}")
+    head = f"  calls {same[0]} to {same[-1]} match on all" if same else "  no call in common"
+    return [head, *told]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+
+
+def named(ranks: Iterable[int]) -> str:
+    """``ranks 0-2, 5``"""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and spans[-1][1] + 1 == rank:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    many = len(spans) > 1 or (spans and spans[0][0] != spans[0][1])
+    listed = ", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in spans)
+    return f"{'ranks' if many else 'rank'} {listed}"
 
 
 def here() -> str:

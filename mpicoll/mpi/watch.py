@@ -5,7 +5,6 @@ in which, and since when.  When one finds that its rank has been in a call for t
 the job ends with status ``TIMED_OUT``.
 """
 
-import faulthandler
 import mmap
 import os
 import struct
@@ -14,7 +13,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from mpi4py import MPI
@@ -36,7 +34,7 @@ OUTSIDE, INSIDE, GONE, REPORTED = range(4)
 _STATES = struct.Struct("=ddqq")  # when updated, since when, process, state
 _SLOT = 512
 _HEAD = 64
-_ALARM, _DONE = 0, 8  # where in the head: the rank that raised the alarm, plus one; whether it has told
+_ALARM, _DONE = 0, 8  # where in the head: the rank that raised the alarm, plus one; when to exit, in milliseconds
 
 
 class Page:
@@ -110,15 +108,15 @@ class Watch:
     def _run(self) -> None:
         while not self._stop.wait(TICK):
             self._publish()
-            alarm = self.page.get(_ALARM)
-            if not alarm and (reason := self._reason()):
+            reason = None if self.page.get(_ALARM) else self._reason()
+            if reason:
                 self.page.set(_ALARM, self.rank + 1)
+                time.sleep(TICK)  # others may raise it at the same time; the last one tells
+            if self.page.get(_ALARM):
                 self._report()
-                self._tell(reason)
-            elif alarm:
-                self._report()
-                self._until(lambda: self.page.get(_DONE) > 0, 2 * GRACE)
-                os._exit(TIMED_OUT)
+                if reason and self.page.get(_ALARM) == self.rank + 1:
+                    self._tell(reason)
+                self._exit_together()
 
     def _publish(self) -> None:
         entry = record.current()
@@ -153,13 +151,10 @@ class Watch:
 
     def _report(self) -> None:
         if self.folder is not None:
-            with suppress(OSError):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with (self.folder / f"rank-{self.rank}.txt").open("w") as file:
-                    print(f"rank {self.rank} of {self.size}, process {os.getpid()}, calls:", file=file)
-                    print("\n".join(record.lines()), file=file)
-                    print("stacks:", file=file, flush=True)
-                    faulthandler.dump_traceback(file)
+            try:
+                record.write(self.folder, self.rank, self.size)
+            except OSError as error:
+                print(f"mpicoll: rank {self.rank} cannot write its report: {error}", file=sys.stderr, flush=True)
         _, since, _, _, text = self.page.read(self.rank)
         self.page.write(self.rank, since, REPORTED, f"{text}, at {record.here()}")
 
@@ -170,8 +165,12 @@ class Watch:
         self._until(self._all_have_reported, GRACE)
         entry = record.current()
         print(f"mpicoll: {reason}: rank {self.rank} is in {entry}\n{self.account()}", file=sys.stderr, flush=True)
-        self.page.set(_DONE, 1)
-        time.sleep(2 * TICK)
+        self.page.set(_DONE, int((time.monotonic() + 3 * TICK) * 1e3))
+
+    def _exit_together(self) -> None:
+        """At the time that whoever tells has set: the launcher kills the others when the first has left."""
+        self._until(lambda: self.page.get(_DONE) > 0, 2 * GRACE)
+        time.sleep(max(self.page.get(_DONE) / 1e3 - time.monotonic(), 0))
         os._exit(TIMED_OUT)
 
     def account(self) -> str:
@@ -190,7 +189,7 @@ class Watch:
         if len(self.page.ranks) < self.size:
             rows.append(f"  the other {self.size - len(self.page.ranks)} ranks are on other nodes")
         if self.folder is not None:
-            rows.append(f"  stacks and calls: {self.folder}/rank-*.txt")
+            rows.append(f"  more: mpicoll report {self.folder}; stacks: {self.folder}/rank-*.txt")
         return "\n".join(rows)
 
     @staticmethod
