@@ -27,7 +27,8 @@ SAMPLE = 256
 """So many rounds stand for a graph that never repeats."""
 
 MAX_ROUNDS = 1 << 24
-"""A graph that has not come to agree by then is said never to."""
+"""A graph that has not come to agree by then is said never to; ``MAX_STEPS`` where rounds must be done one by one."""
+MAX_STEPS = 10_000
 
 
 class Edges(NamedTuple):
@@ -125,7 +126,7 @@ class Graph:
 
     @cached_property
     def contraction(self) -> float:
-        """By what factor a round brings the ranks closer to agreement, at worst, and on average over a period.
+        """By what factor a round brings the ranks closer to agreement, in the long run, on average over a period.
 
         One minus this is the spectral gap.  For a graph that never repeats it is the root of the second eigenvalue of
         the average of W^T W over ``SAMPLE`` rounds: the factor for the root of the mean square distance.
@@ -151,8 +152,10 @@ class Graph:
                 off = matrix / matrix.sum(axis=1, keepdims=True) - 1 / self.p
             return float(np.linalg.norm(off, 2)) if np.isfinite(off).all() else np.inf
 
-        done, t = np.eye(self.p), 0
-        if self.period is not None:  # by powers of two of periods, then round by round
+        if not distance >= TOLERANCE:
+            raise ValueError(f"the distance must be {TOLERANCE:g} or more, got {distance}")
+        done, t, last = np.eye(self.p), 0, MAX_STEPS
+        if self.period is not None and self.doubly:  # never further apart: by powers of two of periods, then one by one
             powers = [self.product()]
             while apart(powers[-1]) > distance:
                 if self.period << len(powers) > MAX_ROUNDS:
@@ -162,7 +165,10 @@ class Graph:
                 further = powers[n] @ done
                 if apart(further) > distance:
                     done, t = further, t + (self.period << n)
+            last = t + self.period
         while apart(done) > distance:
+            if t == last:
+                return None
             done, t = self.matrix(t) @ done, t + 1
         return t
 
@@ -193,7 +199,9 @@ def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:
     Sources: Ying et al. 2021 (exponential), Takezawa et al. 2023 (base), Zhao and Canny 2013 (butterfly), Boyd et al.
     2006 (matching), Xiao and Boyd 2004 (Metropolis weights).
     """
-    if isinstance(what, str):
+    if isinstance(what, Graph):
+        made = what
+    elif isinstance(what, str):
         if what not in _NAMED:
             raise ValueError(f"unknown graph {what!r}: expected {', '.join(_NAMED)}, a matrix or a networkx graph")
         for key in parameters:
@@ -206,9 +214,10 @@ def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:
         if counted["p"] < 1:
             raise ValueError(f"a {what} graph needs the number of ranks, 1 or more")
         return _named(what, **counted)
-    if parameters:
+    elif parameters:
         raise ValueError(f"{', '.join(parameters)}: only for graphs that have a name")
-    made = _from_networkx(what) if hasattr(what, "is_directed") else _from_matrices(what)
+    else:
+        made = _from_networkx(what) if hasattr(what, "is_directed") else _from_matrices(what)
     if p not in (None, made.p):
         raise ValueError(f"expected a graph of {p} ranks, got one of {made.p}")
     return made
@@ -272,11 +281,10 @@ def _static(name: str, p: int, edges: Edges) -> Graph:
 
 def _metropolis(name: str, p: int, source: np.ndarray, target: np.ndarray) -> Graph:
     """Undirected and any: 1 / (1 + the larger of two degrees), and what is left for oneself."""
-    linked = np.zeros((p, p), bool)
-    linked[source, target] = linked[target, source] = True
-    np.fill_diagonal(linked, False)
-    degree = linked.sum(axis=1)
-    a, b = np.nonzero(linked)
+    apart = source != target
+    links = np.append(source[apart] * p + target[apart], target[apart] * p + source[apart])
+    a, b = np.divmod(np.unique(links), p)
+    degree = np.bincount(a, minlength=p)
     weight = 1 / (1 + np.maximum(degree[a], degree[b]))
     own = 1 - np.bincount(a, weight, p)
     ranks = np.arange(p)
@@ -360,6 +368,7 @@ def _base(p: int, degree: int = 1) -> Graph:
     """Takezawa et al.'s base-(degree + 1) graph: whoever can is averaged by cliques, the rest by way of these."""
     if degree < 1:
         raise ValueError(f"the degree of a base graph must be 1 or more, got {degree}")
+    degree = min(degree, max(p - 1, 1))
     smooth = max(n for n in range(1, p + 1) if p % n == 0 and _is_smooth(n, degree + 1))
     rest = p // smooth
     ranks = range(p)

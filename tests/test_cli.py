@@ -65,6 +65,10 @@ def test_version_help_and_python_m(tmp_path):
         ),
         ("show gossip --svg x.svg", "mpicoll: gossip is a table of all graphs"),
         ("show gossip --collective bcast", "mpicoll: gossip is a table of all graphs"),
+        (
+            "show ring --ranks 64 --svg x.svg",
+            "mpicoll: a picture of ring allreduce: 64 ranks, 64 chunks, 126 rounds would",
+        ),
         ("show ring --svg no/where.svg", "mpicoll: 'no/where.svg' cannot be written (No such file or directory)"),
         (
             "show rign",

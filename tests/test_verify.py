@@ -164,9 +164,10 @@ WRONG = {
     r"rank 0 takes chunks \[0\] as partial, rank 0 sends them as final": _schedule(
         2, {0: Round((Send(0, 0, 1, 0, True),), (Recv(0, 0, 1, Verb.REDUCE_ABOVE),))}
     ),
-    "row 0 of the mixing matrix adds up to 1.25: the mean is not kept": _mixed([0.75, 0.5], [0.25, 0.5]),
-    "column 0 of the mixing matrix adds up to 0.5: the mean is not kept": _mixed([0.5, 0.5], [0, 1]),
-    "a negative share of rank 1's contribution": _mixed([1.5, -0.5], [-0.5, 1.5]),
+    "round 0: row 0 of the matrix adds up to 1.25: the mean is not kept": _mixed([0.75, 0.5], [0.25, 0.5]),
+    "column 0 of the matrix adds up to 0.5: the mean is not kept": _mixed([0.5, 0.5], [0, 1]),
+    "a share of rank 1's is negative, or none": _mixed([1.5, -0.5], [-0.5, 1.5]),
+    "a share of rank 0's is negative, or none": _mixed([float("nan"), 0.5], [0.5, 0.5]),
     "rank 0 receives to mix, in a schedule for allreduce": _schedule(
         2, {0: Round((Send(0, 0, 1),), (Recv(0, 0, 1, Verb.MIX),)), 1: GIVE[0]}
     ),

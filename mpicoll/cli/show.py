@@ -11,6 +11,7 @@ from ..graphs import graph
 
 NAMES = [*dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows), "gossip"]
 CONSENSUS = 1e-3
+LARGEST = 200_000  # cells of a picture: a few MB
 
 
 @click.command(short_help="Draw an algorithm.")
@@ -54,6 +55,9 @@ def show(
         click.echo(text(schedule))
         click.echo(legend(schedule))
         return
+    cells = ranks * ranks * schedule.chunks * (row.rounds(ranks, **given) + 1)
+    if cells > LARGEST:
+        raise UserError(f"a picture of {about} would have {cells} cells, more than {LARGEST}: take fewer ranks")
     try:
         picture.write_text(svg(schedule, about), encoding="utf-8")
     except OSError as error:
@@ -70,5 +74,5 @@ def _gossip(ranks: int) -> None:
         messages = max(len(made.neighbors(rank, t)[1]) - 1 for t in range(made.period or 1) for rank in range(ranks))
         gap, rounds = f"{1 - made.contraction:.3g}", made.rounds_to(CONSENSUS)
         needed = "never" if rounds is None else str(rounds)
-        exact = f"reached after {made.period}" if row.exact(ranks) else "approached"
+        exact = f"reached after {made.period or 1}" if row.exact(ranks) else "approached"
         click.echo(f"{name:18} {made.period or 'none':>6} {messages:9} {gap:>13} {needed:>16}  {exact}")

@@ -39,7 +39,10 @@ def verify(names: tuple[str, ...], max_ranks: int) -> None:
             raise UserError(f"not proved: {error}") from error
         order = "canonical" if row.canonical else "by rank" if row.rank_order else "any" if row.reduces else ""
         if row.collective == "mix":
-            order = "mean reached" if row.exact(max_ranks) else "mean kept"
+            exact = [p for p in range(1, max_ranks + 1) if row.exact(p)]
+            powers = [1 << n for n in range(max_ranks.bit_length())]
+            order = "mean reached" if len(exact) == max_ranks else "mean kept"
+            order += ", reached at 2^k" if order == "mean kept" and exact == powers else ""
         sizes = f"{proof.rounds:7} {float(proof.sent):6.3f}n {float(proof.scratch):7.3f}n"
         click.echo(f"{row.collective:15} {row.name:18} {f'p = 1..{max_ranks}':>12} {sizes}  {order}".rstrip())
     click.echo(f"rounds, most bytes sent by a rank and scratch memory are those at p = {max_ranks}, for n bytes")

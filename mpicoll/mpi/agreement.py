@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
+from threading import Lock
 from typing import NamedTuple
 
 from mpi4py import MPI
@@ -28,12 +29,13 @@ _MASK = (1 << 64) - 1
 _SAID = 256  # bytes of a hash and a text
 
 _begun: list["Comparison"] = []  # MPI writes to their memory, though the call may be refused on this rank
+_clearing = Lock()
 _digests: dict[Hashable, int] = {}
 _default: str | None = None
 
 
 class Header(NamedTuple):
-    """A call, as far as it must be the same on all ranks."""
+    """A call, as far as it must be the same on all ranks; numbers are Python's own, whose text is always the same."""
 
     collective: str
     algorithm: str
@@ -42,15 +44,15 @@ class Header(NamedTuple):
     elements: int | None
     parameters: tuple[tuple[str, int], ...] = ()
     cuts: tuple[int, ...] | None = None
-    carried: str = ""
+    detail: str = ""
 
     def __str__(self) -> str:
-        what = "" if self.elements is None else f" of {self.elements} {self.dtype}"
+        what = "" if self.elements is None else f" of {self.elements} {self.dtype}".rstrip()
         named = [f"{name} {value}" for name, value in self.parameters]
         if self.cuts is not None:
             named.append(f"parts of {[after - before for before, after in pairwise(self.cuts)]}")
-        if self.carried:
-            named.append(f"carried as {self.carried}")
+        if self.detail:
+            named.append(self.detail)
         return ", ".join([f"{self.collective}{what}", *filter(None, [self.operation]), self.algorithm, *named])
 
 
@@ -63,13 +65,15 @@ def level_of(comm: MPI.Comm, check: str | None) -> str:
     global _default
     if check is None:
         check = getattr(comm, "check", None) or _default
-        if check is not None:
-            return check
-        _default = check = os.environ.get("MPICOLL_CHECK") or "header"
-    if check not in LEVELS:
-        _default = None
-        raise ValueError(f"check must be one of {', '.join(LEVELS)}, got {check!r}")
+        if check is None:
+            _default = check = os.environ.get("MPICOLL_CHECK") or "header"
     return check
+
+
+def check_level(level: str) -> None:
+    """Raise ``ValueError`` if there is no such level."""
+    if level not in LEVELS:
+        raise ValueError(f"check must be one of {', '.join(LEVELS)}, got {level!r}")
 
 
 @lru_cache(maxsize=KEPT)
@@ -109,7 +113,12 @@ class Agreement:
         said = self._said(headers, detail).encode()[: _SAID - 8]
         mine = _digest((self.calls, headers, detail)).to_bytes(8, "little") + said.ljust(_SAID - 8, b"\0")
         everyone = bytearray(_SAID * self._p)
-        comparison = Comparison(self._comm.Iallgather(mine, everyone), mine, everyone)
+        with _clearing:
+            for other in list(_begun):  # those that nobody waits for, because this rank refused the call
+                if other.refused and other.request.Test():
+                    _begun.remove(other)
+        refused = isinstance(headers, str)
+        comparison = Comparison(self._comm.Iallgather(mine, everyone), mine, everyone, refused)
         _begun.append(comparison)
         return comparison
 
@@ -120,6 +129,7 @@ class Comparison(NamedTuple):
     request: MPI.Request
     mine: bytes
     everyone: bytearray
+    refused: bool
 
     def after(self) -> None:
         """Once the request is complete: raise if calls differ."""

@@ -92,9 +92,15 @@ def is_half(dtype: np.dtype) -> bool:
 
 def name_of(dtype: np.dtype) -> str:
     """The same for the same numbers, on all ranks."""
-    if dtype in PAIRS:
-        return str(PAIRS[dtype].name)
-    return dtype.name
+    return str(PAIRS[dtype].name) if dtype in PAIRS else dtype.name
+
+
+def lengths(x: Any) -> str:
+    """Of which arrays a list is made up: what is fused must be cut in the same places."""
+    if not isinstance(x, (list, tuple)) or _is_specification(x) or len(x) < 2:
+        return ""
+    sizes = [str(size) for array in x if (size := getattr(array, "size", "?"))]
+    return f"arrays of {', '.join(sizes)}" if len(sizes) > 1 else ""
 
 
 def order_of(x: Any) -> str:
@@ -243,26 +249,39 @@ def blocks(x: Any, p: int) -> tuple[np.ndarray, list[int], list[int]]:
     return flat, found, starts
 
 
-def described(x: Any) -> tuple[str, int | None]:
-    """The dtype and the number of elements of a buffer, as far as they can be told; derived types count in bytes."""
+def described(x: Any, writable: bool = False) -> tuple[str, int | None]:
+    """The dtype and the number of elements of a buffer that goes to the MPI library as it is; of derived types the
+    number of bytes.  What is wrong with it is its dtype then: if it is the same on all ranks, mpi4py may decide."""
     try:
-        flat = vector(x, writable=False)
-        return name_of(flat.dtype), len(flat)
-    except REFUSALS:
-        pass
-    if isinstance(x, (list, tuple)) and len(x) > 2 and isinstance(x[-1], MPI.Datatype):
-        count = x[1][0] if isinstance(x[1], (list, tuple)) else x[1]
-        if isinstance(count, Integral):
-            return "bytes", int(count) * x[-1].Get_size()
-    return "", None
+        flat = vector(x, writable)
+        return (name_of(flat.dtype) if len(flat) else "", len(flat))
+    except Exception as error:
+        size = _derived_size(x)
+        return (str(error), None) if size is None else ("bytes" if size else "", size)
 
 
-def payload(x: Any) -> int | None:
-    """How many bytes a buffer holds, as far as it can be told."""
+def payload(x: Any, writable: bool = False) -> tuple[str, int | None]:
+    """The same in bytes."""
     try:
-        return vector(x, writable=False).nbytes
-    except REFUSALS:
-        return described(x)[1]
+        return "bytes", vector(x, writable).nbytes
+    except Exception:
+        dtype, size = described(x, writable)
+        return ("bytes", size) if size is not None else (dtype, None)
+
+
+def _derived_size(x: Any) -> int | None:
+    """The bytes that mpi4py's [buffer, count, datatype] or [buffer, datatype] moves; ``None`` if it is none such."""
+    try:
+        if not (isinstance(x, (list, tuple)) and isinstance(x[-1], MPI.Datatype) and x[-1] and len(x) > 1):
+            return None
+        size, count = x[-1].Get_size(), x[1] if len(x) > 2 else None
+        if isinstance(count, (list, tuple)):
+            count = count[0]
+        if count is None:
+            count = memoryview(x[0]).nbytes // x[-1].extent
+        return int(index(count)) * size
+    except Exception:
+        return None
 
 
 def dtype_of(datatype: MPI.Datatype | str) -> np.dtype:

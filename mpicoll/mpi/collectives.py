@@ -13,9 +13,10 @@ from ..algorithms import Algorithm
 from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
 from . import operations, record
-from .agreement import Comparison, Header, Headers, level_of, native
-from .buffers import REFUSALS, Part, name_of, on_device, order_of, parts, specification, vector
+from .agreement import Comparison, Header, Headers, check_level, level_of, native
+from .buffers import Part, lengths, name_of, on_device, order_of, parts, specification, vector
 from .operations import MOVE, Operation, operation
+from .operations import name_of as name_of_op
 from .plan import Bound, Plan
 from .select import LARGE, PLAIN, Options, Preference, choose, parameters
 from .state import (
@@ -107,7 +108,7 @@ def allreduce(
         and not under_way
         and not interrupted
         and comm
-        and level != "full"
+        and (level == "header" or level == "off")
     ):
         if level == "header" and comm.size > 1:
             state = state_of(comm)
@@ -116,6 +117,9 @@ def allreduce(
             try:
                 state.agreement.check(headers)
                 MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
+            except (KeyboardInterrupt, SystemExit):
+                state.interrupt()
+                raise
             finally:
                 record.end()
         else:
@@ -192,8 +196,12 @@ def bcast(
         pieces = parts(x)
         if any(part.flat.dtype.hasobject for part in pieces):
             raise TypeError("objects are not broadcast from memory to memory: use comm.bcast, in lower case")
-        raw = [Part(part.flat.view(np.uint8), part.deliver) for part in pieces]
-        return [decide(comm, part, MOVE, options, collective="bcast", root=root) for part in raw]
+        return [
+            decide(
+                comm, Part(part.flat.view(np.uint8), part.deliver), MOVE, options, collective="bcast", root=root
+            )._replace(detail=", ".join(filter(None, [name_of(part.flat.dtype), lengths(x)])))
+            for part in pieces
+        ]
 
     with whole(comm):
         run(agreed(comm, check, "bcast", x, calls))
@@ -261,7 +269,8 @@ def allgather(
         if cuts[comm.rank + 1] - cuts[comm.rank] != len(flat):
             raise ValueError(f"rank {comm.rank} brings {len(flat)} elements, counts say {counts[comm.rank]}")  # type: ignore[index]
         result = np.empty(cuts[-1], flat.dtype)
-        return [gathering(comm, flat, result, cuts, options)]
+        shape = "" if counts is not None else f" {np.shape(x)}"
+        return [gathering(comm, flat, result, cuts, options)._replace(detail=name_of(flat.dtype) + shape)]
 
     with whole(comm):
         run(agreed(comm, check, "allgather", x, calls))
@@ -347,11 +356,13 @@ def _comparing(
     """What ``make`` gives, and the comparison with other ranks, under way."""
     level = level_of(comm, check)
     if state is None or level == "off" or state.p == 1:
+        check_level(level)
         return make(), None
     detail = (order_of(x),) if level == "full" else None
     try:
+        check_level(level)
         calls = make()
-    except REFUSALS as error:
+    except Exception as error:
         state.agreement.begin(f"iallreduce refused, {error}", detail)
         raise
     return calls, state.agreement.begin(tuple(call.header() for call in calls), detail)
@@ -408,6 +419,7 @@ def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Call
     level = level_of(comm, check)
     calls: list[C]
     if level == "off" or comm.size == 1:
+        check_level(level)
         calls = make()
         record.begin(record.Entry(tuple(call.header() for call in calls)))
         return calls
@@ -415,9 +427,10 @@ def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Call
     calls = []
     headers: Headers
     try:
+        check_level(level)
         calls = make()
         headers = tuple(call.header() for call in calls)
-    except REFUSALS as raised:
+    except Exception as raised:
         error, headers = raised, f"{name} refused, {raised}"
     state = state_of(comm)
     record.begin(state.entry(headers))
@@ -426,7 +439,7 @@ def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Call
     except MismatchError as mismatch:
         if error is None:
             raise
-        raise error from mismatch
+        raise error from mismatch  # its own, and who else is concerned
     if error is not None:
         raise error
     return calls
@@ -466,6 +479,7 @@ class Call(NamedTuple):
     root: int | None = None
     cuts: tuple[int, ...] | None = None
     result: np.ndarray | None = None  # where it goes, unless it is in place
+    detail: str = ""  # what else all ranks must have in common
 
     def run(self) -> None:
         """Do it, and bring the result to where it is wanted."""
@@ -488,18 +502,21 @@ class Call(NamedTuple):
 
     def header(self) -> Header:
         """What all ranks must have in common."""
-        dtype, moves = self.part.flat.dtype, self.operation is MOVE
-        carried = self.operation.carried(dtype)
+        flat, moves = self.part.flat, self.operation is MOVE
+        carried = self.operation.carried(flat.dtype)
         parameters = dict(self.parameters) if self.root is None else {"root": self.root, **self.parameters}
+        details = [self.detail] if carried == flat.dtype else [f"carried as {name_of(carried)}", self.detail]
+        by_bytes = moves or (self.row is None and name_of_op(self.operation.native) == "user-defined")
+        dtype, size = ("bytes", flat.nbytes) if by_bytes else (name_of(flat.dtype), len(flat))
         return Header(
             self.collective,
             self.row.name if self.row else "native",
             "" if moves else self.operation.name,
-            "bytes" if moves else name_of(dtype),
-            len(self.part.flat),
-            tuple(parameters.items()),
+            dtype if size else "",
+            size,
+            tuple((name, int(value)) for name, value in parameters.items()),
             self.cuts,
-            "" if carried == dtype else name_of(carried),
+            ", ".join(filter(None, details)),
         )
 
     @property
@@ -589,10 +606,12 @@ def _calls(
     prefer: Preference = "fastest",
 ) -> list[Call]:
     """One call for each dtype in ``x``; everything is checked before the first of them does anything."""
-    return [
+    calls = [
         decide(comm, part, operation(op, part.flat.dtype), options, collective=collective, root=root, prefer=prefer)
         for part in parts(x)
     ]
+    detail = lengths(x)
+    return [call._replace(detail=detail) for call in calls] if detail else calls
 
 
 def check_root(comm: MPI.Intracomm, root: int) -> None:
@@ -616,6 +635,7 @@ def decide(
     """Choose; a ``ValueError`` if what was named cannot do it."""
     flat = part.flat
     if root is not None:
+        root = int(index(root))
         check_root(comm, root)
     if options.wire is not None:
         operation = operation.on_wire(options.wire, flat.dtype)

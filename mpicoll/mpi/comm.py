@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from operator import index
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from mpi4py import MPI
 
 from . import operations, record
-from .agreement import level_of, native
+from .agreement import Header, check_level, level_of, native
 from .buffers import (
     REFUSALS,
     Part,
@@ -61,6 +62,7 @@ class Comm(MPI.Intracomm):
 
     def _ready(self, deterministic: bool, check: str | None) -> "Comm":
         self.deterministic, self.check = deterministic, level_of(self, check)
+        check_level(self.check)
         self._state = state_of(self)
         return self
 
@@ -129,7 +131,7 @@ class Comm(MPI.Intracomm):
             and recvbuf.dtype.isnative
             and (sendbuf is MPI.IN_PLACE or _are_alike(sendbuf, recvbuf))
             and type(op) is MPI.Op
-            and level != "full"
+            and (level == "header" or level == "off")
             and segments is None
             and wire is None
             and not (self.deterministic if deterministic is None else deterministic)
@@ -155,6 +157,9 @@ class Comm(MPI.Intracomm):
         try:
             state.agreement.check(headers)
             call(self, *args)
+        except (KeyboardInterrupt, SystemExit):
+            state.interrupt()
+            raise
         finally:
             record.end()
 
@@ -184,7 +189,7 @@ class Comm(MPI.Intracomm):
             and type(root) is int
             and 0 <= root < self.size
             and type(op) is MPI.Op
-            and level != "full"
+            and (level == "header" or level == "off")
             and segments is None
             and wire is None
             and not (self.deterministic if deterministic is None else deterministic)
@@ -211,12 +216,15 @@ class Comm(MPI.Intracomm):
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.bcast``."""
         options = options_of(self, algorithm, False, segments, None)
+        if level_of(self, check) == "off" and options in (Options(), Options("native")) and not on_device(buf):
+            return self._natively("Bcast", buf, root)()
 
         def calls() -> list[Any]:
             check_root(self, root)
             device = on_device(buf)
             if not device and options in (Options(), Options("native")):
-                return [Native(native("bcast", "", "bytes", payload(buf), root), self._natively("Bcast", buf, root))]
+                header = native("bcast", "", *payload(buf, self.rank != root), int(index(root)))
+                return [Native(header, self._natively("Bcast", buf, root))]
             if device:
                 part = staged(buf, load=self.rank == root)
             else:
@@ -226,7 +234,7 @@ class Comm(MPI.Intracomm):
             return [decide(self, raw, MOVE, options, collective="bcast", root=root)]
 
         with whole(self):
-            run(agreed(self, check, "bcast", buf, calls))
+            return run(agreed(self, check, "bcast", buf, calls))
 
     def _natively(self, name: str, *args: Any) -> Callable[[], None]:
         """mpi4py's method of that name."""
@@ -253,9 +261,12 @@ class Comm(MPI.Intracomm):
 
         def calls() -> list[Any]:
             if self._is_native(recvbuf, op, options):
-                dtype, count = described(recvbuf)
-                total = count if count is None or is_in_place(sendbuf) else count * self.size
-                header = native("reduce_scatter", name_of(op), dtype, total)
+                dtype, count = described(recvbuf, True)
+                if count is not None and is_in_place(sendbuf):
+                    count //= self.size
+                elif count is not None and count * self.size != described(sendbuf)[1]:
+                    dtype, count = f"{described(sendbuf)} to send and {described(recvbuf)} to receive", None
+                header = native("reduce_scatter_block", name_of(op), f"{dtype} a rank", count)
                 return [Native(header, self._natively("Reduce_scatter_block", sendbuf, recvbuf, op))]
             received = vector(recvbuf)
             count = len(received) // self.size if sendbuf is MPI.IN_PLACE else len(received)
@@ -283,15 +294,26 @@ class Comm(MPI.Intracomm):
         options = options_of(self, algorithm, deterministic, None, wire)
 
         def calls() -> list[Any]:
-            crashes = sendbuf is MPI.IN_PLACE and len({*(recvcounts or ())}) > 1 and self._is_ours(recvbuf, op)
+            counts = None if recvcounts is None else [int(index(count)) for count in recvcounts]
+            crashes = sendbuf is MPI.IN_PLACE and len({*(counts or ())}) > 1 and self._is_ours(recvbuf, op)
             if self._is_native(recvbuf, op, options) and not (crashes and algorithm == "auto"):
+                cuts = None if counts is None else cuts_of(counts, None, self.size)
                 dtype, total = described(recvbuf if is_in_place(sendbuf) else sendbuf)
-                header = native("reduce_scatter", name_of(op), dtype, sum(recvcounts) if recvcounts else total)
+                room = described(recvbuf, True)
+                if cuts is not None and dtype not in ("bytes", "") and total is not None:
+                    needed = cuts[-1] if is_in_place(sendbuf) else cuts[self.rank + 1] - cuts[self.rank]
+                    if total < cuts[-1] or room[1] is None or room[1] < needed or room[0] not in (dtype, ""):
+                        raise ValueError(
+                            f"expected {cuts[-1]} elements to send, room for {needed} of the same dtype, got {total} "
+                            f"of {dtype} and {room[1]} of {room[0]}"
+                        )
+                    total = cuts[-1]
+                header = Header("reduce_scatter", "native", name_of(op), dtype, total, (), cuts)
                 return [Native(header, self._natively("Reduce_scatter", sendbuf, recvbuf, recvcounts, op))]
-            if recvcounts is None:
+            if counts is None:
                 raise TypeError("algorithms of ours need recvcounts: one for each rank")
             prefer: Preference = "ours" if crashes else "fastest"
-            return [self._reduce_scatter(sendbuf, vector(recvbuf), recvcounts, op, options, prefer)]
+            return [self._reduce_scatter(sendbuf, vector(recvbuf), counts, op, options, prefer)]
 
         with whole(self):
             run(agreed(self, check, "reduce_scatter", recvbuf, calls))
@@ -340,13 +362,18 @@ class Comm(MPI.Intracomm):
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
     ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
+        if level_of(self, check) == "off" and algorithm in ("auto", "native"):
+            return self._natively("Allgather", sendbuf, recvbuf)()
 
         def calls() -> list[Any]:
             if algorithm in ("auto", "native"):
-                each = payload(recvbuf) if is_in_place(sendbuf) else payload(sendbuf)
-                if each is not None and is_in_place(sendbuf):
-                    each //= self.size
-                header = native("allgather", "", "bytes a rank", each)
+                dtype, each = ("in place", None) if is_in_place(sendbuf) else payload(sendbuf)
+                space = payload(recvbuf, True)
+                if each is not None and isinstance(recvbuf, np.ndarray) and space[1] != each * self.size:
+                    raise ValueError(
+                        f"expected {self.size} times what is sent, got room for {space[1]} {space[0]}, and {each} bytes"
+                    )
+                header = native("allgather", "", f"{dtype} a rank", each)
                 return [Native(header, self._natively("Allgather", sendbuf, recvbuf))]
             received = vector(recvbuf)
             sent = None if is_in_place(sendbuf) else vector(sendbuf, writable=False)
@@ -361,17 +388,21 @@ class Comm(MPI.Intracomm):
             return [gathering(self, sent, received, cuts, Options(algorithm))]
 
         with whole(self):
-            run(agreed(self, check, "allgather", recvbuf, calls))
+            return run(agreed(self, check, "allgather", recvbuf, calls))
 
     def Allgatherv(  # noqa: N802
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
     ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
+        if level_of(self, check) == "off" and algorithm in ("auto", "native"):
+            return self._natively("Allgatherv", sendbuf, recvbuf)()
         deliver: list[tuple[np.ndarray, np.ndarray]] = []
 
         def calls() -> list[Any]:
             if algorithm in ("auto", "native"):
-                return [Native(native("allgatherv", "", "", None), self._natively("Allgatherv", sendbuf, recvbuf))]
+                return [
+                    Native(self._allgatherv_header(sendbuf, recvbuf), self._natively("Allgatherv", sendbuf, recvbuf))
+                ]
             received, counts, starts = blocks(recvbuf, self.size)
             cuts = cuts_of(counts, None, self.size)
             own = received[starts[self.rank] :][: counts[self.rank]]
@@ -392,6 +423,19 @@ class Comm(MPI.Intracomm):
             run(agreed(self, check, "allgatherv", None, calls))
             for target, source in deliver:
                 target[:] = source
+            return None
+
+    def _allgatherv_header(self, sendbuf: Any, recvbuf: Any) -> Header:
+        try:
+            received, counts, _ = blocks(recvbuf, self.size)
+        except (TypeError, ValueError, BufferError, KeyError) as error:
+            return native("allgatherv", "", str(error), None)
+        size = received.dtype.itemsize
+        cuts = cuts_of([count * size for count in counts], None, self.size)
+        sent = None if is_in_place(sendbuf) else payload(sendbuf)
+        if sent is not None and sent[1] is not None and sent[1] != cuts[self.rank + 1] - cuts[self.rank]:
+            raise ValueError(f"expected {counts[self.rank] * size} bytes to send, as counts say, got {sent[1]}")
+        return Header("allgatherv", "native", "", "bytes", cuts[-1], (), cuts)
 
     def _reduction(
         self,
@@ -412,12 +456,17 @@ class Comm(MPI.Intracomm):
 
         def natively() -> list[Any]:
             method, ending = ("Allreduce", []) if root is None else ("Reduce", [root])
-            header = native(collective, name_of(op), *described(target), root)
+            look = payload if name_of(cast(MPI.Op, op)) == "user-defined" else described
+            what, count = look(target, receives)
+            if count is not None and receives and not in_place and look(sendbuf) != (what, count):
+                what, count = f"{look(sendbuf)} to send and {look(target)} to receive", None
+            at = None if root is None else int(index(root))
+            header = native(collective, name_of(cast(MPI.Op, op)), what if count != 0 else "", count, at)
             return [Native(header, self._natively(method, sendbuf, recvbuf, op, *ending))]
 
         def calls() -> list[Any]:
             if root is not None:
-                check_root(self, root)
+                check_root(self, index(root))
             if options.algorithm == "native" and as_it_is:
                 return natively()
             try:

@@ -9,14 +9,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from mpi4py import MPI
 
 from ..errors import UserError
-from .watch import LIMIT, Watch
+from .watch import LIMIT, Watch, flush
 
 T = TypeVar("T")
 
@@ -48,10 +48,23 @@ class Guard:
         self._held = ExitStack()
         self._comm = MPI.COMM_WORLD
         self._watch = Watch(self._comm, limit, folder) if limit else None
-        self._hooks = sys.excepthook, threading.excepthook
-        sys.excepthook = lambda kind, error, trace: self._end(error)
-        threading.excepthook = lambda args: self._end(args.exc_value, args.thread)
-        self._held.enter_context(_exits_after_interrupt(self._comm.rank))
+        self._process = os.getpid()
+        self._hooks = hook, thread_hook = sys.excepthook, threading.excepthook
+
+        def uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            if os.getpid() == self._process and not issubclass(kind, KeyboardInterrupt):
+                self._end(error)
+            hook(kind, error, trace)
+            if os.getpid() == self._process:
+                _exit_interrupted(self._comm.rank)
+
+        def uncaught_in_thread(args: Any) -> None:
+            if os.getpid() == self._process and args.exc_type is not SystemExit:
+                self._end(args.exc_value, args.thread)
+            thread_hook(args)
+
+        sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
+        self._held.enter_context(_exits_after_interrupt(self._comm.rank, handled=True))
         atexit.register(self._leave)
 
     def __enter__(self) -> "Guard":
@@ -71,14 +84,14 @@ class Guard:
             self._watch.stop()
 
     def _leave(self) -> None:
-        if self._watch:
+        if self._watch and os.getpid() == self._process:
             self._watch.leave()
 
     def _end(self, error: BaseException | None, thread: threading.Thread | None = None) -> None:
         if isinstance(error, KeyboardInterrupt):
             _exit_interrupted(self._comm.rank)
         if isinstance(error, SystemExit):
-            if thread is not None or not error.code:
+            if not error.code:
                 return
             _abort(self._comm, error.code if isinstance(error.code, int) else 1, error)
         _abort(self._comm, 1, error, thread, self._watch)
@@ -91,10 +104,12 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
     ``with mpicoll.guard():`` around a part of it.
 
     * An exception that nobody catches, in whatever thread, is told with its traceback, and the job aborted (status 1).
-    * Ctrl-C and SIGTERM end the job with status 130, even if this rank waits inside MPI.
+    * Ctrl-C and SIGTERM raise ``KeyboardInterrupt``, which the program may handle; if nobody does, or if this rank does
+      not come to it within a second because it waits inside MPI, the job ends with status 130.  Handlers that the
+      program sets later are left to do their work.
     * A call of ours that takes longer than ``timeout`` seconds, or for 3 seconds waits for a rank that has left the
-      program, ends it with status 124 and an account of all ranks of the node: in which call each is, or after which,
-      since when, and where in the program.
+      program before that call, ends it with status 124 and an account of all ranks of the node: in which call each is,
+      or after which, since when, and where in the program.
 
     Parameters
     ----------
@@ -107,15 +122,15 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
     Only calls that are recorded have a limit: those of our functions, and of all blocking methods of a ``Comm``, but
     not small ones that go to the MPI library with ``check="off"``; and not those of mpi4py's own communicators.
     """
+    given: Any = (os.environ.get("MPICOLL_TIMEOUT") or LIMIT) if timeout is None else timeout
+    report = report or os.environ.get("MPICOLL_REPORT")
+    given, folder = MPI.COMM_WORLD.bcast((given, report and os.path.abspath(report)))
     try:
-        limit = float(os.environ.get("MPICOLL_TIMEOUT") or LIMIT) if timeout is None else float(timeout)
-    except ValueError:
+        limit = float(given)
+    except (TypeError, ValueError):
         limit = -1.0
     if not limit >= 0:
-        given = os.environ.get("MPICOLL_TIMEOUT") if timeout is None else timeout
         raise ValueError(f"timeout must be a number of seconds, 0 or more, got {given!r}")
-    report = report or os.environ.get("MPICOLL_REPORT")
-    limit, folder = MPI.COMM_WORLD.bcast((limit, report and os.path.abspath(report)))
     return Guard(limit, Path(folder) if folder else None)
 
 
@@ -178,6 +193,7 @@ def _abort(
 
 
 def _exit_interrupted(rank: int) -> NoReturn:
+    flush()
     if rank == 0:
         print("mpicoll: interrupted", file=sys.stderr, flush=True)
     else:
@@ -186,32 +202,56 @@ def _exit_interrupted(rank: int) -> NoReturn:
 
 
 @contextmanager
-def _exits_after_interrupt(rank: int) -> Iterator[None]:
+def _exits_after_interrupt(rank: int, handled: bool = False) -> Iterator[None]:
     """Python handles a signal only between bytecodes, and so never while this rank waits inside MPI: a thread that
-    is woken by the C-level handler gives the main thread time to leave properly, and then ends the process."""
+    is woken by the C-level handler gives the main thread time to leave properly, and then ends the process.
+
+    If ``handled``, it is enough that the main thread has come to handle the signal: the program knows what to do then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     wake, woken = socket.socketpair()
     wake.setblocking(False)
-    left = threading.Event()
+    left, process = threading.Event(), os.getpid()
+
+    def handle(number: int, frame: Any) -> None:
+        if handled:
+            left.set()
+        raise KeyboardInterrupt
 
     def watch() -> None:
         while received := woken.recv(1):  # nothing once the other end is closed
-            if received[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(LEAVE):
+            ours = received[0] in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(received[0]) is handle
+            if ours and not left.wait(LEAVE):
                 _exit_interrupted(rank)
+            if handled:
+                left.clear()
         woken.close()
+
+    def in_child() -> None:  # of a fork: its signals are its own affair
+        if not done and os.getpid() != process:
+            signal.set_wakeup_fd(-1)
+            for number, action in ((signal.SIGINT, interrupt), (signal.SIGTERM, terminate)):
+                if signal.getsignal(number) is handle:
+                    signal.signal(number, action)
+
+    done: list[bool] = []
 
     threading.Thread(target=watch, name="mpicoll-interrupt", daemon=True).start()
     before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     # SIGTERM is what Open MPI's launcher makes of Ctrl-C, and batch systems of a time limit.
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt = signal.signal(signal.SIGINT, handle)
+    terminate = signal.signal(signal.SIGTERM, handle)
+    os.register_at_fork(after_in_child=in_child)
     try:
         yield
     finally:
         left.set()
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
-        signal.set_wakeup_fd(before)
+        done.append(True)
+        for number, action in ((signal.SIGINT, interrupt), (signal.SIGTERM, terminate)):
+            if signal.getsignal(number) is handle:
+                signal.signal(number, action)
+        with suppress(OSError, ValueError):  # guards may be released in another order than they were made
+            signal.set_wakeup_fd(before)
         wake.close()

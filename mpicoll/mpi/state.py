@@ -646,7 +646,10 @@ def state_of(comm: MPI.Intracomm) -> State:
     state = find_state(comm)
     if state is None:
         check(comm)
-        with driving(comm):  # other ranks may be waiting for what is under way before they come here
+        with (
+            record.during("making a communicator of ours"),
+            driving(comm),
+        ):  # other ranks may be waiting for what is under way before they come here
             state = State(comm)
         comm.Set_attr(_keyval, state)
     return state

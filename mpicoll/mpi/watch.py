@@ -12,7 +12,9 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from mpi4py import MPI
@@ -31,7 +33,7 @@ LEFT = 3.0  # seconds to wait in a call for a rank that has left the program
 GRACE = 5.0  # seconds for all ranks to report
 
 OUTSIDE, INSIDE, GONE, REPORTED = range(4)
-_STATES = struct.Struct("=ddqq")  # when updated, since when, process, state
+_STATES = struct.Struct("=ddqqqq")  # when updated, since when, process, state, the communicator and number of a call
 _SLOT = 512
 _HEAD = 64
 _ALARM, _DONE = 0, 8  # where in the head: the rank that raised the alarm, plus one; when to exit, in milliseconds
@@ -59,19 +61,24 @@ class Page:
         node.Free()
         self._slot = {rank: _HEAD + _SLOT * n for n, rank in enumerate(self.ranks)}
 
-    def write(self, rank: int, since: float, state: int, text: str) -> None:
-        """One rank's part."""
+    def write(self, rank: int, since: float, state: int, text: str, call: tuple[int, int] = (0, 0)) -> None:
+        """One rank's part; ``call`` is the last one that it has begun."""
         start, said = self._slot[rank], text.encode(errors="replace")[: _SLOT - _STATES.size]
         room = _SLOT - _STATES.size
         self._memory[start + _STATES.size : start + _SLOT] = said.ljust(room, b"\0")
-        _STATES.pack_into(self._memory, start, time.monotonic(), since, os.getpid(), state)
+        _STATES.pack_into(self._memory, start, time.monotonic(), since, os.getpid(), state, *call)
 
     def read(self, rank: int) -> tuple[float, float, int, int, str]:
         """When it was updated, since when it is so, the process, the state, and the text."""
         start = self._slot[rank]
         said = self._memory[start + _STATES.size : start + _SLOT].rstrip(b"\0")
-        updated, since, process, state = _STATES.unpack_from(self._memory, start)
+        updated, since, process, state, *_ = _STATES.unpack_from(self._memory, start)
         return updated, since, process, state, said.decode(errors="replace")
+
+    def last_call(self, rank: int) -> tuple[int, int]:
+        """What it has begun last."""
+        *_, communicator, number = _STATES.unpack_from(self._memory, self._slot[rank])
+        return communicator, number
 
     def get(self, where: int) -> int:
         """A number of the head."""
@@ -89,6 +96,7 @@ class Watch:
         self.rank, self.size, self.limit, self.folder = comm.rank, comm.size, limit, folder
         self.page = Page(comm)
         self._since, self._stop = time.monotonic(), threading.Event()
+        self._awake = self._since
         self._publish()
         comm.Barrier()
         self._thread = threading.Thread(target=self._run, name="mpicoll-watch", daemon=True)
@@ -96,17 +104,20 @@ class Watch:
 
     def stop(self) -> None:
         """Watch no longer."""
+        self.leave("is no longer watched")
+
+    def leave(self, why: str = "has left the program") -> None:
+        """The same, because the program has come to its end on this rank."""
         self._stop.set()
         self._thread.join()
-        self.page.write(self.rank, time.monotonic(), GONE, "")
-
-    def leave(self) -> None:
-        """The program has come to its end on this rank."""
-        self._stop.set()
-        self.page.write(self.rank, time.monotonic(), GONE, "has left the program")
+        self.page.write(self.rank, time.monotonic(), GONE, why, _last_call())
 
     def _run(self) -> None:
+        before = time.monotonic()
         while not self._stop.wait(TICK):
+            before, now = time.monotonic(), before
+            if before - now > SILENT:
+                self._awake = before  # this process was stopped, as others may have been: time begins anew
             self._publish()
             reason = None if self.page.get(_ALARM) else self._reason()
             if reason:
@@ -121,23 +132,25 @@ class Watch:
     def _publish(self) -> None:
         entry = record.current()
         if entry is not None:
-            self.page.write(self.rank, entry.began, INSIDE, f"in {entry}")
+            self.page.write(self.rank, entry.began, INSIDE, f"in {entry}", _last_call())
             return
         last = record.calls[-1] if record.calls else None
         since, text = (last.ended or last.began, f", after {last}") if last else (self._since, "")
-        self.page.write(self.rank, since, OUTSIDE, f"in no call{text}")
+        self.page.write(self.rank, since, OUTSIDE, f"in no call{text}", _last_call())
 
     def _reason(self) -> str | None:
         entry, now = record.current(), time.monotonic()
         if entry is None:
             return None
+        began = max(entry.began, self._awake)
         for rank in entry.ranks:
-            if rank in self.page.ranks and rank != self.rank:
-                _, since, process, state, _ = self.page.read(rank)
-                waited = now - max(since, entry.began) > LEFT
-                if waited and (state == GONE or (process and not _lives(process))):
+            if rank != self.rank and rank in self.page.ranks and entry.call:
+                _, since, _, state, _ = self.page.read(rank)
+                communicator, number = self.page.last_call(rank)
+                missed = communicator == _hash(entry.where) and number < entry.call
+                if state == GONE and missed and now - max(since, began) > LEFT:
                     return f"rank {rank}, which this call needs, is gone"
-        return f"time limit of {self.limit:g} s" if now - entry.began > self.limit else None
+        return f"time limit of {self.limit:g} s" if now - began > self.limit else None
 
     def collect(self) -> None:
         """Have all ranks of this node report, because this one is about to end the job."""
@@ -155,6 +168,7 @@ class Watch:
                 record.write(self.folder, self.rank, self.size)
             except OSError as error:
                 print(f"mpicoll: rank {self.rank} cannot write its report: {error}", file=sys.stderr, flush=True)
+                self.folder = None
         _, since, _, _, text = self.page.read(self.rank)
         self.page.write(self.rank, since, REPORTED, f"{text}, at {record.here()}")
 
@@ -170,6 +184,7 @@ class Watch:
     def _exit_together(self) -> None:
         """At the time that whoever tells has set: the launcher kills the others when the first has left."""
         self._until(lambda: self.page.get(_DONE) > 0, 2 * GRACE)
+        flush()
         time.sleep(max(self.page.get(_DONE) / 1e3 - time.monotonic(), 0))
         os._exit(TIMED_OUT)
 
@@ -180,7 +195,7 @@ class Watch:
         for rank in self.page.ranks:
             updated, since, process, state, text = self.page.read(rank)
             if state == GONE:
-                text = text or "is no longer watched"
+                pass
             elif not _lives(process):
                 text = f"is dead; was {text}"
             elif now - updated > SILENT and state != REPORTED:
@@ -197,6 +212,28 @@ class Watch:
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
             time.sleep(TICK / 2)
+
+
+def _hash(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def _last_call() -> tuple[int, int]:
+    last = next((entry for entry in reversed(list(record.calls)) if entry.call), None)
+    return (_hash(last.where), last.call) if last else (0, 0)
+
+
+def flush() -> None:
+    """What the program has printed, before the process ends without looking back; but not for ever."""
+
+    def both() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+
+    thread = threading.Thread(target=both, daemon=True)
+    thread.start()
+    thread.join(1)
 
 
 def _lives(process: int) -> bool:

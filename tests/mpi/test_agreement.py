@@ -28,6 +28,12 @@ def strided() -> np.ndarray:
     return np.ones(10)[::2]
 
 
+def frozen() -> np.ndarray:
+    x = np.ones(5)
+    x.flags.writeable = False
+    return x
+
+
 Pair = tuple[Callable[[mpicoll.Comm], Any], Callable[[mpicoll.Comm], Any], str, str]
 
 DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how the table calls them
@@ -125,14 +131,50 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
     "reduce_scatter_block": (
         lambda c: c.Reduce_scatter_block(ones(P), ones(1)),
         lambda c: c.Reduce_scatter_block(ones(2 * P), ones(2)),
-        f"reduce_scatter of {P} float64",
-        f"reduce_scatter of {2 * P} float64",
+        "reduce_scatter_block of 1 float64 a rank",
+        "reduce_scatter_block of 2 float64 a rank",
     ),
     "list": (
         lambda c: mpicoll.allreduce([ones(), ones(2, "f4")], c),
         lambda c: mpicoll.allreduce([ones(2, "f4"), ones()], c),
-        "of 5 float64, sum, native; allreduce of 2 float32",
-        "of 2 float32, sum, native; allreduce of 5 float64",
+        "of 5 float64, sum, native, arrays of 5, 2; allreduce of 2 float32",
+        "of 2 float32, sum, native, arrays of 2, 5; allreduce of 5 float64",
+    ),
+    "list, of the same sum": (
+        lambda c: mpicoll.allreduce([ones(3), ones(2)], c),
+        lambda c: mpicoll.allreduce([ones(2), ones(3)], c),
+        "arrays of 3, 2",
+        "arrays of 2, 3",
+    ),
+    "dtype of the same bytes": (
+        lambda c: mpicoll.allgather(ones(), c),
+        lambda c: mpicoll.allgather(ones(5, "i8"), c),
+        "allgather of .* bytes, .*float64",
+        "allgather of .* bytes, .*int64",
+    ),
+    "counts of an allgatherv": (
+        lambda c: c.Allgatherv(ones(1), [ones(P), [1] * P]),
+        lambda c: c.Allgatherv(ones(2), [ones(2 * P), [2] * P]),
+        "allgatherv of .* bytes",
+        "allgatherv of .* bytes",
+    ),
+    "counts of a reduce_scatter": (
+        lambda c: c.Reduce_scatter(ones(P + 1), ones(P + 1), [P + 1] + [0] * (P - 1)),
+        lambda c: c.Reduce_scatter(ones(P + 1), ones(P + 1), [0] * (P - 1) + [P + 1]),
+        r"native, parts of \[" + str(P + 1),
+        r"native, parts of \[0",
+    ),
+    "what cannot be written": (
+        lambda c: c.Allreduce(ones(), ones()),
+        lambda c: c.Allreduce(ones(), frozen()),
+        "allreduce of 5 float64",
+        "allreduce, sum, native",
+    ),
+    "bcast into what cannot be written": (
+        lambda c: c.Bcast(ones()),
+        lambda c: c.Bcast(frozen()),
+        "bcast of 40 bytes",
+        "bcast, native, root 0",
     ),
     "persistent": (
         lambda c: mpicoll.allreduce_init(ones(), c, algorithm="ring"),
@@ -183,6 +225,18 @@ REFUSED: dict[str, Pair] = {  # a mistake that one rank sees by itself: it raise
         lambda c: mpicoll.allgather(ones(3), c, [2] * P),
         "allgather of ",
         f"allgather refused, rank {ODD} brings 3 elements, counts say 2",
+    ),
+    "level that there is not": (
+        lambda c: mpicoll.allreduce(ones(), c),
+        lambda c: mpicoll.allreduce(ones(), c, check="on"),
+        "allreduce of 5",
+        "allreduce refused, check must be one of off, header, full, got 'on'",
+    ),
+    "room": (
+        lambda c: c.Allgather(ones(1), ones(P)),
+        lambda c: c.Allgather(ones(1), ones(P + 1)),
+        "allgather of 8 bytes a rank",
+        f"allgather refused, expected {P} times what is sent, got room for",
     ),
     "nonsense": (
         lambda c: mpicoll.allreduce(ones(), c),
@@ -340,6 +394,20 @@ def test_correct_programs_are_left_alone(ours, check):
         handle = mpicoll.iallreduce(x, own, algorithm="ring")
         mpicoll.allreduce(float(rank), own)
         handle.wait()
+    for root in (0, np.int64(0), False) if odd else (0, 0, 0):
+        own.Bcast(x, root)
+        own.Reduce(x, np.empty_like(x) if rank == 0 else None, root=root)
+        mpicoll.reduce(x, own, root)
+    own.Reduce_scatter(np.ones(2 * P), np.ones(2), np.full(P, 2) if odd else [2] * P)
+    pair = MPI.DOUBLE.Create_contiguous(2).Commit()
+    own.Bcast([np.ones(4), pair] if odd else np.ones(4))
+    own.Bcast([np.ones(4), 2, pair] if odd else [np.ones(4), 4, MPI.DOUBLE])
+    own.Allgather([np.ones(2), 1, pair] if odd else np.ones(2), np.ones(2 * P))
+    own.Allreduce(MPI.IN_PLACE, [np.ones(4), 2, pair] if odd else np.ones(4), swapped)
+    own.Allreduce([None, 0, MPI.DOUBLE] if odd else np.ones(0), np.ones(0))
+    everything = np.ones(2 * P)
+    own.Allgather(MPI.IN_PLACE, [everything, 2, MPI.DOUBLE] if odd else everything)
+    pair.Free()
     swapped.Free()
     column = MPI.DOUBLE.Create_vector(3, 1, 3).Commit()  # a column at the root, contiguous at the others
     square, flat = np.arange(9.0), np.zeros(3)
