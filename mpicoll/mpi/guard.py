@@ -52,11 +52,9 @@ class Guard:
         self._hooks = hook, thread_hook = sys.excepthook, threading.excepthook
 
         def uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-            if os.getpid() == self._process and not issubclass(kind, KeyboardInterrupt):
+            if os.getpid() == self._process:
                 self._end(error)
             hook(kind, error, trace)
-            if os.getpid() == self._process:
-                _exit_interrupted(self._comm.rank)
 
         def uncaught_in_thread(args: Any) -> None:
             if os.getpid() == self._process and args.exc_type is not SystemExit:
