@@ -65,6 +65,8 @@ def calls() -> dict:
         "Comm.Allreduce, deterministic": lambda: ours.Allreduce(y, x, deterministic=True),
         "iallreduce().wait()": lambda: mpicoll.iallreduce(x, ours).wait(),
         "native Iallreduce().Wait()": lambda: comm.Iallreduce(y, x).Wait(),
+        "native Bcast": lambda: comm.Bcast(x),
+        "Comm.Bcast, check=header, over that of Bcast": lambda: ours.Bcast(x, check="header"),
     }
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for repetition in range(-2, REPETITIONS):
@@ -75,7 +77,8 @@ def calls() -> dict:
                 call()
             if repetition >= 0:
                 times[name].append((time.perf_counter() - start) / CALLS * 1e6)
-    over = {f"{name}, over native (us)": np.subtract(us, times["native"]) for name, us in times.items()}
+    base = {name: times["native Bcast" if name.startswith("Comm.Bcast") else "native"] for name in times}
+    over = {f"{name}, over native (us)": np.subtract(us, base[name]) for name, us in times.items()}
     found = {"native, 4 bytes (us)": times["native"], **{name: us for name, us in over.items() if np.any(us)}}
     return {
         "rank": comm.rank,

@@ -98,6 +98,12 @@ def test_show_draws_a_picture(tmp_path):
     assert (tmp_path / "a.svg").read_text().startswith("<svg ")
 
 
+def test_report_of_what_is_no_report(tmp_path):
+    done = run(["mpicoll", "report", "nowhere"], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert done.err == "mpicoll: 'nowhere' holds no report: expected files rank-0.json, rank-1.json, ...\n"
+
+
 def test_verify_names_collectives_and_algorithms(tmp_path):
     done = run(["mpicoll", "verify", "--max-ranks", "5", "bcast", "ring"], tmp_path)
     proved = [line.split()[:2] for line in done.out.splitlines()[1:-1]]
