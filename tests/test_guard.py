@@ -261,7 +261,7 @@ def test_a_rank_that_is_gone_ends_the_job_soon(tmp_path, how):
         head, ranks = account(done)
         assert head.startswith("mpicoll: rank 1, which this call needs, is gone: rank ")
         assert ranks[1] == "has left the program"
-        assert done.status == 124
+        assert done.status in (124, 9)  # the launcher has to kill rank 1, and may report that
 
 
 @pytest.mark.parametrize(

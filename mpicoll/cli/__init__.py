@@ -1,6 +1,7 @@
 """The command line: parsing and printing only."""
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -8,11 +9,13 @@ from contextlib import suppress
 from typing import TextIO
 
 from ..errors import UserError
-from ..mpi.launch import launched_rank
+from ..mpi.launch import launched_rank, launched_ranks
 
 
 def main(args: list[str] | None = None) -> int:
     """Run ``mpicoll ARGS``; returns the exit status (see ``mpicoll --help``)."""
+    if launched_ranks() > 1:  # an exception may get lost in an import; commands that can handle Ctrl-C do so later
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if launched_rank() > 0 or sys.stdout is None:  # None: it is closed
         sys.stdout = _nowhere()  # rank 0 speaks
     if sys.stderr is None:
