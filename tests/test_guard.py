@@ -215,7 +215,7 @@ def test_a_correct_program_is_left_alone(tmp_path):
     assert all(f"rank {rank} is done" in done.out for rank in range(3))
 
 
-NUMBER = r"call 1001 on communicator 0\.1"
+ENDED = {False: (124,), True: (124, 9, 137)}  # where the launcher has to kill a rank, it may report that
 LATE = {  # what keeps rank 1 from a call, and what is told of it
     "sleeping": ("time.sleep(1000)", CALL, "in no call, after call 1000 on communicator 0.1, allreduce of 5"),
     "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", CALL, "stopped for "),
@@ -234,7 +234,7 @@ def test_a_time_limit_ends_the_job_and_says_who_is_late(tmp_path, what):
     one, others, told = LATE[what]
     report = tmp_path / "report"
     done = watched(tmp_path, one, f"if comm.rank != 1:\n    {others}\nelse:\n    {CALL}", report=str(report))
-    assert done.status == 124
+    assert done.status in ENDED[what == "stopped"]
     head, ranks = account(done)
     assert head.startswith("mpicoll: time limit of 2 s: rank ")
     assert ranks[1].startswith(told)
@@ -261,7 +261,7 @@ def test_a_rank_that_is_gone_ends_the_job_soon(tmp_path, how):
         head, ranks = account(done)
         assert head.startswith("mpicoll: rank 1, which this call needs, is gone: rank ")
         assert ranks[1] == "has left the program"
-        assert done.status in (124, 9)  # the launcher has to kill rank 1, and may report that
+        assert done.status in ENDED[True]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_training_has_a_time_limit(tmp_path):
         return
     train = ["mpicoll", "train", "--epochs", "100000", "--timeout", "2", "--out", str(tmp_path / "run")]
     done = mpirun(2, train, tmp_path, meanwhile=stop)
-    assert done.status == 124
+    assert done.status in ENDED[True]
     assert "mpicoll: time limit of 2 s: rank 0 is in call " in done.err
     assert re.search(r"rank 1 +[0-9.]+ s  stopped for", done.err)
     assert not (tmp_path / "run" / "model.safetensors").exists()
