@@ -396,8 +396,8 @@ def test_interrupted_while_driving_others_the_communicator_refuses(ours, monkeyp
     if P > 1:
         with monkeypatch.context() as patch:
             patch.setattr(state.Handle, "wait", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                mpicoll.allreduce(mine(ours), own, algorithm="ring")
+            with pytest.raises(KeyboardInterrupt):  # unchecked: comparing calls may complete what is under way
+                mpicoll.allreduce(mine(ours), own, algorithm="ring", check="off")
         with pytest.raises(RuntimeError, match="interrupted by an exception"):
             mpicoll.allreduce(mine(ours), own, algorithm="ring")
     pending.wait()
