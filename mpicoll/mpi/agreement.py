@@ -79,7 +79,14 @@ def check_level(level: str) -> None:
 @lru_cache(maxsize=KEPT)
 def native(collective: str, operation: str, dtype: str, elements: int | None, root: int | None = None) -> Header:
     """The header of one of the MPI library's own calls, at the least cost."""
-    return Header(collective, "native", operation, dtype, elements, () if root is None else (("root", root),))
+    return Header(
+        collective,
+        "native",
+        operation,
+        dtype if elements != 0 else "",
+        elements,
+        () if root is None else (("root", root),),
+    )
 
 
 class Agreement:
