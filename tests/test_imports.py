@@ -40,6 +40,7 @@ LAYERS = [
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
     "mpi4py": ("mpi.", "train."),
+    "scipy": ("train.data", "train.models"),
     "sklearn": ("train.data",),
     "safetensors": ("train.files",),
     "threadpoolctl": ("mpi.threads",),

@@ -8,53 +8,7 @@ from mpicoll import UserError
 from mpicoll.train import files
 from mpicoll.train.data import Scaling, read
 from mpicoll.train.files import check_output, read_model, write_run
-from mpicoll.train.models import MLP, MODELS
-from mpicoll.train.optimizers import SGD
-
-
-@pytest.mark.parametrize("sizes", [(5, 3), (5, 4, 3), (5, 7, 6, 3)])
-def test_gradients_are_the_finite_differences_of_the_loss(sizes):
-    model, rng = MLP(sizes), np.random.default_rng(0)
-    params = model.initial(rng, np.dtype("f8")) + rng.normal(size=model.size) * 0.1
-    x, y = rng.normal(size=(9, 5)), rng.integers(3, size=9)
-    grad, unused = np.empty(model.size), np.empty(model.size)
-    model.loss_and_grad(params, x, y, grad)
-    for n in range(model.size):
-        step = np.zeros(model.size)
-        step[n] = 1e-6
-        above = model.loss_and_grad(params + step, x, y, unused).loss
-        below = model.loss_and_grad(params - step, x, y, unused).loss
-        assert grad[n] == pytest.approx((above - below) / 2e-6, rel=1e-5, abs=1e-7)
-
-
-def test_losses_and_gradients_of_shares_add_up_to_those_of_the_batch():
-    model, rng = MODELS["mlp"](5, 3), np.random.default_rng(0)
-    params, x, y = model.initial(rng, np.dtype("f8")), rng.normal(size=(9, 5)), rng.integers(3, size=9)
-    whole, part = np.empty(model.size), np.empty(model.size)
-    sums, total, grad = model.loss_and_grad(params, x, y, whole), np.zeros(2), np.zeros(model.size)
-    for share in (slice(0, 2), slice(2, 9), slice(9, 9)):
-        total += model.loss_and_grad(params, x[share], y[share], part)
-        grad += part
-    np.testing.assert_allclose(total, sums, rtol=1e-13)
-    np.testing.assert_allclose(grad, whole, rtol=1e-10, atol=1e-14)
-    assert sums.correct == np.count_nonzero(model.predict(params, x) == y)
-
-
-def test_a_confident_model_neither_overflows_nor_changes_its_input():
-    model = MLP((2, 2))
-    x = np.array([[1e4, -1e4], [-1e4, 1e4]])
-    before = x.copy()
-    sums = model.loss_and_grad(np.array([100.0, -100, -100, 100, 0, 0]), x, np.array([0, 0]), np.empty(6))
-    assert sums == (pytest.approx(4e6), 1)
-    np.testing.assert_array_equal(x, before)
-
-
-def test_momentum_is_the_textbook_one():
-    params, sgd = np.array([1.0, 2.0]), SGD(2, np.dtype("f8"), lr=0.5, momentum=0.9)
-    sgd.step(params, np.array([1.0, 0.0]))
-    np.testing.assert_allclose(params, [0.5, 2])
-    sgd.step(params, np.array([1.0, 2.0]))
-    np.testing.assert_allclose(params, [0.5 - 0.5 * 1.9, 1])
+from mpicoll.train.models import MODELS
 
 
 def test_scaling_makes_features_alike_and_leaves_constant_ones_alone():
@@ -81,13 +35,19 @@ def test_samples_of_any_shape_and_labels_in_a_column(tmp_path):
     assert (y.tolist(), y.dtype) == ([0, 1, 2], np.int64)
 
 
-def test_a_model_comes_back_as_it_was_written(tmp_path):
-    model = MLP((4, 5, 3))
+@pytest.mark.parametrize(
+    ("name", "classes", "hidden"),
+    [("mlp", 3, (5,)), ("mlp", 3, (5, 6)), ("softmax", 3, ()), ("logistic", 2, ()), ("svm", 2, ()), ("svm", 3, ())],
+)
+def test_a_model_comes_back_as_it_was_written(tmp_path, name, classes, hidden):
+    model = MODELS[name](4, classes, hidden)
     params = np.random.default_rng(0).normal(size=model.size).astype("f4")
     scaling = Scaling(np.arange(4.0), np.arange(1.0, 5.0))
-    write_run(tmp_path / "a" / "run", "mlp", model, params, scaling, {"loss": 1.5}, [{"epoch": 1}])
+    write_run(tmp_path / "a" / "run", name, model, params, scaling, {"loss": 1.5}, [{"epoch": 1}])
     back, back_params, back_scaling = read_model(tmp_path / "a" / "run")
     assert back.sizes == model.sizes
+    x = np.random.default_rng(1).normal(size=(20, 4))
+    np.testing.assert_array_equal(back.predict(params, x), model.predict(params, x))
     np.testing.assert_array_equal(back_params, params)
     assert back_params.dtype == params.dtype
     np.testing.assert_array_equal(back_scaling, scaling)
@@ -95,21 +55,21 @@ def test_a_model_comes_back_as_it_was_written(tmp_path):
 
 def test_a_model_of_another_kind_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "FORMAT", "mpicoll-model-99")
-    model = MLP((2, 2))
-    write_run(tmp_path / "run", "mlp", model, np.zeros(model.size), Scaling(np.zeros(2), np.ones(2)), {}, [])
+    model = MODELS["softmax"](2, 2, ())
+    write_run(tmp_path / "run", "softmax", model, np.zeros(model.size), Scaling(np.zeros(2), np.ones(2)), {}, [])
     monkeypatch.undo()
     with pytest.raises(UserError, match="has format 'mpicoll-model-99'; expected 'mpicoll-model-1'"):
         read_model(tmp_path / "run")
 
 
 def test_a_run_is_written_whole_or_not_at_all(tmp_path):
-    model, scaling = MLP((2, 2)), Scaling(np.zeros(2), np.ones(2))
+    model, scaling = MODELS["softmax"](2, 2, ()), Scaling(np.zeros(2), np.ones(2))
     with pytest.raises(TypeError):  # the summary, written last, cannot be written as JSON
-        write_run(tmp_path / "run", "mlp", model, np.zeros(model.size), scaling, {"x": {1}}, [])
+        write_run(tmp_path / "run", "softmax", model, np.zeros(model.size), scaling, {"x": {1}}, [])
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty")
-    write_run(tmp_path / "empty", "mlp", model, np.zeros(model.size), scaling, {}, [])
+    write_run(tmp_path / "empty", "softmax", model, np.zeros(model.size), scaling, {}, [])
     with pytest.raises(UserError, match="already holds files"):
         check_output(tmp_path / "empty")
     check_output(tmp_path / "new" / "deeper" / "run")
@@ -122,9 +82,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, error
         raise error
 
     monkeypatch.setattr("safetensors.numpy.save_file", full)
-    model, scaling = MLP((2, 2)), Scaling(np.zeros(2), np.ones(2))
+    model, scaling = MODELS["softmax"](2, 2, ()), Scaling(np.zeros(2), np.ones(2))
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "run", tmp_path / "empty"):
         with pytest.raises(UserError, match=r"cannot be written .No space left on device.; name another one"):
-            write_run(folder, "mlp", model, np.zeros(model.size), scaling, {}, [])
+            write_run(folder, "softmax", model, np.zeros(model.size), scaling, {}, [])
     assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UserError
 from .data import Scaling
-from .models import MLP
+from .models import MODELS, Layered
 
 FORMAT = "mpicoll-model-1"
 MODEL, METRICS, SUMMARY = "model.safetensors", "metrics.jsonl", "summary.json"
@@ -41,7 +41,7 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
 def write_run(
     folder: Path,
     name: str,
-    model: MLP,
+    model: Layered,
     params: np.ndarray,
     scaling: Scaling,
     summary: dict[str, Any],
@@ -55,9 +55,7 @@ def write_run(
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    tensors = {"scaling.center": scaling.center, "scaling.spread": scaling.spread}
-    for n, (weight, bias) in enumerate(model.layers(params)):
-        tensors |= {f"layer{n}.weight": weight, f"layer{n}.bias": bias}
+    tensors = {"scaling.center": scaling.center, "scaling.spread": scaling.spread, **model.tensors(params)}
     metadata = {"format": FORMAT, "model": name, "sizes": json.dumps(model.sizes)}
     real = Path(os.path.realpath(folder))
     exists = real.is_dir()
@@ -94,7 +92,7 @@ def _umask() -> int:
     return mask
 
 
-def read_model(path: Path) -> tuple[MLP, np.ndarray, Scaling]:
+def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling]:
     """The model, its parameters and the scaling its inputs need, from a run's folder or its model file."""
     from safetensors import safe_open
 
@@ -111,15 +109,16 @@ def read_model(path: Path) -> tuple[MLP, np.ndarray, Scaling]:
     if metadata.get("format") != FORMAT:
         raise UserError(f"model {str(path)!r} has format {metadata.get('format')!r}; expected {FORMAT!r}")
     try:
-        model = MLP(json.loads(metadata["sizes"]))
+        features, *hidden, outputs = json.loads(metadata["sizes"])
+        model = MODELS[metadata["model"]](
+            features, max(outputs, 2), tuple(hidden)
+        )  # one output tells two classes apart
         params = np.empty(model.size, tensors["layer0.weight"].dtype)
         scaling = Scaling(tensors["scaling.center"], tensors["scaling.spread"])
         parts = [(part, (model.sizes[0],)) for part in scaling]
-        for n, (weight, bias) in enumerate(model.layers(params)):
-            for name, view in (("weight", weight), ("bias", bias)):
-                part = tensors[f"layer{n}.{name}"]
-                parts.append((part, view.shape))
-                view[:] = part
+        for name, view in model.tensors(params).items():
+            parts.append((tensors[name], view.shape))
+            view[:] = tensors[name]
     except (KeyError, ValueError, TypeError, IndexError, MemoryError) as error:
         raise UserError(f"model {str(path)!r} does not hold the layers its header names") from error
     if any(part.shape != shape or part.dtype.kind != "f" or not np.isfinite(part).all() for part, shape in parts):

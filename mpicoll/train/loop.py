@@ -9,8 +9,8 @@ from mpi4py import MPI
 
 from ..errors import UserError
 from .data import Dataset
-from .models import Model
-from .optimizers import SGD
+from .models import Batch, Model
+from .optimizers import OPTIMIZERS
 from .strategies import STRATEGIES
 
 
@@ -70,7 +70,7 @@ def train(
     sums = np.empty(model.size + 2, params.dtype)  # what ranks add up: gradient, loss, correct predictions
     grad = sums[: model.size]
     agreement = STRATEGIES[strategy](comm, algorithm, sums)
-    optimizer = SGD(model.size, params.dtype, lr, momentum)
+    optimizer = OPTIMIZERS["sgd"](model.size, params.dtype, momentum=momentum)
 
     samples, step, history = len(data.x), 0, []
     start = perf_counter()
@@ -80,7 +80,7 @@ def train(
         for first in range(0, samples, batch_size):
             batch = order[first : first + batch_size]
             mine = batch[len(batch) * rank // p : len(batch) * (rank + 1) // p]
-            sums[-2:] = model.loss_and_grad(params, data.x[mine], data.y[mine], grad)
+            sums[-2:] = model.loss_and_grad(params, Batch(data.x[mine], data.y[mine]), grad)
             agreement.add_up()
             step += 1
             if not np.isfinite(sums[-2]):
@@ -88,7 +88,7 @@ def train(
                     f"the loss became {sums[-2]} at step {step} (epoch {epoch}): try a smaller learning rate than {lr}"
                 )
             grad /= len(batch)
-            optimizer.step(params, grad)
+            optimizer.step(params, grad, lr)
             loss, correct, seen = loss + float(sums[-2]), correct + float(sums[-1]), seen + len(batch)
             if step == max_steps:
                 break

@@ -1,10 +1,22 @@
-"""Models on one flat parameter vector, with explicit gradients."""
+"""Models on one flat parameter vector, with explicit gradients; what a model of one's own must offer."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+
+class Batch(NamedTuple):
+    """Samples, or none: ``x`` (samples, features), dense or CSR, and ``y`` (samples,), their classes, int64 from 0."""
+
+    x: "np.ndarray | csr_array"
+    y: np.ndarray
 
 
 class Sums(NamedTuple):
@@ -15,85 +27,193 @@ class Sums(NamedTuple):
 
 
 class Model(Protocol):
-    """What the training loop asks of a model; ``size`` is its number of parameters."""
+    """What training asks of a model; any object with these four members can be trained.
 
-    size: int
+    All parameters are one vector, of float32 or float64: ranks add up and average vectors, optimizers step on them and
+    checkpoints hold them, and none needs to know what is in them.  Inside, a model works on views, such as
+    ``params[:n].reshape(rows, columns)``.
 
-    def initial(self, rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
-        """Initial parameters, shape (size,)."""
-
-    def loss_and_grad(self, params: np.ndarray, x: np.ndarray, y: np.ndarray, grad: np.ndarray) -> Sums:
-        """Loss and correct predictions on the batch; writes the gradient of the loss into ``grad``, shape (size,)."""
-
-    def predict(self, params: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """The most likely class of each sample."""
-
-
-class MLP:
-    """A multilayer perceptron: ReLU between layers, softmax cross-entropy at the end.
-
-    ``sizes`` are features, hidden widths, classes; without hidden layers it is softmax regression.  The vector
-    holds weight (inputs x outputs) and bias of each layer in turn.
+    Nothing here communicates: each rank calls these methods on its own samples, and not always equally often.  So a
+    method must depend on its arguments alone, neither change nor keep them (``grad`` is there to be written), and
+    divide by no number of samples.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    size: int
+    """The number of parameters."""
+
+    def initial(self, rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
+        """A new vector of initial parameters, shape (size,), drawn from ``rng``; all ranks start from rank 0's."""
+
+    def loss_and_grad(self, params: np.ndarray, batch: Batch, grad: np.ndarray) -> Sums:
+        """The loss on the batch and the correct predictions in it, summed over its samples.
+
+        Writes the gradient of this summed loss into all of ``grad``, shape (size,), which arrives with anything in it.
+        A batch without samples has loss 0 and gradient 0.  A loss that is not finite ends the training.
+        """
+
+    def predict(self, params: np.ndarray, x: "np.ndarray | csr_array") -> np.ndarray:
+        """The most likely class of each sample, integers of shape (samples,)."""
+
+
+Loss = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]]
+"""From outputs, shape (samples, outputs), and y to the loss, summed over the batch, and its gradient by the outputs,
+which may be overwritten."""
+
+
+def cross_entropy(logits: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """Of the softmax of ``logits``, an output for each class; the gradient is probabilities minus the truth."""
+    samples = np.arange(len(y))
+    logits -= logits.max(axis=1, keepdims=True)  # exp cannot overflow, and the normalizer is at least 1
+    error = np.exp(logits)
+    normalizer = error.sum(axis=1)
+    loss = np.sum(np.log(normalizer) - logits[samples, y], dtype=np.float64)
+    error /= normalizer[:, np.newaxis]
+    error[samples, y] -= 1
+    return float(loss), error
+
+
+def log_loss(scores: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """log(1 + exp(-t s)) for score s and truth t of 1 or -1; its derivative by s is -t / (1 + exp(t s))."""
+    truth = _signs(scores, y)
+    margin = truth * scores
+    loss = np.sum(np.logaddexp(0, -margin), dtype=np.float64)
+    return float(loss), -truth * np.exp(-np.logaddexp(0, margin))  # exp(margin) might overflow
+
+
+def hinge(scores: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """max(0, 1 - t s) for score s and truth t of 1 or -1; its derivative by s is -t where t s < 1, and 0 elsewhere.
+
+    The subgradient at the kink, t s = 1, is 0 as in Pegasos (Shalev-Shwartz et al., 2011).
+    """
+    truth = _signs(scores, y)
+    slack = 1 - truth * scores
+    loss = np.sum(np.maximum(slack, 0), dtype=np.float64)  # nan stays nan
+    return float(loss), -truth * (slack > 0)
+
+
+def _signs(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which scores should be positive, 1, and which negative, -1: see ``Layered`` for what an output stands for."""
+    outputs = scores.shape[1]
+    positive = np.arange(outputs) if outputs > 1 else np.array([1])
+    return np.where(y[:, np.newaxis] == positive, 1, -1).astype(scores.dtype)
+
+
+class Layered:
+    """Fully connected layers, ReLU between them, and a loss at the end; with one layer, a linear model.
+
+    ``sizes`` are features, hidden widths, outputs.  There is an output for each class, and the largest one wins (the
+    first of equals); or a single one for two classes, and class 1 wins where it is positive.  The vector holds weight
+    (inputs x outputs) and bias of each layer in turn.  Samples may be sparse, and are never made dense.
+    """
+
+    def __init__(self, sizes: Sequence[int], loss: Loss) -> None:
         self.sizes = tuple(sizes)
         self.size = sum((inputs + 1) * outputs for inputs, outputs in pairwise(self.sizes))
+        self._loss = loss
 
-    def layers(self, params: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Weight and bias of each layer, as views of the vector."""
-        views, at = [], 0
-        for inputs, outputs in pairwise(self.sizes):
-            weight = params[at : at + inputs * outputs].reshape(inputs, outputs)
+    def tensors(self, params: np.ndarray) -> dict[str, np.ndarray]:
+        """``layer0.weight``, ``layer0.bias``, ``layer1.weight``, ...: views of the vector, which they cover."""
+        views, at = {}, 0
+        for n, (inputs, outputs) in enumerate(pairwise(self.sizes)):
+            views[f"layer{n}.weight"] = params[at : at + inputs * outputs].reshape(inputs, outputs)
             at += inputs * outputs
-            views.append((weight, params[at : at + outputs]))
+            views[f"layer{n}.bias"] = params[at : at + outputs]
             at += outputs
         return views
 
+    def _layers(self, params: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Weight and bias of each layer."""
+        views = list(self.tensors(params).values())
+        return list(zip(views[::2], views[1::2], strict=True))
+
     def initial(self, rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
-        """He's initialization: weights of variance 2 / inputs, biases zero.  Drawn in float64, so that both
+        """He's initialization (2015): weights of variance 2 / inputs, biases zero.  Drawn in float64, so that both
         precisions start from the same point."""
         params = np.zeros(self.size, dtype)
-        for weight, _ in self.layers(params):
+        for weight, _ in self._layers(params):
             weight[:] = rng.normal(scale=np.sqrt(2 / weight.shape[0]), size=weight.shape)
         return params
 
-    def loss_and_grad(self, params: np.ndarray, x: np.ndarray, y: np.ndarray, grad: np.ndarray) -> Sums:
-        """See ``Model``."""
-        layers = self.layers(params)
-        inputs = self._forward(layers, x)
-        logits = inputs.pop()
-        logits -= logits.max(axis=1, keepdims=True)
-        samples = np.arange(len(y))
-        correct = int(np.count_nonzero(logits.argmax(axis=1) == y))
-        normalizer = np.log(np.exp(logits).sum(axis=1))
-        loss = float(np.sum(normalizer - logits[samples, y]))
-
-        error = np.exp(logits - normalizer[:, np.newaxis])  # of the logits: probabilities minus the truth
-        error[samples, y] -= 1
-        for n, (weight_grad, bias_grad) in reversed(list(enumerate(self.layers(grad)))):
-            np.matmul(inputs[n].T, error, out=weight_grad)
+    def loss_and_grad(self, params: np.ndarray, batch: Batch, grad: np.ndarray) -> Sums:
+        """See ``Model``.  The derivative of ReLU at 0 is 0."""
+        layers = self._layers(params)
+        inputs = self._forward(layers, batch.x)
+        outputs = inputs.pop()
+        correct = int(np.count_nonzero(_classes(outputs) == batch.y))
+        loss, error = self._loss(outputs, batch.y)
+        for n, (weight_grad, bias_grad) in reversed(list(enumerate(self._layers(grad)))):
+            if isinstance(inputs[n], np.ndarray):
+                np.matmul(inputs[n].T, error, out=weight_grad)
+            else:
+                weight_grad[:] = inputs[n].T @ error
             np.sum(error, axis=0, out=bias_grad)
             if n:
-                error = (error @ layers[n][0].T) * (inputs[n] > 0)
+                error = error @ layers[n][0].T
+                error *= inputs[n] > 0
         return Sums(loss, correct)
 
-    @np.errstate(all="ignore")  # an overflow is an infinite logit
-    def predict(self, params: np.ndarray, x: np.ndarray) -> np.ndarray:
+    @np.errstate(all="ignore")  # an overflow is an infinite output
+    def predict(self, params: np.ndarray, x: "np.ndarray | csr_array") -> np.ndarray:
         """See ``Model``."""
-        return self._forward(self.layers(params), x)[-1].argmax(axis=1)
+        return _classes(self._forward(self._layers(params), x)[-1])
 
-    def _forward(self, layers: list[tuple[np.ndarray, np.ndarray]], x: np.ndarray) -> list[np.ndarray]:
-        """The input of each layer, and the logits."""
+    def _forward(self, layers: list[tuple[np.ndarray, np.ndarray]], x: "np.ndarray | csr_array") -> list:
+        """The input of each layer, and the outputs of the last."""
         values = [x]
         for n, (weight, bias) in enumerate(layers):
             if n:
-                values[-1] = np.maximum(values[-1], 0, out=values[-1])
-            values.append(values[-1] @ weight + bias)
+                np.maximum(values[-1], 0, out=values[-1])
+            values.append(values[-1] @ weight)
+            values[-1] += bias
         return values
 
 
-MODELS: dict[str, Callable[[int, int], MLP]] = {
-    "mlp": lambda features, classes: MLP((features, 256, classes)),
-    "softmax": lambda features, classes: MLP((features, classes)),
+def _classes(outputs: np.ndarray) -> np.ndarray:
+    return outputs.argmax(axis=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).astype(np.int64)
+
+
+def softmax(features: int, classes: int, hidden: tuple[int, ...]) -> Layered:
+    """Softmax (multinomial logistic) regression."""
+    _refuse_hidden("softmax", hidden)
+    return Layered((features, max(classes, 2)), cross_entropy)
+
+
+def mlp(features: int, classes: int, hidden: tuple[int, ...]) -> Layered:
+    """A multilayer perceptron, softmax cross-entropy at the end; one hidden layer of 256 unless widths are given."""
+    if any(width < 1 for width in hidden):
+        raise UserError(f"model 'mlp' got hidden widths {', '.join(map(str, hidden))}; expected at least 1 each")
+    return Layered((features, *(hidden or (256,)), max(classes, 2)), cross_entropy)
+
+
+def logistic(features: int, classes: int, hidden: tuple[int, ...]) -> Layered:
+    """Binary logistic regression: one score, the log odds of class 1."""
+    _refuse_hidden("logistic", hidden)
+    if classes > 2:
+        raise UserError(f"model 'logistic' is for two classes, and the data have {classes}; take softmax, svm or mlp")
+    return Layered((features, 1), log_loss)
+
+
+def svm(features: int, classes: int, hidden: tuple[int, ...]) -> Layered:
+    """A linear support vector machine: hinge loss; what makes its margin wide is the optimizer's weight decay.
+
+    Two classes share one score.  More are one-vs-rest, LIBLINEAR's and scikit-learn's default: a score for each class
+    against all others, their losses added up.
+    """
+    _refuse_hidden("svm", hidden)
+    return Layered((features, classes if classes > 2 else 1), hinge)
+
+
+def _refuse_hidden(name: str, hidden: tuple[int, ...]) -> None:
+    if hidden:
+        raise UserError(
+            f"model {name!r} has no hidden layers, and got widths for {len(hidden)}; take mlp, or give none"
+        )
+
+
+MODELS: dict[str, Callable[[int, int, tuple[int, ...]], Layered]] = {
+    "mlp": mlp,
+    "softmax": softmax,
+    "logistic": logistic,
+    "svm": svm,
 }
+"""Name to model, given the number of features, of classes, and hidden widths, where () is the model's own choice."""

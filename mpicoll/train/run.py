@@ -35,7 +35,7 @@ def run(
     out = on_root(comm, lambda: _output(settings, comm.size))
     dtype = np.dtype(settings.dtype)
     data = load(settings.data, comm, dtype)
-    model = MODELS[settings.model](data.x.shape[1], data.classes)
+    model = MODELS[settings.model](data.x.shape[1], data.classes, ())
     facts = {
         "version": __version__,
         "mpi": library_name(),

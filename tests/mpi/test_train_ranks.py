@@ -12,11 +12,12 @@ from mpicoll.mpi.threads import limit_threads
 from mpicoll.train import data as data_module
 from mpicoll.train.data import Dataset, Scaling, load
 from mpicoll.train.loop import Result, accuracy, train
-from mpicoll.train.models import MLP
+from mpicoll.train.models import MODELS
 from mpicoll.train.strategies import Sync
 
 pytestmark = pytest.mark.mpi
 P = MPI.COMM_WORLD.size
+MODEL = MODELS["mlp"](6, 3, (8,))
 
 
 def blobs(samples: int, dtype: str) -> Dataset:
@@ -35,7 +36,7 @@ def trained(comm: MPI.Intracomm, data: Dataset, **options: Any) -> Result:
         "momentum": 0.9,
         "seed": 3,
     }
-    return train(comm, data, MLP((6, 8, 3)), **{**settings, **options})
+    return train(comm, data, MODEL, **{**settings, **options})
 
 
 @pytest.mark.parametrize("algorithm", ["ring", "circulant", "native"])
@@ -65,9 +66,9 @@ def test_all_ranks_end_with_the_same_bits_and_training_learns(comm):
     result = trained(comm, data, epochs=20)
     assert len({params.tobytes() for params in comm.allgather(result.params)}) == 1
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss
-    right = accuracy(comm, MLP((6, 8, 3)), result.params, data.x_test, data.y_test)
-    assert right == np.mean(MLP((6, 8, 3)).predict(result.params, data.x_test) == data.y_test)
-    assert accuracy(comm, MLP((6, 8, 3)), result.params, data.x_test[:0], data.y_test[:0]) is None
+    right = accuracy(comm, MODEL, result.params, data.x_test, data.y_test)
+    assert right == np.mean(MODEL.predict(result.params, data.x_test) == data.y_test)
+    assert accuracy(comm, MODEL, result.params, data.x_test[:0], data.y_test[:0]) is None
 
 
 def test_another_seed_is_another_run(comm):
@@ -84,7 +85,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_at_the_same_step(comm):
 def test_bytes_are_counted_at_our_own_sends(comm):
     counted = trained(comm, blobs(64, "f4"), epochs=1).bytes_sent
     total = comm.allreduce(counted)
-    assert total == 2 * 2 * (P - 1) * (MLP((6, 8, 3)).size + 2) * 4  # two steps, 2 (p - 1) / p vectors on average
+    assert total == 2 * 2 * (P - 1) * (MODEL.size + 2) * 4  # two steps, 2 (p - 1) / p vectors on average
     assert trained(comm, blobs(64, "f4"), epochs=1, algorithm="native").bytes_sent is None
 
 
@@ -100,13 +101,13 @@ def test_sums_are_what_ranks_add_up(comm):
 
 def test_waiting_is_told_from_moving(comm, monkeypatch):
     """Rank 0 takes 20 ms more than the others for every step: they wait for it, and it for nobody."""
-    slow = MLP.loss_and_grad
+    slow = MODEL.loss_and_grad
 
     def loss_and_grad(*arguments: Any) -> Any:
         time.sleep(0.02 if comm.rank == 0 else 0)
         return slow(*arguments)
 
-    monkeypatch.setattr(MLP, "loss_and_grad", loss_and_grad)
+    monkeypatch.setattr(MODEL, "loss_and_grad", loss_and_grad)
     result = trained(comm, blobs(100, "f4"), max_steps=10)
     assert 0 <= result.waiting_seconds <= result.agreement_seconds <= result.seconds
     slowest, *others = comm.allgather(result.waiting_seconds)
