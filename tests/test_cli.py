@@ -17,9 +17,10 @@ import mpicoll
 from launch import BIN, IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli.app import app
+from mpicoll.cli.plot import names
 from mpicoll.train.files import read_model
 
-FILES = ["metrics.jsonl", "model.safetensors", "summary.json"]
+FILES = ["checkpoints", "config.toml", "environment.json", "metrics.jsonl", "model.safetensors", "summary.json"]
 QUICK = ["mpicoll", "train", "--model", "softmax", "--epochs", "1"]
 
 
@@ -148,7 +149,7 @@ def test_the_main_job_reaches_97_percent(tmp_path, ranks):
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
     epochs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [epoch["epoch"] for epoch in epochs] == list(range(1, 31))
-    for wanted in ("test accuracy", "training loss", "steps", "sent per rank", "communicating", "written to"):
+    for wanted in ("test accuracy", "training loss", "steps", "agreement", "waiting", "written to"):
         assert wanted in done.out
 
 
@@ -157,7 +158,7 @@ def test_alone_it_trains_on_one_rank_and_says_so_then_predicts(tmp_path):
     done = run([*QUICK, "--epochs", "20", "--data", data, "--out", "run", "--algorithm", "native"], tmp_path)
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("one rank: use more with mpirun")
-    assert "unknown (sent by the MPI library)" in done.out
+    assert "unknown" in done.out
 
     fresh = npz(tmp_path / "fresh.npz", **blobs(30, seed=1))
     predicted = run(["mpicoll", "predict", "run", "--data", fresh], tmp_path)
@@ -201,6 +202,87 @@ def test_options_are_environment_variables(tmp_path):
     assert json.loads(other.out.splitlines()[-1])["epochs"] == 1
     summary = json.loads(done.out.splitlines()[-1])
     assert (summary["epochs"], summary["seed"]) == (2, 7)
+
+
+def test_a_configuration_file_goes_behind_options_and_the_environment(tmp_path):
+    (tmp_path / "c.toml").write_text('epochs = 2\nstrategy = "gossip"\nmix-first = true\nseed = 3\nbatch_size = 50\n')
+    command = ["mpicoll", "train", "--config", "c.toml", "--json", "--out", "run", "--seed", "4"]
+    done = run(command, tmp_path, env={"MPICOLL_TRAIN_BATCH_SIZE": "70"})
+    summary = json.loads(done.out.splitlines()[-1])
+    assert (summary["epochs"], summary["strategy"], summary["mix_first"]) == (2, "gossip", True)
+    assert (summary["seed"], summary["batch_size"]) == (4, 70)
+    (tmp_path / "run/config.toml").rename(tmp_path / "again.toml")
+    again = run(["mpicoll", "train", "--config", "again.toml", "--json"], tmp_path)
+    for key in ("train_loss", "seed", "batch_size", "steps"):
+        assert json.loads(again.out.splitlines()[-1])[key] == summary[key]
+
+
+@pytest.mark.parametrize("ranks", [3, 4, 5])
+@pytest.mark.parametrize("strategy", ["average", "butterfly", "gossip"])
+def test_every_strategy_reaches_95_percent(tmp_path, strategy, ranks):
+    done = mpirun(ranks, ["mpicoll", "train", "--strategy", strategy, "--json"], tmp_path)
+    assert (done.status, done.err) == (0, "")
+    assert json.loads(done.out.splitlines()[-1])["test_accuracy"] >= 0.95
+    assert re.search("ranks were .* apart", done.out)
+
+
+def test_the_slowest_rank_of_many_is_in_the_account(tmp_path):
+    done = mpirun(10, [*QUICK, "--strategy", "gossip", "--batch-size", "4"], tmp_path)
+    assert (done.status, done.err) == (0, "")
+    rows = re.findall(r"^ +(\d+) +[\d.]+ MB +\d+ +\d+% +\d+% +\d+%(.*)$", done.out, re.MULTILINE)
+    assert 1 <= len(rows) <= 2
+    assert [note for _, note in rows].count("  the slowest") == 1
+
+
+def test_what_may_not_change_when_a_run_is_resumed(tmp_path):
+    assert run([*QUICK, "--out", "run"], tmp_path).status == 0
+    for options, message in {
+        "": "'run' has done its 1 epochs; to go on, ask for more with --epochs",
+        "--epochs 2 --lr 3": "--lr cannot be changed when a run is resumed: only --epochs, --patience, ",
+        "--epochs 2 --config x.toml": "--config and --resume exclude each other|cannot be read",
+    }.items():
+        failed = run(["mpicoll", "train", "--resume", "run", *options.split()], tmp_path)
+        assert failed.status == 1
+        assert re.search(message, failed.err)
+        assert failed.err.count("\n") == 1
+    changed = run(["mpicoll", "train", "--resume", "run", "--epochs", "2", "--lr", "0.1"], tmp_path)
+    assert (changed.status, changed.err) == (0, "")
+    other = mpirun(2, ["mpicoll", "train", "--resume", "run", "--epochs", "3"], tmp_path)
+    assert "not as before, and bits may differ: ranks 1 -> 2" in other.out
+
+
+def test_plots(tmp_path):
+    for strategy in ("sync", "gossip"):
+        assert mpirun(2, [*QUICK, "--epochs", "2", "--strategy", strategy, "--out", strategy], tmp_path).status == 0
+    drawn = run(["mpicoll", "plot", "sync", "gossip", "--out", "a.svg"], tmp_path)
+    assert (drawn.out, drawn.err, drawn.status) == ("2 run(s) drawn in a.svg\n", "", 0)
+    assert (tmp_path / "a.svg").read_text().count("<path") > 10
+    assert run(["mpicoll", "plot", "sync"], tmp_path).status == 0
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    for arguments, message in {
+        "gone": "'gone/metrics.jsonl' cannot be read (No such file or directory); expected the folder of a run",
+        "sync --out a.txt": "--out must end with .png, .svg or .pdf, got 'a.txt'",
+        "sync --out no/where.png": "'no/where.png' cannot be written (No such file or directory)",
+        " ".join(["sync"] * 13): "13 runs are too many to tell apart in one picture: name at most 12",
+    }.items():
+        failed = run(["mpicoll", "plot", *arguments.split()], tmp_path)
+        assert (failed.status, failed.err) == (1, f"mpicoll: {message}\n")
+
+
+def test_runs_are_named_by_what_is_not_the_same():
+    runs = (Path("a"), Path("b"))
+    assert names([{"strategy": "sync", "lr": 1}, {"strategy": "gossip", "lr": 1}], runs) == ["sync", "gossip"]
+    assert names([{"strategy": "sync", "lr": 1}, {"strategy": "sync", "lr": 2}], runs) == ["lr 1", "lr 2"]
+    assert names([{"lr": 1}, {"lr": 1, "graph": "ring"}], runs) == ["a", "b"]
+    assert names([{"lr": 1}, {"lr": 1}], runs) == ["a", "b"]
+
+
+def test_the_example_of_an_own_model_finds_the_truth(tmp_path):
+    for strategy in ("sync", "gossip"):
+        done = mpirun(2, [sys.executable, "-m", "mpi4py", REPOSITORY / "examples/own_model.py", strategy], tmp_path)
+        assert (done.status, done.err) == (0, "")
+        found = [float(number) for number in re.findall(r"-?\d+\.\d*", done.out.splitlines()[-1].split("where")[0])]
+        np.testing.assert_allclose(found, [0.8, -0.5, 0.3, 0.0, 0.7], atol=0.06)
 
 
 # Bad input: one clear line from rank 0, a status, nothing written.
@@ -282,8 +364,8 @@ def test_bad_data(tmp_path, message):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--data", "nowhere.npz"], 1, "'nowhere.npz' does not exist; expected 'digits' or an .npz file"),
-        (["--data", "/"], 1, "data file '/' is not a file"),
+        (["--data", "nowhere.npz"], 1, "'nowhere.npz' does not exist; expected 'digits', 'fashion-mnist', "),
+        (["--data", "/"], 1, "data folder '/' holds neither X.npy nor"),
         (["--data", "/dev/zero"], 1, "data file '/dev/zero' is not a file"),
         (["--epochs", "0"], 2, "'--epochs': 0 is not in the range"),
         (["--lr", "-1"], 2, "'--lr': -1.0 is not in the range x>0"),
@@ -292,9 +374,25 @@ def test_bad_data(tmp_path, message):
         (["--threads", "99999999999999999999"], 2, "'--threads': 9+ is not in the range"),
         (["--batch-size", "0"], 2, "'--batch-size': 0 is not in the range"),
         (["--algorithm", "rign"], 2, "'rign' is not one of 'auto', 'ring', "),
-        (["--model", "mpl"], 2, "'mpl' is not one of 'mlp', 'softmax'"),
-        (["--strategy", "snyc"], 2, "'snyc' is not one of 'sync'|'snyc' is not 'sync'"),
+        (["--model", "mpl"], 2, "'mpl' is not one of 'mlp', 'softmax', 'logistic', 'svm'"),
+        (["--strategy", "snyc"], 2, "'snyc' is not one of 'sync', 'average', 'butterfly', 'gossip'"),
         (["--epoch", "3"], 2, "No such option '--epoch'"),
+        (["--every", "0"], 2, "'--every': 0 is not in the range"),
+        (["--every", "4"], 1, "--every is not for the sync strategy, but for average: leave it out"),
+        (
+            ["--strategy", "butterfly", "--graph", "ring"],
+            1,
+            "--graph is not for the butterfly strategy, but for gossip",
+        ),
+        (["--strategy", "gossip", "--graph", "rign"], 1, "graph 'rign': unknown graph 'rign'"),
+        (["--strategy", "gossip", "--graph", "gone.npy"], 1, "graph 'gone.npy' cannot be read as an .npy file"),
+        (["--model", "mlp", "--hidden", "3,,4"], 2, "'--hidden': '3,,4' is not a list of widths like 256 or 256,128"),
+        (["--hidden", "32"], 1, "model 'softmax' has no hidden layers"),
+        (["--model", "logistic"], 1, "model 'logistic' is for two classes, and the data have 10"),
+        (["--patience", "3"], 1, "patience needs a validation set: give it with --validation 0.1"),
+        (["--validation", "1"], 2, "'--validation': 1.0 is not in the range 0<=x<1"),
+        (["--config", "gone.toml"], 1, "configuration 'gone.toml' cannot be read: No such file"),
+        (["--resume", "gone"], 1, "'gone' holds no run: --resume takes the folder that mpicoll train wrote"),
         (
             ["--model", "mlp", "--lr", "1e9"],
             1,
@@ -312,7 +410,9 @@ def test_bad_options(tmp_path, options, status, message):
 def test_a_step_into_infinity_at_the_very_end_is_found(tmp_path):
     data = npz(tmp_path / "d.npz", **blobs())
     done = run([*QUICK, "--data", data, "--batch-size", "1000", "--lr", "1e39"], tmp_path)
-    assert_one_line(done, tmp_path, 1, "parameters became infinite or nan at step 1: try a smaller learning rate")
+    assert_one_line(
+        done, tmp_path, 1, "parameters became infinite or nan at step 1 .epoch 1.: try a smaller learning rate"
+    )
 
 
 def test_folders_that_exist_empty_are_filled(tmp_path):
@@ -344,11 +444,11 @@ def test_runs_started_at_once_do_not_take_each_others_folder(tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_touched(tmp_path):
     assert run([*QUICK, "--out", "run"], tmp_path).status == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
     again = run([*QUICK, "--out", "run"], tmp_path)
     assert again.status == 1
     assert "output folder 'run' already holds files; name another one with --out" in again.err
-    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == before
 
 
 def test_bad_models(tmp_path):
@@ -366,14 +466,14 @@ def test_bad_models(tmp_path):
     assert "predict runs on one process" in mpirun(2, ["mpicoll", "predict", "run"], tmp_path).err
     far = run(["mpicoll", "predict", "run", "--data", npz(tmp_path / "far.npz", X=np.full((1, 64), 1e300))], tmp_path)
     assert "features that overflow float32 when scaled" in far.err
-    network, params, _ = read_model(model)
+    network, params, _, _ = read_model(model)
     assert (network.sizes, len(params)) == ((64, 10), 650)
 
 
 def test_a_traceback_on_request(tmp_path):
     failed = run([*QUICK, "--data", "gone.npz"], tmp_path, env={"MPICOLL_TRACEBACK": "1"})
     assert "Traceback" in failed.err
-    assert failed.err.endswith("mpicoll: data file 'gone.npz' does not exist; expected 'digits' or an .npz file\n")
+    assert failed.err.splitlines()[-1].startswith("mpicoll: data file 'gone.npz' does not exist; expected 'digits', ")
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -399,7 +499,7 @@ def test_a_launcher_of_another_mpi_is_found_out(tmp_path):
     assert failed.err.count("\n") == 1
 
 
-def test_ctrl_c_leaves_nothing(tmp_path):
+def test_ctrl_c_leaves_what_can_be_resumed(tmp_path):
     def interrupt(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("  epoch"):
@@ -411,7 +511,12 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert done.status != 0
     assert IS_OPEN_MPI or "mpicoll: interrupted" in done.err
     assert "Traceback" not in done.err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    reached = int(max(path.name for path in (tmp_path / "run/checkpoints").glob("epoch-*"))[len("epoch-") :])
+    more = ["mpicoll", "train", "--resume", "run", "--epochs", str(reached + 2)]
+    resumed = mpirun(3, more, tmp_path)
+    assert (resumed.status, resumed.err) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
 
 
 @pytest.mark.parametrize("delay", [0.2, 0.4, 0.5, 0.6])
@@ -420,9 +525,11 @@ def test_ctrl_c_while_starting_ends_the_job_too(tmp_path, delay):
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
 
-    done = mpirun(3, ["mpicoll", "train", "--epochs", "1000000"], tmp_path, meanwhile=interrupt, timeout=20)
+    done = mpirun(
+        3, ["mpicoll", "train", "--epochs", "1000000", "--out", "run"], tmp_path, meanwhile=interrupt, timeout=20
+    )
     assert done.status != 0
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["run"])  # if it had come to an epoch
 
 
 def test_names_that_are_no_text(tmp_path):

@@ -1,4 +1,7 @@
-"""The parts of training that one process can show."""
+"""The files of a run: what comes back, and what is left when something goes wrong."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,85 +9,137 @@ from safetensors import SafetensorError
 
 from mpicoll import UserError
 from mpicoll.train import files
-from mpicoll.train.data import Scaling, read
-from mpicoll.train.files import check_output, read_model, write_run
+from mpicoll.train.data import Dataset, Scaling
 from mpicoll.train.models import MODELS
+from mpicoll.train.settings import Settings, read_settings, written
+from training import blobs
 
 
-def test_scaling_makes_features_alike_and_leaves_constant_ones_alone():
-    x = np.array([[0, 5, 1e6], [4, 5, 3e6], [2, 5, 2e6]])
-    np.testing.assert_allclose(Scaling.fit(x).apply(x, np.dtype("f8")), [[-1, 0, -1], [1, 0, 1], [0, 0, 0]])
-    long = np.array([[0], [2]], "g")
-    assert {array.dtype for array in Scaling.fit(long)} == {np.dtype("f8")}
-    small = np.array([[-128, 0], [127, 1]], "i1")  # must not overflow in the arithmetic of its own dtype
-    np.testing.assert_allclose(Scaling.fit(small).apply(small, np.dtype("f8")), [[-1, -1], [1, 1]])
+def data(classes: int = 3, labels: list | None = None) -> Dataset:
+    scaling = Scaling(np.arange(4.0), np.arange(1.0, 5.0))
+    named = np.array(labels or range(classes))
+    return blobs(12)._replace(features=4, classes=classes, scaling=scaling, labels=named)
 
 
-def test_the_digits_are_the_published_ones():
-    x, y, x_test, _ = read("digits")
-    assert (x.shape, x_test) == ((1797, 64), None)
-    assert y is not None
-    np.testing.assert_array_equal(np.bincount(y), [178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
-
-
-def test_samples_of_any_shape_and_labels_in_a_column(tmp_path):
-    np.savez(tmp_path / "d.npz", X=np.arange(24, dtype="u1").reshape(3, 2, 4), y=np.array([[0.0], [1], [2]]))
-    x, y, _, _ = read(str(tmp_path / "d.npz"))
-    assert x.shape == (3, 8)
-    assert y is not None
-    assert (y.tolist(), y.dtype) == ([0, 1, 2], np.int64)
+def softmax(folder: Path) -> None:
+    """A run of one epoch."""
+    settings, model = Settings(model="softmax"), MODELS["softmax"](4, 3, ())
+    files.begin(folder, settings, {"ranks": 1})
+    files.add_metrics(folder, {"epoch": 1})
+    files.finish(folder, settings, model, np.zeros(model.size), data(), {"loss": 1.5})
 
 
 @pytest.mark.parametrize(
     ("name", "classes", "hidden"),
-    [("mlp", 3, (5,)), ("mlp", 3, (5, 6)), ("softmax", 3, ()), ("logistic", 2, ()), ("svm", 2, ()), ("svm", 3, ())],
+    [
+        ("mlp", 3, None),
+        ("mlp", 3, "5,6"),
+        ("softmax", 3, None),
+        ("logistic", 2, None),
+        ("svm", 2, None),
+        ("svm", 3, None),
+        ("softmax", 1, None),
+    ],
 )
-def test_a_model_comes_back_as_it_was_written(tmp_path, name, classes, hidden):
-    model = MODELS[name](4, classes, hidden)
+@pytest.mark.parametrize("labels", [None, "text", "signed"])
+def test_a_model_comes_back_as_it_was_written(tmp_path, name, classes, hidden, labels):
+    settings = Settings(model=name, hidden=hidden)
+    model = MODELS[name](4, classes, settings.widths)
     params = np.random.default_rng(0).normal(size=model.size).astype("f4")
-    scaling = Scaling(np.arange(4.0), np.arange(1.0, 5.0))
-    write_run(tmp_path / "a" / "run", name, model, params, scaling, {"loss": 1.5}, [{"epoch": 1}])
-    back, back_params, back_scaling = read_model(tmp_path / "a" / "run")
+    named = {"text": ["cat", "dog", "eel"], "signed": [-1, 1, 7]}.get(labels or "", [0, 1, 2])[:classes]
+    whole = data(classes, named)
+    files.begin(tmp_path / "a" / "run", settings, {})
+    files.finish(tmp_path / "a" / "run", settings, model, params, whole, {})
+    back, back_params, back_scaling, back_labels = files.read_model(tmp_path / "a" / "run")
     assert back.sizes == model.sizes
     x = np.random.default_rng(1).normal(size=(20, 4))
     np.testing.assert_array_equal(back.predict(params, x), model.predict(params, x))
     np.testing.assert_array_equal(back_params, params)
     assert back_params.dtype == params.dtype
-    np.testing.assert_array_equal(back_scaling, scaling)
+    np.testing.assert_array_equal(back_scaling, whole.scaling)
+    assert back_labels.tolist() == named
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "FORMAT", "mpicoll-model-99")
-    model = MODELS["softmax"](2, 2, ())
-    write_run(tmp_path / "run", "softmax", model, np.zeros(model.size), Scaling(np.zeros(2), np.ones(2)), {}, [])
+    softmax(tmp_path / "run")
     monkeypatch.undo()
-    with pytest.raises(UserError, match="has format 'mpicoll-model-99'; expected 'mpicoll-model-1'"):
-        read_model(tmp_path / "run")
+    with pytest.raises(UserError, match="has format 'mpicoll-model-99'; expected 'mpicoll-model-2'"):
+        files.read_model(tmp_path / "run")
 
 
-def test_a_run_is_written_whole_or_not_at_all(tmp_path):
-    model, scaling = MODELS["softmax"](2, 2, ()), Scaling(np.zeros(2), np.ones(2))
-    with pytest.raises(TypeError):  # the summary, written last, cannot be written as JSON
-        write_run(tmp_path / "run", "softmax", model, np.zeros(model.size), scaling, {"x": {1}}, [])
-    assert list(tmp_path.iterdir()) == []
+def test_a_folder_appears_complete_and_is_filled_if_it_is_empty(tmp_path):
     (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty")
-    write_run(tmp_path / "empty", "softmax", model, np.zeros(model.size), scaling, {}, [])
+    files.check_output(tmp_path / "empty")
+    for name in ("empty", "new/deeper/run"):
+        softmax(tmp_path / name)
+        held = sorted(path.name for path in (tmp_path / name).iterdir())
+        assert held == ["config.toml", "environment.json", "metrics.jsonl", "model.safetensors", "summary.json"]
     with pytest.raises(UserError, match="already holds files"):
-        check_output(tmp_path / "empty")
-    check_output(tmp_path / "new" / "deeper" / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+        files.check_output(tmp_path / "empty")
+    with pytest.raises(FileExistsError):
+        softmax(tmp_path / "empty")
+    files.check_output(tmp_path / "other" / "deeper" / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, error):
-    def full(*arguments: object) -> None:
+def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_model(tmp_path, monkeypatch, error):
+    def full(*arguments: object, **keywords: object) -> None:
         raise error
 
     monkeypatch.setattr("safetensors.numpy.save_file", full)
-    model, scaling = MODELS["softmax"](2, 2, ()), Scaling(np.zeros(2), np.ones(2))
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "run", tmp_path / "empty"):
+    with pytest.raises(UserError, match=r"cannot be written .No space left on device.; name another one"):
+        softmax(tmp_path / "run")
+    held = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert held == ["config.toml", "environment.json", "metrics.jsonl"]
+    monkeypatch.setattr(Path, "write_text", full)
+    if isinstance(error, OSError):
         with pytest.raises(UserError, match=r"cannot be written .No space left on device.; name another one"):
-            write_run(folder, "softmax", model, np.zeros(model.size), scaling, {}, [])
-    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
+            softmax(tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_metrics_of_epochs_to_be_done_again_are_dropped_and_a_torn_line_does_not_count(tmp_path):
+    files.begin(tmp_path / "run", Settings(), {})
+    for epoch in range(1, 6):
+        files.add_metrics(tmp_path / "run", {"epoch": epoch, "loss": 1 / epoch})
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 6, "lo')
+    assert [line["epoch"] for line in files.read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    files.forget_after(tmp_path / "run", 3)
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    assert [json.loads(line)["epoch"] for line in text.splitlines()] == [1, 2, 3]
+    with pytest.raises(UserError, match=r"cannot be read .No such file or directory.; expected the folder of a run"):
+        files.read_metrics(tmp_path)
+
+
+def test_settings_come_back_from_the_file_that_a_run_writes(tmp_path):
+    odd = Settings(data='a "b"\\c\n/é.npz', lr=1e-7, hidden="3,4", mix_first=True, patience=4, out="x", validation=0.25)
+    (tmp_path / "config.toml").write_text(written(odd), encoding="utf-8")
+    assert Settings(**read_settings(tmp_path / "config.toml"), out="x") == odd
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs = 3\nlerning-rate = 1\n", "has an unknown key 'lerning-rate': expected one of data, test, "),
+        ("epohcs = 3\n", "has an unknown key 'epohcs': did you mean 'epochs'"),
+        ("batch-sise = 3\n", "has an unknown key 'batch-sise': did you mean 'batch_size'"),
+        ("epochs = [1]\n", "epochs must be one value, not a list"),
+        ("[train]\nepochs = 1\n", "unknown key 'train'"),
+        ("epochs 3\n", "is not TOML: "),
+    ],
+)
+def test_configurations_that_will_not_do(tmp_path, text, message):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_settings(path)
+
+
+def test_configurations_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin").write_bytes(b"data = '\xe9'")
+    for name, message in {"gone": "No such file", "latin": "not UTF-8", ".": "Is a directory"}.items():
+        with pytest.raises(UserError, match=f"cannot be read: .*{message}"):
+            read_settings(tmp_path / name)

@@ -3,6 +3,7 @@
 import click
 
 from .. import __version__
+from .plot import plot
 from .predict import predict
 from .report import report
 from .show import show
@@ -27,5 +28,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, predict, show, verify, report):
+for command in (train, plot, predict, show, verify, report):
     app.add_command(command)

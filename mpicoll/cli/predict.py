@@ -15,8 +15,8 @@ from ..mpi.launch import launched_ranks
     "source",
     default="digits",
     show_default=True,
-    metavar="digits|FILE",
-    help="An .npz file with X, and perhaps y.",
+    metavar="SOURCE",
+    help="What train takes; an .npz file need have no y.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the predicted classes here, one a line."
@@ -33,18 +33,19 @@ def predict(model: Path, source: str, out: Path | None) -> None:
     from ..train.data import read
     from ..train.files import read_model
 
-    network, params, scaling = read_model(model)
-    data = read(source)
-    if data.x.shape[1] != network.sizes[0]:
-        raise UserError(f"{source!r} has {data.x.shape[1]} features; the model was trained on {network.sizes[0]}")
+    network, params, scaling, labels = read_model(model)
+    features = len(scaling.center)
+    data, known = read(source, features)
+    if data.x.shape[1] != features:
+        raise UserError(f"{source!r} has {data.x.shape[1]} features; the model was trained on {features}")
     with np.errstate(all="ignore"):  # what overflows is reported
         scaled = scaling.apply(data.x, params.dtype)
-    if not np.isfinite(scaled).all():
+    if not np.isfinite(scaled if isinstance(scaled, np.ndarray) else scaled.data).all():
         raise UserError(
             f"{source!r} has features that overflow {params.dtype} when scaled: nothing like the training set"
         )
-    classes = network.predict(params, scaled)
-    lines = "".join(f"{n}\n" for n in classes)
+    predicted = labels[network.predict(params, scaled)]
+    lines = "".join(f"{label}\n" for label in predicted)
     if out is None:
         click.echo(lines, nl=False)
     else:
@@ -52,7 +53,7 @@ def predict(model: Path, source: str, out: Path | None) -> None:
             out.write_text(lines)
         except OSError as error:
             raise UserError(f"{str(out)!r} cannot be written ({error.strerror})") from error
-        click.echo(f"{len(classes)} predictions written to {out}")
-    if data.y is not None:
-        right = int(np.count_nonzero(classes == data.y))
+        click.echo(f"{len(predicted)} predictions written to {out}")
+    if data.y is not None and known is not None:
+        right = int(np.count_nonzero(predicted == known[data.y]))
         click.echo(f"accuracy {right / len(data.y):.2%} ({right} of {len(data.y)})", err=out is None)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -10,17 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..algorithms import ALGORITHMS
+from ..errors import UserError
 from ..mpi.launch import launched_ranks, world
 from ..train.models import MODELS
-from ..train.settings import Settings
+from ..train.optimizers import OPTIMIZERS, SCHEDULES
+from ..train.settings import MAY_CHANGE, Settings, read_settings
 from ..train.strategies import STRATEGIES
+from ..train.strategies.average import OUTER
 
 if TYPE_CHECKING:
     from ..train.loop import Epoch
 
 LINES = 10  # of progress where there is no terminal
+ROWS = 8  # of ranks, in the account
 
 
 class _Number(click.FloatRange):
@@ -31,37 +37,141 @@ class _Number(click.FloatRange):
         return super().convert(number, param, ctx)
 
 
-_OPTIONS: dict[str, tuple[Any, str]] = {
-    "data": (str, "'digits' (handwritten, from scikit-learn), or an .npz file with X and y (classes 0, 1, ...)."),
-    "model": (click.Choice(list(MODELS)), "What to train."),
-    "strategy": (click.Choice(list(STRATEGIES)), "How ranks agree."),
-    "algorithm": (
-        click.Choice(["auto", *ALGORITHMS["allreduce"], "native"]),
-        "The allreduce that adds up gradients; auto adds in the canonical order.",
-    ),
-    "epochs": (click.IntRange(min=1), "Passes over the training set."),
-    "batch_size": (click.IntRange(min=1), "Samples a step, of all ranks together."),
-    "lr": (_Number(min=0, min_open=True), "Learning rate."),
-    "momentum": (_Number(0, 1, max_open=True), "Of SGD (heavy ball)."),
-    "seed": (click.IntRange(min=0), "Of the initial parameters and the order of samples."),
-    "dtype": (click.Choice(["float32", "float64"]), "Of parameters and data."),
-    "threads": (click.IntRange(1, 4096), "BLAS threads a rank [default: its share of the node's cores]."),
-    "out": (str, "New folder for model and metrics [default: one under runs/]."),
+class _Widths(click.ParamType):
+    name = "widths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+            self.fail(f"{text!r} is not a list of widths like 256 or 256,128.", param, ctx)
+        return text
+
+
+_OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
+    "What is learned": {
+        "data": (
+            str,
+            "digits (handwritten, from scikit-learn), fashion-mnist, powerlaw[:SAMPLESxFEATURES], an .npz, .csv or "
+            "LIBSVM file, or a folder of .npy or IDX files.",
+        ),
+        "test": (str, "A test set of the same kind [default: the data's own, else every fifth sample]."),
+        "validation": (_Number(0, 1, max_open=True), "Share of the training samples to hold out for validation."),
+        "shards": (bool, "Every rank reads and keeps a part of the data, instead of all."),
+        "model": (click.Choice(list(MODELS)), "What to train."),
+        "hidden": (_Widths(), "mlp: widths of the hidden layers, as 256,128 [default: 256]."),
+    },
+    "How ranks agree": {
+        "strategy": (
+            click.Choice(list(STRATEGIES)),
+            "On gradients in every step (sync), on a mean of models now and then (average), or in every step with "
+            "one peer or a few (butterfly, gossip).",
+        ),
+        "algorithm": (
+            click.Choice(["auto", *ALGORITHMS["allreduce"], "native"]),
+            "The allreduce that adds up; auto adds in the canonical order.",
+        ),
+        "every": (click.IntRange(min=1), "average: steps from one mean to the next [default: 8]."),
+        "sync_epochs": (click.IntRange(min=0), "average: epochs to be synchronous first [default: 0]."),
+        "outer": (click.Choice(list(OUTER)), "average: what becomes of the mean [default: mean]."),
+        "outer_lr": (_Number(min=0, min_open=True), "average: how far towards the mean [default: as --outer has it]."),
+        "outer_momentum": (
+            _Number(0, 1, max_open=True),
+            "average: momentum of the mean [default: as --outer has it].",
+        ),
+        "graph": (str, "gossip: of mpicoll show gossip, or an .npy file of matrices [default: exponential]."),
+        "mix_first": (bool, "gossip: before the optimizer's step, not after it."),
+        "momenta": (
+            click.Choice(["keep", "average", "reset"]),
+            "average, butterfly, gossip: what becomes of the optimizer's state at an agreement [default: keep].",
+        ),
+    },
+    "How a rank steps": {
+        "optimizer": (click.Choice(list(OPTIMIZERS)), "The rule."),
+        "lr": (_Number(min=0, min_open=True), "Learning rate."),
+        "momentum": (_Number(0, 1, max_open=True), "Of sgd, nesterov and rmsprop; the first beta of adam and adamw."),
+        "beta2": (_Number(0, 1, max_open=True), "Of rmsprop, adam and adamw: how slowly squares are forgotten."),
+        "weight_decay": (_Number(min=0), "Shrinks parameters by this times the learning rate in every step."),
+        "clip": (_Number(min=0, min_open=True), "Longest gradient, by its Euclidean norm [default: any]."),
+        "schedule": (click.Choice(list(SCHEDULES)), "Of the learning rate, over the whole run."),
+        "warmup": (click.IntRange(min=0), "Steps in which the learning rate grows to its full value."),
+    },
+    "For how long, and what else": {
+        "epochs": (click.IntRange(min=1), "Passes over the training set."),
+        "batch_size": (click.IntRange(min=1), "Samples a step, of all ranks together."),
+        "patience": (
+            click.IntRange(min=1),
+            "Stop after so many epochs without a better validation loss, and take the best model.",
+        ),
+        "checkpoint": (click.IntRange(min=0), "Epochs from one checkpoint to the next; 0 for none."),
+        "seed": (click.IntRange(min=0), "Of the initial parameters and the order of samples."),
+        "dtype": (click.Choice(["float32", "float64"]), "Of parameters and data."),
+        "threads": (click.IntRange(1, 4096), "BLAS threads a rank [default: its share of the node's cores]."),
+        "out": (str, "New folder for model and metrics [default: one under runs/]."),
+    },
 }
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _with_options(command: Any) -> Any:
     """An option for each field of ``Settings``."""
+    described = {name: option for group in _OPTIONS.values() for name, option in group.items()}
     for field in reversed(fields(Settings)):
-        kind, text = _OPTIONS[field.name]
-        shown = field.default is not None
-        flag = "--" + field.name.replace("_", "-")
+        kind, text = described[field.name]
+        flag = f"{_flag(field.name)}/--no-{_flag(field.name)[2:]}" if kind is bool else _flag(field.name)
+        shown = field.default not in (None, False)
         command = click.option(flag, type=kind, default=field.default, show_default=shown, help=text)(command)
     return command
 
 
-@click.command()
+class _Grouped(click.Command):
+    """Its help lists options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records = {param.name: param.get_help_record(ctx) for param in self.get_params(ctx)}
+        groups = {title: [records.pop(name) for name in group] for title, group in _OPTIONS.items()}
+        for title, group in [*groups.items(), ("Running it", list(records.values()))]:
+            with formatter.section(title):
+                formatter.write_dl([record for record in group if record])
+
+
+def _configure(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """The settings in a file, or of the run to resume, are defaults: options and the environment go before them."""
+    if value is None:
+        return None
+    if param.name == "resume":
+        run = value if (value / "config.toml").exists() else value.parent.parent
+        if not (run / "config.toml").exists():
+            raise UserError(f"{str(value)!r} holds no run: --resume takes the folder that mpicoll train wrote")
+        if ctx.default_map:
+            raise UserError("--config and --resume exclude each other: a resumed run keeps its settings")
+        ctx.default_map = read_settings(run / "config.toml")
+    else:
+        ctx.default_map = {**(ctx.default_map or {}), **read_settings(value)}
+    return value
+
+
+@click.command(cls=_Grouped)
 @_with_options
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    callback=_configure,
+    expose_value=False,
+    envvar="MPICOLL_TRAIN_CONFIG",
+    help="A TOML file with any of the options above: epochs = 5.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    callback=_configure,
+    envvar="MPICOLL_TRAIN_RESUME",
+    help="Go on with the run in this folder, from its latest checkpoint; or from the checkpoint in this folder.",
+)
 @click.option(
     "--json", "as_json", is_flag=True, envvar="MPICOLL_TRAIN_JSON", help="End with the summary as one line of JSON."
 )
@@ -79,8 +189,13 @@ def _with_options(command: Any) -> Any:
     envvar=["MPICOLL_TRAIN_REPORT", "MPICOLL_REPORT"],
     help="Where to leave stacks and calls if the job is ended for that: see mpicoll report.",
 )
-def train(as_json: bool, timeout: float, report: Path | None, **options: Any) -> None:
+@click.pass_context
+def train(
+    ctx: click.Context, resume: Path | None, as_json: bool, timeout: float, report: Path | None, **options: Any
+) -> None:
     """Train a model on all ranks: mpirun -n 4 mpicoll train"""
+    if resume is not None:
+        _check_resumed(ctx, options)
     settings = Settings(**options)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
@@ -92,10 +207,19 @@ def train(as_json: bool, timeout: float, report: Path | None, **options: Any) ->
     if launched_ranks() == 0:
         _say("one rank: use more with mpirun -n N mpicoll train")
     with ends_job(comm, timeout, report):
-        summary = run(Comm(comm), settings, progress.start, progress.epoch)
+        summary = run(Comm(comm), settings, resume, progress.start, progress.epoch)
     progress.finish(summary)
     if as_json:
         _say(json.dumps(summary))
+
+
+def _check_resumed(ctx: click.Context, options: dict[str, Any]) -> None:
+    saved = ctx.default_map or {}
+    for name, value in options.items():
+        given = ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+        if given and name not in MAY_CHANGE and value != saved.get(name):
+            may = ", ".join(map(_flag, MAY_CHANGE))
+            raise UserError(f"{_flag(name)} cannot be changed when a run is resumed: only {may} can")
 
 
 def _say(line: str, nl: bool = True) -> None:
@@ -112,44 +236,90 @@ class _Progress:
         # Launchers pass lines on, not cursor movements; Open MPI's gives ranks a terminal of its own all the same.
         self._bar_fits = sys.stdout.isatty() and launched_ranks() == 0
         self._bar: Any = None
+        self._first = 0
+        self._columns: dict[str, tuple[str, str]] = {
+            "epoch": ("epoch", "7d"),
+            "step": ("step", "7d"),
+            "train_loss": ("loss", "8.4f"),
+            "train_accuracy": ("accuracy", "9.2%"),
+            "samples_per_s": ("samples/s", "10.0f"),
+            "communicating": ("comm.", "6.0%"),
+        }
+        if settings.validation:
+            self._columns |= {
+                "validation_loss": ("valid. loss", "12.4f"),
+                "validation_accuracy": ("valid. acc.", "12.2%"),
+            }
+        if settings.strategy != "sync":
+            self._columns |= {"consensus": ("apart", "9.2g")}
 
     def start(self, facts: dict[str, Any]) -> None:
         s = self._settings
         threads = f", {facts['threads_per_rank']} BLAS thread(s) a rank" if facts["threads_per_rank"] else ""
         _say(f"{s.model} on {s.data}, {facts['ranks']} rank(s), {s.strategy} strategy, {facts['mpi']}{threads}")
+        validation = f", {facts['validation_samples']} validation" if facts["validation_samples"] else ""
         _say(
-            f"{facts['train_samples']} training and {facts['test_samples']} test samples, "
+            f"{facts['train_samples']} training{validation} and {facts['test_samples']} test samples, "
             f"{facts['features']} features, {facts['classes']} classes, {facts['parameters']} parameters ({s.dtype})"
         )
+        if "resumed" in facts:
+            resumed = facts["resumed"]
+            self._first = resumed["epoch"]
+            _say(f"resumed from {resumed['from']}: epoch {resumed['epoch']}, step {resumed['step']}")
+            for change in facts["changed"]:
+                _say(f"  not as before, and bits may differ: {change}")
         if self._bar_fits:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=s.epochs, unit="epoch", leave=False)
+            self._bar = tqdm(total=s.epochs, initial=self._first, unit="epoch", leave=False)
         else:
-            _say(f"{'epoch':>7} {'step':>7} {'loss':>8} {'accuracy':>9} {'steps/s':>8}")
+            _say(" ".join(f"{head:>{self._width(spec)}}" for head, spec in self._columns.values()))
+
+    @staticmethod
+    def _width(spec: str) -> str:
+        return spec.partition(".")[0].rstrip("d")
 
     def epoch(self, epoch: "Epoch") -> None:
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{epoch.train_loss:.4f}", accuracy=f"{epoch.train_accuracy:.2%}", refresh=False)
             self._bar.update()
-        elif epoch.epoch in (1, self._settings.epochs) or epoch.epoch % -(-self._settings.epochs // LINES) == 0:
-            _say(
-                f"{epoch.epoch:7} {epoch.step:7} {epoch.train_loss:8.4f} {epoch.train_accuracy:9.2%} "
-                f"{epoch.step / epoch.seconds:8.0f}"
-            )
+        elif (
+            epoch.epoch in (self._first + 1, self._settings.epochs)
+            or epoch.epoch % -(-self._settings.epochs // LINES) == 0
+        ):
+            _say(" ".join(format(getattr(epoch, name) or 0, spec) for name, (_, spec) in self._columns.items()))
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self._bar is not None:
             self._bar.close()
-        accuracy, sent = summary["test_accuracy"], summary["bytes_sent_per_rank"]
-        agreeing, waiting = summary["comm_fraction"], summary["wait_fraction"]
-        sent_text = "unknown (sent by the MPI library)" if sent is None else f"{sent / 1e6:.1f} MB"
+        accuracy, best = summary["test_accuracy"], summary["best_epoch"]
         rows = {
             "test accuracy": "no test samples" if accuracy is None else f"{accuracy:.2%} of {summary['test_samples']}",
             "training loss": f"{summary['train_loss']:.4f}, accuracy {summary['train_accuracy']:.2%} (last epoch)",
-            "steps": f"{summary['steps']} in {summary['seconds']:.2f} s, {summary['steps_per_s']:.0f} a second",
-            "sent per rank": f"{sent_text}, by {summary['algorithm']} allreduce",
-            "communicating": f"{agreeing:.0%} of the time, {waiting:.0%} waiting for others",
-            "written to": summary["out"],
+            "steps": f"{summary['steps']} in {summary['seconds']:.2f} s, {summary['steps_per_s']:.0f} a second"
+            + ("" if best is None else f"; the model is that of epoch {best}"),
+            "agreement": f"{summary['algorithm']}, {summary['comm_fraction']:.0%} of the time"
+            + (f"; ranks were {summary['consensus']:.2g} apart" if summary["consensus"] is not None else ""),
         }
         _say("".join(f"{name:>14}  {value}\n" for name, value in rows.items()), nl=False)
+        _say("\n".join(_table(summary["per_rank"])))
+        _say(f"{'written to':>14}  {summary['out']}")
+
+
+def _table(ranks: list[dict[str, Any]]) -> list[str]:
+    """A line for each rank, or, of many, for the slowest and the fastest."""
+    rows = list(enumerate(ranks))
+    slowest = min(rows, key=lambda row: row[1]["waiting"])[0]
+    if len(rows) > ROWS:
+        fastest = max(rows, key=lambda row: row[1]["waiting"])[0]
+        rows = [(rank, ranks[rank]) for rank in sorted({slowest, fastest})]
+    lines = [f"{'rank':>14}  {'sent':>10} {'messages':>9} {'computing':>9} {'moving':>7} {'waiting':>8}"]
+    for rank, row in rows:
+        sent = "unknown" if row["bytes_sent"] is None else f"{row['bytes_sent'] / 1e6:.1f} MB"
+        messages = "unknown" if row["messages"] is None else str(row["messages"])
+        seconds = row["seconds"] or 1.0
+        shares = [(row["seconds"] - row["agreeing"]), (row["agreeing"] - row["waiting"]), row["waiting"]]
+        computing, moving, waiting = (f"{share / seconds:.0%}" for share in shares)
+        note = "  the slowest" if rank == slowest and len(ranks) > 1 else ""
+        lines.append(f"{rank:>14}  {sent:>10} {messages:>9} {computing:>9} {moving:>7} {waiting:>8}{note}")
+    return lines

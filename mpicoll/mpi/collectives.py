@@ -402,16 +402,28 @@ def allreduce_init(
         return PersistentHandle(state, bounds, state.persistent_tag(), x)
 
 
-def account(
-    x: np.ndarray, comm: MPI.Intracomm, algorithm: str = "auto", *, deterministic: bool | None = None
-) -> tuple[str, int | None]:
-    """The algorithm of an ``allreduce`` of ``x``, by name, and how many bytes this rank sends in it.
+class Account(NamedTuple):
+    """The algorithm of a call, by name, and what this rank sends in it: ``None`` where that cannot be known."""
 
-    That is ``None`` for the MPI library's own, where it cannot be known.  Not a collective call.
+    algorithm: str
+    bytes_sent: int | None
+    messages: int | None
+
+
+def account(
+    x: Any, comm: MPI.Intracomm, algorithm: str = "auto", *, op: str = "sum", deterministic: bool | None = None
+) -> Account:
+    """What an ``allreduce`` with these arguments does.  Not a collective call.
+
+    Nothing can be known of the MPI library's own.
     """
     check_comm(comm)
-    (call,) = _calls(x, comm, "sum", options_of(comm, algorithm, deterministic))
-    return ("native", None) if call.row is None else (call.row.name, call.plan().bytes_sent)
+    calls = _calls(x, comm, op, options_of(comm, algorithm, deterministic))
+    if not calls or any(call.row is None for call in calls):
+        return Account("native", None, None)
+    plans = [call.plan() for call in calls]
+    names = dict.fromkeys(call.row.name for call in calls if call.row)
+    return Account(", ".join(names), sum(plan.bytes_sent for plan in plans), sum(plan.messages for plan in plans))
 
 
 def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Callable[[], list[C]]) -> list[C]:

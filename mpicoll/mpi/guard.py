@@ -41,6 +41,23 @@ def on_root(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
     return value
 
 
+def on_all(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
+    """Do ``action`` on every rank: each gets what its own returns; if any raises a ``UserError``, all raise the one of
+    the lowest such rank, which is named unless it is rank 0."""
+    value: T | None = None
+    error: UserError | None = None
+    try:
+        value = action()
+    except UserError as raised:
+        error = raised
+    failed = [(rank, error) for rank, error in enumerate(comm.allgather(error)) if error is not None]
+    if failed:
+        comm.Barrier()  # raise it together, however late some ranks come
+        rank, first = failed[0]
+        raise UserError(f"{first} (on rank {rank})" if rank else str(first)) from error
+    return value  # type: ignore[return-value]
+
+
 class Guard:
     """What ``mpicoll.guard`` returns: in force at once, until the end of the program, or of a ``with`` block."""
 

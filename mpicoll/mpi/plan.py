@@ -90,7 +90,7 @@ class Plan:
     Partial results are carried and sent in the dtype ``carried``, results in ``dtype``; if it ``finishes``, something
     is done to each result before it is rounded to that.  Chunk c begins at element ``cuts[c]``; without ``cuts``,
     chunks are equally long, to one element.
-    ``bytes_sent`` is the payload of the rank's sends in one run, ``scratch_bytes`` the memory it needs meanwhile.
+    ``bytes_sent`` is the payload of the rank's ``messages`` in one run, ``scratch_bytes`` the memory it needs for it.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class Plan:
             end = -(-self._areas[-1][1] // 64) * 64
         self.scratch_bytes = end
         self.bytes_sent = sum(message.hi - message.lo for step in self._steps for message in step.sends)
+        self.messages = sum(len(step.sends) for step in self._steps)
 
     def bind(self, vector: np.ndarray, scratch: np.ndarray, operation: Operation) -> Iterator[Bound]:
         """The rounds of ``operation`` on ``vector`` (one-dimensional, contiguous), which ends with the result.

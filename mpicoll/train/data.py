@@ -1,28 +1,30 @@
-"""Data: read and checked on rank 0, split, scaled, and shared with all ranks."""
+"""Data: what all ranks agree on, the split, the scaling, and which samples a rank holds and visits."""
 
-import zipfile
-from pathlib import Path
-from typing import NamedTuple
+import pickle
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
-from ..mpi.guard import on_root
+from ..mpi.guard import on_all, on_root
+from . import formats
+from .formats import Raw, share
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+T = TypeVar("T")
 
 TEST_EVERY = 5
-"""Unless the file brings a test set of its own, every fifth sample (4, 9, 14, ... counted from 0) is held out."""
+"""Unless the data bring a test set of their own, every fifth sample (4, 9, 14, ... counted from 0) is held out."""
+
+MANY = 20
+"""More different labels than this are no classes if they are not integers, or if most samples have one of their own."""
 
 BROADCAST_BYTES = 2**28  # a message; counts past 2^31 fail on some MPIs
-
-
-class Raw(NamedTuple):
-    """What a source holds, checked: ``x`` (samples, features), finite; ``y`` (samples,) classes from 0."""
-
-    x: np.ndarray
-    y: np.ndarray | None
-    x_test: np.ndarray | None = None
-    y_test: np.ndarray | None = None
 
 
 class Scaling(NamedTuple):
@@ -32,153 +34,381 @@ class Scaling(NamedTuple):
     spread: np.ndarray
 
     @classmethod
-    def fit(cls, x: np.ndarray) -> "Scaling":
-        """The scaling that suits these samples; a constant feature becomes zero."""
-        low, high = np.float64(x.min(axis=0)), np.float64(x.max(axis=0))
+    def fit(cls, x: "np.ndarray | csr_array", comm: MPI.Intracomm = MPI.COMM_SELF) -> "Scaling":
+        """The scaling that suits the samples of all ranks; a constant feature becomes zero.  Sparse samples are left as
+        they are: they would not be sparse any more."""
+        samples, features = x.shape
+        if not isinstance(x, np.ndarray):
+            return cls(np.zeros(features), np.ones(features))
+        low, high, mean = np.full(features, np.inf), np.full(features, -np.inf), np.zeros(features)
+        if samples:
+            low, high = x.min(axis=0).astype(np.float64), x.max(axis=0).astype(np.float64)
+            mean = x.sum(axis=0, dtype=np.float64)
+        comm.Allreduce(MPI.IN_PLACE, low, MPI.MIN)
+        comm.Allreduce(MPI.IN_PLACE, high, MPI.MAX)
+        comm.Allreduce(MPI.IN_PLACE, mean, MPI.SUM)
+        mean /= comm.allreduce(samples)
         spread = high / 2 - low / 2
-        return cls(x.mean(axis=0, dtype=np.float64), np.where(spread > 0, spread, 1.0))
+        return cls(mean, np.where(spread > 0, spread, 1.0))
 
-    def apply(self, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Scaled samples, a new array."""
-        return np.ascontiguousarray((x - self.center) / self.spread, dtype)
+    def apply(self, x: "np.ndarray | csr_array", dtype: np.dtype) -> Any:
+        """Scaled samples, a new array; sparse ones stay so if they need not be centred."""
+        if not isinstance(x, np.ndarray):
+            if not self.center.any():
+                return type(x)(x.multiply(1 / self.spread), dtype=dtype)
+            x = x.toarray()
+        scaled = np.empty(x.shape, dtype)
+        for first in range(0, len(x), 4096):  # so that not all of them are needed in float64
+            rows = slice(first, first + 4096)
+            scaled[rows] = (x[rows] - self.center) / self.spread
+        return scaled
+
+
+class Part(NamedTuple):
+    """The samples of one set (training, validation or test) that this rank holds.
+
+    ``x`` is (samples here, features), scaled, C-contiguous, of the run's dtype; ``y`` (samples here,), int64,
+    classes from 0.  ``start`` is the number, among all of the set, of the first one here; ``total`` the number of
+    samples of the set on all ranks together, not counted twice.
+    """
+
+    x: "np.ndarray | csr_array"
+    y: np.ndarray
+    start: int
+    total: int
 
 
 class Dataset(NamedTuple):
-    """Scaled samples, the same on all ranks."""
+    """What this rank holds, and what all ranks know.
 
-    x: np.ndarray
-    y: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
+    ``labels[class]`` is what the data call the class.  Unless ``sharded``, every rank holds all samples; ``counts``
+    are the training samples that each rank holds.  Validation and test set may be empty.
+    """
+
+    train: Part
+    validation: Part
+    test: Part
+    features: int
     classes: int
     scaling: Scaling
+    labels: np.ndarray
+    sharded: bool
+    counts: tuple[int, ...]
 
 
-def load(source: str, comm: MPI.Intracomm, dtype: np.dtype) -> Dataset:
-    """The data set, on every rank; whatever is wrong with it is one ``UserError``, raised by every rank."""
-    arrays: list[np.ndarray] = []
+def load(
+    source: str,
+    comm: MPI.Intracomm,
+    dtype: np.dtype,
+    *,
+    test: str | None = None,
+    shards: bool = False,
+    validation: float = 0.0,
+) -> Dataset:
+    """The data set, of which every rank gets all, or if ``shards`` a share of its own; a collective call.
 
-    def prepare() -> tuple[int, list[tuple[tuple[int, ...], np.dtype]]]:
-        data = _prepare(source, comm.size, dtype)
-        arrays.extend([data.x, data.y, data.x_test, data.y_test, *data.scaling])
-        return data.classes, [(array.shape, array.dtype) for array in arrays]
+    ``source`` is what ``formats.read`` takes.  The test set is the one it brings, else the file ``test``, else every
+    fifth sample.  Of the other samples, numbered from 0 in the order of the source, sample n is for validation if a
+    multiple of 1 / ``validation`` is in (n, n + 1]: with 0.1, samples 9, 19, 29, ...; this does not depend on any seed.
 
-    classes, kinds = on_root(comm, prepare)
-    if comm.rank:
-        arrays.extend(np.empty(shape, kind) for shape, kind in kinds)
-    for array in arrays:
-        raw = array.reshape(-1).view(np.uint8)
-        for start in range(0, len(raw), BROADCAST_BYTES):
-            comm.Bcast(raw[start : start + BROADCAST_BYTES], root=0)
-    x, y, x_test, y_test, center, spread = arrays
-    return Dataset(x, y, x_test, y_test, classes, Scaling(center, spread))
+    With ``shards`` no rank reads or holds what is not its own, where the format allows; where it does not, rank 0 reads
+    and hands out.  Whatever is wrong with the data is one ``UserError``, raised by every rank.
+    """
+    if shards:
+        raw, test_set = _own_share(source, comm), test and _own_share(test, comm)
+        return _assemble(source, raw, test, test_set or None, comm, dtype, validation, comm.size)
+    held: list[Dataset] = []
 
+    def prepare() -> None:
+        raw, test_set = formats.read(source), formats.read(test) if test else None
+        held.append(_assemble(source, raw, test, test_set, MPI.COMM_SELF, dtype, validation, comm.size))
 
-def read(source: str) -> Raw:
-    """``digits``, or an ``.npz`` file with ``X``, ``y`` (which predictions can do without) and perhaps ``X_test``
-    and ``y_test``."""
-    if source == "digits":
-        return _read_digits()
-    arrays = _open_npz(source)
-    if ("X_test" in arrays) != ("y_test" in arrays):
-        raise UserError(f"data file {source!r} has only one of 'X_test' and 'y_test'; expected both or neither")
-    checked: dict[str, np.ndarray] = {}
-    for name in ("X", "X_test"):
-        if name in arrays:
-            checked[name] = _samples(f"data file {source!r}: {name}", arrays[name])
-    for name in ("y", "y_test"):
-        if name in arrays:
-            checked[name] = _labels(f"data file {source!r}: {name}", arrays[name], checked[name.replace("y", "X")])
-    if "X_test" in checked and checked["X_test"].shape[1] != checked["X"].shape[1]:
-        raise UserError(
-            f"data file {source!r}: X_test has {checked['X_test'].shape[1]} features, X has {checked['X'].shape[1]}"
-        )
-    return Raw(checked["X"], checked.get("y"), checked.get("X_test"), checked.get("y_test"))
+    on_root(comm, prepare)
+    data = _broadcast(comm, held[0] if held else None)
+    return data._replace(sharded=False, counts=comm.size * data.counts)
 
 
-def _read_digits() -> Raw:
-    """The 1,797 handwritten digits, 8 x 8 pixels of 0..16, that scikit-learn ships (UCI's optdigits test set)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError("the digits come with scikit-learn: pip install 'mpicoll[train]'") from error
-    x, y = load_digits(return_X_y=True)
-    return Raw(x, y)
+def from_arrays(
+    x: "np.ndarray | csr_array", y: np.ndarray, comm: MPI.Intracomm | None = None, *, test: int = 0
+) -> Dataset:
+    """A data set of arrays at hand, taken as they are, with the last ``test`` samples for testing.
+
+    ``x`` is (samples, features), ``y`` (samples,): the same on all ranks; or, with ``comm``, each rank's own, as many
+    features on all, and the call is a collective one.  What ``y`` means is the model's affair.
+    """
+    train, features, classes = len(y) - test, x.shape[1], int(y.max(initial=-1)) + 1
+    shares = [(train, test)] if comm is None else comm.allgather((train, test))
+    before = (0, 0) if comm is None else np.sum([(0, 0), *shares[: comm.rank]], axis=0).tolist()
+    totals = np.sum(shares, axis=0).tolist()
+    classes = classes if comm is None else comm.allreduce(classes, MPI.MAX)
+    return Dataset(
+        train=Part(x[:train], y[:train], before[0], totals[0]),
+        validation=Part(x[:0], y[:0], 0, 0),
+        test=Part(x[train:], y[train:], before[1], totals[1]),
+        features=features,
+        classes=classes,
+        scaling=Scaling(np.zeros(features), np.ones(features)),
+        labels=np.arange(classes),
+        sharded=comm is not None,
+        counts=tuple(count for count, _ in shares),
+    )
 
 
-def _open_npz(path: str) -> dict[str, np.ndarray]:
-    """The arrays named X, y, X_test and y_test; a ``UserError`` that lists what there is if X is not among them."""
-    if not Path(path).exists():
-        raise UserError(f"data file {path!r} does not exist; expected 'digits' or an .npz file")
-    if not Path(path).is_file():
-        raise UserError(f"data file {path!r} is not a file")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"data file {path!r} is not an .npz file, or only the beginning of one")
-        with np.load(path, allow_pickle=False) as file:
-            names, arrays = list(file), {name: file[name] for name in ("X", "y", "X_test", "y_test") if name in file}
-    except UserError:
-        raise
-    except Exception as error:  # a foreign or torn file fails in any way that zipfile, zlib and NumPy know
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"data file {path!r} cannot be read as an .npz file of plain arrays: {reason}") from error
-    if "X" not in arrays:
-        listed = ", ".join(map(repr, names[:9])) + (", ..." if len(names) > 9 else "")
-        raise UserError(f"data file {path!r} has no array 'X' (samples x features); it has {listed or 'none'}")
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # NumPy returns what it does not know as bytes
-            raise UserError(f"data file {path!r}: {name} is not an array")
-    return arrays
+def read(source: str, features: int | None = None, labels: np.ndarray | None = None) -> tuple[Raw, np.ndarray | None]:
+    """All that a source holds, for one process, and the labels of its classes, if it has any.
 
-
-def _samples(what: str, x: np.ndarray) -> np.ndarray:
-    if x.dtype.kind not in "biuf":
-        raise UserError(f"{what} has dtype {x.dtype}; expected real numbers")
-    if x.ndim < 2 or not x.size:
-        raise UserError(f"{what} has shape {x.shape}; expected samples x features, at least one of each")
-    x = x.reshape(len(x), -1)
-    bad = np.argwhere(~np.isfinite(x))
-    if len(bad):
-        sample, feature = bad[0]
-        more = f" (and in {len(bad) - 1} more places)" if len(bad) > 1 else ""
-        where = f"sample {sample}, feature {feature}{more}"
-        raise UserError(f"{what} holds {x[sample, feature]} at {where}; expected finite numbers")
-    return x
-
-
-def _labels(what: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    if y.ndim == 0 or y.shape not in ((len(y),), (len(y), 1)):
-        raise UserError(f"{what} has shape {y.shape}; expected one label per sample")
-    y = y.reshape(-1)
-    if len(y) != len(x):
-        raise UserError(f"{what} has {len(y)} labels for {len(x)} samples; expected one each")
-    if y.dtype.kind not in "biuf":
-        raise UserError(f"{what} has dtype {y.dtype}; expected integers, 0 for the first class")
-    limit = np.iinfo(np.int64).max
-    bad = np.flatnonzero(~((y >= 0) & (y < limit) & (y == np.floor(y))))  # catches NaN as well
-    if len(bad):
-        raise UserError(f"{what} holds {y[bad[0]]} at sample {bad[0]}; expected integers, 0 for the first class")
-    return y.astype(np.int64)
-
-
-def _prepare(source: str, ranks: int, dtype: np.dtype) -> Dataset:
-    raw = read(source)
+    A model's ``features`` are what sparse samples get at least, and its ``labels`` what labels in a file are looked up
+    in: those that it does not know become class -1.  Arrays hold classes, not labels.
+    """
+    raw = _agree(source, formats.read(source), MPI.COMM_SELF)
+    if features is not None and not isinstance(raw.x, np.ndarray) and raw.x.shape[1] < features:
+        raw.x.resize(raw.x.shape[0], features)
     if raw.y is None:
-        raise UserError(f"data file {source!r} has no array 'y': training needs a label for each sample")
-    x, y, x_test, y_test = raw.x, raw.y, raw.x_test, raw.y_test
-    classes = int(y.max()) + 1
-    if classes > max(len(y), 2):
-        raise UserError(f"{source!r}: y holds {y.max()}, more classes than samples; number the classes 0, 1, 2, ...")
-    if y_test is not None and y_test.max() >= classes:
-        raise UserError(f"{source!r}: y_test holds {y_test.max()}, y only classes 0 to {classes - 1}")
+        return raw, None
+    if not raw.verbatim:
+        return raw, np.arange(raw.y.max() + 1)
+    if labels is None:
+        labels = _values(source, np.unique(raw.y))
+    return raw._replace(y=_classes(raw.y, labels), verbatim=False), labels
+
+
+def batches(
+    data: Dataset, comm_size: int, rank: int, batch_size: int, seed: int, epoch: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """For each step of the epoch: which samples of ``data.train`` are this rank's share of the batch, and how many
+    samples the batch has on all ranks together.  Every sample comes once an epoch, in an order drawn anew from ``seed``
+    and ``epoch``.
+
+    Where every rank holds all samples, ranks take slices of batches that do not depend on their number.  A rank with a
+    shard of its own deals it out, shuffled, to all the steps in turn, the first to the step after the one where the
+    rank below it ended: steps are those of unsharded data, and their batches as large as each other but for one sample.
+    """
+    total = data.train.total
+    if not data.sharded:
+        order = np.random.default_rng([seed, epoch]).permutation(total)
+        for first in range(0, total, batch_size):
+            batch = order[first : first + batch_size]
+            yield batch[share(len(batch), rank, comm_size)], len(batch)
+        return
+    order = np.random.default_rng([seed, epoch, rank]).permutation(len(data.train.y))
+    steps = -(-total // batch_size)
+    for step in range(steps):
+        yield order[(step - data.train.start) % steps :: steps], -(-(total - step) // steps)
+
+
+def _own_share(source: str, comm: MPI.Intracomm) -> Raw:
+    """Read by each rank for itself, or else by rank 0, which then keeps only its own."""
+    if on_root(comm, lambda: formats.divisible(source)):
+        return on_all(comm, lambda: formats.read(source, comm.rank, comm.size))
+    held: list[Raw] = []
+    on_root(comm, lambda: held.append(formats.read(source)))
+
+    def cut(rank: int) -> Raw:
+        whole = held[0]
+        x, y, x_test, y_test = (
+            None if array is None else array[share(array.shape[0], rank, comm.size)] for array in whole[:4]
+        )
+        return whole._replace(x=x, y=y, x_test=x_test, y_test=y_test)
+
+    return _scatter(comm, cut)
+
+
+def _assemble(
+    source: str,
+    raw: Raw,
+    test: str | None,
+    test_set: Raw | None,
+    comm: MPI.Intracomm,
+    dtype: np.dtype,
+    validation: float,
+    ranks: int,
+) -> Dataset:
+    """The data set whose shares the ranks of ``comm`` bring, for so many ranks to train with."""
+
+    def check() -> Raw:
+        for name, found in ((source, raw), (test, test_set)):
+            if found is not None and found.y is None:
+                raise UserError(f"data file {name!r} has no array 'y': training needs a label for each sample")
+        if test is None or test_set is None:
+            return raw
+        if test == source or test.startswith("powerlaw"):
+            raise UserError(f"{test!r} cannot be the test set of {source!r}: expected a file of other samples")
+        if raw.x_test is not None:
+            raise UserError(f"{source!r} brings a test set of its own: leave out {test!r}")
+        if test_set.x_test is not None:
+            raise UserError(f"{test!r} brings a test set of its own; expected a file that holds one set of samples")
+        if type(raw.x) is not type(test_set.x) or raw.verbatim != test_set.verbatim:
+            raise UserError(f"{test!r} is not of the same kind as {source!r}: expected a test set in the same format")
+        return raw._replace(x_test=test_set.x, y_test=test_set.y, extent=raw.extent + test_set.extent)
+
+    raw, labels = _agree_on_classes(source, _agree(source, on_all(comm, check), comm), comm)
+    x, y, x_test, y_test = raw[:4]
+    assert y is not None
+    first = sum(comm.allgather(len(y))[: comm.rank])
+    number = np.arange(first, first + len(y))
+    held_out = np.zeros(len(y), np.bool_)
     if x_test is None or y_test is None:
-        held_out = np.arange(len(x)) % TEST_EVERY == TEST_EVERY - 1
-        x, y, x_test, y_test = x[~held_out], y[~held_out], x[held_out], y[held_out]
-    if len(x) < ranks:
-        raise UserError(f"{source!r} has {len(x)} training samples for {ranks} ranks; start at most {len(x)} ranks")
-    with np.errstate(all="ignore"):  # what overflows is reported below
-        scaling = Scaling.fit(x)
-        scaled, scaled_test = scaling.apply(x, dtype), scaling.apply(x_test, dtype)
-    if not (np.isfinite(scaled).all() and np.isfinite(scaled_test).all()):
-        raise UserError(f"{source!r} has features that overflow {dtype} when scaled; make the values smaller")
-    return Dataset(scaled, y, scaled_test, y_test, classes, scaling)
+        held_out = number % TEST_EVERY == TEST_EVERY - 1
+        x_test, y_test = x[held_out], y[held_out]
+        number -= number // TEST_EVERY
+    fraction = Fraction(validation).limit_denominator(10**6)
+    above, below = fraction.as_integer_ratio()
+    validates = ~held_out & ((number + 1) * above // below > number * above // below)
+    trains = ~held_out & ~validates
+    sets = [(x[trains], y[trains]), (x[validates], y[validates]), (x_test, y_test)]
+    counts = np.array(comm.allgather([len(y) for _, y in sets]))
+    totals = counts.sum(axis=0).tolist()
+    if totals[0] < ranks:
+        raise UserError(
+            f"{source!r} has {totals[0]} training samples for {ranks} ranks; start at most {max(totals[0], 1)} ranks"
+        )
+
+    def scale() -> list[Any]:
+        scaled = [scaling.apply(x, dtype) for x, _ in sets]
+        if not all(np.isfinite(x if isinstance(x, np.ndarray) else x.data).all() for x in scaled):
+            raise UserError(f"{source!r} has features that overflow {dtype} when scaled; make the values smaller")
+        return scaled
+
+    with np.errstate(all="ignore"):  # what overflows is reported
+        scaling = Scaling.fit(sets[0][0], comm)
+        scaled = on_all(comm, scale)
+    starts = counts[: comm.rank].sum(axis=0).tolist()
+    train, validating, testing = (
+        Part(x, y, start, total) for x, (_, y), start, total in zip(scaled, sets, starts, totals, strict=True)
+    )
+    held = tuple(counts[:, 0].tolist())
+    return Dataset(train, validating, testing, x.shape[1], len(labels), scaling, labels, True, held)
+
+
+def _agree(source: str, raw: Raw, comm: MPI.Intracomm) -> Raw:
+    """The rank's share with features as all shares together have them."""
+    sets = [x for x in (raw.x, raw.x_test) if x is not None]
+    dense = isinstance(raw.x, np.ndarray)
+    fixed = [x.shape[1] for x in sets] if dense else None
+    told = comm.allgather((len(sets), raw.y is None, raw.extent, fixed))
+    for rank, facts in enumerate(told):
+        if facts != told[0]:
+            raise UserError(
+                f"{source!r} is not the same for all ranks: rank {rank} finds {_described(facts)}, rank 0 "
+                f"{_described(told[0])}; give each node the same data"
+            )
+    if fixed and len(set(fixed)) > 1:
+        raise UserError(f"the test set has {fixed[1]} features, {source!r} has {fixed[0]}; expected as many")
+    if comm.allreduce(raw.x.shape[0]) == 0:
+        raise UserError(f"data file {source!r} holds no samples")
+    return raw if dense else _agree_on_columns(source, raw, comm)
+
+
+def _described(facts: tuple[int, bool, int, list[int] | None]) -> str:
+    sets, _, extent, fixed = facts
+    features = f", {' and '.join(map(str, fixed))} features" if fixed else ""
+    return f"{'a test set and ' if sets > 1 else ''}{extent} bytes or samples{features}"
+
+
+def _agree_on_columns(source: str, raw: Raw, comm: MPI.Intracomm) -> Raw:
+    """Sparse samples of all shares, training and test, with the same columns: as many as the largest number needs.  In
+    a file they are counted from 1, unless there is a 0 anywhere."""
+    sets: list[Any] = [x for x in (raw.x, raw.x_test) if x is not None]
+    base = 0
+    if raw.verbatim:
+        base = comm.allreduce(min(int(x.indices.min(initial=1)) for x in sets), MPI.MIN)
+    features = comm.allreduce(max(x.shape[1] for x in sets), MPI.MAX) - base
+    if features < 1:
+        raise UserError(f"data file {source!r} has no features: not one 'index:value' in it")
+    sets = [type(x)((x.data, x.indices - base, x.indptr), shape=(x.shape[0], features)) for x in sets]
+    return raw._replace(x=sets[0], x_test=sets[1] if len(sets) > 1 else None)
+
+
+def _agree_on_classes(source: str, raw: Raw, comm: MPI.Intracomm) -> tuple[Raw, np.ndarray]:
+    """Classes in ``y`` and ``y_test``, and the labels that they stand for: numbers in their order, else text in its."""
+    y, y_test = raw.y, raw.y_test
+    assert y is not None
+    samples = comm.allreduce(len(y))
+    if not raw.verbatim:
+        most, most_test = comm.allreduce(_largest(y), MPI.MAX), comm.allreduce(_largest(y_test), MPI.MAX)
+        if most >= max(samples, 2):
+            raise UserError(f"{source!r}: y holds {most}, more classes than samples; number the classes 0, 1, 2, ...")
+        if most_test > most:
+            raise UserError(f"{source!r}: y_test holds {most_test}, y only classes 0 to {most}")
+        return raw, np.arange(most + 1)
+
+    own = np.unique(y)
+    on_all(comm, lambda: _values(source, own))  # so that measurements do not travel
+    labels = _values(source, np.unique(np.concatenate(comm.allgather(own))))
+    if len(labels) > max(MANY, samples // 2):
+        raise UserError(f"{source!r} has {len(labels)} different labels for {samples} samples; expected classes")
+    test_classes = None if y_test is None else _classes(y_test, labels)
+
+    def check() -> None:
+        if y_test is not None and test_classes is not None and test_classes.min(initial=0) < 0:
+            listed = ", ".join(map(str, labels[:9].tolist())) + (", ..." if len(labels) > 9 else "")
+            raise UserError(f"the test set has the label {y_test[test_classes < 0][0]}, {source!r} only {listed}")
+
+    on_all(comm, check)
+    return raw._replace(y=_classes(y, labels), y_test=test_classes, verbatim=False), labels
+
+
+def _classes(found: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The place of each among the sorted labels; -1 if it has none."""
+    values, inverse = np.unique(found, return_inverse=True)
+    if labels.dtype.kind != "U" and values.dtype.kind == "U":
+        values = np.array([float(text) if formats.is_number(text) else np.nan for text in values])
+    classes = np.where(np.isin(values, labels), np.searchsorted(labels, values), -1)
+    return classes[inverse].astype(np.int64)
+
+
+def _largest(y: np.ndarray | None) -> int:
+    return -1 if y is None else int(y.max(initial=-1))
+
+
+def _values(source: str, labels: np.ndarray) -> np.ndarray:
+    """Distinct labels as numbers if all are, as integers if all are; measurements are refused."""
+    if labels.dtype.kind == "U" and not all(map(formats.is_number, labels)):
+        return labels
+    numbers = np.unique(labels.astype(np.float64))
+    if (numbers == np.floor(numbers)).all() and (abs(numbers) < 2**53).all():
+        return numbers.astype(np.int64)
+    if len(numbers) > MANY:
+        raise UserError(
+            f"{source!r} has labels like {numbers[0]:g}, {numbers[1]:g}, {numbers[2]:g}: measurements; expected classes"
+        )
+    return numbers
+
+
+# Moving what NumPy arrays are in: these go as they are, in messages of at most BROADCAST_BYTES.
+
+
+def _dump(value: Any) -> tuple[bytes, list[np.ndarray]]:
+    buffers: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(value, 5, buffer_callback=buffers.append)
+    return rest, [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+
+
+def _move(arrays: list[np.ndarray], move: Callable[[np.ndarray], Any]) -> None:
+    for array in arrays:
+        for start in range(0, len(array), BROADCAST_BYTES):
+            move(array[start : start + BROADCAST_BYTES])
+
+
+def _broadcast(comm: MPI.Intracomm, value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    rest, arrays = _dump(value)
+    rest, sizes = comm.bcast((rest, [len(array) for array in arrays]))
+    if comm.rank:
+        arrays = [np.empty(size, np.uint8) for size in sizes]
+    _move(arrays, lambda piece: comm.Bcast(piece, root=0))
+    return pickle.loads(rest, buffers=arrays) if comm.rank else value
+
+
+def _scatter(comm: MPI.Intracomm, cut: Callable[[int], T]) -> T:
+    """``cut(rank)``, which rank 0 makes, on that rank."""
+    if comm.rank:
+        rest, sizes = comm.recv(source=0)
+        arrays = [np.empty(size, np.uint8) for size in sizes]
+        _move(arrays, lambda piece: comm.Recv(piece, 0))
+        return pickle.loads(rest, buffers=arrays)
+    for rank in range(1, comm.size):
+        rest, arrays = _dump(cut(rank))
+        comm.send((rest, [len(array) for array in arrays]), rank)
+        _move(arrays, lambda piece, rank=rank: comm.Send(piece, rank))  # type: ignore[misc]
+    return cut(0)

@@ -1,21 +1,29 @@
-"""The files of a run: written whole or not at all, in formats that hold data and no code."""
+"""The files of a run: each written whole or not at all, in formats that hold data and no code.
+
+``config.toml`` (the settings), ``environment.json`` (machine, versions, data), ``metrics.jsonl`` (a line an epoch) and
+``checkpoints/`` are there from the first epoch on; ``model.safetensors`` and ``summary.json`` when training has ended.
+"""
 
 import errno
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-from .data import Scaling
+from .data import Dataset, Scaling
 from .models import MODELS, Layered
+from .settings import Settings, written
 
-FORMAT = "mpicoll-model-1"
-MODEL, METRICS, SUMMARY = "model.safetensors", "metrics.jsonl", "summary.json"
+FORMAT, HEADER = "mpicoll-model-2", "mpicoll"
+CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS = "config.toml", "environment.json", "metrics.jsonl", "checkpoints"
+MODEL, SUMMARY = "model.safetensors", "summary.json"
 
 
 def check_output(folder: Path) -> None:
@@ -23,77 +31,93 @@ def check_output(folder: Path) -> None:
 
     Leaves nothing behind.
     """
-    try:
+    with _writable(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             what = "already holds files" if folder.is_dir() else "is a file"
             raise UserError(f"output folder {str(folder)!r} {what}; name another one with --out")
         real = Path(os.path.realpath(folder))
         there = next(place for place in (real, *real.parents) if place.exists())
         os.rmdir(tempfile.mkdtemp(prefix=".mpicoll-", dir=there))
-    except OSError as error:
-        raise _not_writable(folder, error) from error
 
 
-def _not_writable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"output folder {str(folder)!r} cannot be written ({error.strerror}); name another one with --out")
+def begin(folder: Path, settings: Settings, environment: dict[str, Any]) -> None:
+    """Make the folder of a run: a new one appears complete.
 
-
-def write_run(
-    folder: Path,
-    name: str,
-    model: Layered,
-    params: np.ndarray,
-    scaling: Scaling,
-    summary: dict[str, Any],
-    epochs: list[dict[str, Any]],
-) -> None:
-    """``model.safetensors``, ``metrics.jsonl`` (a line an epoch) and ``summary.json``, all at once.
-
-    A new folder appears complete; in one that exists, empty, the files do, ``summary.json`` last.  If somebody else has
-    written there since, ``FileExistsError``.
+    ``FileExistsError`` if somebody else has written there since it was checked.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    tensors = {"scaling.center": scaling.center, "scaling.spread": scaling.spread, **model.tensors(params)}
-    metadata = {"format": FORMAT, "model": name, "sizes": json.dumps(model.sizes)}
-    real = Path(os.path.realpath(folder))
-    exists = real.is_dir()
-    try:
+    texts = {CONFIG: written(settings), ENVIRONMENT: json.dumps(environment, indent=1) + "\n", METRICS: ""}
+    with _writable(folder):
+        real = Path(os.path.realpath(folder))
+        exists = real.is_dir()
         real.parent.mkdir(parents=True, exist_ok=True)
         if exists and any(real.iterdir()):
             raise FileExistsError(errno.EEXIST, "not empty", str(folder))
         partial = Path(tempfile.mkdtemp(prefix=".mpicoll-", dir=real if exists else real.parent))
         try:
-            save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, partial / MODEL, metadata)
-            (partial / METRICS).write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
-            (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            (partial / MODEL).chmod(0o666 & ~_umask())  # the library makes it private
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8", errors="surrogateescape")
             if exists:
-                for file in (MODEL, METRICS, SUMMARY):
-                    (partial / file).rename(real / file)
+                for name in texts:
+                    (partial / name).rename(real / name)
             else:
                 partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
                 partial.rename(real)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise FileExistsError(folder) from error
-        raise _not_writable(folder, error) from error
-    except SafetensorError as error:  # among them a full disk
-        reason = str(error).splitlines()[0]
-        raise UserError(f"output folder {str(folder)!r} cannot be written ({reason}); name another one") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def add_metrics(folder: Path, epoch: dict[str, Any]) -> None:
+    """One more line."""
+    with _writable(folder), (folder / METRICS).open("a") as file:
+        file.write(json.dumps(epoch) + "\n")
 
 
-def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling]:
-    """The model, its parameters and the scaling its inputs need, from a run's folder or its model file."""
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines; a ``UserError`` if there are none to read.  A last one that is not complete does not count."""
+    path = folder / METRICS
+    try:
+        whole = path.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{str(path)!r} cannot be read ({reason}); expected the folder of a run") from error
+
+
+def forget_after(folder: Path, epoch: int) -> None:
+    """Drop the lines of epochs that are going to be done again."""
+    kept = [line for line in read_metrics(folder) if line["epoch"] <= epoch]
+    with _writable(folder):
+        _replace(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def finish(
+    folder: Path, settings: Settings, model: Layered, params: np.ndarray, data: Dataset, summary: dict[str, Any]
+) -> None:
+    """Write the model, and then the summary."""
+    from safetensors.numpy import save_file
+
+    tensors = {"scaling.center": data.scaling.center, "scaling.spread": data.scaling.spread}
+    tensors |= {name: np.ascontiguousarray(view) for name, view in model.tensors(params).items()}
+    header = {
+        "format": FORMAT,
+        "model": settings.model,
+        "hidden": settings.widths,
+        "labels": data.labels.tolist(),
+    }
+    with _writable(folder):
+        partial = folder / f".{MODEL}.partial"
+        try:
+            save_file(tensors, partial, {HEADER: json.dumps(header)})  # of several keys the order would be random
+            partial.chmod(0o666 & ~_umask())  # the library makes it private
+            partial.rename(folder / MODEL)
+        finally:
+            partial.unlink(missing_ok=True)
+        _replace(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, np.ndarray]:
+    """The model, its parameters, the scaling its inputs need, and what its classes are called, from a run's folder or
+    its model file."""
     from safetensors import safe_open
 
     if path.is_dir():
@@ -102,29 +126,58 @@ def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling]:
         raise UserError(f"model {str(path)!r} does not exist; expected the folder that a training run wrote")
     try:
         with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except Exception as error:  # the library has exceptions of its own for torn and foreign files
         raise UserError(f"model {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"model {str(path)!r} has format {metadata.get('format')!r}; expected {FORMAT!r}")
+    if header.get("format") != FORMAT:
+        raise UserError(f"model {str(path)!r} has format {header.get('format')!r}; expected {FORMAT!r}")
     try:
-        features, *hidden, outputs = json.loads(metadata["sizes"])
-        model = MODELS[metadata["model"]](
-            features, max(outputs, 2), tuple(hidden)
-        )  # one output tells two classes apart
-        params = np.empty(model.size, tensors["layer0.weight"].dtype)
-        scaling = Scaling(tensors["scaling.center"], tensors["scaling.spread"])
-        parts = [(part, (model.sizes[0],)) for part in scaling]
+        scaling, labels = Scaling(tensors["scaling.center"], tensors["scaling.spread"]), header["labels"]
+        features = len(scaling.center)
+        model = MODELS[header["model"]](features, len(labels), tuple(header["hidden"]))
+        dtype = next(array.dtype for name, array in tensors.items() if not name.startswith("scaling."))
+        params = np.empty(model.size, dtype)
+        parts = [(part, (features,)) for part in scaling]
         for name, view in model.tensors(params).items():
             parts.append((tensors[name], view.shape))
             view[:] = tensors[name]
-    except (KeyError, ValueError, TypeError, IndexError, MemoryError) as error:
-        raise UserError(f"model {str(path)!r} does not hold the layers its header names") from error
+    except (KeyError, ValueError, TypeError, IndexError, MemoryError, StopIteration) as error:
+        raise UserError(f"model {str(path)!r} does not hold the parameters its header names") from error
     if any(part.shape != shape or part.dtype.kind != "f" or not np.isfinite(part).all() for part, shape in parts):
         raise UserError(
             f"model {str(path)!r} holds tensors of the wrong shape or dtype, or with infinite or nan values"
         )
     if not (scaling.spread > 0).all():
         raise UserError(f"model {str(path)!r} holds a scaling that divides by zero")
-    return model, params, scaling
+    return model, params, scaling, np.array(labels)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except (OSError, SafetensorError) as error:  # among them a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"output folder {str(folder)!r} cannot be written ({reason}); name another one with --out"
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

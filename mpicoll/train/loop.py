@@ -1,114 +1,268 @@
 """The training loop, top to bottom."""
 
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
-from .data import Dataset
+from ..mpi.collectives import allreduce
+from ..mpi.guard import on_all
+from .checkpoint import Checkpoint, save
+from .data import Dataset, Part, batches
 from .models import Batch, Model
-from .optimizers import OPTIMIZERS
-from .strategies import STRATEGIES
+from .optimizers import OPTIMIZERS, clip, learning_rate
+from .settings import Settings
+from .strategies import STRATEGIES, Now
+
+BLOCK = 1024
+"""Samples evaluated at once."""
 
 
 class Epoch(NamedTuple):
-    """After an epoch: means over its samples, as they were seen, and the seconds since training began."""
+    """After an epoch; ``seconds`` are those of training since it began, without evaluation and checkpoints.
+
+    ``train_loss`` and ``train_accuracy`` are means over its samples, as they were seen; ``consensus`` is the root mean
+    square distance of the ranks' models from their mean, ``None`` where they are the same by construction; those of
+    the validation set are of the model that ranks agree on.  ``communicating`` is this rank's share of time in
+    agreement, ``bytes_sent`` what it sent, as far as that can be known.
+    """
 
     epoch: int
     step: int
     seconds: float
     train_loss: float
     train_accuracy: float
+    samples_per_s: float
+    communicating: float
+    bytes_sent: int | None
+    consensus: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+
+class Rank(NamedTuple):
+    """What a rank did since the run was started or resumed: seconds of training, of agreement, and of waiting.
+
+    Waiting is the part of an agreement that goes beyond the time of the rank that got through it fastest: the last to
+    arrive, which waits for nobody.
+    """
+
+    seconds: float
+    agreeing: float
+    waiting: float
+    bytes_sent: int | None
+    messages: int | None
 
 
 class Result(NamedTuple):
-    """The outcome of a run; seconds and bytes are this rank's.
-
-    ``waiting_seconds`` is the part of ``agreement_seconds`` that this rank spent, in each step, beyond the rank that
-    got through it fastest: the last to arrive, which waits for nobody.
-    """
+    """The outcome of a run, the same on all ranks: the model that they agree on at the end, or, with patience, the one
+    that was best on the validation set; and what each rank did."""
 
     params: np.ndarray
-    steps: int
-    seconds: float
-    agreement_seconds: float
-    waiting_seconds: float
-    algorithm: str
-    bytes_sent: int | None
     epochs: list[Epoch]
+    steps: int
+    algorithm: str
+    consensus: float | None
+    ranks: list[Rank]
 
 
-@np.errstate(all="ignore")  # what overflows ends up in the loss or the parameters, and is reported
-def train(
-    comm: MPI.Intracomm,
-    data: Dataset,
-    model: Model,
-    *,
-    strategy: str,
-    algorithm: str,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    momentum: float,
-    seed: int,
-    max_steps: int | None = None,
-    report: Callable[[Epoch], None] = lambda epoch: None,
-) -> Result:
-    """Train ``model`` with SGD on all ranks of ``comm``; every rank ends with the same parameters.
+class Training:
+    """A run: ``run()`` it.  Made by all ranks together.
 
-    ``batch_size`` is global: the ranks share each batch, and the run follows the one-rank run with the same seed
-    whatever their number, to rounding.  Every epoch visits all samples in a new order drawn from ``seed``.
-    ``report`` is called after each epoch; ``max_steps`` ends the run early.  A loss, or at the end a parameter, that
-    is not finite raises ``UserError`` on all ranks.
+    The ranks share each global batch of ``settings.batch_size`` samples; how they agree is the strategy's affair.
+    Every epoch visits all samples in a new order drawn from ``settings.seed``.
     """
-    p, rank = comm.size, comm.rank
-    params = model.initial(np.random.default_rng(seed), data.x.dtype)
-    comm.Bcast(params, root=0)
-    sums = np.empty(model.size + 2, params.dtype)  # what ranks add up: gradient, loss, correct predictions
-    grad = sums[: model.size]
-    agreement = STRATEGIES[strategy](comm, algorithm, sums)
-    optimizer = OPTIMIZERS["sgd"](model.size, params.dtype, momentum=momentum)
 
-    samples, step, history = len(data.x), 0, []
-    start = perf_counter()
-    for epoch in range(1, epochs + 1):
-        order = np.random.default_rng([seed, epoch]).permutation(samples)
-        loss = correct = seen = 0.0
-        for first in range(0, samples, batch_size):
-            batch = order[first : first + batch_size]
-            mine = batch[len(batch) * rank // p : len(batch) * (rank + 1) // p]
-            sums[-2:] = model.loss_and_grad(params, Batch(data.x[mine], data.y[mine]), grad)
-            agreement.add_up()
-            step += 1
-            if not np.isfinite(sums[-2]):
-                raise UserError(
-                    f"the loss became {sums[-2]} at step {step} (epoch {epoch}): try a smaller learning rate than {lr}"
-                )
-            grad /= len(batch)
-            optimizer.step(params, grad, lr)
-            loss, correct, seen = loss + float(sums[-2]), correct + float(sums[-1]), seen + len(batch)
-            if step == max_steps:
+    def __init__(self, comm: MPI.Intracomm, data: Dataset, model: Model, settings: Settings) -> None:
+        self.comm, self.data, self.model, self.settings = comm, data, model, settings
+        s, dtype = settings, np.dtype(settings.dtype)
+        self.steps_per_epoch = -(-data.train.total // s.batch_size)
+        self.params = model.initial(np.random.default_rng(s.seed), dtype)
+        comm.Bcast(self.params, root=0)
+        self.sums = np.empty(model.size + 2, dtype)  # gradient, loss, correct predictions: what ranks may add up
+        self.optimizer = OPTIMIZERS[s.optimizer](
+            model.size, dtype, momentum=s.momentum, beta2=s.beta2, weight_decay=s.weight_decay
+        )
+        self.strategy = STRATEGIES[s.strategy](
+            comm, self.sums, self.params, self.optimizer, settings, self.steps_per_epoch
+        )
+        self.epoch = self.step = 0
+        self.seconds = self.resumed_seconds = 0.0
+        self.best = np.inf, 0  # validation loss, epoch
+        self.best_params: np.ndarray | None = None
+
+    @np.errstate(all="ignore")  # what overflows ends up in the loss or the parameters, and is reported
+    def run(
+        self,
+        report: Callable[[Epoch], None] = lambda epoch: None,
+        checkpoint: Callable[["Training"], Any] = lambda training: None,
+        max_steps: int | None = None,
+    ) -> Result:
+        """Train to the end; ``report`` and ``checkpoint`` are called after each epoch, ``max_steps`` ends it early.
+
+        A loss or parameters that are not finite raise ``UserError`` on all ranks.
+        """
+        s, history = self.settings, []
+        while self.epoch < s.epochs and self.step != max_steps and not self._is_done():
+            history.append(self._epoch(max_steps))
+            report(history[-1])
+            checkpoint(self)
+        final = self.strategy.consensus()
+        distance = self._distance(final)
+        if self.best_params is not None:
+            final = self.best_params
+        return Result(final, history, self.step, self.strategy.algorithm, distance, self._ranks())
+
+    def _epoch(self, max_steps: int | None) -> Epoch:
+        self.epoch += 1
+        s, strategy, x, y = self.settings, self.strategy, self.data.train.x, self.data.train.y
+        grad, totals, seen = self.sums[:-2], np.zeros(2), 0
+        total_steps, agreed, sent = s.epochs * self.steps_per_epoch, len(strategy.seconds), strategy.bytes_sent
+        start = perf_counter()
+        for mine, length in batches(self.data, self.comm.size, self.comm.rank, s.batch_size, s.seed, self.epoch):
+            lr = learning_rate(s.schedule, s.lr, self.step, total_steps, s.warmup)
+            now = Now(self.epoch, self.step, lr)
+            own = self.model.loss_and_grad(strategy.point(), Batch(x[mine], y[mine]), grad)
+            self.sums[-2:] = own
+            grad *= strategy.agree_on_gradient(now) / length
+            if strategy.replicated and not np.isfinite(self.sums[-2]):
+                raise self._diverged(f"the loss became {self.sums[-2]}", self.step + 1)
+            if s.clip is not None:
+                clip(grad, s.clip)
+            self.optimizer.step(self.params, grad, lr)
+            strategy.agree_on_parameters(now)
+            totals += own
+            seen += length
+            self.step += 1
+            if self.step == max_steps:
                 break
-        history.append(Epoch(epoch, step, perf_counter() - start, loss / seen, correct / seen))
-        report(history[-1])
-        if step == max_steps:
-            break
-    seconds = perf_counter() - start
-    if not np.isfinite(params).all():
-        raise UserError(f"parameters became infinite or nan at step {step}: try a smaller learning rate than {lr}")
-    agreeing = np.array(agreement.seconds)
-    fastest = agreeing.copy()
-    comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
-    waiting = float(np.sum(agreeing - fastest))
-    spent = float(np.sum(agreeing))
-    return Result(params, step, seconds, spent, waiting, agreement.algorithm, agreement.bytes_sent, history)
+        took = perf_counter() - start
+        self.seconds += took
+        loss, correct = allreduce(totals, self.comm, deterministic=True) / seen
+        if not np.isfinite(loss):
+            raise self._diverged(f"the loss became {loss}", self.step)
+        if not self.comm.allreduce(bool(np.isfinite(self.params).all()), MPI.LAND):
+            raise self._diverged("parameters became infinite or nan", self.step)
+        return self._evaluated(
+            Epoch(
+                self.epoch,
+                self.step,
+                self.seconds,
+                float(loss),
+                float(correct),
+                seen / took,
+                sum(strategy.seconds[agreed:]) / took,
+                None if strategy.bytes_sent is None or sent is None else strategy.bytes_sent - sent,
+            )
+        )
+
+    def _diverged(self, what: str, step: int) -> UserError:
+        lr = self.settings.lr
+        return UserError(f"{what} at step {step} (epoch {self.epoch}): try a smaller learning rate than {lr}")
+
+    def _evaluated(self, epoch: Epoch) -> Epoch:
+        """With what is known of the model that ranks agree on; a new best one is kept."""
+        if self.strategy.replicated and not self.data.validation.total:
+            return epoch
+        model = self.strategy.consensus()
+        epoch = epoch._replace(consensus=self._distance(model))
+        if not self.data.validation.total:
+            return epoch
+        loss, accuracy = evaluate(self.comm, self.model, model, self.data.validation, self.data.sharded)
+        if self.settings.patience is not None and loss is not None and loss < self.best[0]:
+            self.best, self.best_params = (loss, self.epoch), model
+        return epoch._replace(validation_loss=loss, validation_accuracy=accuracy)
+
+    def _is_done(self) -> bool:
+        """Has patience run out?"""
+        patience = self.settings.patience
+        return patience is not None and self.epoch - self.best[1] >= patience
+
+    def _distance(self, model: np.ndarray) -> float | None:
+        """Of the ranks' models from ``model``, root mean square."""
+        if self.strategy.replicated:
+            return None
+        square = np.array([np.sum(np.square(self.strategy.point() - model, dtype=np.float64))])
+        return float(np.sqrt(allreduce(square, self.comm, "mean")[0]))
+
+    def _ranks(self) -> list[Rank]:
+        agreeing = np.array(self.strategy.seconds)
+        fastest = agreeing.copy()
+        self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
+        waiting = float(np.sum(agreeing - fastest))
+        sent = self.strategy.bytes_sent, self.strategy.messages
+        own = Rank(self.seconds - self.resumed_seconds, float(np.sum(agreeing)), waiting, *sent)
+        return [Rank(*rank) for rank in self.comm.allgather(tuple(own))]
+
+    # What a checkpoint keeps, and going on from one.
+
+    def save(self, folder: Path, facts: dict[str, Any]) -> Path:
+        """Write a checkpoint, a collective call; ``facts`` are what else it should say."""
+        tensors = {"params": self.params}
+        tensors |= {f"optimizer.{name}": vector for name, vector in self.optimizer.state.items()}
+        tensors |= {f"strategy.{name}": array for name, array in self.strategy.state().items()}
+        if self.best_params is not None:
+            tensors["best"] = self.best_params
+        where = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "optimizer_steps": self.optimizer.steps,
+            "best": self.best if self.best_params is not None else None,
+        }
+        return save(folder, self.comm, {**where, **facts}, tensors, self.strategy.replicated)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, a collective call.
+
+        If it was written by as many ranks, each takes what it had; otherwise all take the mean of what the others had.
+        """
+        facts, same = checkpoint.facts, checkpoint.ranks == self.comm.size
+        vectors = ["params", *(f"optimizer.{name}" for name in self.optimizer.state)]
+
+        def read() -> dict[str, np.ndarray]:
+            tensors = checkpoint.tensors(self.comm.rank if same else 0)
+            if any(name not in tensors or tensors[name].shape != self.params.shape for name in vectors):
+                raise UserError(
+                    f"checkpoint {str(checkpoint.path)!r} is that of another model than {self.model.size} parameters: "
+                    "were the data changed?"
+                )
+            if not same and len(checkpoint.files) > 1:
+                sums = {name: tensors[name].astype(np.float64) for name in vectors}
+                for rank in range(1, checkpoint.ranks):
+                    others = checkpoint.tensors(rank)
+                    for name in vectors:
+                        sums[name] += others[name]
+                tensors |= {name: total / checkpoint.ranks for name, total in sums.items()}
+            return tensors
+
+        tensors = on_all(self.comm, read)
+        self.params[:] = tensors["params"]
+        for name, vector in self.optimizer.state.items():
+            vector[:] = tensors[f"optimizer.{name}"]
+        state = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
+        self.strategy.restore(state)
+        self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]
+        self.seconds = self.resumed_seconds = facts["seconds"]
+        if facts["best"] is not None:
+            self.best, self.best_params = tuple(facts["best"]), tensors["best"]
 
 
-def accuracy(comm: MPI.Intracomm, model: Model, params: np.ndarray, x: np.ndarray, y: np.ndarray) -> float | None:
-    """The share of ``x`` predicted right, each rank predicting its part; ``None`` if there are no samples."""
-    part = slice(len(x) * comm.rank // comm.size, len(x) * (comm.rank + 1) // comm.size)
-    right = comm.allreduce(int(np.count_nonzero(model.predict(params, x[part]) == y[part])))
-    return right / len(x) if len(x) else None
+def evaluate(
+    comm: MPI.Intracomm, model: Model, params: np.ndarray, part: Part, sharded: bool
+) -> tuple[float, float] | tuple[None, None]:
+    """Mean loss and accuracy on a set of samples, of which each rank takes its part; ``None`` if there are none."""
+    if not part.total:
+        return None, None
+    mine = len(part.y) if sharded else part.total
+    lo, hi = (0, mine) if sharded else (mine * comm.rank // comm.size, mine * (comm.rank + 1) // comm.size)
+    totals, unused = np.zeros(2), np.empty_like(params)
+    for start in range(lo, hi, BLOCK):
+        block = slice(start, min(start + BLOCK, hi))
+        totals += model.loss_and_grad(params, Batch(part.x[block], part.y[block]), unused)
+    loss, right = (allreduce(totals, comm, deterministic=True) / part.total).tolist()
+    return loss, right

@@ -1,21 +1,95 @@
-"""What a run is told; the command line's options, and their defaults."""
+"""What a run is told: the options of the command line and keys of configuration files, and their defaults."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run.  ``batch_size`` is global; ``out`` and ``threads`` of ``None`` mean: choose."""
+    """One training run.  ``None`` means: choose, or what the strategy has as its default."""
 
+    # what is learned
     data: str = "digits"
+    test: str | None = None
+    validation: float = 0.0
+    shards: bool = False
     model: str = "mlp"
+    hidden: str | None = None
+    # how ranks agree; those of one strategy only are in its ``options``
     strategy: str = "sync"
     algorithm: str = "auto"
-    epochs: int = 30
-    batch_size: int = 64
+    every: int | None = None
+    sync_epochs: int | None = None
+    outer: str | None = None
+    outer_lr: float | None = None
+    outer_momentum: float | None = None
+    graph: str | None = None
+    mix_first: bool | None = None
+    momenta: str | None = None
+    # how a rank steps
+    optimizer: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip: float | None = None
+    schedule: str = "constant"
+    warmup: int = 0
+    # for how long, and what else
+    epochs: int = 30
+    batch_size: int = 64
+    patience: int | None = None
+    checkpoint: int = 1
     seed: int = 0
     dtype: str = "float32"
     threads: int | None = None
     out: str | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of hidden layers; none for the model's own choice."""
+        return tuple(int(width) for width in (self.hidden or "").split(",") if width)
+
+
+NOT_SAVED = ("out",)
+"""What a configuration file written by a run leaves out: another run is not to go to the same folder."""
+
+MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads")
+"""What may be another when a run is resumed."""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The keys and values of a TOML file; a ``UserError`` if it cannot be read, or names what there is not."""
+    import tomllib
+    from difflib import get_close_matches
+
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"configuration {str(path)!r} cannot be read: {reason}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"configuration {str(path)!r} is not TOML: {error}") from error
+    known = [field.name for field in fields(Settings)]
+    settings = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise UserError(f"configuration {str(path)!r} has an unknown key {key!r}: {hint}")
+        if isinstance(value, (dict, list)):
+            raise UserError(f"configuration {str(path)!r}: {key} must be one value, not a {type(value).__name__}")
+        settings[name] = value
+    return settings
+
+
+def written(settings: Settings) -> str:
+    """The same as the text of a TOML file, for ``read_settings``."""
+    from json import dumps  # of a string, number or truth value it is TOML too
+
+    named = [(field.name, getattr(settings, field.name)) for field in fields(Settings) if field.name not in NOT_SAVED]
+    return "".join(f"{name} = {dumps(value)}\n" for name, value in named if value is not None)

@@ -555,7 +555,7 @@ def test_counts_past_a_limit_go_in_pieces(comm, name, monkeypatch):
 
 def test_auto_is_native_below_and_ours_above(comm, monkeypatch):
     x = np.zeros(1000)
-    assert account(x, comm) == ("native", None)
+    assert account(x, comm) == ("native", None, None)
     assert account(x, mpicoll.Comm(comm, deterministic=True))[0] == "recursive_doubling"
     assert account(x, comm, deterministic=True)[0] == "recursive_doubling"
     assert account(np.zeros(10000), comm, deterministic=True)[0] == "halving_doubling"

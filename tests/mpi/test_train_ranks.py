@@ -9,34 +9,14 @@ from mpi4py import MPI
 
 from mpicoll import UserError
 from mpicoll.mpi.threads import limit_threads
-from mpicoll.train import data as data_module
-from mpicoll.train.data import Dataset, Scaling, load
-from mpicoll.train.loop import Result, accuracy, train
-from mpicoll.train.models import MODELS
-from mpicoll.train.strategies import Sync
+from mpicoll.train.data import Part
+from mpicoll.train.loop import evaluate
+from mpicoll.train.models import MODELS, Layered
+from training import blobs, trained
 
 pytestmark = pytest.mark.mpi
 P = MPI.COMM_WORLD.size
 MODEL = MODELS["mlp"](6, 3, (8,))
-
-
-def blobs(samples: int, dtype: str) -> Dataset:
-    y = np.arange(samples) % 3
-    x = (np.random.default_rng(5).normal(size=(samples, 6)) + y[:, np.newaxis]).astype(dtype)
-    return Dataset(x, y, x[::5], y[::5], 3, Scaling(np.zeros(6), np.ones(6)))
-
-
-def trained(comm: MPI.Intracomm, data: Dataset, **options: Any) -> Result:
-    settings: dict[str, Any] = {
-        "strategy": "sync",
-        "algorithm": "circulant",
-        "epochs": 3,
-        "batch_size": 32,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "seed": 3,
-    }
-    return train(comm, data, MODEL, **{**settings, **options})
 
 
 @pytest.mark.parametrize("algorithm", ["ring", "circulant", "native"])
@@ -66,9 +46,14 @@ def test_all_ranks_end_with_the_same_bits_and_training_learns(comm):
     result = trained(comm, data, epochs=20)
     assert len({params.tobytes() for params in comm.allgather(result.params)}) == 1
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss
-    right = accuracy(comm, MODEL, result.params, data.x_test, data.y_test)
-    assert right == np.mean(MODEL.predict(result.params, data.x_test) == data.y_test)
-    assert accuracy(comm, MODEL, result.params, data.x_test[:0], data.y_test[:0]) is None
+    loss, right = evaluate(comm, MODEL, result.params, data.test, sharded=False)
+    assert right == np.mean(MODEL.predict(result.params, data.test.x) == data.test.y)
+    assert loss is not None
+    assert 0 < loss < result.epochs[0].train_loss
+    part = slice(len(data.test.y) * comm.rank // P, len(data.test.y) * (comm.rank + 1) // P)
+    mine = Part(data.test.x[part], data.test.y[part], part.start, data.test.total)
+    assert evaluate(comm, MODEL, result.params, mine, sharded=True) == (pytest.approx(loss), right)
+    assert evaluate(comm, MODEL, result.params, Part(data.test.x[:0], data.test.y[:0], 0, 0), False) == (None, None)
 
 
 def test_another_seed_is_another_run(comm):
@@ -83,54 +68,74 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_at_the_same_step(comm):
 
 
 def test_bytes_are_counted_at_our_own_sends(comm):
-    counted = trained(comm, blobs(64, "f4"), epochs=1).bytes_sent
-    total = comm.allreduce(counted)
+    ranks = trained(comm, blobs(64, "f4"), epochs=1, algorithm="circulant").ranks
+    total = sum(rank.bytes_sent or 0 for rank in ranks)
     assert total == 2 * 2 * (P - 1) * (MODEL.size + 2) * 4  # two steps, 2 (p - 1) / p vectors on average
-    assert trained(comm, blobs(64, "f4"), epochs=1, algorithm="native").bytes_sent is None
+    natively = trained(comm, blobs(64, "f4"), epochs=1, algorithm="native").ranks
+    assert {(rank.bytes_sent, rank.messages) for rank in natively} == {(None, None)}
 
 
-def test_sums_are_what_ranks_add_up(comm):
-    sums = np.array([1.0, comm.rank])
-    agreement = Sync(comm, "ring", sums)
-    agreement.add_up()
-    np.testing.assert_array_equal(sums, [P, P * (P - 1) / 2])
-    agreement.add_up()
-    assert len(agreement.seconds) == 2
-    assert min(agreement.seconds) > 0
+def test_the_best_model_is_kept_and_patience_ends_the_run_on_all_ranks(comm):
+    """Validation samples whose labels are wrong: the better the model, the worse it looks."""
+    data = blobs(100, "f4", validation=30)
+    data = data._replace(validation=data.validation._replace(y=(data.validation.y + 1) % 3))
+    result = trained(comm, data, epochs=50, patience=3, lr=0.5)
+    losses = [epoch.validation_loss for epoch in result.epochs]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 3 < 50
+    loss, _ = evaluate(comm, MODEL, result.params, data.validation, sharded=False)
+    assert loss == losses[best]
+    assert len({params.tobytes() for params in comm.allgather(result.params)}) == 1
+
+
+@pytest.mark.parametrize("strategy", ["sync", "average", "butterfly", "gossip"])
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_shards_of_uneven_length(comm, strategy, batch_size):
+    """Rank r has r samples, and rank 0 of one rank three; some batches give a rank nothing."""
+    counts = tuple(range(P)) if P > 2 else (3,) * P
+    total, start = sum(counts), sum(counts[: comm.rank])
+    every = blobs(total)
+    own = Part(
+        every.train.x[start : start + counts[comm.rank]], every.train.y[start : start + counts[comm.rank]], start, total
+    )
+    data = every._replace(train=own, sharded=True, counts=counts)
+    result = trained(comm, data, strategy=strategy, batch_size=batch_size, momentum=0.0)
+    assert result.steps == 3 * -(-total // batch_size)
+    if batch_size == 1000:  # one batch of all: the same as unsharded
+        alone = trained(MPI.COMM_SELF, every, strategy="sync", batch_size=batch_size, momentum=0.0, epochs=1)
+        first = trained(comm, data, strategy=strategy, batch_size=batch_size, momentum=0.0, epochs=1)
+        np.testing.assert_allclose(first.params, alone.params, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["sync", "average", "butterfly", "gossip"])
+def test_one_slow_rank_delays_the_others_and_changes_nothing(comm, monkeypatch, strategy):
+    usual = trained(comm, blobs(40), strategy=strategy, epochs=1, batch_size=10)
+    step = Layered.loss_and_grad
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05 if comm.rank == P - 1 else 0)
+        return step(*arguments)
+
+    monkeypatch.setattr(Layered, "loss_and_grad", slow)
+    np.testing.assert_array_equal(
+        trained(comm, blobs(40), strategy=strategy, epochs=1, batch_size=10).params, usual.params
+    )
 
 
 def test_waiting_is_told_from_moving(comm, monkeypatch):
     """Rank 0 takes 20 ms more than the others for every step: they wait for it, and it for nobody."""
-    slow = MODEL.loss_and_grad
+    step = Layered.loss_and_grad
 
-    def loss_and_grad(*arguments: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
         time.sleep(0.02 if comm.rank == 0 else 0)
-        return slow(*arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(MODEL, "loss_and_grad", loss_and_grad)
-    result = trained(comm, blobs(100, "f4"), max_steps=10)
-    assert 0 <= result.waiting_seconds <= result.agreement_seconds <= result.seconds
-    slowest, *others = comm.allgather(result.waiting_seconds)
+    monkeypatch.setattr(Layered, "loss_and_grad", slow)
+    ranks = trained(comm, blobs(100, "f4"), max_steps=10).ranks
+    assert all(0 <= rank.waiting <= rank.agreeing <= rank.seconds for rank in ranks)
+    slowest, *others = [rank.waiting for rank in ranks]
     assert slowest < min(others, default=1)
     assert P > 1 or slowest == 0
-
-
-def test_the_data_are_the_same_on_all_ranks(comm, folder, monkeypatch):
-    monkeypatch.setattr(data_module, "BROADCAST_BYTES", 1000)
-    path = str(folder / "data.npz")
-    x, y = np.random.default_rng(1).normal(size=(100, 7)) * 50 + 10, np.arange(100) % 4
-    if comm.rank == 0:
-        np.savez(path, X=x, y=y)
-    data = load(path, comm, np.dtype("f4"))
-    assert len({data.x.tobytes() + data.x_test.tobytes() for data in comm.allgather(data)}) == 1
-    held_out = np.arange(100) % 5 == 4
-    np.testing.assert_array_equal(data.y_test, y[held_out])
-    np.testing.assert_array_equal(data.x, data.scaling.apply(x[~held_out], np.dtype("f4")))
-    np.testing.assert_allclose(data.x.mean(axis=0, dtype="f8"), 0, atol=1e-6)
-    np.testing.assert_allclose(np.ptp(data.x, axis=0), 2, rtol=1e-5)
-    assert data.classes == 4
-    with pytest.raises(UserError, match="does not exist"):
-        load(path + "x", comm, np.dtype("f4"))
 
 
 def test_ranks_share_the_cores(comm, monkeypatch):

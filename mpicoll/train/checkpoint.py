@@ -1,0 +1,172 @@
+"""Checkpoints: folders that appear whole or not at all, in formats that hold data and no code.
+
+``checkpoints/epoch-00000012/`` holds ``manifest.json`` (where training was, what its bits depend on, and the SHA-256 of
+every file) and ``rank-N.safetensors`` for every rank, or of rank 0 only where all ranks hold the same.  It is written
+under another name, synchronised to disk, and renamed once every rank has written its part.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from mpi4py import MPI
+
+from ..errors import UserError
+from ..mpi.guard import on_all, on_root
+
+FORMAT = "mpicoll-checkpoint-1"
+MANIFEST = "manifest.json"
+KEPT = 3
+"""So many of the latest ones are kept: if one turns out to be damaged, there is one before it."""
+
+T = TypeVar("T")
+
+
+class Checkpoint(NamedTuple):
+    """One that was found and looks whole; ``tensors(rank)`` reads and checks a rank's part."""
+
+    path: Path
+    facts: dict[str, Any]
+    files: dict[str, str]
+
+    @property
+    def ranks(self) -> int:
+        """How many wrote it."""
+        return int(self.facts["ranks"])
+
+    def tensors(self, rank: int) -> dict[str, np.ndarray]:
+        """The tensors of a rank; those of rank 0 if all ranks held the same."""
+        from safetensors.numpy import load_file
+
+        name = _file(rank) if _file(rank) in self.files else _file(0)
+        path = self.path / name
+        with _readable(self.path, name):
+            with path.open("rb") as file:
+                digest = file_digest(file, "sha256").hexdigest()
+            if digest != self.files[name]:
+                raise ValueError("it is torn, or was changed")
+            return load_file(path)
+
+
+def save(
+    folder: Path, comm: MPI.Intracomm, facts: dict[str, Any], tensors: dict[str, np.ndarray], replicated: bool
+) -> Path:
+    """Write a checkpoint into ``folder``; a collective call.  Returns where it is.
+
+    If any rank cannot write its part, nothing is left and all raise the same ``UserError``.
+    """
+    from safetensors.numpy import save_file
+
+    final = folder / f"epoch-{facts['epoch']:08}"
+    partial = folder / f".{final.name}.partial"
+    writes = comm.rank == 0 or not replicated
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)  # of a job that was killed
+        partial.mkdir(parents=True)
+
+    def write() -> str | None:
+        if not writes:
+            return None
+        path = partial / _file(comm.rank)
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+        _synchronize(path)
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+
+    def finish(digests: list[str | None]) -> None:
+        files = {_file(rank): digest for rank, digest in enumerate(digests) if digest}
+        manifest = partial / MANIFEST
+        manifest.write_text(json.dumps({"format": FORMAT, **facts, "ranks": comm.size, "files": files}, indent=1))
+        _synchronize(manifest)
+        _synchronize(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _synchronize(folder)
+        *older, last = sorted(other for other in folder.glob("epoch-*") if other.name <= final.name)
+        later = (other for other in folder.glob("epoch-*") if other.name > last.name)  # of a run resumed from before it
+        for other in (*older[: 1 - KEPT], *later):
+            shutil.rmtree(other, ignore_errors=True)
+
+    try:
+        on_root(comm, lambda: _writing(final, prepare))
+        digests = comm.allgather(on_all(comm, lambda: _writing(final, write)))
+        on_root(comm, lambda: _writing(final, lambda: finish(digests)))
+    except UserError:
+        if comm.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def latest(run: Path) -> Checkpoint:
+    """The latest checkpoint of a run's folder, or the one that ``run`` is itself.
+
+    A ``UserError`` if there is none, or it is damaged, foreign or of another version; it names the one before.
+    """
+    folder = run / "checkpoints"
+    if (run / MANIFEST).exists():
+        return _open(run)
+    if not run.is_dir():
+        raise UserError(f"{str(run)!r} does not exist; --resume takes the folder of a run")
+    found = sorted(folder.glob("epoch-*"))
+    if not found:
+        raise UserError(f"{str(run)!r} holds no checkpoint; start the run anew")
+    return _open(found[-1])
+
+
+def _open(path: Path) -> Checkpoint:
+    with _readable(path, MANIFEST):
+        facts = json.loads((path / MANIFEST).read_text())
+        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+            what = facts.get("format") if isinstance(facts, dict) else None
+            raise ValueError(f"its format is {what!r}; this version reads {FORMAT!r}")
+        files = facts.pop("files")
+        missing = [name for name in files if not (path / name).is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        if not {"epoch", "step", "ranks", "settings"} <= facts.keys() or _file(0) not in files:
+            raise ValueError("it says too little")
+    return Checkpoint(path, facts, files)
+
+
+@contextmanager
+def _readable(path: Path, part: str) -> Iterator[None]:
+    """Around reading a part of the checkpoint ``path``: errors become a ``UserError`` that offers the one before."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        before = sorted(other for other in path.parent.glob("epoch-*") if other.name < path.name)
+        offer = f"; resume from the one before with --resume {before[-1]}" if before else ""
+        raise UserError(f"checkpoint {str(path)!r} cannot be used ({part}: {reason}){offer}") from error
+
+
+def _writing(path: Path, action: Callable[[], T]) -> T:
+    from safetensors import SafetensorError
+
+    try:
+        return action()
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"checkpoint {str(path)!r} cannot be written ({reason}): training stops") from error
+
+
+def _file(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
+
+
+def _synchronize(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

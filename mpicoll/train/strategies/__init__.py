@@ -1,0 +1,15 @@
+"""How ranks agree, and nothing else: a file and a row for each strategy."""
+
+from .average import Average
+from .base import Now, Strategy
+from .mixing import Butterfly, Gossip
+from .sync import Sync
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "sync": Sync,
+    "average": Average,
+    "butterfly": Butterfly,
+    "gossip": Gossip,
+}
+
+__all__ = ["STRATEGIES", "Now", "Strategy"]

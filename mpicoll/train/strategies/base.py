@@ -1,0 +1,126 @@
+"""What the training loop asks of a strategy, and what strategies have in common."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
+    from mpi4py import MPI
+
+    from ..optimizers import Optimizer
+    from ..settings import Settings
+
+
+class Now(NamedTuple):
+    """Where training is: the epoch, from 1; the steps done before this one; and its learning rate."""
+
+    epoch: int
+    step: int
+    lr: float
+
+
+class Strategy:
+    """How ranks agree: on what, when, and with whom.
+
+    In every step the loop takes the gradient at ``point()``, lets ranks agree on it, has the optimizer change
+    ``params``, and lets them agree on those.  ``sums`` is what ``agree_on_gradient`` finds there: the gradient,
+    summed over this rank's samples, and two numbers more, which add up likewise.
+
+    ``seconds`` holds the time of each agreement of this rank, waiting for others included; ``bytes_sent`` and
+    ``messages`` count up, and are ``None`` where the MPI library does the sending and it cannot be known.
+    """
+
+    options: ClassVar[dict[str, Any]] = {}
+    """Settings that are this strategy's, and what they are by default."""
+
+    replicated = False
+    """Do all ranks hold the same parameters, and add up the same sums, at every step?"""
+
+    def __init__(
+        self,
+        comm: "MPI.Intracomm",
+        sums: np.ndarray,
+        params: np.ndarray,
+        optimizer: "Optimizer",
+        settings: "Settings",
+        steps_per_epoch: int,
+    ) -> None:
+        self.comm, self.p = comm, comm.size
+        self.sums, self.params, self.optimizer = sums, params, optimizer
+        self.settings, self.steps_per_epoch = settings, steps_per_epoch
+        self.seconds: list[float] = []
+        self.bytes_sent: int | None = 0
+        self.messages: int | None = 0
+        self.algorithm = settings.algorithm
+        self._accounts: dict[int, Any] = {}  # of allreduces, by the number of arrays
+
+    def option(self, name: str) -> Any:
+        """A setting of this strategy's own, or its default."""
+        given = getattr(self.settings, name)
+        return self.options[name] if given is None else given
+
+    def point(self) -> np.ndarray:
+        """Where to take the gradient, shape (size,)."""
+        return self.params
+
+    def agree_on_gradient(self, now: Now) -> int:
+        """Returns by what to multiply the sums, beside dividing them by the length of the whole batch, to have a mean:
+        1 if they are those of all ranks now, p if they are this rank's, on average a p-th.
+
+        With p, every sample counts the same however unevenly a batch is shared out.
+        """
+        return self.p
+
+    def agree_on_parameters(self, now: Now) -> None:
+        """After the optimizer's step."""
+
+    def consensus(self) -> np.ndarray:
+        """The model that all ranks would agree on now, the same bits on all of them; a new array, a collective call."""
+        return self.params.copy() if self.replicated else mean_of(self.comm, self.params)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps of it, beside parameters and the optimizer's state."""
+        return {}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """The opposite; if the number of ranks has changed since, ``state`` is that of rank 0."""
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Around an agreement."""
+        start = perf_counter()
+        yield
+        self.seconds.append(perf_counter() - start)
+
+    def allreduce(self, arrays: Sequence[np.ndarray], op: str) -> None:
+        """All of them at once, in place, by the algorithm that the settings name; by default in the canonical order,
+        by whatever algorithm that takes, whose name is ``algorithm`` then."""
+        from ...mpi.collectives import account, allreduce
+
+        named = self.settings.algorithm
+        x = arrays[0] if len(arrays) == 1 else list(arrays)
+        canonical = named == "auto"
+        with self.agreeing():
+            allreduce(x, self.comm, op, named, deterministic=canonical)
+        found = self._accounts.get(len(arrays))
+        if found is None:
+            found = self._accounts[len(arrays)] = account(x, self.comm, named, op=op, deterministic=canonical)
+        self.algorithm = found.algorithm
+        self.count(found.bytes_sent, found.messages)
+
+    def count(self, bytes_sent: int | None, messages: int | None) -> None:
+        """So much more was sent."""
+        if bytes_sent is None or messages is None or self.bytes_sent is None or self.messages is None:
+            self.bytes_sent = self.messages = None
+        else:
+            self.bytes_sent, self.messages = self.bytes_sent + bytes_sent, self.messages + messages
+
+
+def mean_of(comm: "MPI.Intracomm", array: np.ndarray) -> np.ndarray:
+    """The mean over all ranks, a new array with the same bits on all of them."""
+    from ...mpi.collectives import allreduce
+
+    return allreduce(array.copy(), comm, "mean", deterministic=True)

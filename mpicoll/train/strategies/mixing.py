@@ -1,0 +1,113 @@
+"""Decentralised SGD: in every step a rank mixes its parameters with those of a few others, and nobody waits for all.
+
+Butterfly mixing: Zhao and Canny 2013.  D-PSGD: Lian et al. 2017.  On a directed graph of which only columns add up to 1
+the parameters are mixed by push-sum, and gradients taken at the estimates (SGP: Assran et al. 2019).
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ...errors import UserError
+from ...graphs import Graph, graph
+from .base import Now, Strategy
+
+
+class Gossip(Strategy):
+    """A round of gossip averaging a step, on any graph of ``mpicoll.graph`` or the matrices in an ``.npy`` file.
+
+    After the optimizer's step (adapt, then combine), or with ``mix_first`` before it, with gradients taken before
+    either (combine, then adapt).  ``momenta`` says what becomes of the optimizer's state: ``keep`` each rank's own, or
+    ``average`` it by the same round.  The round is that of the step, counted from the beginning of training.
+    """
+
+    options: ClassVar = {"graph": "exponential", "mix_first": False, "momenta": "keep"}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        from ...mpi.mixing import PushSum
+
+        self.graph = self._graph()
+        self.mix_first, self.momenta = self.option("mix_first"), self.option("momenta")
+        if self.momenta == "reset":
+            raise UserError(f"momenta reset is for averaging: {self.settings.strategy} mixes in every step")
+        self.push = None if self.graph.doubly else PushSum(self.comm, self.graph)
+        if self.push and self.momenta == "average":
+            raise UserError(f"momenta average needs a doubly stochastic graph; only columns of the {self.graph} add up")
+        self._point = self.params.copy() if self.push else self.params
+        self.algorithm = f"{'push-sum' if self.push else 'mixing'} on {self.graph.name}"
+
+    def _graph(self) -> Graph:
+        from ...mpi.guard import on_root
+
+        what = self.option("graph")
+
+        def read() -> Any:
+            try:
+                return np.load(what, allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f"graph {what!r} cannot be read as an .npy file of matrices: {error}") from error
+
+        from_file = Path(what).suffix == ".npy"
+        try:
+            made = graph(on_root(self.comm, read) if from_file else what, self.p)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"graph {what!r}: {error}") from error
+        if from_file and self.p > 1 and made.contraction > 1 - 1e-12:
+            raise UserError(f"graph {what!r} does not bring all ranks together: some never hear of others")
+        return made
+
+    def point(self) -> np.ndarray:
+        """See ``Strategy``: with push-sum the estimate of the mean."""
+        if self.push:
+            np.divide(self.params, self.push.weight, out=self._point)
+        return self._point
+
+    def agree_on_gradient(self, now: Now) -> int:
+        """See ``Strategy``."""
+        if self.mix_first:
+            self._mix(now.step)
+        return self.p
+
+    def agree_on_parameters(self, now: Now) -> None:
+        """See ``Strategy``."""
+        if not self.mix_first:
+            self._mix(now.step)
+
+    def _mix(self, step: int) -> None:
+        from ...mpi.mixing import gossip_average
+
+        arrays = [self.params, *(self.optimizer.state.values() if self.momenta == "average" else [])]
+        x = arrays if len(arrays) > 1 else self.params
+        with self.agreeing():
+            if self.push:
+                self.push.step = step
+                self.push.mix(x)
+            else:
+                gossip_average(x, self.comm, self.graph, step=step)
+        others = sum(target != self.comm.rank for target in self.graph.neighbors(self.comm.rank, step)[1])
+        self.count(others * sum(array.nbytes for array in arrays), others)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """See ``Strategy``: the weights of push-sum, the same on all ranks."""
+        return {"weights": self.push.weights} if self.push else {}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """See ``Strategy``.  Other ranks than before have all been given the mean, and begin with weights of 1."""
+        if self.push and len(state["weights"]) == self.p:
+            self.push.weights = state["weights"]
+
+
+class Butterfly(Gossip):
+    """One stage of butterfly mixing a step: the mean of a rank's own parameters and one peer's.
+
+    At p that is no power of two the one-peer exponential graph (see ``mpicoll.butterfly_mix``).
+    """
+
+    options: ClassVar = {"momenta": "keep"}
+
+    def option(self, name: str) -> Any:
+        """See ``Strategy``; what is not its own is as the method has it."""
+        fixed = {"graph": "butterfly", "mix_first": False}
+        return fixed[name] if name in fixed else super().option(name)

@@ -1,0 +1,446 @@
+"""Data as one process sees them: formats, shares cut by hand, the split, batches."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from datafiles import BAD, FORMATS, SPARSE, csv, idx, samples, svm, write
+from mpicoll import UserError
+from mpicoll.train import formats
+from mpicoll.train.data import Dataset, Part, Scaling, batches, load, read
+from mpicoll.train.formats import Raw, divisible
+
+F8 = np.dtype("f8")
+
+
+def dense(x):
+    return x if isinstance(x, np.ndarray) else x.toarray()
+
+
+def together(shares: list[Raw], features: int) -> tuple[np.ndarray, np.ndarray]:
+    """All shares as one; those of sparse files have the columns that they need."""
+    x = [np.pad(dense(raw.x), [(0, 0), (0, features - raw.x.shape[1])]) for raw in shares]
+    return np.concatenate(x), np.concatenate([raw.y for raw in shares if raw.y is not None])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_holds_the_same_samples(tmp_path, kind):
+    x, y = samples(20)
+    (found, classes, x_test, _, verbatim, _), labels = read(write(kind, tmp_path, x, y))
+    np.testing.assert_array_equal(dense(found), x)
+    assert isinstance(found, np.ndarray) is (kind not in SPARSE)
+    np.testing.assert_array_equal(classes, y)
+    np.testing.assert_array_equal(labels, [0, 1, 2])
+    assert classes is not None
+    assert (classes.dtype, x_test, verbatim) == (np.int64, None, False)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_shares_together_are_the_whole(tmp_path, kind):
+    """Lines of 12 to 50 bytes: among 200 shares are many in whose range no line begins."""
+    x, y = samples(20)
+    source = write(kind, tmp_path, x, y)
+    assert divisible(source) is (kind in ("npy", "idx", "csv", "svm"))
+    if not divisible(source):
+        return
+    whole = formats.read(source)
+    expected, labels = together([whole], whole.x.shape[1])
+    for ranks in (1, 2, 3, 4, 5, 7, 20, 23, 200):
+        found, found_labels = together([formats.read(source, rank, ranks) for rank in range(ranks)], whole.x.shape[1])
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(found_labels, labels)
+
+
+TEXTS = {
+    "no newline at the end": lambda text: text.removesuffix("\n"),
+    "CRLF": lambda text: text.replace("\n", "\r\n"),
+    "CR": lambda text: text.replace("\n", "\r"),
+    "blank lines": lambda text: text.replace("\n", "\n\n \n") + "\n\n",
+}
+
+
+@pytest.mark.parametrize("change", TEXTS)
+@pytest.mark.parametrize("kind", ["csv", "svm"])
+def test_lines_may_end_in_many_ways(tmp_path, kind, change):
+    x, y = samples(9)
+    path = tmp_path / f"data.{kind}"
+    path.write_bytes(TEXTS[change](csv(x, y) if kind == "csv" else svm(x, y)).encode())
+    whole = formats.read(str(path))
+    assert len(dense(whole.x)) == 9
+    for ranks in range(1, len(path.read_bytes()) + 2, 3):
+        shares = [formats.read(str(path), rank, ranks) for rank in range(ranks)]
+        for found, expected in zip(together(shares, 6), together([whole], 6), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def garbage(path: Path, begin: int, end: int, keep: int = 0) -> None:
+    """Everything but bytes ``begin`` to ``end`` becomes nonsense, but for the first ``keep`` bytes."""
+    data = bytearray(path.read_bytes())
+    for n in range(keep, len(data)):
+        if not begin <= n < end:
+            data[n] = 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["csv", "svm"])
+def test_a_rank_parses_no_line_but_its_own(tmp_path, kind):
+    """What is not its own would not be read as numbers; of the line before, it looks for the end."""
+    x, y = samples(40)
+    source = write(kind, tmp_path, x, y)
+    path, ranks = Path(source), 3
+    whole = path.read_bytes()
+    head = whole.index(b"\n") + 1 if kind == "csv" else 0
+    begins = [0, *(n + 1 for n in range(len(whole)) if whole[n : n + 1] == b"\n")]
+    for rank in range(ranks):
+        expected = formats.read(source, rank, ranks)
+        begin, end = (min(at for at in begins if at >= len(whole) * n // ranks) for n in (rank, rank + 1))
+        garbage(path, max(begin - 1, 0), end, keep=head)
+        found = formats.read(source, rank, ranks)
+        path.write_bytes(whole)
+        np.testing.assert_array_equal(dense(found.x), dense(expected.x))
+        np.testing.assert_array_equal(found.y, expected.y)
+        assert len(dense(found.x)) in range(8, 20)
+
+
+@pytest.mark.parametrize("kind", ["npy", "idx"])
+def test_a_rank_touches_no_row_but_its_own(tmp_path, kind):
+    """The rows of others are not finite, and their labels no classes."""
+    x, y = samples(10)
+    folder, ranks = tmp_path / kind, 3
+    folder.mkdir()
+    for rank in range(ranks):
+        own = slice(10 * rank // ranks, 10 * (rank + 1) // ranks)
+        torn_x, torn_y = np.full(x.shape, np.nan, "f4"), np.full(y.shape, -1, "i1")
+        torn_x[own], torn_y[own] = x[own], y[own]
+        if kind == "npy":
+            np.save(folder / "X.npy", torn_x)
+            np.save(folder / "y.npy", torn_y)
+        else:
+            (folder / "train-images-idx3-ubyte").write_bytes(idx(torn_x))
+            (folder / "train-labels-idx1-ubyte").write_bytes(idx(torn_y))
+        found = formats.read(str(folder), rank, ranks)
+        np.testing.assert_array_equal(found.x, x[own])
+        np.testing.assert_array_equal(found.y, y[own])
+    with pytest.raises(UserError, match="X holds nan at sample 0"):
+        formats.read(str(folder))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "i4", "f4", "f8"])
+def test_idx_of_every_type_with_a_test_set(tmp_path, dtype):
+    x, y = samples(6)
+    x = (x - (dtype != "u1")).clip(-128, 127).astype(dtype)
+    for name, array in (("train", x.reshape(6, 5, 1)), ("t10k", x[:2].reshape(2, 1, 5))):
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(array))
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(idx(y[: len(array)].astype("i4")))
+    raw = formats.read(str(tmp_path))
+    np.testing.assert_array_equal(raw.x, x)
+    np.testing.assert_array_equal(raw.x_test, x[:2])
+    np.testing.assert_array_equal(raw.y_test, y[:2])
+    assert raw.x.dtype == np.dtype(dtype)
+    data = load(str(tmp_path), MPI.COMM_SELF, F8)
+    assert (data.train.total, data.test.total, data.features) == (6, 2, 5)
+
+
+def test_fashion_mnist_is_debians(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "FASHION_MNIST", tmp_path / "gone")
+    with pytest.raises(UserError, match="install Debian's package dataset-fashion-mnist, or name a folder"):
+        read("fashion-mnist")
+    x, y = samples(7)
+    monkeypatch.setattr(formats, "FASHION_MNIST", Path(write("idx.gz", tmp_path, x, y)))
+    raw, _ = read("fashion-mnist")
+    np.testing.assert_array_equal(raw.x, x)
+
+
+@pytest.mark.skipif(not formats.FASHION_MNIST.is_dir(), reason="package dataset-fashion-mnist is not installed")
+def test_fashion_mnist_is_the_published_one():
+    raw, _ = read("fashion-mnist")
+    assert raw.y is not None
+    assert raw.y_test is not None
+    np.testing.assert_array_equal(np.bincount(raw.y), [6000] * 10)
+    np.testing.assert_array_equal(np.bincount(raw.y_test), [1000] * 10)
+    assert raw.x.shape == (60_000, 784)
+    assert raw.x.mean() == pytest.approx(72.94, abs=0.01)  # of 255; published as 0.2860
+
+
+def test_the_digits_are_the_published_ones():
+    raw, _ = read("digits")
+    assert (raw.x.shape, raw.x_test) == ((1797, 64), None)
+    assert raw.y is not None
+    np.testing.assert_array_equal(np.bincount(raw.y), [178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
+
+
+def test_samples_of_any_shape_and_labels_in_a_column(tmp_path):
+    np.savez(tmp_path / "d.npz", X=np.arange(24, dtype="u1").reshape(3, 2, 4), y=np.array([[0.0], [1], [2]]))
+    raw, _ = read(str(tmp_path / "d.npz"))
+    assert raw.x.shape == (3, 8)
+    assert raw.y is not None
+    assert (raw.y.tolist(), raw.y.dtype) == ([0, 1, 2], np.int64)
+
+
+def test_predictions_need_no_labels(tmp_path):
+    np.savez(tmp_path / "d.npz", X=np.eye(3))
+    raw, labels = read(str(tmp_path / "d.npz"))
+    assert (raw.y, labels) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "x", "labels"),
+    [
+        ("1,2,0\n3,4,1\n", [[1, 2], [3, 4]], [0, 1]),
+        ("w;h;c\n1;2;a\n3;4;b\n", [[1, 2], [3, 4]], ["a", "b"]),
+        ("Class\tw\th\nb\t1\t2\na\t3\t4\n", [[3, 4], [1, 2]], ["a", "b"]),
+        ("w,LABEL,h\n1,-1,2\n3,+1,4\n", [[1, 2], [3, 4]], [-1, 1]),
+        ("7,8,target\n1,2,1.5\n3,4,10\n", [[1, 2], [3, 4]], [1.5, 10]),
+        ("\ufeffa,y\n1e2,9\n-.5,10.0\n", [[100], [-0.5]], [9, 10]),
+        ("\ufeff1,9\n2,10\n", [[1], [2]], [9, 10]),
+        ('"1","a, or b"\n" 2 ",c\n', [[1], [2]], ["a, or b", "c"]),
+        ("1,x#1\n2,x#2\n", [[1], [2]], ["x#1", "x#2"]),
+        ("1,10\n2,9+\n", [[1], [2]], ["10", "9+"]),
+        ("1,\xfc\n2,z\n", [[2], [1]], ["z", "\xfc"]),
+    ],
+)
+def test_csv_in_many_forms(tmp_path, text, x, labels):
+    """``x`` in the order of the labels, which is the order of the classes."""
+    (tmp_path / "data.csv").write_text(text, encoding="utf-8")
+    raw, found = read(str(tmp_path / "data.csv"))
+    assert found is not None
+    assert raw.y is not None
+    assert found.tolist() == labels
+    np.testing.assert_array_equal(dense(raw.x)[np.argsort(raw.y)], x)
+
+
+def test_labels_are_looked_up_among_those_of_a_model(tmp_path):
+    for text, known, classes in [
+        ("1,9+\n2,10\n3,8\n", np.array(["10", "9+"]), [1, 0, -1]),
+        ("1,10\n2,10\n", np.array(["10", "9+"]), [0, 0]),
+        ("1,10\n2,+1.0\n3,x\n", np.array([-1, 1, 10]), [2, 1, -1]),
+    ]:
+        (tmp_path / "data.csv").write_text(text)
+        raw, labels = read(str(tmp_path / "data.csv"), labels=known)
+        assert raw.y is not None
+        assert raw.y.tolist() == classes
+        assert labels is known
+    (tmp_path / "data.svm").write_text("+1 1:1\n0 1:1\n")
+    raw, _ = read(str(tmp_path / "data.svm"), 3, np.array([-1, 1]))
+    assert raw.y is not None
+    assert (raw.y.tolist(), raw.x.shape) == ([1, -1], (2, 3))
+
+
+def test_labels_that_are_equal_as_numbers_are_one_class(tmp_path):
+    (tmp_path / "data.csv").write_text("1,1\n2,1.0\n3,-2\n4,+1\n")
+    raw, labels = read(str(tmp_path / "data.csv"))
+    assert raw.y is not None
+    assert labels is not None
+    assert (raw.y.tolist(), labels.tolist()) == ([1, 1, 0, 1], [-2, 1])
+
+
+@pytest.mark.parametrize(("first", "columns"), [(1, 5), (0, 5)])
+def test_svm_counts_from_1_unless_there_is_a_0(tmp_path, first, columns):
+    x, y = samples(8)
+    (tmp_path / "data.svm").write_text(
+        "# two lines that hold\n\n" + svm(x, 2 * y - 1, first=first) + "1 qid:7 # none\n"
+    )
+    raw, labels = read(str(tmp_path / "data.svm"))
+    np.testing.assert_array_equal(dense(raw.x), [*x, [0] * columns])
+    assert labels is not None
+    assert labels.tolist() == [-1, 1, 3]
+    wider, _ = read(str(tmp_path / "data.svm"), 7)
+    assert wider.x.shape == (9, 7)
+
+
+def test_powerlaw_is_what_it_says():
+    raw = formats.read("powerlaw:4000x2000:20")
+    x, y = raw.x, raw.y
+    assert not isinstance(x, np.ndarray)
+    assert y is not None
+    np.testing.assert_allclose(x.power(2).sum(axis=1), 1)
+    assert x.has_canonical_format
+    assert 18 < x.nnz / 4000 < 22
+    assert 0.45 < y.mean() < 0.55
+    often = np.sort(np.bincount(x.indices, minlength=2000))[::-1] / 4000
+    np.testing.assert_allclose(often[490] / often[90], 101 / 501, rtol=0.1)  # Zipf's law; only rare words come once
+    other = formats.read("powerlaw:300x2000:20")
+    assert (x[:300] != other.x).nnz == 0
+    np.testing.assert_array_equal(y[:300], other.y)
+    for ranks in (2, 3, 5, 301):
+        found, classes = together([formats.read("powerlaw:300x2000:20", rank, ranks) for rank in range(ranks)], 2000)
+        np.testing.assert_array_equal(found, other.x.toarray())
+        np.testing.assert_array_equal(classes, other.y)
+
+
+def test_powerlaw_can_be_learnt():
+    from sklearn.linear_model import SGDClassifier
+
+    raw = formats.read("powerlaw:3000x400:10")
+    assert raw.y is not None
+    fitted = SGDClassifier(loss="log_loss", random_state=0).fit(raw.x[:2000], raw.y[:2000])
+    assert 0.8 < fitted.score(raw.x[2000:], raw.y[2000:]) < 0.96
+
+
+def test_scaling_makes_features_alike_and_leaves_constant_ones_alone():
+    x = np.array([[0, 5, 1e6], [4, 5, 3e6], [2, 5, 2e6]])
+    np.testing.assert_allclose(Scaling.fit(x).apply(x, F8), [[-1, 0, -1], [1, 0, 1], [0, 0, 0]])
+    long = np.array([[0], [2]], "g")
+    assert {array.dtype for array in Scaling.fit(long)} == {F8}
+    small = np.array([[-128, 0], [127, 1]], "i1")  # must not overflow in the arithmetic of its own dtype
+    np.testing.assert_allclose(Scaling.fit(small).apply(small, F8), [[-1, -1], [1, 1]])
+    many = np.arange(10_000.0).reshape(-1, 1)
+    np.testing.assert_allclose(Scaling.fit(many).apply(many, F8), np.linspace(-1, 1, 10_000).reshape(-1, 1))
+
+
+def test_scaling_keeps_sparse_samples_sparse():
+    raw = formats.read("powerlaw:10x40:3")
+    assert not isinstance(raw.x, np.ndarray)
+    scaled = Scaling.fit(raw.x).apply(raw.x, np.dtype("f4"))
+    assert (scaled.dtype, scaled.nnz) == (np.float32, raw.x.nnz)
+    np.testing.assert_array_equal(scaled.toarray(), raw.x.toarray().astype("f4"))
+    halved = Scaling(np.zeros(40), np.full(40, 2.0)).apply(raw.x, F8)
+    np.testing.assert_array_equal(halved.toarray(), raw.x.toarray() / 2)
+    centred = Scaling(np.ones(40), np.ones(40)).apply(raw.x, F8)  # a model of dense data
+    np.testing.assert_array_equal(centred, raw.x.toarray() - 1)
+
+
+def test_the_split_goes_by_numbers(tmp_path):
+    x, y = np.arange(60.0).reshape(60, 1), np.arange(60) % 2
+    np.savez(tmp_path / "d.npz", X=x, y=y)
+    data = load(str(tmp_path / "d.npz"), MPI.COMM_SELF, F8, validation=0.1)
+    numbers = [np.round(part.x * data.scaling.spread + data.scaling.center).astype(int).ravel() for part in data[:3]]
+    left = [n for n in range(60) if n % 5 != 4]
+    np.testing.assert_array_equal(numbers[2], range(4, 60, 5))
+    np.testing.assert_array_equal(numbers[1], left[9::10])
+    np.testing.assert_array_equal(numbers[0], [n for n in left if n not in left[9::10]])
+    assert [part.total for part in data[:3]] == [44, 4, 12]
+    assert (data.counts, data.sharded, data.train.start) == ((44,), False, 0)
+    assert [part.total for part in load(str(tmp_path / "d.npz"), MPI.COMM_SELF, F8, validation=1 / 3)[:2]] == [32, 16]
+    # The scaling is that of the training samples alone.
+    np.testing.assert_allclose(np.ptp(data.train.x), 2)
+    np.testing.assert_allclose(data.train.x.mean(), 0, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["csv", "svm", "npz"])
+def test_a_test_set_of_its_own(tmp_path, kind):
+    """Sparse: it has fewer features than the training set, or more."""
+    x, y = samples(10)
+    train, test = write(kind, tmp_path, x, y), write(kind, tmp_path, x[:4], y[:4], "test")
+    data = load(train, MPI.COMM_SELF, F8, test=test)
+    assert (data.train.total, data.test.total) == (10, 4)
+    np.testing.assert_array_equal(dense(data.test.x), dense(data.train.x)[:4])
+    np.testing.assert_array_equal(data.test.y, y[:4])
+    if kind == "svm":
+        for features in (3, 9):
+            (tmp_path / "other.svm").write_text(f"0 {features}:7\n")
+            data = load(train, MPI.COMM_SELF, F8, test=str(tmp_path / "other.svm"))
+            assert data.train.x.shape[1] == data.test.x.shape[1] == data.features == max(features, 5)
+            assert data.test.x[0, features - 1] == 7
+        (tmp_path / "zero.svm").write_text("0 0:7\n")
+        assert load(train, MPI.COMM_SELF, F8, test=str(tmp_path / "zero.svm")).features == 6
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ("a,label\n1,0\n2,1\n", "a,label\n1,0\n2,7\n", "the test set has the label 7, '.*train.csv' only 0, 1"),
+        ("a,label\n1,x\n2,z\n", "a,label\n1,x\n2,y\n", "the test set has the label y, '.*train.csv' only x, z"),
+        ("a,label\n1,0\n2,1\n", "a,label\n1,0\n2,one\n", "the test set has the label one, '.*train.csv' only 0, 1"),
+        ("a,label\n1,0\n2,1\n", "a,b,label\n1,0,0\n", "the test set has 2 features, '.*train.csv' has 1"),
+    ],
+)
+def test_a_test_set_that_does_not_fit(tmp_path, train, test, message):
+    (tmp_path / "train.csv").write_text(train)
+    (tmp_path / "test.csv").write_text(test)
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path / "train.csv"), MPI.COMM_SELF, F8, test=str(tmp_path / "test.csv"))
+
+
+def test_test_sets_of_another_kind_are_refused(tmp_path):
+    x, y = samples(10)
+    files = {kind: write(kind, tmp_path, x, y) for kind in FORMATS}
+    np.savez(tmp_path / "both.npz", X=x, y=y, X_test=x, y_test=y)
+    both = str(tmp_path / "both.npz")
+    for train, test, message in [
+        (files["csv"], files["svm"], "data.svm' is not of the same kind as '.*data.csv'"),
+        (files["csv"], files["npz"], "data.npz' is not of the same kind as '.*data.csv'"),
+        (both, files["npz"], "both.npz' brings a test set of its own: leave out '.*data.npz'"),
+        (files["npz"], both, "both.npz' brings a test set of its own; expected a file that holds one"),
+        ("digits", "digits", "'digits' cannot be the test set of 'digits': expected a file of other samples"),
+        ("powerlaw:20x9", "powerlaw:10x9", "'powerlaw:10x9' cannot be the test set of 'powerlaw:20x9'"),
+        (files["csv"], "gone.csv", "data file 'gone.csv' does not exist"),
+    ]:
+        for shards in (False, True):
+            with pytest.raises(UserError, match=message):
+                load(train, MPI.COMM_SELF, F8, test=test, shards=shards)
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_data_are_told_in_one_line(tmp_path, message):
+    source = BAD[message](tmp_path)
+    for shards in (False, True):
+        with pytest.raises(UserError) as caught:
+            load(source, MPI.COMM_SELF, np.dtype("f4"), shards=shards)
+        assert re.search(message, str(caught.value)), caught.value
+        assert "\n" not in str(caught.value)
+
+
+# Batches.
+
+
+def dataset(counts: tuple[int, ...], rank: int, sharded: bool = True) -> Dataset:
+    here, total = counts[rank], sum(counts)
+    start = sum(counts[:rank]) if sharded else 0
+    train = Part(np.zeros((here, 2)), np.zeros(here, np.int64), start, total if sharded else here)
+    none = Part(np.zeros((0, 2)), np.zeros(0, np.int64), 0, 0)
+    return Dataset(train, none, none, 2, 2, Scaling(np.zeros(2), np.ones(2)), np.arange(2), sharded, counts)
+
+
+def epoch_of(counts, batch_size, epoch=1, seed=3):
+    """For each rank, the steps of its epoch."""
+    return [
+        list(batches(dataset(counts, rank), len(counts), rank, batch_size, seed, epoch)) for rank in range(len(counts))
+    ]
+
+
+SHARDS = [(7,), (5, 5), (4, 9, 3), (0, 1, 0, 20), (1, 1, 1, 1, 1), (0, 0, 3), (100, 101), (13, 0, 2, 8, 1)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16, 1000])
+@pytest.mark.parametrize("counts", SHARDS)
+def test_shards_come_once_an_epoch_in_steps_that_all_ranks_share(counts, batch_size):
+    ranks, total = epoch_of(counts, batch_size), sum(counts)
+    for count, steps in zip(counts, ranks, strict=True):
+        assert len(steps) == -(-total // batch_size)
+        np.testing.assert_array_equal(np.sort(np.concatenate([mine for mine, _ in steps])), np.arange(count))
+        sizes = [len(mine) for mine, _ in steps]
+        assert max(sizes) - min(sizes) <= 1
+    for step in zip(*ranks, strict=True):
+        whole = sum(len(mine) for mine, _ in step)
+        assert {length for _, length in step} == {whole}
+        assert 1 <= whole <= batch_size
+
+
+def test_every_epoch_is_shuffled_anew_and_can_be_repeated():
+    def orders(counts, **options):
+        return [np.concatenate([mine for mine, _ in steps]).tolist() for steps in epoch_of(counts, 10, **options)]
+
+    first = orders((30, 30))
+    assert first == orders((30, 30))
+    assert first[0] != first[1]
+    assert first != orders((30, 30), epoch=2)
+    assert first != orders((30, 30), seed=4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 30, 100])
+def test_batches_of_data_that_all_ranks_hold_do_not_depend_on_their_number(batch_size):
+    alone = list(batches(dataset((30,), 0, sharded=False), 1, 0, batch_size, 3, 1))
+    np.testing.assert_array_equal(np.sort(np.concatenate([mine for mine, _ in alone])), np.arange(30))
+    for ranks in (2, 3, 7, 40):
+        data = dataset((30,) * ranks, 0, sharded=False)
+        steps = list(zip(*(batches(data, ranks, rank, batch_size, 3, 1) for rank in range(ranks)), strict=True))
+        assert len(steps) == len(alone)
+        for (whole, length), shares in zip(alone, steps, strict=True):
+            np.testing.assert_array_equal(np.concatenate([mine for mine, _ in shares]), whole)
+            assert {size for _, size in shares} == {length} == {len(whole)}
+    other = np.concatenate([mine for mine, _ in batches(dataset((30,), 0, sharded=False), 1, 0, batch_size, 3, 2)])
+    assert other.tolist() != np.concatenate([mine for mine, _ in alone]).tolist()

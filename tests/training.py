@@ -1,0 +1,41 @@
+"""Small data and runs for the tests of training."""
+
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from mpicoll.train.data import Dataset, Part, Scaling
+from mpicoll.train.loop import Result, Training
+from mpicoll.train.models import MODELS
+from mpicoll.train.settings import Settings
+
+
+def blobs(samples: int, dtype: str = "f8", validation: int = 0) -> Dataset:
+    """Three classes of points that overlap, the same on all ranks."""
+    y = np.arange(samples) % 3
+    x = (np.random.default_rng(5).normal(size=(samples, 6)) + y[:, np.newaxis]).astype(dtype)
+    held = Part(x[:validation], y[:validation], 0, validation)
+    return Dataset(
+        train=Part(x, y, 0, samples),
+        validation=held,
+        test=Part(x[::5], y[::5], 0, len(y[::5])),
+        features=6,
+        classes=3,
+        scaling=Scaling(np.zeros(6), np.ones(6)),
+        labels=np.arange(3),
+        sharded=False,
+        counts=(),
+    )
+
+
+def training(comm: MPI.Intracomm, data: Dataset, **given: Any) -> Training:
+    """Of a small network."""
+    defaults: dict[str, Any] = {"epochs": 3, "batch_size": 32, "seed": 3, "dtype": str(data.train.x.dtype)}
+    settings = Settings(**{**defaults, **given})
+    return Training(comm, data, MODELS["mlp"](6, 3, (8,)), settings)
+
+
+def trained(comm: MPI.Intracomm, data: Dataset, max_steps: int | None = None, **given: Any) -> Result:
+    """To the end."""
+    return training(comm, data, **given).run(max_steps=max_steps)
