@@ -204,6 +204,7 @@ BAD: dict[str, Callable[[Path], str]] = {
     r": X has shape \(9,\); expected samples x features": _idx(images=idx(Y[:9].astype("u1"))),
     r": X has shape \(0, 5, 5\); expected": _idx(images=idx(np.zeros((0, 5, 5), "u1"))),
     r": y has 8 labels for 9 samples": _idx(labels=idx(Y[:8].astype("u1"))),
+    r"x.csv' cannot be read: File name too long": lambda folder: "x" * 300 + ".csv",
     r"holds neither X.npy nor train-images-idx3-ubyte": lambda folder: str(folder),
     r"'powerlaw:x'; expected|'powerlaw:x': expected powerlaw": lambda folder: "powerlaw:x",
     r"'powerlaw:10x3': expected at least 1 sample, 4 to 16777216 features": lambda folder: "powerlaw:10x3",
