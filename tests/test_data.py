@@ -1,6 +1,8 @@
 """Data as one process sees them: formats, shares cut by hand, the split, batches."""
 
+import io
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,57 @@ def test_a_rank_touches_no_row_but_its_own(tmp_path, kind):
         np.testing.assert_array_equal(found.y, y[own])
     with pytest.raises(UserError, match="X holds nan at sample 0"):
         formats.read(str(folder))
+
+
+def test_a_line_belongs_to_the_range_that_it_begins_in(tmp_path):
+    (tmp_path / "data.svm").write_text("".join(f"{n} 1:1\n" for n in range(9)))
+    labels = [formats.read(str(tmp_path / "data.svm"), rank, 3).y for rank in range(3)]
+    np.testing.assert_array_equal(labels, [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+
+
+def npy_header(*shape: int) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|i1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["npy", "idx", "csv", "svm"])
+def test_of_a_file_too_large_for_any_memory_a_share_is_read(tmp_path, kind):
+    """Files of 2^40 bytes, with holes, of which one share in 2^28 is there."""
+    rank, ranks = 2**27 + 1, 2**28
+    try:
+        with open(tmp_path / "probe", "wb") as file:
+            file.truncate(2**40)
+    except OSError as error:
+        pytest.skip(f"the file system refuses a file of 2^40 bytes: {error.strerror}")
+    if kind in ("csv", "svm"):
+        path = tmp_path / f"data.{kind}"
+        with open(path, "wb") as file:
+            file.truncate(2**40)
+            file.write(b"1,1.000\n")
+            file.seek(rank * 2**12 - 1)
+            file.write(b"\n" + (b"2,7.000\n" if kind == "csv" else b"7 1:2.0\n") * 2**9)
+        raw = formats.read(str(path), rank, ranks)
+        assert raw.y is not None
+        assert len(raw.y) == 2**9
+        assert {float(label) for label in raw.y} == {7}
+        assert raw.x.sum() == 2**10
+        return
+    if kind == "npy":
+        files = [tmp_path / "X.npy", tmp_path / "y.npy"]
+        headers = [npy_header(2**30, 2**10), npy_header(2**30)]
+    else:
+        files = [tmp_path / "train-images-idx3-ubyte", tmp_path / "train-labels-idx1-ubyte"]
+        headers = [b"\0\0\x08\2" + struct.pack(">2I", 2**30, 2**10), b"\0\0\x08\1" + struct.pack(">I", 2**30)]
+    for path, header, size in zip(files, headers, (2**10, 1), strict=True):
+        with open(path, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + 2**30 * size)
+            file.seek(len(header) + 4 * rank * size)
+            file.write(b"\3" * 4 * size)
+    raw = formats.read(str(tmp_path), rank, ranks)
+    np.testing.assert_array_equal(raw.x, np.full((4, 2**10), 3))
+    np.testing.assert_array_equal(raw.y, [3, 3, 3, 3])
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "i4", "f4", "f8"])
