@@ -172,6 +172,17 @@ def test_alone_it_trains_on_one_rank_and_says_so_then_predicts(tmp_path):
     assert "accuracy 50.00% (1 of 2)" in run(["mpicoll", "predict", "run", "--data", few], tmp_path).err
 
 
+def test_labels_are_those_of_the_file(tmp_path):
+    """In training, in a file to predict that lacks some of them, and in one that has another."""
+    rng, names = np.random.default_rng(0), ["eel", "cat", "dog"]
+    rows = [f"{5 * (n % 3) + rng.normal():.3f},{names[n % 3]}" for n in range(60)]
+    (tmp_path / "a.csv").write_text("x,label\n" + "\n".join(rows) + "\n")
+    assert mpirun(3, [*QUICK, "--epochs", "30", "--data", "a.csv", "--shards", "--out", "run"], tmp_path).status == 0
+    (tmp_path / "b.csv").write_text("x,label\n10,dog\n0,eel\n10,gnu\n")
+    predicted = run(["mpicoll", "predict", "run", "--data", "b.csv"], tmp_path)
+    assert (predicted.out, predicted.err) == ("dog\neel\ndog\n", "accuracy 66.67% (2 of 3)\n")
+
+
 def test_runs_without_out_get_folders_of_their_own(tmp_path):
     for _ in range(2):
         assert run(QUICK, tmp_path).status == 0

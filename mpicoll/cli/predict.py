@@ -35,7 +35,7 @@ def predict(model: Path, source: str, out: Path | None) -> None:
 
     network, params, scaling, labels = read_model(model)
     features = len(scaling.center)
-    data, known = read(source, features)
+    data, _ = read(source, features, labels)
     if data.x.shape[1] != features:
         raise UserError(f"{source!r} has {data.x.shape[1]} features; the model was trained on {features}")
     with np.errstate(all="ignore"):  # what overflows is reported
@@ -44,8 +44,8 @@ def predict(model: Path, source: str, out: Path | None) -> None:
         raise UserError(
             f"{source!r} has features that overflow {params.dtype} when scaled: nothing like the training set"
         )
-    predicted = labels[network.predict(params, scaled)]
-    lines = "".join(f"{label}\n" for label in predicted)
+    classes = network.predict(params, scaled)
+    lines = "".join(f"{label}\n" for label in labels[classes])
     if out is None:
         click.echo(lines, nl=False)
     else:
@@ -53,7 +53,7 @@ def predict(model: Path, source: str, out: Path | None) -> None:
             out.write_text(lines)
         except OSError as error:
             raise UserError(f"{str(out)!r} cannot be written ({error.strerror})") from error
-        click.echo(f"{len(predicted)} predictions written to {out}")
-    if data.y is not None and known is not None:
-        right = int(np.count_nonzero(predicted == known[data.y]))
+        click.echo(f"{len(classes)} predictions written to {out}")
+    if data.y is not None:
+        right = int(np.count_nonzero(classes == data.y))
         click.echo(f"accuracy {right / len(data.y):.2%} ({right} of {len(data.y)})", err=out is None)
