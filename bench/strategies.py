@@ -1,7 +1,7 @@
 """How ranks agree, side by side: what each strategy reaches, sends and takes on Fashion-MNIST.
 
-    python bench/strategies.py               trains (some minutes), prints a table, records it in bench/results/, and draws
-                                             docs/strategies.png
+    python bench/strategies.py               trains (some minutes), prints a table, records it in bench/results/,
+                                             and draws docs/strategies.png
     python bench/strategies.py --show FILE   prints a recorded table
 
 Several seeds; for each, all strategies in random order, so that a machine that is slow for a while is not slow for one
