@@ -8,7 +8,6 @@ calls do not drive ours.
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from threading import Event, Lock, Thread, get_ident
 from typing import Any, NoReturn
 
@@ -134,8 +133,7 @@ class State:
     def agree_on(self, graph: Graph) -> None:
         """Compare it, the first time that it is used."""
         if graph.digest not in self._graphs:
-            weights = sha256(graph.digest).hexdigest()[:8]
-            self.agree((Header("mix", str(graph), f"weights {weights}", "", None),))
+            self.agree((Header("mix", str(graph), f"weights {graph.digest.hex()[:8]}", "", None),))
             self._graphs.add(graph.digest)
 
     def copied(self, vector: np.ndarray) -> np.ndarray:
