@@ -249,6 +249,22 @@ def test_a_time_limit_ends_the_job_and_says_who_is_late(tmp_path, what):
         assert "  call 1001: not made by rank 1" in compared or what == "stopped"
 
 
+def test_ranks_that_mix_differently_do_not_take_each_others_numbers(tmp_path):
+    """Graphs with the same edges and other weights, each compared before."""
+    before = (
+        "lazy = mpicoll.graph((np.eye(3) + 1 / 3) / 2)\n"
+        "for graph in ('complete', lazy):\n"
+        "    mpicoll.gossip_average(np.ones(5), MPI.COMM_WORLD, graph, step=0)"
+    )
+    mix = "mpicoll.gossip_average(x, comm, {}, step=0)"
+    done = watched(tmp_path, mix.format("lazy"), mix.format("'complete'"), before=before)
+    assert done.status in ENDED[True]
+    assert "is done" not in done.out
+    _, ranks = account(done)
+    for rank, graph in enumerate(("complete", "user's", "complete")):
+        assert ranks[rank].startswith(f"in communicator 0.1, mix on a {graph} graph of 3 ranks, step 0, round 0, at ")
+
+
 @pytest.mark.parametrize(
     ("how", "told", "status"),
     [
