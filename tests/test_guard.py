@@ -384,11 +384,43 @@ def test_ctrl_c_ends_a_guarded_program(tmp_path):
     assert "Traceback" not in done.err
 
 
-def test_a_mismatch_that_nobody_catches_ends_the_job_with_the_table(tmp_path):
-    done = watched(tmp_path, "mpicoll.allreduce(x[:4], comm, algorithm='ring')")
-    assert done.status != 0
-    assert "MismatchError: ranks do not make the same call on this communicator:" in done.err
-    assert re.search(r"rank 1 +call 1001: allreduce of 4 float64, sum, ring", done.err)
+SUM = "mpicoll.allreduce(x, comm)"
+MISTAKES = {  # what rank 1 does, and the others; and what the table says of them
+    "dtype": ("mpicoll.allreduce(x.astype('f4'), comm)", SUM, "allreduce of 5 float32", "allreduce of 5 float64"),
+    "count": ("mpicoll.allreduce(x[:4], comm)", SUM, "allreduce of 4 float64", "allreduce of 5 float64"),
+    "operation": ("comm.Allreduce(MPI.IN_PLACE, x, op=MPI.MAX)", SUM, "5 float64, max", "5 float64, sum"),
+    "root": ("comm.Bcast(x, root=1)", "comm.Bcast(x, root=2)", "native, root 1", "native, root 2"),
+    "algorithm": ("mpicoll.allreduce(x, comm, algorithm='tree')", CALL, "sum, tree", "sum, ring"),
+    "order": (f"comm.Bcast(x); {SUM}", f"{SUM}; comm.Bcast(x)", "bcast of 40 bytes", "allreduce of 5"),
+    "a call left out": ("comm.Bcast(x)", f"{SUM}; comm.Bcast(x)", "bcast of 40 bytes", "allreduce of 5"),
+    "an array in pieces": ("mpicoll.allreduce(np.ones(10)[::2], comm)", SUM, "allreduce refused, expected a", "sum"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+@pytest.mark.parametrize("caught", [True, False], ids=["caught", "uncaught"])
+def test_a_mistake_of_one_rank_is_told_on_all(tmp_path, what, caught):
+    one, others, told, told_of_others = MISTAKES[what]
+    body = f"""
+try:
+    if comm.rank == 1:
+        {one}
+    else:
+        {others}
+except Exception as error:
+    open(f"heard-{{comm.rank}}", "w").write(str(error.__cause__ or error))
+    MPI.COMM_WORLD.Barrier()  # all have
+    if not {caught}:
+        raise
+"""
+    done = watched(tmp_path, "pass", body, timeout=1000)
+    heard, *same = [(tmp_path / f"heard-{rank}").read_text() for rank in range(3)]
+    assert same == [heard, heard]
+    assert re.search(f"ranks 0, 2 +call 1001: .*{told_of_others}", heard)
+    assert re.search(f"rank 1 +call 1001: .*{told}", heard)
+    assert done.status == (0 if caught else 1)
+    assert done.out.count("is done") == (3 if caught else 0)
+    assert ("MismatchError: ranks do not make the same call on this communicator:\n" in done.err) != caught
 
 
 def test_a_guard_lasts_as_long_as_its_block_and_leaves_nothing(tmp_path):

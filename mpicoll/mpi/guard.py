@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from mpi4py import MPI
 
-from ..errors import UserError
+from ..errors import MismatchError, UserError
 from .launch import hints
 from .watch import LIMIT, Watch, flush
 
@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 LEAVE = 1.0  # seconds for the main thread to leave properly after Ctrl-C
+FORWARD = 0.2  # seconds for the launcher to pass on what was printed: MPICH's may lose it when the job is aborted
 ARRIVE = 5.0  # seconds for all ranks to raise an error that all should raise
 
 
@@ -196,11 +197,14 @@ def _abort(
     thread: threading.Thread | None = None,
     watch: Watch | None = None,
 ) -> NoReturn:
+    if isinstance(error, MismatchError) and comm.rank:
+        time.sleep(2 * FORWARD)  # all ranks raise the same: it is enough that rank 0 tells
     told = "".join(traceback.format_exception(error)) if error else traceback.format_exc()
     where = f" in {thread.name}" if thread else ""
     print(f"mpicoll: rank {comm.rank} failed{where}:\n{told}", file=sys.stderr, end="", flush=True)
     if watch is not None and watch.folder is not None:
         watch.collect(status)
+    time.sleep(FORWARD)
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE or threading.current_thread() is threading.main_thread():
         comm.Abort(status)
     os._exit(status)  # some MPIs return while the launcher is still ending the job
