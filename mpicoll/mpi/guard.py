@@ -115,8 +115,11 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
       not come to it within a second because it waits inside MPI, the job ends with status 130.  Handlers that the
       program sets later are left to do their work.
     * A call of ours that takes longer than ``timeout`` seconds, or for 3 seconds waits for a rank that has left the
-      program before that call, ends it with status 124 and an account of all ranks of the node: in which call each is,
-      or after which, since when, and where in the program.
+      program before that call, ends it with status 124 (that of ``sys.exit``, if the rank left by that and it is not 0)
+      and an account of all ranks of the node: in which call each is, or after which, since when, and where in the
+      program; with a folder for reports that all nodes see, of those of other nodes too.
+
+    Of more ranks than cores, and less thread support than asked for, rank 0 warns (``RuntimeWarning``).
 
     Parameters
     ----------
