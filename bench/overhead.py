@@ -3,8 +3,9 @@
     python bench/overhead.py               measures (a minute or two), prints, records in bench/results/
     python bench/overhead.py --show FILE   prints a recorded one
 
-Importing it, over mpi4py and NumPy; compiling one rank's plans at 4096 ranks; small calls, unchecked but where it says
-so, beside the MPI library's own, in turn in the same process: the difference within a repetition is what is compared.
+Importing it, over mpi4py and NumPy, from bytecode as an installed package is; compiling one rank's plans at 4096 ranks;
+small calls, unchecked but where it says so, beside the MPI library's own, in turn in the same process: the difference
+within a repetition is what is compared; and, by itself, what the flight record costs each call that is recorded.
 Every figure is the median of several processes or launches (least to most of them).
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,7 +51,10 @@ def calls() -> dict:
     from mpi4py import MPI
 
     import mpicoll
+    from mpicoll.mpi import record
+    from mpicoll.mpi.agreement import native
     from mpicoll.mpi.launch import library_name
+    from mpicoll.mpi.state import state_of
 
     comm = MPI.COMM_WORLD
     ours = mpicoll.Comm(comm, check="off")
@@ -68,6 +73,14 @@ def calls() -> dict:
         "native Bcast": lambda: comm.Bcast(x),
         "Comm.Bcast, check=header": lambda: ours.Bcast(x, check="header"),
     }
+    headers = (native("allreduce", "sum", "float32", 1),)
+
+    def recorded() -> None:
+        record.begin(state_of(ours).entry(headers))
+        record.end()
+
+    alone = "flight record, begin and end of a call (us)"
+    kinds[alone] = recorded
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for repetition in range(-2, REPETITIONS):
         for name, call in kinds.items():
@@ -77,14 +90,28 @@ def calls() -> dict:
                 call()
             if repetition >= 0:
                 times[name].append((time.perf_counter() - start) / CALLS * 1e6)
+    by_itself = {"native, 4 bytes (us)": times["native"], alone: times.pop(alone)}
     base = {name: times["native Bcast" if name.startswith("Comm.Bcast") else "native"] for name in times}
     over = {f"{name}, over native (us)": np.subtract(us, base[name]) for name, us in times.items()}
-    found = {"native, 4 bytes (us)": times["native"], **{name: us for name, us in over.items() if np.any(us)}}
+    found = {**by_itself, **{name: us for name, us in over.items() if np.any(us)}}
     return {
         "rank": comm.rank,
         "mpi": library_name(),
         "rows": {name: float(np.median(us)) for name, us in found.items()},
     }
+
+
+def starts() -> list[dict]:
+    """What ``START`` finds, in processes one after another; the first of them only makes the bytecode."""
+    start = [sys.executable, "-c", START]
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "PYTHONPYCACHEPREFIX": folder}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
+        prints = [
+            subprocess.run(start, env=env, capture_output=True, text=True, check=True, timeout=60).stdout
+            for _ in range(1 + PROCESSES)
+        ]
+    return [json.loads(found) for found in prints[1:]]
 
 
 def main() -> None:
@@ -101,9 +128,7 @@ def main() -> None:
     if args.show:
         show(json.loads(args.show.read_text()))
         return
-    start = [sys.executable, "-c", START]
-    prints = [subprocess.run(start, capture_output=True, text=True, check=True, timeout=60) for _ in range(PROCESSES)]
-    table = summarize([json.loads(done.stdout) for done in prints])
+    table = summarize(starts())
     for ranks in (1, 2):
         launches = [launched(__file__, ranks) for _ in range(LAUNCHES)]
         rows = summarize([launch["rows"] for launch in launches])

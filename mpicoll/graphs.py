@@ -8,7 +8,6 @@ stochastic"), what all agree on stays as well, and rounds bring the ranks closer
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from hashlib import sha256
 from inspect import signature
 from math import isqrt
 from numbers import Real
@@ -81,6 +80,8 @@ class Graph:
     @cached_property
     def digest(self) -> bytes:
         """The same for equal matrices, by whatever name."""
+        from hashlib import sha256  # takes 2 ms to import
+
         found = sha256(f"{self.p} {self.period}".encode())
         for t in range(self.period or SAMPLE):
             for array in self.edges(t):

@@ -1,5 +1,6 @@
 """The benchmark runs; what it measures is not asserted."""
 
+import importlib
 import json
 import sys
 
@@ -42,3 +43,16 @@ def test_what_small_calls_cost_is_measured(tmp_path):
     rows = json.loads(done.out)["rows"]
     assert rows["native, 4 bytes (us)"] > 0
     assert "Comm.Allreduce, over native (us)" in rows
+    assert 0 < rows["flight record, begin and end of a call (us)"] < 1000
+
+
+def test_what_importing_costs_is_measured_as_installed(monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    overhead = importlib.import_module("overhead")
+    monkeypatch.setattr(overhead, "PROCESSES", 1)
+    where = "import json, mpicoll, sys; print(json.dumps([mpicoll.__cached__, sys.flags.dont_write_bytecode]))"
+    monkeypatch.setattr(overhead, "START", where)
+    ((cached, unwritten),) = overhead.starts()
+    assert not cached.startswith(str(REPOSITORY))
+    assert not unwritten

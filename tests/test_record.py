@@ -16,14 +16,14 @@ def call(what: str, number: int, ranks: tuple[int, ...] = (0, 1, 2)) -> None:
     record.begin(record.Entry(what, "communicator 0.1", ranks, number))
 
 
-def written(folder, rank, calls, open_=False, size=3):
+def written(folder, rank, calls, open_=False, size=3, job=1):
     """What a rank leaves that has made these calls."""
     record.calls.clear()
     for number, what in calls.items():
         call(what, number)
         if not open_ or number != max(calls):
             record.end()
-    record.write(folder, rank, size)
+    record.write(folder, {"rank": rank, "size": size, "job": job})
     record.inside.clear()
 
 
@@ -78,6 +78,18 @@ def test_reports_are_compared_from_the_first_difference_on(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir())[-1] == "rank-2.txt"  # nothing partial
 
 
+def test_reports_of_an_earlier_job_are_left_out(tmp_path):
+    for rank in range(4):
+        written(tmp_path, rank, {1: "bcast of 8"}, size=4, job=1)
+    for rank in (0, 2):
+        written(tmp_path, rank, {1: "allreduce of 5"}, job=2)
+    assert record.compare(tmp_path) == [
+        "2 of 3 ranks reported; nothing of rank 1",
+        "communicator 0.1, ranks 0-2:",
+        "  calls 1 to 1 match on all",
+    ]
+
+
 def test_what_is_no_report_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no report: expected files rank-0.json, rank-1.json"):
         record.compare(tmp_path)
@@ -85,7 +97,7 @@ def test_what_is_no_report_is_refused(tmp_path):
         (tmp_path / "rank-0.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             record.compare(tmp_path)
-    (tmp_path / "rank-0.json").write_text(json.dumps({"rank": 0, "size": 2, "calls": []}))
+    (tmp_path / "rank-0.json").write_text(json.dumps({"rank": 0, "size": 2, "job": 1, "calls": []}))
     assert record.compare(tmp_path) == ["1 of 2 ranks reported; nothing of rank 1"]
 
 

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Hashable
 from functools import lru_cache
-from hashlib import sha256
 from itertools import pairwise
 from threading import Lock
 from typing import NamedTuple
@@ -163,5 +162,7 @@ def _digest(headers: Hashable) -> int:
     if digest is None:
         if len(_digests) >= KEPT:
             _digests.clear()
+        from hashlib import sha256  # takes 2 ms to import
+
         digest = _digests[headers] = int.from_bytes(sha256(repr(headers).encode()).digest()[:8], "little")
     return digest

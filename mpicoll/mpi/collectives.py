@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain, pairwise
 from numbers import Number
 from operator import index
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -13,7 +13,7 @@ from ..algorithms import Algorithm
 from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
 from . import operations, record
-from .agreement import Comparison, Header, Headers, check_level, level_of, native
+from .agreement import Header, Headers, check_level, level_of, native
 from .buffers import Part, lengths, name_of, on_device, order_of, parts, specification, vector
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
@@ -100,9 +100,8 @@ def allreduce(
         and segments is None
         and wire is None
         and x.nbytes < LARGE
-        and x.dtype.num in PLAIN
+        and x.dtype in PLAIN
         and x.flags.carray
-        and x.dtype.isnative
         and isinstance(comm, MPI.Intracomm)
         and not (getattr(comm, "deterministic", False) if deterministic is None else deterministic)
         and not under_way
@@ -110,20 +109,11 @@ def allreduce(
         and comm
         and (level == "header" or level == "off")
     ):
-        if level == "header" and comm.size > 1:
-            state = state_of(comm)
-            headers = (native("allreduce", "sum", PLAIN[x.dtype.num], x.size),)
-            record.begin(state.entry(headers))
-            try:
-                state.agreement.check(headers)
-                MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
-            except (KeyboardInterrupt, SystemExit):
-                state.interrupt()
-                raise
-            finally:
-                record.end()
-        else:
+        if level == "off" or comm.size == 1:
             MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
+        else:
+            header = native("allreduce", "sum", PLAIN[x.dtype], x.size)
+            compared(state_of(comm), header, MPI.Intracomm.Allreduce, comm, MPI.IN_PLACE, x)
         return x
     if isinstance(x, (Number, np.generic)):
         scalar = _number(x, op)
@@ -336,7 +326,9 @@ def iallreduce(
     options = options_of(comm, algorithm, deterministic, segments, wire)
     with whole(comm):
         state = find_state(comm)
-        calls, comparison = _comparing(state, comm, check, x, lambda: _calls(x, comm, op, options, prefer="native"))
+        asked = _asked(comm, check, "iallreduce", x, lambda: _calls(x, comm, op, options, prefer="native"))
+        comparison = state.agreement.begin(asked.headers, asked.detail) if state and asked.compared else None
+        calls = asked.calls()
         delivers = [call.part.deliver for call in calls if call.part.deliver]
         if all(call.row is None for call in calls):
             requests = [request for call in calls for request in call.start_native()]
@@ -348,24 +340,6 @@ def iallreduce(
             )
         bounds = chain.from_iterable(call.ours().bind(state) for call in calls)
         return Handle(state, bounds, state.handle_tag(), x, delivers, comparison)
-
-
-def _comparing(
-    state: State | None, comm: MPI.Intracomm, check: str | None, x: Any, make: "Callable[[], list[Call]]"
-) -> "tuple[list[Call], Comparison | None]":
-    """What ``make`` gives, and the comparison with other ranks, under way."""
-    level = level_of(comm, check)
-    if state is None or level == "off" or state.p == 1:
-        check_level(level)
-        return make(), None
-    detail = (order_of(x),) if level == "full" else None
-    try:
-        check_level(level)
-        calls = make()
-    except Exception as error:
-        state.agreement.begin(f"iallreduce refused, {error}", detail)
-        raise
-    return calls, state.agreement.begin(tuple(call.header() for call in calls), detail)
 
 
 def allreduce_init(
@@ -426,35 +400,68 @@ def account(
     return Account(", ".join(names), sum(plan.bytes_sent for plan in plans), sum(plan.messages for plan in plans))
 
 
-def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Callable[[], list[C]]) -> list[C]:
-    """What ``make`` gives, once the ranks are seen to make the same call; what it raises, others hear of."""
+class _Asked(NamedTuple, Generic[C]):
+    """What a rank is to do, or why it cannot; and whether and how that is compared with the other ranks."""
+
+    made: list[C]
+    error: Exception | None
+    headers: Headers
+    detail: tuple[str, ...] | None
+    compared: bool
+
+    def calls(self) -> list[C]:
+        """What it is to do."""
+        if self.error is not None:
+            raise self.error
+        return self.made
+
+
+def _asked(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Callable[[], list[C]]) -> _Asked[C]:
+    """What ``make`` gives, or raises."""
     level = level_of(comm, check)
-    calls: list[C]
-    if level == "off" or comm.size == 1:
-        check_level(level)
-        calls = make()
-        record.begin(record.Entry(tuple(call.header() for call in calls)))
-        return calls
+    made: list[C] = []
     error: Exception | None = None
-    calls = []
     headers: Headers
     try:
         check_level(level)
-        calls = make()
-        headers = tuple(call.header() for call in calls)
+        made = make()
+        headers = tuple(call.header() for call in made)
     except Exception as raised:
         error, headers = raised, f"{name} refused, {raised}"
-    state = state_of(comm)
+    detail = (order_of(x),) if level == "full" else None
+    return _Asked(made, error, headers, detail, level != "off" and comm.size > 1)
+
+
+def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Callable[[], list[C]]) -> list[C]:
+    """What ``make`` gives, once the ranks are seen to make the same call; what it raises, others hear of."""
+    asked = _asked(comm, check, name, x, make)
+    if asked.compared:
+        state = state_of(comm)
+        record.begin(state.entry(asked.headers))
+        try:
+            state.agree(asked.headers, asked.detail)
+        except MismatchError as mismatch:
+            if asked.error is None:
+                raise
+            raise asked.error from mismatch  # its own, and who else is concerned
+    else:
+        record.begin(record.Entry(asked.headers))
+    return asked.calls()
+
+
+def compared(state: State, header: Header, call: Callable[..., None], *args: Any) -> None:
+    """``agreed`` for a ``call`` of the MPI library that nothing is wrong with, while nothing of ours is under way: the
+    same in a third of the time, which small calls notice."""
+    headers = (header,)
     record.begin(state.entry(headers))
     try:
-        state.agree(headers, (order_of(x),) if level == "full" else None)
-    except MismatchError as mismatch:
-        if error is None:
-            raise
-        raise error from mismatch  # its own, and who else is concerned
-    if error is not None:
-        raise error
-    return calls
+        state.agreement.check(headers)
+        call(*args)
+    except (KeyboardInterrupt, SystemExit):
+        state.interrupt()
+        raise
+    finally:
+        record.end()
 
 
 def run(calls: "Iterable[Call | Native]") -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any, NoReturn, TypeVar
 
 from mpi4py import MPI
 
-from ..errors import UserError
+from ..errors import MismatchError, UserError
+from .launch import hints
 from .watch import LIMIT, Watch, flush
 
 T = TypeVar("T")
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 LEAVE = 1.0  # seconds for the main thread to leave properly after Ctrl-C
+FORWARD = 0.2  # seconds for the launcher to pass on what was printed: MPICH's may lose it when the job is aborted
 ARRIVE = 5.0  # seconds for all ranks to raise an error that all should raise
 
 
@@ -66,7 +69,8 @@ class Guard:
         self._comm = MPI.COMM_WORLD
         self._watch = Watch(self._comm, limit, folder) if limit else None
         self._process = os.getpid()
-        self._hooks = hook, thread_hook = sys.excepthook, threading.excepthook
+        self._status: Any = None  # what sys.exit was given
+        self._hooks = hook, thread_hook, leave = sys.excepthook, threading.excepthook, sys.exit
 
         def uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
             if os.getpid() == self._process:
@@ -78,7 +82,12 @@ class Guard:
                 self._end(args.exc_value, args.thread)
             thread_hook(args)
 
-        sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
+        def leaving(status: Any = None) -> NoReturn:
+            if threading.current_thread() is threading.main_thread():
+                self._status = status
+            leave(status)
+
+        sys.excepthook, threading.excepthook, sys.exit = uncaught, uncaught_in_thread, leaving
         self._held.enter_context(_exits_after_interrupt(self._comm.rank, handled=True))
         atexit.register(self._leave)
 
@@ -92,7 +101,7 @@ class Guard:
 
     def release(self) -> None:
         """Let go: from now on a rank that fails leaves the others waiting, as in any MPI program."""
-        sys.excepthook, threading.excepthook = self._hooks
+        sys.excepthook, threading.excepthook, sys.exit = self._hooks
         self._held.close()
         atexit.unregister(self._leave)
         if self._watch:
@@ -100,15 +109,15 @@ class Guard:
 
     def _leave(self) -> None:
         if self._watch and os.getpid() == self._process:
-            self._watch.leave()
+            self._watch.leave(status=_status_of(self._status))
 
     def _end(self, error: BaseException | None, thread: threading.Thread | None = None) -> None:
         if isinstance(error, KeyboardInterrupt):
             _exit_interrupted(self._comm.rank)
         if isinstance(error, SystemExit):
-            if not error.code:
-                return
-            _abort(self._comm, error.code if isinstance(error.code, int) else 1, error)
+            if _status_of(error.code):
+                _abort(self._comm, _status_of(error.code), error)
+            return
         _abort(self._comm, 1, error, thread, self._watch)
 
 
@@ -123,8 +132,11 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
       not come to it within a second because it waits inside MPI, the job ends with status 130.  Handlers that the
       program sets later are left to do their work.
     * A call of ours that takes longer than ``timeout`` seconds, or for 3 seconds waits for a rank that has left the
-      program before that call, ends it with status 124 and an account of all ranks of the node: in which call each is,
-      or after which, since when, and where in the program.
+      program before that call, ends it with status 124 (that of ``sys.exit``, if the rank left by that and it is not 0)
+      and an account of all ranks of the node: in which call each is, or after which, since when, and where in the
+      program; with a folder for reports that all nodes see, of those of other nodes too.
+
+    Of more ranks than cores, and less thread support than asked for, rank 0 warns (``RuntimeWarning``).
 
     Parameters
     ----------
@@ -146,7 +158,10 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
         limit = -1.0
     if not limit >= 0:
         raise ValueError(f"timeout must be a number of seconds, 0 or more, got {given!r}")
-    return Guard(limit, Path(folder) if folder else None)
+    made = Guard(limit, Path(folder) if folder else None)
+    for hint in hints(MPI.COMM_WORLD):
+        warnings.warn(hint, RuntimeWarning, stacklevel=2)
+    return made
 
 
 @contextmanager
@@ -171,13 +186,18 @@ def ends_job(comm: MPI.Intracomm, limit: float = 0, folder: Path | None = None) 
         except KeyboardInterrupt:
             _exit_interrupted(comm.rank)
         except SystemExit as leaving:
-            _abort(comm, leaving.code if isinstance(leaving.code, int) else 1)
+            _abort(comm, _status_of(leaving.code) or 1)
         except BaseException as error:
             _abort(comm, 1, error, watch=watch)
         finally:
             if watch:
                 watch.stop()
     own.Free()
+
+
+def _status_of(code: Any) -> int:
+    """What a process ends with after ``sys.exit(code)``."""
+    return 0 if code is None else code & 0xFF if isinstance(code, int) else 1
 
 
 def _all_arrive(comm: MPI.Intracomm) -> bool:
@@ -197,11 +217,14 @@ def _abort(
     thread: threading.Thread | None = None,
     watch: Watch | None = None,
 ) -> NoReturn:
+    if isinstance(error, MismatchError) and comm.rank:
+        time.sleep(2 * FORWARD)  # all ranks raise the same: it is enough that rank 0 tells
     told = "".join(traceback.format_exception(error)) if error else traceback.format_exc()
     where = f" in {thread.name}" if thread else ""
     print(f"mpicoll: rank {comm.rank} failed{where}:\n{told}", file=sys.stderr, end="", flush=True)
     if watch is not None and watch.folder is not None:
-        watch.collect()
+        watch.collect(status)
+    time.sleep(FORWARD)
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE or threading.current_thread() is threading.main_thread():
         comm.Abort(status)
     os._exit(status)  # some MPIs return while the launcher is still ending the job

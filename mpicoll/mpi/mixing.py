@@ -12,7 +12,7 @@ from ..graphs import Graph, graph
 from . import record
 from .buffers import is_half, parts
 from .operations import MOVE
-from .state import check_comm, state_of, whole
+from .state import MIXING_TAGS, check_comm, state_of, whole
 
 
 def butterfly_mix(x: Any, comm: MPI.Intracomm, *, step: int) -> Any:
@@ -139,9 +139,10 @@ def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int) -> Any:
                 )
         state = state_of(comm)
         record.begin(record.Entry(f"mix on a {graph}, step {step}", state.name))
+        tag = MIXING_TAGS[(int.from_bytes(graph.digest[:4], "little") + t) % len(MIXING_TAGS)]
         for flat, deliver in pieces:
             schedule = partial(mixing.schedule, graph, t, 1)
-            state.run(state.plan(("mix", graph.digest, t), schedule, len(flat), flat.dtype, MOVE), flat, MOVE)
+            state.run(state.plan(("mix", graph.digest, t), schedule, len(flat), flat.dtype, MOVE), flat, MOVE, tag)
             if deliver:
                 deliver()
     return x

@@ -87,8 +87,11 @@ def site(frame: Any) -> str:
     return f"{found.f_code.co_filename}:{found.f_lineno}"
 
 
-def write(folder: Path, rank: int, size: int) -> None:
-    """This rank's part of a report: its calls, for ``compare``, and the stacks of its threads."""
+def write(folder: Path, facts: dict[str, Any]) -> None:
+    """This rank's part of a report: its calls, for ``compare``, and the stacks of its threads.
+
+    ``facts`` are its ``rank``, the ``size`` of the job, the number of the ``job``, and whatever else is to be told.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     now = monotonic()
     known = [
@@ -103,20 +106,22 @@ def write(folder: Path, rank: int, size: int) -> None:
         }
         for entry in list(calls)
     ]
-    with (folder / f"rank-{rank}.txt").open("w") as file:
+    name = f"rank-{facts['rank']}"
+    with (folder / f"{name}.txt").open("w") as file:
         faulthandler.dump_traceback(file)
-    path = folder / f"rank-{rank}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"rank": rank, "size": size, "calls": known}))
-    partial.replace(path)
+    partial = folder / f"{name}.partial"
+    partial.write_text(json.dumps({**facts, "calls": known}))
+    partial.replace(folder / f"{name}.json")
 
 
 def compare(folder: Path) -> list[str]:
-    """What the reports of all ranks say, in lines; a ``ValueError`` if there are none."""
+    """What the reports of all ranks of the latest job say, in lines; a ``ValueError`` if there are none."""
     try:
-        reports = {report["rank"]: report for report in map(_read, sorted(folder.glob("rank-*.json")))}
-        if not reports:
+        found = [_read(path) for path in sorted(folder.glob("rank-*.json"))]
+        if not found:
             raise ValueError(f"{str(folder)!r} holds no report: expected files rank-0.json, rank-1.json, ...")
+        latest = max(report["job"] for report in found)  # files of earlier jobs may lie beside
+        reports = {report["rank"]: report for report in found if report["job"] == latest}
         size = max(report["size"] for report in reports.values())
         made: dict[str, dict[int, dict[int, Any]]] = {}  # communicator -> call -> rank -> the call there
         members: dict[str, list[int]] = {}

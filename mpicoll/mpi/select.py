@@ -13,8 +13,8 @@ from .operations import Operation
 LARGE = 8 << 20
 """Bytes from which on a ring's traffic in logarithmic rounds beats the MPI library's own; ``bench/allreduce.py``."""
 
-PLAIN = {np.dtype(character).num: np.dtype(character).name for character in "bBhHiIlLqQfdgFDG"}
-"""The dtypes that the MPI library can be given without another look, all numbers but 16-bit floats: number and name."""
+PLAIN = {np.dtype(character): np.dtype(character).name for character in "bBhHiIlLqQfdgFDG"}
+"""The dtypes that the MPI library can be given without another look, and their names: all numbers but 16-bit floats."""
 
 SMALL = 32 << 10
 """Bytes up to which few rounds are worth sending whole vectors, among our own algorithms."""

@@ -8,7 +8,6 @@ calls do not drive ours.
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from threading import Event, Lock, Thread, get_ident
 from typing import Any, NoReturn
 
@@ -32,7 +31,8 @@ INTERRUPTED = (
 )
 
 BLOCKING_TAG = 0
-HANDLE_TAGS = range(1, 16384)  # one each, in turn: several may be under way on one communicator
+HANDLE_TAGS = range(1, 8192)  # one each, in turn: several may be under way on one communicator
+MIXING_TAGS = range(8192, 16384)  # by graph and step: ranks that mix differently do not take each other's vectors
 PERSISTENT_TAGS = range(16384, 32768)  # one each, for good; MPI guarantees tags up to 32767
 
 
@@ -76,14 +76,14 @@ class State:
         self.plans[key] = plan  # the newest last
         return plan
 
-    def run(self, plan: Plan, vector: np.ndarray, operation: Operation) -> None:
+    def run(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int = BLOCKING_TAG) -> None:
         """Do it now, on memory that belongs to the caller."""
         self.check()
         self._take_turn()
         try:
             _inside(True)
             if under_way:  # other ranks may need them to go on before they join this
-                self._run_driving(plan, vector, operation)
+                self._run_driving(plan, vector, operation, tag)
                 return
             if len(self._scratch) < plan.scratch_bytes:
                 self._scratch = np.empty(plan.scratch_bytes, np.uint8)
@@ -93,7 +93,7 @@ class State:
                     if entry is not None:
                         entry.round = n
                     bound.before()
-                    _exchange(self.comm, bound)
+                    _exchange(self.comm, bound, tag)
                     bound.after()
         except BaseException:
             self.interrupt()
@@ -108,8 +108,8 @@ class State:
                 "another thread is in a collective on this communicator: give each thread a communicator of its own"
             )
 
-    def _run_driving(self, plan: Plan, vector: np.ndarray, operation: Operation) -> None:
-        handle = Handle(self, plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8), operation), BLOCKING_TAG)
+    def _run_driving(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int) -> None:
+        handle = Handle(self, plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8), operation), tag)
         try:
             handle.wait()
         except BaseException as error:
@@ -134,8 +134,7 @@ class State:
     def agree_on(self, graph: Graph) -> None:
         """Compare it, the first time that it is used."""
         if graph.digest not in self._graphs:
-            weights = sha256(graph.digest).hexdigest()[:8]
-            self.agree((Header("mix", str(graph), f"weights {weights}", "", None),))
+            self.agree((Header("mix", str(graph), f"weights {graph.digest.hex()[:8]}", "", None),))
             self._graphs.add(graph.digest)
 
     def copied(self, vector: np.ndarray) -> np.ndarray:
@@ -198,13 +197,13 @@ class State:
         self.release()
 
 
-def _exchange(comm: MPI.Comm, bound: Bound) -> None:
+def _exchange(comm: MPI.Comm, bound: Bound, tag: int) -> None:
     recvs, sends = bound.recvs, bound.sends
     if len(recvs) == len(sends) == 1:  # one call: small messages cost what the calls cost
         (into, source), (out, dest) = recvs[0], sends[0]
-        comm.Sendrecv((out, MPI.BYTE), dest, BLOCKING_TAG, (into, MPI.BYTE), source, BLOCKING_TAG)
+        comm.Sendrecv((out, MPI.BYTE), dest, tag, (into, MPI.BYTE), source, tag)
     else:
-        MPI.Request.Waitall(_post(comm, bound, BLOCKING_TAG))
+        MPI.Request.Waitall(_post(comm, bound, tag))
 
 
 def _post(comm: MPI.Comm, bound: Bound, tag: int) -> list[MPI.Request]:

@@ -5,6 +5,8 @@ from collections import Counter
 
 from mpi4py import MPI
 
+from .launch import cores, node_of
+
 _SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
@@ -14,21 +16,15 @@ def limit_threads(comm: MPI.Intracomm, threads: int | None = None) -> int | None
     Returns the number, or ``None`` if an environment variable such as ``OMP_NUM_THREADS`` already says it, which
     is then left alone.  A collective call; lasts until the process ends.
     """
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    ranks_on = Counter(core for cores in node.allgather(_cores()) for core in cores)
+    node = node_of(comm)
+    ranks_on = Counter(core for available in node.allgather(cores()) for core in available)
     node.Free()
     if threads is None:
         if any(os.environ.get(name) for name in _SETTINGS):
             return None
         # A core that k ranks may run on counts 1/k for each of them, whether ranks are bound to cores or not.
-        threads = max(1, int(sum(1 / ranks_on[core] for core in _cores()) + 1e-9))
+        threads = max(1, int(sum(1 / ranks_on[core] for core in cores()) + 1e-9))
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(threads)
     return threads
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))

@@ -2,9 +2,11 @@
 
 The ranks of a node share a page, which each of these threads updates ten times a second: whether its rank is in a call,
 in which, and since when.  When one finds that its rank has been in a call for too long, all report, in one order, and
-the job ends with status ``TIMED_OUT``.
+the job ends with status ``TIMED_OUT``.  Nodes hear of each other in the folder for reports, if there is one: a file in
+it is the alarm, and when that is gone again, the time to exit has come.
 """
 
+import json
 import mmap
 import os
 import struct
@@ -16,10 +18,12 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mpi4py import MPI
 
 from . import record
+from .launch import node_of
 
 TIMED_OUT = 124
 """The exit status of a job that a time limit has ended, as the command timeout has it."""
@@ -31,42 +35,35 @@ TICK = 0.1
 SILENT = 2.0  # seconds without an update until a rank is called silent
 LEFT = 3.0  # seconds to wait in a call for a rank that has left the program
 GRACE = 5.0  # seconds for all ranks to report
+LOOK = 10  # ticks between two looks for an alarm on another node; the ranks of a node take turns
 
 OUTSIDE, INSIDE, GONE, REPORTED = range(4)
-_STATES = struct.Struct("=ddqqqq")  # when updated, since when, process, state, the communicator and number of a call
+_STATES = struct.Struct("=ddqqqqq")  # when updated, since when, process, state, exit status, last call: where and which
 _SLOT = 512
 _HEAD = 64
-_ALARM, _DONE = 0, 8  # where in the head: the rank that raised the alarm, plus one; when to exit, in milliseconds
+_ALARM, _DONE, _STATUS = 0, 8, 16  # in the head: the rank that raised the alarm, plus one; when to exit, in ms; and how
 
 
 class Page:
-    """What the ranks of this node know of each other, in a file that has no name any more, and so is never left."""
+    """What the ranks of this node know of each other, in memory that has no name, and so is never left behind."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-        self.ranks = node.allgather(comm.rank)
+        node = node_of(comm)
         size = _HEAD + _SLOT * node.size
-        path = None
-        if node.rank == 0:
-            folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            handle, path = tempfile.mkstemp(prefix="mpicoll-watch-", dir=folder)
-            os.truncate(handle, size)
-            os.close(handle)
-        path = node.bcast(path)
-        with open(path, "r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), size)
-        node.Barrier()
-        if node.rank == 0:
-            os.unlink(path)
+        memory, ranks = _shared(node, size), node.allgather(comm.rank)
         node.Free()
+        self.ranks = [comm.rank] if memory is None else ranks  # those that cannot share it are nodes of their own
+        self._memory = memory or mmap.mmap(-1, size)
         self._slot = {rank: _HEAD + _SLOT * n for n, rank in enumerate(self.ranks)}
 
-    def write(self, rank: int, since: float, state: int, text: str, call: tuple[int, int] = (0, 0)) -> None:
-        """One rank's part; ``call`` is the last one that it has begun."""
+    def write(
+        self, rank: int, since: float, state: int, text: str, call: tuple[int, int] = (0, 0), status: int = 0
+    ) -> None:
+        """One rank's part; ``call`` is the last one that it has begun, ``status`` what it has left with."""
         start, said = self._slot[rank], text.encode(errors="replace")[: _SLOT - _STATES.size]
         room = _SLOT - _STATES.size
         self._memory[start + _STATES.size : start + _SLOT] = said.ljust(room, b"\0")
-        _STATES.pack_into(self._memory, start, time.monotonic(), since, os.getpid(), state, *call)
+        _STATES.pack_into(self._memory, start, time.monotonic(), since, os.getpid(), state, status, *call)
 
     def read(self, rank: int) -> tuple[float, float, int, int, str]:
         """When it was updated, since when it is so, the process, the state, and the text."""
@@ -80,6 +77,10 @@ class Page:
         *_, communicator, number = _STATES.unpack_from(self._memory, self._slot[rank])
         return communicator, number
 
+    def status(self, rank: int) -> int:
+        """What it has left with."""
+        return int(_STATES.unpack_from(self._memory, self._slot[rank])[4])
+
     def get(self, where: int) -> int:
         """A number of the head."""
         return int.from_bytes(self._memory[where : where + 8], "little")
@@ -89,12 +90,52 @@ class Page:
         self._memory[where : where + 8] = value.to_bytes(8, "little")
 
 
+def _shared(node: MPI.Intracomm, size: int) -> mmap.mmap | None:
+    """``size`` bytes that the ranks of a node share; ``None`` if they cannot, as in containers of their own.
+
+    Of a kind that does without /dev/shm, which may be full, and then ends whoever writes to it; or of a temporary file.
+    """
+    for make in (_nameless, _temporary):
+        handle, path, same = -1, "", (0, 0)
+        if node.rank == 0:
+            with suppress(OSError, AttributeError):
+                handle, path = make()
+                os.write(handle, bytes(size))
+                same = os.fstat(handle)[1:3]
+        path, same = node.bcast((path, same))
+        memory = None
+        with suppress(OSError, ValueError):
+            if os.stat(path)[1:3] == same:  # a number of another container's process may be one here too
+                with open(path, "r+b") as file:
+                    memory = mmap.mmap(file.fileno(), size)
+        found = node.allgather(memory is not None)
+        if node.rank == 0 and make is _temporary and path:
+            os.unlink(path)
+        if handle >= 0:
+            os.close(handle)
+        if memory is not None and all(found):
+            return memory
+    return None
+
+
+def _nameless() -> tuple[int, str]:
+    handle = os.memfd_create("mpicoll-watch")
+    return handle, f"/proc/{os.getpid()}/fd/{handle}"
+
+
+def _temporary() -> tuple[int, str]:
+    return tempfile.mkstemp(prefix="mpicoll-watch-")
+
+
 class Watch:
     """The thread of this rank; making it is a collective call."""
 
     def __init__(self, comm: MPI.Intracomm, limit: float, folder: Path | None) -> None:
         self.rank, self.size, self.limit, self.folder = comm.rank, comm.size, limit, folder
         self.page = Page(comm)
+        self.elsewhere = sorted({*range(comm.size)} - {*self.page.ranks})
+        self._job = comm.bcast(time.time_ns())
+        self._found: dict[int, Any] = {}  # reports of other nodes
         self._since, self._stop = time.monotonic(), threading.Event()
         self._awake = self._since
         self._publish()
@@ -106,16 +147,25 @@ class Watch:
         """Watch no longer."""
         self.leave("is no longer watched")
 
-    def leave(self, why: str = "has left the program") -> None:
-        """The same, because the program has come to its end on this rank."""
+    def leave(self, why: str = "has left the program", status: int = 0) -> None:
+        """The same, because the program has come to its end on this rank.
+
+        With a status that is not 0 others may be left waiting: then this is where to exit with them, not later, in MPI,
+        from where the launcher would have to fetch it by a signal, and tell of that.
+        """
         self._stop.set()
         self._thread.join()
-        self.page.write(self.rank, time.monotonic(), GONE, why, _last_call())
+        said = f"{why}, with status {status}" if status else why
+        self.page.write(self.rank, time.monotonic(), GONE, said, _last_call(), status)
+        if status:
+            self._until(lambda: self.page.get(_ALARM) > 0 or self._all_are(GONE), LEFT + GRACE)
+            if self.page.get(_ALARM):
+                self._exit_together()
 
     def _run(self) -> None:
-        before = time.monotonic()
+        before, ticks = time.monotonic(), 0
         while not self._stop.wait(TICK):
-            before, now = time.monotonic(), before
+            before, now, ticks = time.monotonic(), before, ticks + 1
             if before - now > SILENT:
                 self._awake = before  # this process was stopped, as others may have been: time begins anew
             self._publish()
@@ -123,10 +173,12 @@ class Watch:
             if reason:
                 self.page.set(_ALARM, self.rank + 1)
                 time.sleep(TICK)  # others may raise it at the same time; the last one tells
+            elif ticks % (LOOK * len(self.page.ranks)) == LOOK * self.page.ranks.index(self.rank):
+                self._listen()
             if self.page.get(_ALARM):
                 self._report()
-                if reason and self.page.get(_ALARM) == self.rank + 1:
-                    self._tell(reason)
+                if reason and self.page.get(_ALARM) == self.rank + 1 and self._raise_elsewhere(reason[1]):
+                    self._tell(*reason)
                 self._exit_together()
 
     def _publish(self) -> None:
@@ -138,7 +190,8 @@ class Watch:
         since, text = (last.ended or last.began, f", after {last}") if last else (self._since, "")
         self.page.write(self.rank, since, OUTSIDE, f"in no call{text}", _last_call())
 
-    def _reason(self) -> str | None:
+    def _reason(self) -> tuple[str, int] | None:
+        """Why to end the job, and with which status."""
         entry, now = record.current(), time.monotonic()
         if entry is None:
             return None
@@ -149,44 +202,105 @@ class Watch:
                 communicator, number = self.page.last_call(rank)
                 missed = communicator == _hash(entry.where) and number < entry.call
                 if state == GONE and missed and now - max(since, began) > LEFT:
-                    return f"rank {rank}, which this call needs, is gone"
-        return f"time limit of {self.limit:g} s" if now - began > self.limit else None
+                    return f"rank {rank}, which this call needs, is gone", self.page.status(rank) or TIMED_OUT
+        return (f"time limit of {self.limit:g} s", TIMED_OUT) if now - began > self.limit else None
 
-    def collect(self) -> None:
-        """Have all ranks of this node report, because this one is about to end the job."""
+    @property
+    def _alarm(self) -> Path | None:
+        """Where nodes hear of each other."""
+        return self.folder / f"alarm-{self._job}" if self.folder and self.elsewhere else None
+
+    def _listen(self) -> None:
+        """Is there an alarm on another node?"""
+        if self._alarm:
+            with suppress(OSError):  # listed, not just looked for: a file system may remember that there was none
+                if self._alarm.name in os.listdir(self._alarm.parent):
+                    self._follow(self._alarm)
+
+    def _follow(self, alarm: Path) -> None:
+        with suppress(OSError, ValueError):
+            self.page.set(_STATUS, int(alarm.read_text()))
+        self.page.set(_ALARM, self.size + 1)
+
+    def _raise_elsewhere(self, status: int) -> bool:
+        """Raise the alarm on other nodes; false if one of them was faster, and tells."""
+        if self._alarm:
+            try:
+                self._alarm.parent.mkdir(parents=True, exist_ok=True)
+                with self._alarm.open("x") as file:
+                    file.write(str(status))
+            except FileExistsError:
+                self._follow(self._alarm)
+                return False
+            except OSError:
+                pass  # said where a report cannot be written
+        return True
+
+    def _end_elsewhere(self) -> None:
+        if self._alarm:
+            with suppress(OSError):
+                self._alarm.unlink()
+
+    def collect(self, status: int) -> None:
+        """Have all ranks report, because this one is about to end the job with that status."""
         self._stop.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
         if not self.page.get(_ALARM):
             self.page.set(_ALARM, self.rank + 1)
+        raised = self._raise_elsewhere(status)
         self._report()
         self._until(self._all_have_reported, GRACE)
+        if raised:
+            self._end_elsewhere()
 
     def _report(self) -> None:
+        _, since, _, _, text = self.page.read(self.rank)
+        said = f"{text}, at {record.here()}"
         if self.folder is not None:
+            facts = {"rank": self.rank, "size": self.size, "job": self._job}
             try:
-                record.write(self.folder, self.rank, self.size)
+                record.write(self.folder, {**facts, "seconds": time.monotonic() - since, "said": said})
             except OSError as error:
                 print(f"mpicoll: rank {self.rank} cannot write its report: {error}", file=sys.stderr, flush=True)
                 self.folder = None
-        _, since, _, _, text = self.page.read(self.rank)
-        self.page.write(self.rank, since, REPORTED, f"{text}, at {record.here()}")
+        self.page.write(self.rank, since, REPORTED, said)
+
+    def _all_are(self, *states: int) -> bool:
+        return all(self.page.read(rank)[3] in states for rank in self.page.ranks)
 
     def _all_have_reported(self) -> bool:
-        return all(self.page.read(rank)[3] in (REPORTED, GONE) for rank in self.page.ranks)
+        return self._all_are(REPORTED, GONE) and len(self._reports_elsewhere()) == len(self.elsewhere)
 
-    def _tell(self, reason: str) -> None:
+    def _reports_elsewhere(self) -> dict[int, Any]:
+        """What ranks of other nodes have reported."""
+        for rank in self.elsewhere:
+            if self.folder is not None and rank not in self._found:
+                with suppress(OSError, ValueError, TypeError, KeyError):
+                    report = json.loads((self.folder / f"rank-{rank}.json").read_text())
+                    if report["job"] == self._job:
+                        self._found[rank] = report
+        return self._found if self.folder else dict.fromkeys(self.elsewhere)
+
+    def _tell(self, reason: str, status: int) -> None:
         self._until(self._all_have_reported, GRACE)
         entry = record.current()
         print(f"mpicoll: {reason}: rank {self.rank} is in {entry}\n{self.account()}", file=sys.stderr, flush=True)
+        self._end_elsewhere()
+        self.page.set(_STATUS, status)
         self.page.set(_DONE, int((time.monotonic() + 3 * TICK) * 1e3))
 
     def _exit_together(self) -> None:
         """At the time that whoever tells has set: the launcher kills the others when the first has left."""
-        self._until(lambda: self.page.get(_DONE) > 0, 2 * GRACE)
+        self._until(self._is_told, 2 * GRACE)
         flush()
         time.sleep(max(self.page.get(_DONE) / 1e3 - time.monotonic(), 0))
-        os._exit(TIMED_OUT)
+        os._exit(self.page.get(_STATUS) or TIMED_OUT)
+
+    def _is_told(self) -> bool:
+        if self.page.get(_ALARM) > self.size and self._alarm:
+            return not self._alarm.exists()
+        return self.page.get(_DONE) > 0
 
     def account(self) -> str:
         """A line for each rank of this node, and where to read more."""
@@ -201,11 +315,28 @@ class Watch:
             elif now - updated > SILENT and state != REPORTED:
                 text = f"{'stopped' if _is_stopped(process) else 'silent'} for {now - updated:.1f} s; was {text}"
             rows.append(f"  rank {rank:<5} {now - since:8.1f} s  {text}")
-        if len(self.page.ranks) < self.size:
-            rows.append(f"  the other {self.size - len(self.page.ranks)} ranks are on other nodes")
+        rows += self._account_elsewhere()
         if self.folder is not None:
             rows.append(f"  more: mpicoll report {self.folder}; stacks: {self.folder}/rank-*.txt")
         return "\n".join(rows)
+
+    def _account_elsewhere(self) -> list[str]:
+        """A line for ranks that say the same, and one for those that say nothing."""
+        if not self.elsewhere:
+            return []
+        if self.folder is None:
+            return [f"  {record.named(self.elsewhere)}: on other nodes, seen in reports only (MPICOLL_REPORT=FOLDER)"]
+        same: dict[str, list[int]] = {}
+        reports = self._reports_elsewhere()
+        for rank, report in reports.items():
+            same.setdefault(report["said"], []).append(rank)
+        rows = [
+            f"  {record.named(ranks):<10} {max(reports[rank]['seconds'] for rank in ranks):8.1f} s  {said}"
+            for said, ranks in same.items()
+        ]
+        if missing := [rank for rank in self.elsewhere if rank not in reports]:
+            rows.append(f"  {record.named(missing)}: on other nodes, and nothing of them in {self.folder}")
+        return rows
 
     @staticmethod
     def _until(condition: Callable[[], bool], seconds: float) -> None:
