@@ -141,9 +141,9 @@ def test_waiting_is_told_from_moving(comm, monkeypatch):
 def test_ranks_share_the_cores(comm, monkeypatch):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("mpicoll.mpi.threads._cores", lambda: [0, 1, 2, 3, 4, 5])
+    monkeypatch.setattr("mpicoll.mpi.threads.cores", lambda: [0, 1, 2, 3, 4, 5])
     assert limit_threads(comm) == max(1, 6 // P)
-    monkeypatch.setattr("mpicoll.mpi.threads._cores", lambda: [2 * comm.rank, 2 * comm.rank + 1])  # bound to cores
+    monkeypatch.setattr("mpicoll.mpi.threads.cores", lambda: [2 * comm.rank, 2 * comm.rank + 1])  # bound to cores
     assert limit_threads(comm) == 2
     assert limit_threads(comm, 3) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
