@@ -311,7 +311,7 @@ def test_ranks_of_other_nodes_report_in_the_same_folder(tmp_path, how):
         assert set(ranks) == {0, 1, 2}
         assert ranks[1].startswith("in no call, after call 1000 on communicator 0.1, allreduce of 5")
     else:
-        assert done.status == 1
+        assert done.status in (1, 9, 137)
         assert "mpicoll: rank 1 failed:\nTraceback" in done.err
 
 
