@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch import BIN, IS_OPEN_MPI, mpirun, run
@@ -310,7 +311,7 @@ def test_ranks_of_other_nodes_report_in_the_same_folder(tmp_path, how):
         assert set(ranks) == {0, 1, 2}
         assert ranks[1].startswith("in no call, after call 1000 on communicator 0.1, allreduce of 5")
     else:
-        assert done.status == 1
+        assert done.status in (1, 9, 137)
         assert "mpicoll: rank 1 failed:\nTraceback" in done.err
 
 
@@ -459,8 +460,7 @@ def test_training_has_a_time_limit(tmp_path):
 
     def stop(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        while process.stdout.readline().split()[:2] != ["1", "23"]:
-            pass
+        assert any(re.match(r" +1 +\d+ ", line) for line in process.stdout)  # the first epoch is done
         pids = subprocess.run(["pgrep", "-f", f"mpicoll train .*{tmp_path}"], capture_output=True, text=True)
         ranks = [pid for pid in pids.stdout.split() if b"PMI_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
         assert len(ranks) == 1
@@ -468,10 +468,11 @@ def test_training_has_a_time_limit(tmp_path):
 
     if IS_OPEN_MPI:
         return
-    train = ["mpicoll", "train", "--epochs", "100000", "--timeout", "2", "--out", str(tmp_path / "run")]
-    done = mpirun(2, train, tmp_path, meanwhile=stop)
+    np.savez(tmp_path / "data.npz", X=np.arange(200.0).reshape(100, 2), y=np.arange(100) % 2)  # faster than digits
+    train = ["mpicoll", "train", "--data", "data.npz", "--epochs", "10000000", "--timeout", "5"]
+    done = mpirun(2, [*train, "--out", str(tmp_path / "run")], tmp_path, meanwhile=stop)
     assert done.status in ENDED[True]
-    assert "mpicoll: time limit of 2 s: rank 0 is in call " in done.err
+    assert "mpicoll: time limit of 5 s: rank 0 is in call " in done.err
     assert re.search(r"rank 1 +[0-9.]+ s  stopped for", done.err)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 

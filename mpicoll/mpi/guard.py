@@ -222,9 +222,9 @@ def _abort(
     told = "".join(traceback.format_exception(error)) if error else traceback.format_exc()
     where = f" in {thread.name}" if thread else ""
     print(f"mpicoll: rank {comm.rank} failed{where}:\n{told}", file=sys.stderr, end="", flush=True)
+    time.sleep(FORWARD)
     if watch is not None and watch.folder is not None:
         watch.collect(status)
-    time.sleep(FORWARD)
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE or threading.current_thread() is threading.main_thread():
         comm.Abort(status)
     os._exit(status)  # some MPIs return while the launcher is still ending the job

@@ -35,6 +35,7 @@ TICK = 0.1
 SILENT = 2.0  # seconds without an update until a rank is called silent
 LEFT = 3.0  # seconds to wait in a call for a rank that has left the program
 GRACE = 5.0  # seconds for all ranks to report
+LAST = 0.3  # seconds from the account to the end
 LOOK = 10  # ticks between two looks for an alarm on another node; the ranks of a node take turns
 
 OUTSIDE, INSIDE, GONE, REPORTED = range(4)
@@ -288,13 +289,14 @@ class Watch:
         print(f"mpicoll: {reason}: rank {self.rank} is in {entry}\n{self.account()}", file=sys.stderr, flush=True)
         self._end_elsewhere()
         self.page.set(_STATUS, status)
-        self.page.set(_DONE, int((time.monotonic() + 3 * TICK) * 1e3))
+        self.page.set(_DONE, int((time.monotonic() + LAST) * 1e3))
 
     def _exit_together(self) -> None:
         """At the time that whoever tells has set: the launcher kills the others when the first has left."""
         self._until(self._is_told, 2 * GRACE)
         flush()
-        time.sleep(max(self.page.get(_DONE) / 1e3 - time.monotonic(), 0))
+        at = self.page.get(_DONE) / 1e3 or time.monotonic() + LAST
+        time.sleep(max(at - time.monotonic(), 0))
         os._exit(self.page.get(_STATUS) or TIMED_OUT)
 
     def _is_told(self) -> bool:
