@@ -78,6 +78,22 @@ class Graph:
         return bool(np.abs(np.array(sums) - 1).max() <= TOLERANCE)
 
     @cached_property
+    def connected(self) -> bool:
+        """Does every rank hear of every other in the end, be it by way of others?"""
+        rounds = [self.edges(t) for t in range(self.period or SAMPLE)]
+        target = np.concatenate([edges.target for edges in rounds])
+        source = np.concatenate([edges.source for edges in rounds])
+
+        def reaches_all(start: np.ndarray, end: np.ndarray) -> bool:
+            """From rank 0?"""
+            reached = np.arange(self.p) == 0
+            while not reached[end[reached[start]]].all():
+                reached[end[reached[start]]] = True
+            return bool(reached.all())
+
+        return reaches_all(source, target) and reaches_all(target, source)
+
+    @cached_property
     def digest(self) -> bytes:
         """The same for equal matrices, by whatever name."""
         from hashlib import sha256  # takes 2 ms to import

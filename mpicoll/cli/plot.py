@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ..errors import UserError
+from ..mpi.launch import launched_ranks
 
 PANELS = [("train_loss", "training loss"), ("train_accuracy", "training accuracy")]
 VALIDATED = [("validation_loss", "validation loss"), ("validation_accuracy", "validation accuracy")]
@@ -27,6 +28,8 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
     Of the validation set if all of them have one, else as they were seen in training.  Runs are named by what is not
     the same in all.  A run that is not finished is drawn as far as it has come.
     """
+    if launched_ranks() > 1:
+        raise UserError("plot runs on one process: start it without mpirun")
     if len(runs) > MOST:
         raise UserError(f"{len(runs)} runs are too many to tell apart in one picture: name at most {MOST}")
     if out.suffix not in (".png", ".svg", ".pdf"):
@@ -63,7 +66,7 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
         row[0].set_ylabel(name)
     for axis, scale in zip(axes[-1], ("steps of SGD", "seconds of training"), strict=True):
         axis.set_xlabel(scale)
-    figure.suptitle(", ".join(f"{key} {value}" for key, value in _common(settings).items()))
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in _common(settings).items()).replace("$", r"\$"))
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4))
     try:
         figure.savefig(out, dpi=120)
@@ -78,9 +81,9 @@ def names(settings: list[dict[str, Any]], runs: tuple[Path, ...]) -> list[str]:
     found = []
     for one in settings:
         said = [str(one[key]) if key == "strategy" else f"{key} {one[key]}" for key in different if key in one]
-        found.append(", ".join(said))
+        found.append(", ".join(said).replace("$", r"\$"))  # no formulas
     if "" in found or len(set(found)) < len(found):
-        return [run.name or str(run) for run in runs]
+        return [(run.name or str(run)).replace("$", r"\$") for run in runs]
     return found
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from ..algorithms import ALGORITHMS
 from ..errors import UserError
 from ..mpi.launch import launched_ranks, world
 from ..train.models import MODELS
 from ..train.optimizers import OPTIMIZERS, SCHEDULES
-from ..train.settings import MAY_CHANGE, Settings, read_settings
+from ..train.settings import DTYPES, LEAST, MOMENTA, Settings, flag, read_settings
 from ..train.strategies import STRATEGIES
 from ..train.strategies.average import OUTER
 
@@ -70,8 +69,11 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             click.Choice(["auto", *ALGORITHMS["allreduce"], "native"]),
             "The allreduce that adds up; auto adds in the canonical order.",
         ),
-        "every": (click.IntRange(min=1), "average: steps from one mean to the next [default: 8]."),
-        "sync_epochs": (click.IntRange(min=0), "average: epochs to be synchronous first [default: 0]."),
+        "every": (click.IntRange(min=LEAST["every"]), "average: steps from one mean to the next [default: 8]."),
+        "sync_epochs": (
+            click.IntRange(min=LEAST["sync_epochs"]),
+            "average: epochs to be synchronous first [default: 0].",
+        ),
         "outer": (click.Choice(list(OUTER)), "average: what becomes of the mean [default: mean]."),
         "outer_lr": (_Number(min=0, min_open=True), "average: how far towards the mean [default: as --outer has it]."),
         "outer_momentum": (
@@ -81,7 +83,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "graph": (str, "gossip: of mpicoll show gossip, or an .npy file of matrices [default: exponential]."),
         "mix_first": (bool, "gossip: before the optimizer's step, not after it."),
         "momenta": (
-            click.Choice(["keep", "average", "reset"]),
+            click.Choice(MOMENTA),
             "average, butterfly, gossip: what becomes of the optimizer's state at an agreement [default: keep].",
         ),
     },
@@ -93,26 +95,22 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "weight_decay": (_Number(min=0), "Shrinks parameters by this times the learning rate in every step."),
         "clip": (_Number(min=0, min_open=True), "Longest gradient, by its Euclidean norm [default: any]."),
         "schedule": (click.Choice(list(SCHEDULES)), "Of the learning rate, over the whole run."),
-        "warmup": (click.IntRange(min=0), "Steps in which the learning rate grows to its full value."),
+        "warmup": (click.IntRange(min=LEAST["warmup"]), "Steps in which the learning rate grows to its full value."),
     },
     "For how long, and what else": {
-        "epochs": (click.IntRange(min=1), "Passes over the training set."),
-        "batch_size": (click.IntRange(min=1), "Samples a step, of all ranks together."),
+        "epochs": (click.IntRange(min=LEAST["epochs"]), "Passes over the training set."),
+        "batch_size": (click.IntRange(min=LEAST["batch_size"]), "Samples a step, of all ranks together."),
         "patience": (
-            click.IntRange(min=1),
+            click.IntRange(min=LEAST["patience"]),
             "Stop after so many epochs without a better validation loss, and take the best model.",
         ),
-        "checkpoint": (click.IntRange(min=0), "Epochs from one checkpoint to the next; 0 for none."),
-        "seed": (click.IntRange(min=0), "Of the initial parameters and the order of samples."),
-        "dtype": (click.Choice(["float32", "float64"]), "Of parameters and data."),
+        "checkpoint": (click.IntRange(min=LEAST["checkpoint"]), "Epochs from one checkpoint to the next; 0 for none."),
+        "seed": (click.IntRange(min=LEAST["seed"]), "Of the initial parameters and the order of samples."),
+        "dtype": (click.Choice(DTYPES), "Of parameters and data."),
         "threads": (click.IntRange(1, 4096), "BLAS threads a rank [default: its share of the node's cores]."),
         "out": (str, "New folder for model and metrics [default: one under runs/]."),
     },
 }
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _with_options(command: Any) -> Any:
@@ -120,9 +118,10 @@ def _with_options(command: Any) -> Any:
     described = {name: option for group in _OPTIONS.values() for name, option in group.items()}
     for field in reversed(fields(Settings)):
         kind, text = described[field.name]
-        flag = f"{_flag(field.name)}/--no-{_flag(field.name)[2:]}" if kind is bool else _flag(field.name)
+        named = flag(field.name)
+        named += f"/--no-{named[2:]}" if kind is bool else ""
         shown = field.default not in (None, False)
-        command = click.option(flag, type=kind, default=field.default, show_default=shown, help=text)(command)
+        command = click.option(named, type=kind, default=field.default, show_default=shown, help=text)(command)
     return command
 
 
@@ -141,15 +140,17 @@ def _configure(ctx: click.Context, param: click.Parameter, value: Path | None) -
     """The settings in a file, or of the run to resume, are defaults: options and the environment go before them."""
     if value is None:
         return None
+    if ctx.default_map:
+        raise UserError("--config and --resume exclude each other: a resumed run keeps its settings")
     if param.name == "resume":
-        run = value if (value / "config.toml").exists() else value.parent.parent
+        where = value.resolve()
+        run = where.parent.parent if where.parent.name == "checkpoints" else where
         if not (run / "config.toml").exists():
             raise UserError(f"{str(value)!r} holds no run: --resume takes the folder that mpicoll train wrote")
-        if ctx.default_map:
-            raise UserError("--config and --resume exclude each other: a resumed run keeps its settings")
-        ctx.default_map = read_settings(run / "config.toml")
+        value, run = where, run / "config.toml"
     else:
-        ctx.default_map = {**(ctx.default_map or {}), **read_settings(value)}
+        run = value
+    ctx.default_map = read_settings(run)
     return value
 
 
@@ -177,7 +178,7 @@ def _configure(ctx: click.Context, param: click.Parameter, value: Path | None) -
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=_Number(min=0),
     default=600,
     show_default=True,
     envvar=["MPICOLL_TRAIN_TIMEOUT", "MPICOLL_TIMEOUT"],
@@ -189,13 +190,8 @@ def _configure(ctx: click.Context, param: click.Parameter, value: Path | None) -
     envvar=["MPICOLL_TRAIN_REPORT", "MPICOLL_REPORT"],
     help="Where to leave stacks and calls if the job is ended for that: see mpicoll report.",
 )
-@click.pass_context
-def train(
-    ctx: click.Context, resume: Path | None, as_json: bool, timeout: float, report: Path | None, **options: Any
-) -> None:
+def train(resume: Path | None, as_json: bool, timeout: float, report: Path | None, **options: Any) -> None:
     """Train a model on all ranks: mpirun -n 4 mpicoll train"""
-    if resume is not None:
-        _check_resumed(ctx, options)
     settings = Settings(**options)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
@@ -213,15 +209,6 @@ def train(
         _say(json.dumps(summary))
 
 
-def _check_resumed(ctx: click.Context, options: dict[str, Any]) -> None:
-    saved = ctx.default_map or {}
-    for name, value in options.items():
-        given = ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-        if given and name not in MAY_CHANGE and value != saved.get(name):
-            may = ", ".join(map(_flag, MAY_CHANGE))
-            raise UserError(f"{_flag(name)} cannot be changed when a run is resumed: only {may} can")
-
-
 def _say(line: str, nl: bool = True) -> None:
     """Print, unless nobody reads any more: training goes on, and its files are what counts."""
     with suppress(OSError):
@@ -236,6 +223,7 @@ class _Progress:
         # Launchers pass lines on, not cursor movements; Open MPI's gives ranks a terminal of its own all the same.
         self._bar_fits = sys.stdout.isatty() and launched_ranks() == 0
         self._bar: Any = None
+        self._kept: Epoch | None = None  # the latest, if it was not shown
         self._first = 0
         self._columns: dict[str, tuple[str, str]] = {
             "epoch": ("epoch", "7d"),
@@ -287,11 +275,19 @@ class _Progress:
             epoch.epoch in (self._first + 1, self._settings.epochs)
             or epoch.epoch % -(-self._settings.epochs // LINES) == 0
         ):
-            _say(" ".join(format(getattr(epoch, name) or 0, spec) for name, (_, spec) in self._columns.items()))
+            self._line(epoch)
+        else:
+            self._kept = epoch
+
+    def _line(self, epoch: "Epoch") -> None:
+        self._kept = None
+        _say(" ".join(format(getattr(epoch, name) or 0, spec) for name, (_, spec) in self._columns.items()))
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self._bar is not None:
             self._bar.close()
+        elif self._kept is not None:  # patience has ended the run
+            self._line(self._kept)
         accuracy, best = summary["test_accuracy"], summary["best_epoch"]
         rows = {
             "test accuracy": "no test samples" if accuracy is None else f"{accuracy:.2%} of {summary['test_samples']}",

@@ -7,6 +7,7 @@ under another name, synchronised to disk, and renamed once every rank has writte
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,21 @@ FORMAT = "mpicoll-checkpoint-1"
 MANIFEST = "manifest.json"
 KEPT = 3
 """So many of the latest ones are kept: if one turns out to be damaged, there is one before it."""
+
+NAME = re.compile(r"epoch-\d{8}")
+
+FACTS: dict[str, tuple[type, ...]] = {
+    "epoch": (int,),
+    "step": (int,),
+    "seconds": (float, int),
+    "optimizer_steps": (int,),
+    "best": (list, type(None)),  # validation loss, epoch
+    "ranks": (int,),
+    "settings": (dict,),
+    "environment": (dict,),
+    "files": (dict,),
+}
+"""What a manifest says, and of what kind that is."""
 
 T = TypeVar("T")
 
@@ -76,6 +92,7 @@ def save(
             return None
         path = partial / _file(comm.rank)
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+        path.chmod(0o666 & ~umask())  # the library makes it private
         _synchronize(path)
         with path.open("rb") as file:
             return file_digest(file, "sha256").hexdigest()
@@ -86,13 +103,11 @@ def save(
         manifest.write_text(json.dumps({"format": FORMAT, **facts, "ranks": comm.size, "files": files}, indent=1))
         _synchronize(manifest)
         _synchronize(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        partial.chmod(0o777 & ~umask())
+        _set_aside([final] if final.exists() else [])
         partial.rename(final)
         _synchronize(folder)
-        *older, last = sorted(other for other in folder.glob("epoch-*") if other.name <= final.name)
-        later = (other for other in folder.glob("epoch-*") if other.name > last.name)  # of a run resumed from before it
-        for other in (*older[: 1 - KEPT], *later):
-            shutil.rmtree(other, ignore_errors=True)
+        _set_aside(_listed(folder)[:-KEPT])
 
     try:
         on_root(comm, lambda: _writing(final, prepare))
@@ -110,15 +125,39 @@ def latest(run: Path) -> Checkpoint:
 
     A ``UserError`` if there is none, or it is damaged, foreign or of another version; it names the one before.
     """
-    folder = run / "checkpoints"
-    if (run / MANIFEST).exists():
+    if NAME.fullmatch(run.name):
         return _open(run)
-    if not run.is_dir():
-        raise UserError(f"{str(run)!r} does not exist; --resume takes the folder of a run")
-    found = sorted(folder.glob("epoch-*"))
+    found = _listed(run / "checkpoints")
     if not found:
-        raise UserError(f"{str(run)!r} holds no checkpoint; start the run anew")
+        raise UserError(f"{str(run)!r} holds no checkpoint to resume from: remove it, and start the run anew")
     return _open(found[-1])
+
+
+def drop_after(checkpoint: Checkpoint) -> None:
+    """Remove those that came later: a run that goes on from this one is another one from here on."""
+    folder = checkpoint.path.parent
+    for left in folder.glob(".epoch-*"):  # by jobs that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    with _writable(folder):
+        _set_aside([other for other in _listed(folder) if other.name > checkpoint.path.name])
+
+
+def umask() -> int:
+    """Of this process: what it does not let others do with its files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("epoch-*") if NAME.fullmatch(path.name))
+
+
+def _set_aside(paths: list[Path]) -> None:
+    """Remove folders at once: a job that is killed meanwhile leaves no half of one under its name."""
+    aside = [path.rename(path.with_name(f".{path.name}.old")) for path in paths]
+    for path in aside:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _open(path: Path) -> Checkpoint:
@@ -127,12 +166,15 @@ def _open(path: Path) -> Checkpoint:
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             what = facts.get("format") if isinstance(facts, dict) else None
             raise ValueError(f"its format is {what!r}; this version reads {FORMAT!r}")
+        for name, kinds in FACTS.items():
+            if type(facts.get(name)) not in kinds:
+                raise ValueError(f"{name} is {facts.get(name)!r}")
         files = facts.pop("files")
+        if _file(0) not in files or len(files) not in (1, facts["ranks"]):
+            raise ValueError(f"it names the files of {len(files)} of {facts['ranks']} ranks")
         missing = [name for name in files if not (path / name).is_file()]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
-        if not {"epoch", "step", "ranks", "settings"} <= facts.keys() or _file(0) not in files:
-            raise ValueError("it says too little")
     return Checkpoint(path, facts, files)
 
 
@@ -145,16 +187,22 @@ def _readable(path: Path, part: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        before = sorted(other for other in path.parent.glob("epoch-*") if other.name < path.name)
+        before = [other for other in _listed(path.parent) if other.name < path.name]
         offer = f"; resume from the one before with --resume {before[-1]}" if before else ""
         raise UserError(f"checkpoint {str(path)!r} cannot be used ({part}: {reason}){offer}") from error
 
 
 def _writing(path: Path, action: Callable[[], T]) -> T:
+    with _writable(path):
+        return action()
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        return action()
+        yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"checkpoint {str(path)!r} cannot be written ({reason}): training stops") from error

@@ -1,6 +1,7 @@
 """Data: what all ranks agree on, the split, the scaling, and which samples a rank holds and visits."""
 
 import pickle
+import zlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -128,6 +129,16 @@ def load(
     return data._replace(sharded=False, counts=comm.size * data.counts)
 
 
+def fingerprint(data: Dataset, comm: MPI.Intracomm) -> str:
+    """Of the training samples, to see whether they have changed; a collective call.  Depends on shards."""
+    found = 0
+    for array in (data.train.x, data.train.y):
+        pieces = [array] if isinstance(array, np.ndarray) else [array.data, array.indices, array.indptr]
+        for piece in pieces:
+            found = zlib.crc32(np.ascontiguousarray(piece).view(np.uint8).data, found)
+    return ".".join(f"{one:08x}" for one in (comm.allgather(found) if data.sharded else [comm.bcast(found)]))
+
+
 def from_arrays(
     x: "np.ndarray | csr_array", y: np.ndarray, comm: MPI.Intracomm | None = None, *, test: int = 0
 ) -> Dataset:
@@ -188,7 +199,8 @@ def batches(
         order = np.random.default_rng([seed, epoch]).permutation(total)
         for first in range(0, total, batch_size):
             batch = order[first : first + batch_size]
-            yield batch[share(len(batch), rank, comm_size)], len(batch)
+            turn = (rank + first // batch_size) % comm_size  # no rank is always the one with a sample more, or fewer
+            yield batch[share(len(batch), turn, comm_size)], len(batch)
         return
     order = np.random.default_rng([seed, epoch, rank]).permutation(len(data.train.y))
     steps = -(-total // batch_size)

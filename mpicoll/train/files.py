@@ -5,6 +5,7 @@
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .checkpoint import Checkpoint, drop_after, umask
 from .data import Dataset, Scaling
 from .models import MODELS, Layered
 from .settings import Settings, written
@@ -60,8 +62,11 @@ def begin(folder: Path, settings: Settings, environment: dict[str, Any]) -> None
                 for name in texts:
                     (partial / name).rename(real / name)
             else:
-                partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-                partial.rename(real)
+                partial.chmod(0o777 & ~umask())  # mkdtemp makes it private
+                try:
+                    partial.rename(real)
+                except OSError as error:  # ENOTEMPTY
+                    raise (FileExistsError(*error.args) if real.exists() else error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -73,21 +78,45 @@ def add_metrics(folder: Path, epoch: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines; a ``UserError`` if there are none to read.  A last one that is not complete does not count."""
+    """All lines; a ``UserError`` if they cannot be read.  A last one that is not complete does not count."""
     path = folder / METRICS
     try:
         whole = path.read_text().rpartition("\n")[0]
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in whole.splitlines()]
+        for number, line in enumerate(lines, 1):
+            if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
+                raise ValueError(f"line {number} is not that of an epoch")
+        return lines
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{str(path)!r} cannot be read ({reason}); expected the folder of a run") from error
 
 
-def forget_after(folder: Path, epoch: int) -> None:
-    """Drop the lines of epochs that are going to be done again."""
-    kept = [line for line in read_metrics(folder) if line["epoch"] <= epoch]
+def resume(folder: Path, settings: Settings, checkpoint: Checkpoint) -> None:
+    """Make the folder what it was when that checkpoint was written, but for settings that may change."""
+    drop_after(checkpoint)
+    kept = [line for line in read_metrics(folder) if line["epoch"] <= checkpoint.facts["epoch"]]
     with _writable(folder):
+        for name in (SUMMARY, MODEL):
+            (folder / name).unlink(missing_ok=True)
         _replace(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        _replace(folder / CONFIG, written(settings))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """No other job may write into the folder; a ``UserError`` if one does.  Some network file systems cannot tell."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{str(folder)!r} is being written by another job: wait for it, or stop it") from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def finish(
@@ -108,7 +137,7 @@ def finish(
         partial = folder / f".{MODEL}.partial"
         try:
             save_file(tensors, partial, {HEADER: json.dumps(header)})  # of several keys the order would be random
-            partial.chmod(0o666 & ~_umask())  # the library makes it private
+            partial.chmod(0o666 & ~umask())  # the library makes it private
             partial.rename(folder / MODEL)
         finally:
             partial.unlink(missing_ok=True)
@@ -156,7 +185,7 @@ def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, np.ndarray]:
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -175,9 +204,3 @@ def _writable(folder: Path) -> Iterator[None]:
         raise UserError(
             f"output folder {str(folder)!r} cannot be written ({reason}); name another one with --out"
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

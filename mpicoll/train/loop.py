@@ -1,6 +1,6 @@
 """The training loop, top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -9,17 +9,44 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
-from ..mpi.collectives import allreduce
-from ..mpi.guard import on_all
+from ..mpi.collectives import allreduce, bcast
+from ..mpi.guard import on_all, on_root
 from .checkpoint import Checkpoint, save
 from .data import Dataset, Part, batches
 from .models import Batch, Model
-from .optimizers import OPTIMIZERS, clip, learning_rate
-from .settings import Settings
+from .optimizers import OPTIMIZERS, SCHEDULES, clip, learning_rate
+from .settings import DTYPES, LEAST, MOMENTA, Settings, flag
 from .strategies import STRATEGIES, Now
+from .strategies.average import OUTER
 
 BLOCK = 1024
 """Samples evaluated at once."""
+
+
+CHOICES: dict[str, Collection[str]] = {
+    "strategy": STRATEGIES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "outer": OUTER,
+    "momenta": MOMENTA,
+    "dtype": DTYPES,
+}
+
+
+def check(settings: Settings) -> None:
+    """A ``UserError`` for a setting that is out of range, or belongs to another strategy than the chosen one."""
+    for name, known in CHOICES.items():
+        value = getattr(settings, name)
+        if value is not None and value not in known:
+            raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {value!r}")
+    for name, least in LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"{flag(name)} must be at least {least}, got {value}")
+    for name in {name: None for strategy in STRATEGIES.values() for name in strategy.options}:
+        if getattr(settings, name) is not None and name not in STRATEGIES[settings.strategy].options:
+            owners = ", ".join(other for other, strategy in STRATEGIES.items() if name in strategy.options)
+            raise UserError(f"{flag(name)} is not for the {settings.strategy} strategy, but for {owners}: leave it out")
 
 
 class Epoch(NamedTuple):
@@ -78,6 +105,9 @@ class Training:
     """
 
     def __init__(self, comm: MPI.Intracomm, data: Dataset, model: Model, settings: Settings) -> None:
+        check(settings)
+        if settings.patience is not None and not data.validation.total:
+            raise UserError("--patience needs validation samples: hold out a larger share, as with --validation 0.1")
         self.comm, self.data, self.model, self.settings = comm, data, model, settings
         s, dtype = settings, np.dtype(settings.dtype)
         self.steps_per_epoch = -(-data.train.total // s.batch_size)
@@ -91,7 +121,7 @@ class Training:
             comm, self.sums, self.params, self.optimizer, settings, self.steps_per_epoch
         )
         self.epoch = self.step = 0
-        self.seconds = self.resumed_seconds = 0.0
+        self.seconds = self.resumed_seconds = self.agreeing = self.waiting = 0.0
         self.best = np.inf, 0  # validation loss, epoch
         self.best_params: np.ndarray | None = None
 
@@ -102,7 +132,8 @@ class Training:
         checkpoint: Callable[["Training"], Any] = lambda training: None,
         max_steps: int | None = None,
     ) -> Result:
-        """Train to the end; ``report`` and ``checkpoint`` are called after each epoch, ``max_steps`` ends it early.
+        """Train to the end; ``report`` and ``checkpoint`` are called after each epoch, ``max_steps`` ends it early, and
+        then there is no checkpoint.
 
         A loss or parameters that are not finite raise ``UserError`` on all ranks.
         """
@@ -110,7 +141,8 @@ class Training:
         while self.epoch < s.epochs and self.step != max_steps and not self._is_done():
             history.append(self._epoch(max_steps))
             report(history[-1])
-            checkpoint(self)
+            if self.step % self.steps_per_epoch == 0:
+                checkpoint(self)
         final = self.strategy.consensus()
         distance = self._distance(final)
         if self.best_params is not None:
@@ -121,7 +153,7 @@ class Training:
         self.epoch += 1
         s, strategy, x, y = self.settings, self.strategy, self.data.train.x, self.data.train.y
         grad, totals, seen = self.sums[:-2], np.zeros(2), 0
-        total_steps, agreed, sent = s.epochs * self.steps_per_epoch, len(strategy.seconds), strategy.bytes_sent
+        total_steps, sent = s.epochs * self.steps_per_epoch, strategy.bytes_sent
         start = perf_counter()
         for mine, length in batches(self.data, self.comm.size, self.comm.rank, s.batch_size, s.seed, self.epoch):
             lr = learning_rate(s.schedule, s.lr, self.step, total_steps, s.warmup)
@@ -142,6 +174,7 @@ class Training:
                 break
         took = perf_counter() - start
         self.seconds += took
+        agreeing = self._account()
         loss, correct = allreduce(totals, self.comm, deterministic=True) / seen
         if not np.isfinite(loss):
             raise self._diverged(f"the loss became {loss}", self.step)
@@ -155,10 +188,20 @@ class Training:
                 float(loss),
                 float(correct),
                 seen / took,
-                sum(strategy.seconds[agreed:]) / took,
+                agreeing / took,
                 None if strategy.bytes_sent is None or sent is None else strategy.bytes_sent - sent,
             )
         )
+
+    def _account(self) -> float:
+        """Add up the times of the epoch's agreements; returns this rank's seconds in them."""
+        seconds = np.array(self.strategy.seconds)
+        self.strategy.seconds.clear()
+        fastest = seconds.copy()
+        self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
+        self.agreeing += float(np.sum(seconds))
+        self.waiting += float(np.sum(seconds - fastest))
+        return float(np.sum(seconds))
 
     def _diverged(self, what: str, step: int) -> UserError:
         lr = self.settings.lr
@@ -190,12 +233,9 @@ class Training:
         return float(np.sqrt(allreduce(square, self.comm, "mean")[0]))
 
     def _ranks(self) -> list[Rank]:
-        agreeing = np.array(self.strategy.seconds)
-        fastest = agreeing.copy()
-        self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
-        waiting = float(np.sum(agreeing - fastest))
-        sent = self.strategy.bytes_sent, self.strategy.messages
-        own = Rank(self.seconds - self.resumed_seconds, float(np.sum(agreeing)), waiting, *sent)
+        strategy = self.strategy
+        seconds = self.seconds - self.resumed_seconds
+        own = Rank(seconds, self.agreeing, self.waiting, strategy.bytes_sent, strategy.messages)
         return [Rank(*rank) for rank in self.comm.allgather(tuple(own))]
 
     # What a checkpoint keeps, and going on from one.
@@ -221,26 +261,37 @@ class Training:
 
         If it was written by as many ranks, each takes what it had; otherwise all take the mean of what the others had.
         """
-        facts, same = checkpoint.facts, checkpoint.ranks == self.comm.size
+        facts, same = checkpoint.facts, checkpoint.ranks == self.comm.size or len(checkpoint.files) == 1
         vectors = ["params", *(f"optimizer.{name}" for name in self.optimizer.state)]
 
-        def read() -> dict[str, np.ndarray]:
-            tensors = checkpoint.tensors(self.comm.rank if same else 0)
+        def read(rank: int) -> dict[str, np.ndarray]:
+            tensors = checkpoint.tensors(rank)
             if any(name not in tensors or tensors[name].shape != self.params.shape for name in vectors):
                 raise UserError(
                     f"checkpoint {str(checkpoint.path)!r} is that of another model than {self.model.size} parameters: "
                     "were the data changed?"
                 )
-            if not same and len(checkpoint.files) > 1:
-                sums = {name: tensors[name].astype(np.float64) for name in vectors}
-                for rank in range(1, checkpoint.ranks):
-                    others = checkpoint.tensors(rank)
-                    for name in vectors:
-                        sums[name] += others[name]
-                tensors |= {name: total / checkpoint.ranks for name, total in sums.items()}
             return tensors
 
-        tensors = on_all(self.comm, read)
+        def average() -> None:
+            tensors = read(0)
+            sums = {name: tensors[name].astype(np.float64) for name in vectors}
+            for rank in range(1, checkpoint.ranks):
+                others = read(rank)
+                for name in vectors:
+                    sums[name] += others[name]
+            held.append({**tensors, **{name: total / checkpoint.ranks for name, total in sums.items()}})
+
+        if same:
+            tensors = on_all(self.comm, lambda: read(self.comm.rank))
+        else:  # rank 0 reads, or every file would be read by every rank
+            held: list[dict[str, np.ndarray]] = []
+            on_root(self.comm, average)
+            kinds = {name: (array.shape, array.dtype) for name, array in held[0].items()} if held else None
+            kinds = self.comm.bcast(kinds)
+            tensors = held[0] if held else {name: np.empty(*kind) for name, kind in kinds.items()}
+            for name in kinds:
+                bcast(tensors[name], self.comm)
         self.params[:] = tensors["params"]
         for name, vector in self.optimizer.state.items():
             vector[:] = tensors[f"optimizer.{name}"]
@@ -248,6 +299,7 @@ class Training:
         self.strategy.restore(state)
         self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]
         self.seconds = self.resumed_seconds = facts["seconds"]
+        self.best = np.inf, self.epoch  # if patience is new, it begins here
         if facts["best"] is not None:
             self.best, self.best_params = tuple(facts["best"]), tensors["best"]
 

@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
 from . import files
 from .checkpoint import Checkpoint, latest
-from .data import load
-from .loop import Epoch, Training, evaluate
+from .data import fingerprint, load
+from .loop import Epoch, Training, check, evaluate
 from .models import MODELS
-from .settings import Settings
-from .strategies import STRATEGIES
+from .settings import MAY_CHANGE, NOT_SAVED, Settings, flag
 
-DEPENDS = ("version", "mpi", "numpy", "python", "machine", "ranks", "threads_per_rank", "train_samples", "shares")
+DEPENDS = ("version", "mpi", "numpy", "python", "machine", "ranks", "threads_per_rank", "data_crc32", "shares", "graph")
 """What the bits of a run depend on beside its settings."""
+
+OF_RANKS = ("data_crc32", "shares", "graph")
+"""Those of them that are other ones anyway if the number of ranks is."""
 
 
 def run(
@@ -42,6 +45,7 @@ def run(
     gets what is known once the data are there, ``report`` each epoch.  Bad input raises ``UserError`` on all ranks, and
     leaves nothing written.
     """
+    _check_same(comm, settings, resume)
     check(settings)
     checkpoint = on_root(comm, lambda: _checkpoint(resume, settings)) if resume else None
     out = checkpoint.path.parent.parent if checkpoint else on_root(comm, lambda: _output(settings, comm.size))
@@ -53,10 +57,9 @@ def run(
         shards=settings.shards,
         validation=settings.validation,
     )
-    if settings.patience is not None and not data.validation.total:
-        raise UserError("patience needs a validation set: give it with --validation 0.1")
     model = MODELS[settings.model](data.features, data.classes, settings.widths)
     threads = limit_threads(comm, settings.threads)
+    training = Training(comm, data, model, settings)
     facts = {
         "version": __version__,
         "mpi": library_name(),
@@ -65,6 +68,8 @@ def run(
         "machine": platform.machine(),
         "ranks": comm.size,
         "threads_per_rank": threads,
+        "data_crc32": fingerprint(data, comm),
+        "graph": training.strategy.digest,
         "train_samples": data.train.total,
         "validation_samples": data.validation.total,
         "test_samples": data.test.total,
@@ -74,103 +79,128 @@ def run(
         "parameters": model.size,
     }
     hosts = comm.gather(socket.gethostname())
-    training = Training(comm, data, model, settings)
     if checkpoint:
         training.restore(checkpoint)
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
-        facts["changed"] = _changed(checkpoint, facts)
+        facts["changed"] = _changed(checkpoint, facts, settings)
     started(facts)
 
-    def begin() -> Path:
-        """The folder, once there is something to put into it."""
-        environment = {**facts, "hosts": hosts, "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        for folder in [out] if settings.out is not None else _numbered(out):
-            try:
-                files.begin(folder, settings, environment)
-                return folder
-            except FileExistsError:  # another run was given the same name, and was faster
-                continue
-        raise UserError(f"output folder {str(out)!r} was filled by another program; nothing was written")
+    with ExitStack() as held:
 
-    folder: Path | None = None
-    if checkpoint:
-        folder = out
-        on_root(comm, lambda: files.forget_after(out, training.epoch))
+        def begin() -> Path:
+            """The folder, once there is something to put into it."""
+            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            environment = {**facts, "hosts": hosts, "command": sys.argv, "started": now}
+            for folder in [out] if settings.out is not None else _numbered(out):
+                try:
+                    files.begin(folder, settings, environment)
+                    held.enter_context(files.locked(folder))
+                    return folder
+                except FileExistsError:  # another run was given the same name, and was faster
+                    continue
+            raise UserError(f"output folder {str(out)!r} was filled by another program; nothing was written")
 
-    def epoch_done(epoch: Epoch) -> None:
-        nonlocal folder
-        if folder is None:
-            folder = on_root(comm, begin)
-        known = {name: value for name, value in epoch._asdict().items() if value is not None}
+        def go_on() -> Path:
+            """The same, for a run that is resumed."""
+            assert checkpoint is not None
+            held.enter_context(files.locked(out))
+            files.resume(out, settings, checkpoint)
+            return out
+
+        folder = on_root(comm, go_on) if checkpoint else None
+
+        def epoch_done(epoch: Epoch) -> None:
+            nonlocal folder
+            folder = where = folder or on_root(comm, begin)
+            known = {name: value for name, value in epoch._asdict().items() if value is not None}
+            on_root(comm, lambda: files.add_metrics(where, known))
+            report(epoch)
+
+        def save(training: Training) -> None:
+            every = settings.checkpoint
+            if every and folder is not None and (training.epoch % every == 0 or training.epoch == settings.epochs):
+                pinned = {"settings": asdict(settings), "environment": {name: facts[name] for name in DEPENDS}}
+                training.save(folder / files.CHECKPOINTS, pinned)
+
+        result = training.run(epoch_done, save)
+        # Only now is the test set looked at.
+        test_loss, test_accuracy = evaluate(comm, model, result.params, data.test, data.sharded)
+        assert folder is not None
         where = folder
-        on_root(comm, lambda: files.add_metrics(where, known))
-        report(epoch)
 
-    def save(training: Training) -> None:
-        every = settings.checkpoint
-        if every and folder is not None and (training.epoch % every == 0 or training.epoch == settings.epochs):
-            pinned = {"settings": asdict(settings), "environment": {name: facts[name] for name in DEPENDS}}
-            training.save(folder / files.CHECKPOINTS, pinned)
+        def finish() -> dict[str, Any]:
+            last = files.read_metrics(where)[-1]
+            sent = [rank.bytes_sent for rank in result.ranks if rank.bytes_sent is not None]
+            spent = sum(rank.seconds for rank in result.ranks) or 1.0
+            summary = {
+                **asdict(settings),
+                **facts,
+                "algorithm": result.algorithm,
+                "test_accuracy": test_accuracy,
+                "test_loss": test_loss,
+                **{name: last.get(name) for name in ("train_loss", "train_accuracy")},
+                **{name: last.get(name) for name in ("validation_loss", "validation_accuracy")},
+                "best_epoch": training.best[1] if training.best_params is not None else None,
+                "consensus": result.consensus,
+                "epochs_done": training.epoch,
+                "steps": result.steps,
+                "seconds": training.seconds,
+                "steps_per_s": result.steps / training.seconds,
+                "bytes_sent_per_rank": max(sent) if sent else None,  # the most any rank sent
+                "comm_fraction": sum(rank.agreeing for rank in result.ranks) / spent,
+                "wait_fraction": sum(rank.waiting for rank in result.ranks) / spent,  # part of comm_fraction
+                "per_rank": [rank._asdict() for rank in result.ranks],
+                "out": str(where),
+            }
+            files.finish(where, settings, model, result.params, data, summary)
+            return summary
 
-    result = training.run(epoch_done, save)
-    # Only now is the test set looked at.
-    test_loss, test_accuracy = evaluate(comm, model, result.params, data.test, data.sharded)
-    assert folder is not None
-    where = folder
-
-    def finish() -> dict[str, Any]:
-        last = files.read_metrics(where)[-1]
-        sent = [rank.bytes_sent for rank in result.ranks if rank.bytes_sent is not None]
-        spent = sum(rank.seconds for rank in result.ranks) or 1.0
-        summary = {
-            **asdict(settings),
-            **facts,
-            "algorithm": result.algorithm,
-            "test_accuracy": test_accuracy,
-            "test_loss": test_loss,
-            **{name: last.get(name) for name in ("train_loss", "train_accuracy")},
-            **{name: last.get(name) for name in ("validation_loss", "validation_accuracy")},
-            "best_epoch": training.best[1] if training.best_params is not None else None,
-            "consensus": result.consensus,
-            "epochs_done": training.epoch,
-            "steps": result.steps,
-            "seconds": training.seconds,
-            "steps_per_s": result.steps / training.seconds,
-            "bytes_sent_per_rank": max(sent) if sent else None,  # the most any rank sent
-            "comm_fraction": sum(rank.agreeing for rank in result.ranks) / spent,
-            "wait_fraction": sum(rank.waiting for rank in result.ranks) / spent,  # part of comm_fraction
-            "per_rank": [rank._asdict() for rank in result.ranks],
-            "out": str(where),
-        }
-        files.finish(where, settings, model, result.params, data, summary)
-        return summary
-
-    return on_root(comm, finish)
+        return on_root(comm, finish)
 
 
-def check(settings: Settings) -> None:
-    """A ``UserError`` for a setting that belongs to another strategy than the chosen one."""
-    for name in {name: None for strategy in STRATEGIES.values() for name in strategy.options}:
-        if getattr(settings, name) is not None and name not in STRATEGIES[settings.strategy].options:
-            owners = ", ".join(other for other, strategy in STRATEGIES.items() if name in strategy.options)
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is not for the {settings.strategy} strategy, but for {owners}: leave it out")
+def _check_same(comm: MPI.Intracomm, settings: Settings, resume: Path | None) -> None:
+    """A launcher may give ranks options of their own; here they must not have any."""
+    told = comm.allgather({**asdict(settings), "resume": str(resume)})
+    for rank, other in enumerate(told):
+        for name, value in other.items():
+            if value != told[0][name]:
+                raise UserError(
+                    f"{flag(name)} must be the same on all ranks, and is {told[0][name]!r} on rank 0 and {value!r} on "
+                    f"rank {rank}: give all of them the same options, environment and configuration"
+                )
 
 
 def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
+    run = run.resolve()
     found = latest(run)
+    folder = found.path.parent.parent
+    if settings.out is not None and Path(settings.out).resolve() != folder:
+        raise UserError(f"--out cannot be changed: a resumed run goes on in its folder, {str(folder)!r}")
+    for name, value in asdict(settings).items():
+        before = found.facts["settings"].get(name)
+        if name not in (*MAY_CHANGE, *NOT_SAVED) and value != before:
+            may = ", ".join(map(flag, MAY_CHANGE))
+            raise UserError(
+                f"{flag(name)} is {value!r}, and was {before!r}: of a resumed run only {may} can be changed"
+            )
     done = found.facts["epoch"]
-    if done >= settings.epochs:
-        raise UserError(f"{str(run)!r} has done its {done} epochs; to go on, ask for more with --epochs")
+    if done >= settings.epochs and (folder / files.SUMMARY).exists():
+        raise UserError(f"{str(folder)!r} has done its {done} epochs; to go on, ask for more with --epochs")
     return found
 
 
-def _changed(checkpoint: Checkpoint, facts: dict[str, Any]) -> list[str]:
+def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings) -> list[str]:
     """What bits depend on, and is not as it was."""
-    before = checkpoint.facts.get("environment", {})
-    changes = [f"{name} {before.get(name)} -> {facts[name]}" for name in DEPENDS if before.get(name) != facts[name]]
-    if checkpoint.ranks != facts["ranks"] and len(checkpoint.files) > 1:
-        changes.append(f"the models and momenta of {checkpoint.ranks} ranks are averaged")
+    before, ranks = checkpoint.facts["environment"], checkpoint.ranks
+    names = [name for name in DEPENDS if ranks == facts["ranks"] or name not in OF_RANKS]
+    changes = [f"{name} {before.get(name)} -> {facts[name]}" for name in names if before.get(name) != facts[name]]
+    epochs = checkpoint.facts["settings"].get("epochs")
+    if settings.schedule != "constant" and epochs != settings.epochs:
+        changes.append(
+            f"epochs {epochs} -> {settings.epochs}, and so the learning rates of the {settings.schedule} schedule"
+        )
+    if ranks != facts["ranks"] and len(checkpoint.files) > 1:
+        changes.append(f"the models and momenta of {ranks} ranks are averaged")
     return changes
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ..errors import UserError
 
@@ -54,11 +54,34 @@ class Settings:
         return tuple(int(width) for width in (self.hidden or "").split(",") if width)
 
 
+LEAST = {
+    "epochs": 1,
+    "batch_size": 1,
+    "every": 1,
+    "sync_epochs": 0,
+    "warmup": 0,
+    "patience": 1,
+    "checkpoint": 0,
+    "seed": 0,
+}
+"""The smallest values of whole numbers."""
+
+MOMENTA = ("keep", "average", "reset")
+DTYPES = ("float32", "float64")
+
 NOT_SAVED = ("out",)
 """What a configuration file written by a run leaves out: another run is not to go to the same folder."""
 
-MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads")
-"""What may be another when a run is resumed."""
+MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads", "data", "test", "graph")
+"""What may be another when a run is resumed: how long it is, and where things are."""
+
+LARGE = 2**64
+NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def flag(name: str) -> str:
+    """As the command line calls it."""
+    return "--" + name.replace("_", "-")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -67,13 +90,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     from difflib import get_close_matches
 
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"configuration {str(path)!r} cannot be read: {reason}") from error
+        given = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))  # paths may be no text
+    except OSError as error:
+        raise UserError(f"configuration {str(path)!r} cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"configuration {str(path)!r} is not TOML: {error}") from error
-    known = [field.name for field in fields(Settings)]
+    known = get_type_hints(Settings)
     settings = {}
     for key, value in given.items():
         name = key.replace("-", "_")
@@ -81,15 +103,18 @@ def read_settings(path: Path) -> dict[str, Any]:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
             raise UserError(f"configuration {str(path)!r} has an unknown key {key!r}: {hint}")
-        if isinstance(value, (dict, list)):
-            raise UserError(f"configuration {str(path)!r}: {key} must be one value, not a {type(value).__name__}")
-        settings[name] = value
+        kinds = get_args(known[name]) or (known[name],)
+        accepted = {float: (float, int), str: (str, int)}.get(kinds[0], kinds[:1])
+        if type(value) not in accepted or "\0" in str(value) or (type(value) is int and abs(value) >= LARGE):
+            raise UserError(f"configuration {str(path)!r}: {key} must be {NAMES[kinds[0]]}, got {str(value)[:40]!r}")
+        settings[name] = kinds[0](value)
     return settings
 
 
 def written(settings: Settings) -> str:
     """The same as the text of a TOML file, for ``read_settings``."""
-    from json import dumps  # of a string, number or truth value it is TOML too
+    from json import dumps  # of a string, number or truth value it is TOML too, but for one character
 
     named = [(field.name, getattr(settings, field.name)) for field in fields(Settings) if field.name not in NOT_SAVED]
-    return "".join(f"{name} = {dumps(value)}\n" for name, value in named if value is not None)
+    lines = (f"{name} = {dumps(value, ensure_ascii=False)}\n" for name, value in named if value is not None)
+    return "".join(lines).replace("\x7f", "\\u007f")

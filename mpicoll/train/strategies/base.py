@@ -29,8 +29,9 @@ class Strategy:
     ``params``, and lets them agree on those.  ``sums`` is what ``agree_on_gradient`` finds there: the gradient,
     summed over this rank's samples, and two numbers more, which add up likewise.
 
-    ``seconds`` holds the time of each agreement of this rank, waiting for others included; ``bytes_sent`` and
-    ``messages`` count up, and are ``None`` where the MPI library does the sending and it cannot be known.
+    ``seconds`` holds the time of each agreement of this rank, waiting for others included, until the loop takes them
+    out; ``bytes_sent`` and ``messages`` count up, and are ``None`` where the MPI library does the sending and it cannot
+    be known.  ``digest`` stands for what bits depend on beside settings.
     """
 
     options: ClassVar[dict[str, Any]] = {}
@@ -52,10 +53,11 @@ class Strategy:
         self.sums, self.params, self.optimizer = sums, params, optimizer
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
         self.seconds: list[float] = []
+        self.digest = ""
         self.bytes_sent: int | None = 0
         self.messages: int | None = 0
         self.algorithm = settings.algorithm
-        self._accounts: dict[int, Any] = {}  # of allreduces, by the number of arrays
+        self._accounts: dict[int, Any] = {}  # of allreduces, by the number of elements
 
     def option(self, name: str) -> Any:
         """A setting of this strategy's own, or its default."""
@@ -70,7 +72,9 @@ class Strategy:
         """Returns by what to multiply the sums, beside dividing them by the length of the whole batch, to have a mean:
         1 if they are those of all ranks now, p if they are this rank's, on average a p-th.
 
-        With p, every sample counts the same however unevenly a batch is shared out.
+        With p, every sample counts the same however unevenly a batch is shared out: in the mean of what ranks do with
+        their gradients, as long as that is linear in them, as SGD's step is.  Adaptive rules and clipping are not; for
+        them it matters that no rank always has more samples than others, nor always none.
         """
         return self.p
 
@@ -105,9 +109,10 @@ class Strategy:
         canonical = named == "auto"
         with self.agreeing():
             allreduce(x, self.comm, op, named, deterministic=canonical)
-        found = self._accounts.get(len(arrays))
+        size = sum(array.size for array in arrays)
+        found = self._accounts.get(size)
         if found is None:
-            found = self._accounts[len(arrays)] = account(x, self.comm, named, op=op, deterministic=canonical)
+            found = self._accounts[size] = account(x, self.comm, named, op=op, deterministic=canonical)
         self.algorithm = found.algorithm
         self.count(found.bytes_sent, found.messages)
 

@@ -14,6 +14,29 @@ from ...graphs import Graph, graph
 from .base import Now, Strategy
 
 
+def _read(path: str, p: int) -> Any:
+    """The matrices in a file, of which a graph can be made that brings all ranks together."""
+    try:
+        matrices = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"graph {path!r} cannot be read as an .npy file of matrices: {error}") from error
+    if not isinstance(matrices, np.ndarray):
+        raise UserError(f"graph {path!r} holds several arrays: expected an .npy file of one")
+    made = _made(path, matrices, p)
+    if not made.connected:
+        raise UserError(f"graph {path!r} is not connected: some ranks never hear of others, not even by way of others")
+    if p > 1 and made.contraction > 1 - 1e-12:
+        raise UserError(f"graph {path!r} does not bring ranks closer to each other: let them keep a part of their own")
+    return matrices
+
+
+def _made(name: str, what: Any, p: int) -> Graph:
+    try:
+        return graph(what, p)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"graph {name!r}: {error}") from error
+
+
 class Gossip(Strategy):
     """A round of gossip averaging a step, on any graph of ``mpicoll.graph`` or the matrices in an ``.npy`` file.
 
@@ -32,6 +55,7 @@ class Gossip(Strategy):
         self.mix_first, self.momenta = self.option("mix_first"), self.option("momenta")
         if self.momenta == "reset":
             raise UserError(f"momenta reset is for averaging: {self.settings.strategy} mixes in every step")
+        self.digest = self.graph.digest.hex()[:8]
         self.push = None if self.graph.doubly else PushSum(self.comm, self.graph)
         if self.push and self.momenta == "average":
             raise UserError(f"momenta average needs a doubly stochastic graph; only columns of the {self.graph} add up")
@@ -42,21 +66,10 @@ class Gossip(Strategy):
         from ...mpi.guard import on_root
 
         what = self.option("graph")
-
-        def read() -> Any:
-            try:
-                return np.load(what, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"graph {what!r} cannot be read as an .npy file of matrices: {error}") from error
-
-        from_file = Path(what).suffix == ".npy"
-        try:
-            made = graph(on_root(self.comm, read) if from_file else what, self.p)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"graph {what!r}: {error}") from error
-        if from_file and self.p > 1 and made.contraction > 1 - 1e-12:
-            raise UserError(f"graph {what!r} does not bring all ranks together: some never hear of others")
-        return made
+        if Path(what).suffix != ".npy":
+            return _made(what, what, self.p)
+        matrices = on_root(self.comm, lambda: _read(what, self.p))
+        return _made(what, matrices, self.p)
 
     def point(self) -> np.ndarray:
         """See ``Strategy``: with push-sum the estimate of the mean."""
@@ -86,7 +99,8 @@ class Gossip(Strategy):
                 self.push.mix(x)
             else:
                 gossip_average(x, self.comm, self.graph, step=step)
-        others = sum(target != self.comm.rank for target in self.graph.neighbors(self.comm.rank, step)[1])
+        target, source, _ = self.graph.edges(step)
+        others = int(np.count_nonzero((source == self.comm.rank) & (target != self.comm.rank)))
         self.count(others * sum(array.nbytes for array in arrays), others)
 
     def state(self) -> dict[str, np.ndarray]:
