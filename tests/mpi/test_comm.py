@@ -370,6 +370,7 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.timeout(300)  # Open MPI's ranks spin: on a busy machine each call may cost them a turn of the scheduler
 @pytest.mark.skipif(P > 2, reason="the same with more ranks, only longer")
 def test_ten_thousand_calls_leave_nothing(ours):
     def calls(number: int) -> None:
