@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from launch import BIN, IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli.app import app
 from mpicoll.cli.plot import names
+from mpicoll.train import files
 from mpicoll.train.files import read_model
 
 FILES = ["checkpoints", "config.toml", "environment.json", "metrics.jsonl", "model.safetensors", "summary.json"]
@@ -245,21 +247,99 @@ def test_the_slowest_rank_of_many_is_in_the_account(tmp_path):
     assert [note for _, note in rows].count("  the slowest") == 1
 
 
-def test_what_may_not_change_when_a_run_is_resumed(tmp_path):
-    assert run([*QUICK, "--out", "run"], tmp_path).status == 0
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs on data of its own, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    npz(folder / "d.npz", **blobs(60))
+    done = run([*RUN, "--epochs", "2", "--data", str(folder / "d.npz"), "--out", "run"], folder)
+    assert (done.status, done.err) == (0, "")
+    return folder / "run"
+
+
+RUN = ["mpicoll", "train", "--model", "softmax", "--validation", "0.2"]
+
+
+def test_what_may_change_when_a_run_is_resumed_and_what_not(tmp_path, finished):
+    (tmp_path / "c.toml").write_text("lr = 0.5\n")
+    (tmp_path / "x").mkdir()
     for options, message in {
-        "": "'run' has done its 1 epochs; to go on, ask for more with --epochs",
-        "--epochs 2 --lr 3": "--lr cannot be changed when a run is resumed: only --epochs, --patience, ",
-        "--epochs 2 --config x.toml": "--config and --resume exclude each other|cannot be read",
+        "": "'.*run' has done its 2 epochs; to go on, ask for more with --epochs",
+        "--epochs 3 --lr 3": "--lr is 3.0, and was 0.1: of a resumed run only --epochs, --patience, .* can be changed",
+        "--epochs 3 --optimizer adam": "--optimizer is 'adam', and was 'sgd'",
+        "--epochs 3 --config c.toml": "--config and --resume exclude each other",
+        "--epochs 3 --out x": "--out cannot be changed: a resumed run goes on in its folder",
     }.items():
-        failed = run(["mpicoll", "train", "--resume", "run", *options.split()], tmp_path)
+        shutil.copytree(finished, tmp_path / "run", dirs_exist_ok=True)
+        failed = run(["mpicoll", "train", *options.split(), "--resume", "run"], tmp_path)
         assert failed.status == 1
         assert re.search(message, failed.err)
         assert failed.err.count("\n") == 1
-    changed = run(["mpicoll", "train", "--resume", "run", "--epochs", "2", "--lr", "0.1"], tmp_path)
+    early = run(["mpicoll", "train", "--resume", "run"], tmp_path, env={"MPICOLL_TRAIN_CONFIG": "c.toml"})
+    assert "exclude each other" in early.err
+    config = tmp_path / "run/config.toml"
+    config.write_text(config.read_text().replace("batch_size = 64", "batch_size = 6"))
+    edited = run(["mpicoll", "train", "--resume", "run", "--epochs", "3"], tmp_path)
+    assert "--batch-size is 6, and was 64" in edited.err
+    config.write_text(config.read_text().replace("batch_size = 6", "batch_size = 64"))
+    changed = run(["mpicoll", "train", "--resume", "run", "--epochs", "4", "--lr", "0.1", "--out", "run"], tmp_path)
     assert (changed.status, changed.err) == (0, "")
-    other = mpirun(2, ["mpicoll", "train", "--resume", "run", "--epochs", "3"], tmp_path)
+    assert "bits may differ" not in changed.out
+    assert "epochs = 4\n" in config.read_text()
+    other = mpirun(2, ["mpicoll", "train", "--resume", "run", "--epochs", "5"], tmp_path)
     assert "not as before, and bits may differ: ranks 1 -> 2" in other.out
+
+
+def test_other_data_of_the_same_size_are_told(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    data = npz(tmp_path / "e.npz", **blobs(60, seed=1))
+    done = run(["mpicoll", "train", "--resume", "run", "--epochs", "3", "--data", str(data)], tmp_path)
+    assert re.search("not as before, and bits may differ: data_crc32 [0-9a-f]{8} -> [0-9a-f]{8}\n", done.out)
+
+
+def test_a_run_that_was_killed_before_its_model_was_written_is_finished(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    wanted = {}
+    for name in ("model.safetensors", "summary.json"):
+        wanted[name] = (tmp_path / "run" / name).read_bytes()
+        (tmp_path / "run" / name).unlink()
+    done = run(["mpicoll", "train", "--resume", "run"], tmp_path)
+    assert (done.status, done.err) == (0, "")
+    assert (tmp_path / "run/model.safetensors").read_bytes() == wanted["model.safetensors"]
+    before, after = (json.loads(text) for text in (wanted["summary.json"], (tmp_path / "run/summary.json").read_text()))
+    assert (after["test_accuracy"], after["steps"]) == (before["test_accuracy"], before["steps"])
+
+
+def test_patience_that_is_new_begins_when_the_run_is_resumed(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    done = run(["mpicoll", "train", "--resume", "run", "--epochs", "6", "--patience", "1", "--json"], tmp_path)
+    assert json.loads(done.out.splitlines()[-1])["epochs_done"] > 2
+
+
+def test_resuming_by_other_names_of_the_folder(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "link").symlink_to("run/checkpoints/epoch-00000002")
+    for n, (where, name) in enumerate([("run", "."), ("run/checkpoints/epoch-00000001", "."), (".", "link")]):
+        done = run(["mpicoll", "train", "--resume", name, "--epochs", str(3 + n)], tmp_path / where)
+        assert (done.status, done.err) == (0, ""), (where, name)
+    (tmp_path / "run/checkpoints/epoch-00000005/manifest.json").unlink()
+    failed = run(["mpicoll", "train", "--resume", "run/checkpoints/epoch-00000005"], tmp_path)
+    assert re.search("epoch-00000005' cannot be used .*; resume from the one before with --resume .*0004\n", failed.err)
+
+
+def test_two_jobs_do_not_write_to_one_run(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    with files.locked(tmp_path / "run"):
+        failed = run(["mpicoll", "train", "--resume", "run", "--epochs", "3"], tmp_path)
+    assert re.fullmatch("mpicoll: '.*run' is being written by another job: wait for it, or stop it\n", failed.err)
+    assert run(["mpicoll", "train", "--resume", "run", "--epochs", "3"], tmp_path).status == 0
+
+
+def test_ranks_may_not_have_settings_of_their_own(tmp_path):
+    command = ["mpirun", "-n", "1", *QUICK, ":", "-n", "1", *QUICK, "--lr", "0.5"]
+    failed = run(command, tmp_path)
+    message = "--lr must be the same on all ranks, and is 0.1 on rank 0 and 0.5 on rank 1: give all of them the same"
+    assert_one_line(failed, tmp_path, 1, message)
 
 
 def test_plots(tmp_path):
@@ -400,7 +480,12 @@ def test_bad_data(tmp_path, message):
         (["--model", "mlp", "--hidden", "3,,4"], 2, "'--hidden': '3,,4' is not a list of widths like 256 or 256,128"),
         (["--hidden", "32"], 1, "model 'softmax' has no hidden layers"),
         (["--model", "logistic"], 1, "model 'logistic' is for two classes, and the data have 10"),
-        (["--patience", "3"], 1, "patience needs a validation set: give it with --validation 0.1"),
+        (
+            ["--patience", "3"],
+            1,
+            "--patience needs validation samples: hold out a larger share, as with --validation 0.1",
+        ),
+        (["--timeout", "nan"], 2, "'--timeout': nan is not a finite number"),
         (["--validation", "1"], 2, "'--validation': 1.0 is not in the range 0<=x<1"),
         (["--config", "gone.toml"], 1, "configuration 'gone.toml' cannot be read: No such file"),
         (["--resume", "gone"], 1, "'gone' holds no run: --resume takes the folder that mpicoll train wrote"),
@@ -513,8 +598,9 @@ def test_a_launcher_of_another_mpi_is_found_out(tmp_path):
 def test_ctrl_c_leaves_what_can_be_resumed(tmp_path):
     def interrupt(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        while not process.stdout.readline().startswith("  epoch"):
-            pass
+        for line in process.stdout:
+            if line.startswith("  epoch"):
+                break
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from mpicoll import UserError
 from mpicoll.train import files
+from mpicoll.train.checkpoint import Checkpoint
 from mpicoll.train.data import Dataset, Scaling
 from mpicoll.train.models import MODELS
 from mpicoll.train.settings import Settings, read_settings, written
@@ -107,17 +108,41 @@ def test_metrics_of_epochs_to_be_done_again_are_dropped_and_a_torn_line_does_not
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
         file.write('{"epoch": 6, "lo')
     assert [line["epoch"] for line in files.read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    files.forget_after(tmp_path / "run", 3)
+    (tmp_path / "run/summary.json").write_text("{}")
+    found = Checkpoint(tmp_path / "run/checkpoints/epoch-00000003", {"epoch": 3}, {})
+    files.resume(tmp_path / "run", Settings(epochs=77), found)
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert [json.loads(line)["epoch"] for line in text.splitlines()] == [1, 2, 3]
+    assert read_settings(tmp_path / "run/config.toml")["epochs"] == 77
+    assert not (tmp_path / "run/summary.json").exists()
+    for line in ("7", "{}", '{"epoch": "x"}'):
+        (tmp_path / "run/metrics.jsonl").write_text('{"epoch": 1}\n' + line + "\n")
+        with pytest.raises(UserError, match=r"cannot be read .line 2 is not that of an epoch."):
+            files.read_metrics(tmp_path / "run")
     with pytest.raises(UserError, match=r"cannot be read .No such file or directory.; expected the folder of a run"):
         files.read_metrics(tmp_path)
 
 
 def test_settings_come_back_from_the_file_that_a_run_writes(tmp_path):
-    odd = Settings(data='a "b"\\c\n/é.npz', lr=1e-7, hidden="3,4", mix_first=True, patience=4, out="x", validation=0.25)
+    odd = Settings(
+        data='a "b"\\c\n/é\x7f\U0001f600.npz',
+        lr=1e-7,
+        hidden="3,4",
+        mix_first=True,
+        patience=4,
+        out="x",
+        validation=0.25,
+    )
     (tmp_path / "config.toml").write_text(written(odd), encoding="utf-8")
     assert Settings(**read_settings(tmp_path / "config.toml"), out="x") == odd
+
+
+def test_paths_that_are_no_text_and_numbers_of_either_kind(tmp_path):
+    odd = Settings(data=b"\xff".decode(errors="surrogateescape"), hidden="5")
+    (tmp_path / "c.toml").write_text(written(odd), encoding="utf-8", errors="surrogateescape")
+    assert Settings(**read_settings(tmp_path / "c.toml")) == odd
+    (tmp_path / "c.toml").write_text("hidden = 5\nlr = 1\n")
+    assert read_settings(tmp_path / "c.toml") == {"hidden": "5", "lr": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +151,13 @@ def test_settings_come_back_from_the_file_that_a_run_writes(tmp_path):
         ("epochs = 3\nlerning-rate = 1\n", "has an unknown key 'lerning-rate': expected one of data, test, "),
         ("epohcs = 3\n", "has an unknown key 'epohcs': did you mean 'epochs'"),
         ("batch-sise = 3\n", "has an unknown key 'batch-sise': did you mean 'batch_size'"),
-        ("epochs = [1]\n", "epochs must be one value, not a list"),
+        ("epochs = [1]\n", "epochs must be a whole number, got '.1.'"),
+        ("epochs = 2.7\n", "epochs must be a whole number, got '2.7'"),
+        ("epochs = true\n", "epochs must be a whole number, got 'True'"),
+        ("lr = true\n", "lr must be a number, got 'True'"),
+        ("shards = 2\n", "shards must be true or false, got '2'"),
+        ("seed = 1" + 30 * "0" + "\n", "seed must be a whole number"),
+        ('out = "a\\u0000b"\n', "out must be text"),
         ("[train]\nepochs = 1\n", "unknown key 'train'"),
         ("epochs 3\n", "is not TOML: "),
     ],
@@ -139,7 +170,6 @@ def test_configurations_that_will_not_do(tmp_path, text, message):
 
 
 def test_configurations_that_cannot_be_read(tmp_path):
-    (tmp_path / "latin").write_bytes(b"data = '\xe9'")
-    for name, message in {"gone": "No such file", "latin": "not UTF-8", ".": "Is a directory"}.items():
+    for name, message in {"gone": "No such file", ".": "Is a directory"}.items():
         with pytest.raises(UserError, match=f"cannot be read: .*{message}"):
             read_settings(tmp_path / name)

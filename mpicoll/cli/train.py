@@ -143,14 +143,12 @@ def _configure(ctx: click.Context, param: click.Parameter, value: Path | None) -
     if ctx.default_map:
         raise UserError("--config and --resume exclude each other: a resumed run keeps its settings")
     if param.name == "resume":
-        where = value.resolve()
-        run = where.parent.parent if where.parent.name == "checkpoints" else where
+        run = value if (value / "config.toml").exists() else value.resolve().parent.parent
         if not (run / "config.toml").exists():
             raise UserError(f"{str(value)!r} holds no run: --resume takes the folder that mpicoll train wrote")
-        value, run = where, run / "config.toml"
+        ctx.default_map = read_settings(run / "config.toml")
     else:
-        run = value
-    ctx.default_map = read_settings(run)
+        ctx.default_map = read_settings(value)
     return value
 
 

@@ -125,8 +125,8 @@ def latest(run: Path) -> Checkpoint:
 
     A ``UserError`` if there is none, or it is damaged, foreign or of another version; it names the one before.
     """
-    if NAME.fullmatch(run.name):
-        return _open(run)
+    if not (run / "checkpoints").is_dir() and NAME.fullmatch(run.resolve().name):
+        return _open(run.resolve())
     found = _listed(run / "checkpoints")
     if not found:
         raise UserError(f"{str(run)!r} holds no checkpoint to resume from: remove it, and start the run anew")

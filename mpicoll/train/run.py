@@ -171,10 +171,9 @@ def _check_same(comm: MPI.Intracomm, settings: Settings, resume: Path | None) ->
 
 
 def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
-    run = run.resolve()
     found = latest(run)
     folder = found.path.parent.parent
-    if settings.out is not None and Path(settings.out).resolve() != folder:
+    if settings.out is not None and Path(settings.out).resolve() != folder.resolve():
         raise UserError(f"--out cannot be changed: a resumed run goes on in its folder, {str(folder)!r}")
     for name, value in asdict(settings).items():
         before = found.facts["settings"].get(name)

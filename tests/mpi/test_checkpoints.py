@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, and what is resumed from one ends with the same bits."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def stopped_after(made: Training, epochs: int, folder: Path) -> Path:
 def test_a_resumed_run_ends_with_the_same_bits(comm, folder, run):
     given = {**graphs(run, folder, comm), "epochs": 5, "patience": 3}
     data = blobs(101, "f4", validation=20)
+    if "optimizer" not in run:  # the best model is that of the first epoch, and kept in the checkpoint
+        data = data._replace(validation=data.validation._replace(y=(data.validation.y + 1) % 3))
     whole = training(comm, data, **given).run()
     path = stopped_after(training(comm, data, **given), 2, folder / "checkpoints")
     other = training(comm, data, **{**given, "seed": 3})
@@ -112,10 +115,17 @@ def test_the_latest_are_kept_and_nothing_else(comm, folder):
     comm.Barrier()
     # One that goes on from an earlier one leaves none of those that came after it.
     made = training(comm, blobs(60), strategy="gossip", epochs=5)
+    (folder / "checkpoints/epoch-00000005.bak").mkdir(exist_ok=True)  # somebody else's
     made.restore(latest(kept[0]))
+    comm.Barrier()
+    if comm.rank == 0:
+        (folder / "checkpoints/.epoch-00000007.partial").mkdir()  # of a job that was killed
+        checkpoint.drop_after(latest(kept[0]))
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [kept[0].name, "epoch-00000005.bak"]
     made.run(checkpoint=lambda self: self.save(folder / "checkpoints", FACTS))
     comm.Barrier()
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["epoch-00000004", "epoch-00000005"]
+    left = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert left == ["epoch-00000004", "epoch-00000005", "epoch-00000005.bak"]
 
 
 def tear(path: Path) -> None:
@@ -129,8 +139,11 @@ def flip(path: Path) -> None:
     path.write_bytes(whole)
 
 
-def newer(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": "mpicoll-checkpoint-9"}))
+def edited(**facts: Any) -> Callable[[Path], object]:
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+newer = edited(format="mpicoll-checkpoint-9")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +156,10 @@ def newer(path: Path) -> None:
         ("manifest.json", newer, "its format is 'mpicoll-checkpoint-9'; this version reads 'mpicoll-checkpoint-1'"),
         ("manifest.json", lambda path: path.write_text("[]"), "its format is None"),
         ("manifest.json", Path.unlink, "No such file"),
+        ("manifest.json", edited(best=3), "manifest.json: best is 3"),
+        ("manifest.json", edited(epoch="x"), "manifest.json: epoch is 'x'"),
+        ("manifest.json", edited(environment=None), "manifest.json: environment is None"),
+        ("manifest.json", edited(files={}), f"names the files of 0 of {P} ranks"),
     ],
 )
 def test_damaged_ones_are_refused_by_all_and_the_one_before_is_offered(comm, folder, name, damage, message):
@@ -163,9 +180,7 @@ def test_one_of_another_model_is_refused(comm, folder):
     saved(comm, folder, epochs=1)
     with pytest.raises(UserError, match=r"is that of another model than .* parameters: were the data changed"):
         training(comm, blobs(60), optimizer="adam").restore(latest(folder))
-    with pytest.raises(UserError, match="'nowhere' does not exist; --resume takes the folder of a run"):
-        latest(Path("nowhere"))
-    with pytest.raises(UserError, match="holds no checkpoint; start the run anew"):
+    with pytest.raises(UserError, match="holds no checkpoint to resume from: remove it, and start the run anew"):
         latest(folder / "checkpoints")
 
 

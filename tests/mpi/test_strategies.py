@@ -286,6 +286,33 @@ def test_bytes_and_messages(comm, name, every):
 # Bad input.
 
 
+def test_a_file_of_several_arrays_is_no_graph(comm, folder):
+    if comm.rank == 0:
+        with (folder / "graph.npy").open("wb") as file:
+            np.savez(file, a=np.eye(P), b=np.eye(P))
+    comm.Barrier()
+    with pytest.raises(UserError, match=r"holds several arrays: expected an .npy file of one"):
+        strategy(comm, np.zeros(5), strategy="gossip", graph=str(folder / "graph.npy"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"strategy": "snyc"}, "--strategy must be one of sync, average, butterfly, gossip, got 'snyc'"),
+        ({"optimizer": "adm"}, "--optimizer must be one of sgd, .*, got 'adm'"),
+        ({"strategy": "average", "outer": "bm"}, "--outer must be one of mean, bmuf, .*, got 'bm'"),
+        ({"strategy": "average", "every": 0}, "--every must be at least 1, got 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"every": 3}, "--every is not for the sync strategy, but for average: leave it out"),
+        ({"strategy": "butterfly", "graph": "ring"}, "--graph is not for the butterfly strategy, but for gossip"),
+        ({"patience": 3}, "--patience needs validation samples"),
+    ],
+)
+def test_settings_that_will_not_do(comm, given, message):
+    with pytest.raises(UserError, match=message):
+        training(comm, blobs(30), **given)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -303,12 +330,14 @@ def test_graphs_that_there_are_not(comm, given, message):
     [
         (lambda: np.eye(P + 1), f"expected a graph of {P} ranks, got one of {P + 1}"),
         (lambda: np.eye(P) * 0.9, "must add up to 1"),
-        (lambda: np.eye(P), "does not bring all ranks together"),
+        (lambda: np.eye(P), "is not connected: some ranks never hear of others"),
+        (lambda: np.diag([0.5] * (P - 1) + [1]) + np.eye(P, k=-1) / 2, "is not connected"),  # rank 0 hears of nobody
+        (lambda: np.roll(np.eye(P), 1, axis=0), "does not bring ranks closer to each other"),
     ],
 )
 def test_matrices_that_will_not_do(comm, folder, make, message):
-    if P == 1 and "together" in message:
-        pytest.skip("one rank is always together")
+    if P == 1 and "add up" not in message and "expected" not in message:
+        pytest.skip("one rank is always connected")
     path = folder / "graph.npy"
     if comm.rank == 0:
         np.save(path, make())

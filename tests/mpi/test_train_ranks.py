@@ -107,6 +107,24 @@ def test_shards_of_uneven_length(comm, strategy, batch_size):
         np.testing.assert_allclose(first.params, alone.params, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("strategy", ["sync", "average", "butterfly", "gossip"])
+def test_what_becomes_nan_on_one_rank_ends_the_run_on_all(comm, monkeypatch, strategy, where):
+    step = Layered.loss_and_grad
+
+    def broken(self: Any, params: np.ndarray, batch: Any, grad: np.ndarray) -> Any:
+        sums = step(self, params, batch, grad)
+        if comm.rank == P - 1:
+            grad[0] = np.nan if where == "gradient" else grad[0]
+            sums = sums._replace(loss=np.nan if where == "loss" else sums.loss)
+        return sums
+
+    monkeypatch.setattr(Layered, "loss_and_grad", broken)
+    with pytest.raises(UserError, match=r"(the loss became nan|parameters became infinite or nan) at step") as caught:
+        trained(comm, blobs(40), strategy=strategy, epochs=2, batch_size=10)
+    assert len(set(comm.allgather(str(caught.value)))) == 1
+
+
 @pytest.mark.parametrize("strategy", ["sync", "average", "butterfly", "gossip"])
 def test_one_slow_rank_delays_the_others_and_changes_nothing(comm, monkeypatch, strategy):
     usual = trained(comm, blobs(40), strategy=strategy, epochs=1, batch_size=10)
