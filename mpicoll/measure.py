@@ -181,11 +181,13 @@ OPS = {
 }
 
 
-def _shares(rng: np.random.Generator, p: int, op: str) -> np.ndarray:
-    """Small integers, new in each call, and different for up to 28 ranks: sums of 8-bit numbers are exact in all
-    floats up to a hundred thousand ranks.  Products have few that are not 0."""
-    order, shift = rng.permutation(p).astype(np.int32), int(rng.integers(28))
-    return np.where(order < 6, (order + shift) % 3, 0) if op == "prod" else (order + shift) % 28
+def _shares(order: np.ndarray, turn: int, op: str) -> np.ndarray:
+    """Small integers that change from turn to turn, and differ for up to 27 ranks, which are in some order: so sums of
+    numbers below 128 are exact in all floats up to a hundred thousand ranks.  Products have few that are not 0."""
+    if op == "prod":
+        places = (order + turn) % max(len(order), 3)
+        return np.where(places < 6, places % 3, 0)
+    return (order + turn) % 27
 
 
 class _Buffers:
@@ -235,7 +237,7 @@ class _Buffers:
             return self._cast(x + int(shares[self._task.root]))
         if self._task.collective == "allgather":
             owners = np.searchsorted(self._cuts, np.arange(there.start, there.stop), "right") - 1
-            return self._cast(x + shares[owners])
+            return self._cast(x + shares[owners].astype(np.int32))
         return self._cast(OPS[self._task.op].all(x, shares))
 
     def _cast(self, exact: np.ndarray) -> np.ndarray:
@@ -371,10 +373,12 @@ def _at(
     synchronise = SYNC[settings.sync](comm)
     rounds: list[np.ndarray] = []
     wrong = np.zeros(len(keys), np.int64)
+    order, turn = rng.permutation(comm.size), 0
     for repetition in range(-settings.warmup, sys.maxsize):
         us = np.zeros(len(keys))
         for n in rng.permutation(len(keys)):
-            shares, used, call = _shares(rng, comm.size, task.op), buffers[keys[n][1]], calls[n]
+            turn += int(rng.integers(1, 3))
+            shares, used, call = _shares(order, turn, task.op), buffers[keys[n][1]], calls[n]
             used.fill(shares)
             np.add(elsewhere, 1, out=elsewhere)
             synchronise()
@@ -447,8 +451,8 @@ def check_memory(comm: MPI.Intracomm, needed: int) -> None:
     def check() -> None:
         if needed * ranks > total:
             raise UserError(
-                f"the largest size takes {needed / 2**30:.3g} GiB of memory for each of {ranks} rank(s) on a node, "
-                f"which has {total / 2**30:.3g} GiB in all: take smaller sizes, or fewer ranks"
+                f"the largest size takes {needed / 2**30:.4g} GiB of memory for each of {ranks} rank(s) on a node, "
+                f"which has {total / 2**30:.4g} GiB in all: take smaller sizes, or fewer ranks"
             )
 
     on_all(comm, check)

@@ -154,6 +154,8 @@ def bench(
         how["seed"] = comm.bcast(time.time_ns() % 2**32 if how["seed"] is None else how["seed"])
         settings = m.Settings((False, True) if in_place is None else (in_place,), **how)
         tasks = [m.Task(collective, count, kind, op or "sum", root or 0) for count in sorted(elements)]
+        for task in tasks:
+            m.placements(task, comm.size, settings.in_place)  # what cannot be measured is told before the rest is
         memory = m.memory_bandwidth(comm)
         config = {"ranks": comm.size, "check": check, **asdict(settings)}
         facts = {**m.environment(comm), "config": config, "memory": memory, "resolution": m.timer_resolution()}
@@ -353,9 +355,10 @@ def draw(facts: Record, records: list[Record], path: Path) -> None:
     shown = [one for one in records if one["in_place"] == place and one["bytes"] and one["implementation"] != "null"]
     sizes = sorted({one["bytes"] for one in shown})
     figure = _figure()
-    axes = figure.subplots(1, 2)
     panels = [("median", "p10", "p90", "time (µs): median, 10 % to 90 %")]
-    panels += [("speed", "speed_low", "speed_high", "speed, native = 1: median, 95 % interval")]
+    if any(one["speed"] for one in shown):
+        panels += [("speed", "speed_low", "speed_high", "speed, native = 1: median, 95 % interval")]
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (middle, low, high, label) in zip(axes, panels, strict=True):
         for n, ((name,), rows) in enumerate(_grouped(shown, "implementation").items()):
             if rows[0][middle] is not None:
