@@ -63,9 +63,15 @@ def _number(text: str) -> int:
 
 @click.command(short_help="Measure algorithms beside the MPI library's own.")
 @click.argument("collective", type=click.Choice(COLLECTIVES), default="allreduce")
-@click.option("--algorithm", "names", multiple=True, help="Which: auto, native, ring, ... or several, by commas.")
+@click.option(
+    "--algorithm",
+    "algorithms",
+    envvar="MPICOLL_BENCH_ALGORITHM",
+    multiple=True,
+    help="Which: auto, native, ring, ... or several, by commas.",
+)
 @click.option("--sizes", type=_Numbers(), help="Bytes of the whole array, as 4,1000,64K:64M or 4:64M:4.")
-@click.option("--count", "counts", type=_Numbers(), help="The same in elements [default: 1:4M:4].")
+@click.option("--count", type=_Numbers(), help="The same in elements [default: 1:4M:4].")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option("--op", type=click.Choice(["sum", "prod", "max", "min"]), help="If it reduces [default: sum].")
 @click.option("--root", type=click.IntRange(min=0), help="Of reduce and bcast [default: 0].")
@@ -97,15 +103,23 @@ def _number(text: str) -> int:
     help="A size is done early when 95 % intervals of all medians reach no further than this share.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63), help="Of the data and the order [default: the time].")
-@click.option("--format", "form", type=click.Choice(["osu", "csv", "json"]), default="osu", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["osu", "csv", "json"]),
+    default="osu",
+    show_default=True,
+    envvar="MPICOLL_BENCH_FORMAT",
+    help="The text of the OSU benchmarks, a table, or what nccl-tests writes.",
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A new file for it; text is printed.")
 @click.option("--raw", type=click.Path(path_type=Path, dir_okay=False), help="A new csv file: every repetition.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf.")
 def bench(
     collective: str,
-    names: tuple[str, ...],
+    algorithms: tuple[str, ...],
     sizes: list[int] | None,
-    counts: list[int] | None,
+    count: list[int] | None,
     dtype: str,
     op: str | None,
     root: int | None,
@@ -123,7 +137,7 @@ def bench(
     claim of them: docs/benchmarks.md.
     """
     known = ["auto", "native", *ALGORITHMS[collective]]
-    chosen = [name for given in names for name in given.split(",")]
+    chosen = [name for given in algorithms for name in given.split(",")]
     if unknown := [name for name in chosen if name not in known]:
         raise click.UsageError(f"--algorithm {unknown[0]!r} is none of {', '.join(known)}")
     if op and "reduce" not in collective:
@@ -133,7 +147,7 @@ def bench(
     kind = _dtype(dtype)
     if odd := [size for size in sizes or () if size % kind.itemsize]:
         raise click.UsageError(f"--sizes: {odd[0]} bytes are no whole number of {dtype}, {kind.itemsize} bytes each")
-    elements = {size // kind.itemsize for size in sizes or ()} | {*(counts or ())} or {4**n for n in range(12)}
+    elements = {size // kind.itemsize for size in sizes or ()} | {*(count or ())} or {4**n for n in range(12)}
     if plot and (plot.suffix not in PICTURES or elements == {0}):
         why = "shows sizes above 0" if elements == {0} else f"must end with {', '.join(PICTURES)}, got {str(plot)!r}"
         raise click.UsageError(f"--plot {why}")
@@ -153,7 +167,7 @@ def bench(
         wanted = {name: made for name, made in available.items() if not chosen or name in (*chosen, m.NATIVE)}
         how["seed"] = comm.bcast(time.time_ns() % 2**32 if how["seed"] is None else how["seed"])
         settings = m.Settings((False, True) if in_place is None else (in_place,), **how)
-        tasks = [m.Task(collective, count, kind, op or "sum", root or 0) for count in sorted(elements)]
+        tasks = [m.Task(collective, size, kind, op or "sum", root or 0) for size in sorted(elements)]
         for task in tasks:
             m.placements(task, comm.size, settings.in_place)  # what cannot be measured is told before the rest is
         memory = m.memory_bandwidth(comm)

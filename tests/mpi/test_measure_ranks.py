@@ -55,7 +55,8 @@ def test_every_operation_and_dtype_is_known_exactly(comm, collective):
     for dtype in map(np.dtype, ("i1", "u1", "i4", "f8", "f2", bfloat16)):
         calls = implementations(comm, collective, dtype, "off")
         assert ("native" in calls) is (dtype not in (np.dtype("f2"), np.dtype(bfloat16)))
-        found = measure(comm, calls, [Task(collective, 37, dtype, op) for op in OPS], QUICK)
+        some = {name: call for name, call in calls.items() if name in ("auto", "native", "tree", "halving")}
+        found = measure(comm, some, [Task(collective, 37, dtype, op) for op in OPS], QUICK)
         assert [one for one in found if one.wrong] == []
 
 
