@@ -163,28 +163,37 @@ def record(result: Result, p: int, memory: Mapping[str, float]) -> dict[str, Any
 
 
 class _Op(NamedTuple):
-    """``one`` makes a rank's elements from what is common to all ranks and its own share, ``all`` the result."""
+    """``one`` makes a rank's elements from what is common to all ranks and its own share, ``all`` the result.
+
+    Nothing overflows: MPI leaves open what happens then, and Open MPI does not wrap around.
+    """
 
     one: Callable[[np.ndarray, Any], np.ndarray]
     all: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    few: bool = False  # ranks whose share is not 0
 
 
 def _power(x: np.ndarray, share: Any) -> np.ndarray:
-    return (x % 3 * 2 + 1) ** share  # of 1, 3 or 5: odd numbers do not vanish from small integers
+    return (x % 2 + 1) ** share
+
+
+def _times(x: np.ndarray, share: Any) -> np.ndarray:
+    return (x % 20 + 1) * share
 
 
 OPS = {
     "sum": _Op(np.add, lambda x, shares: x * len(shares) + int(shares.sum())),
-    "prod": _Op(_power, lambda x, shares: _power(x, int(shares.sum()))),
+    "prod": _Op(_power, lambda x, shares: _power(x, int(shares.sum())), few=True),
     "max": _Op(np.add, lambda x, shares: x + int(shares.max())),
     "min": _Op(np.add, lambda x, shares: x + int(shares.min())),
 }
+_SUM_OF_BYTES = _Op(_times, lambda x, shares: _times(x, int(shares.sum())), few=True)
 
 
-def _shares(order: np.ndarray, turn: int, op: str) -> np.ndarray:
+def _shares(order: np.ndarray, turn: int, few: bool) -> np.ndarray:
     """Small integers that change from turn to turn, and differ for up to 27 ranks, which are in some order: so sums of
-    numbers below 128 are exact in all floats up to a hundred thousand ranks.  Products have few that are not 0."""
-    if op == "prod":
+    numbers below 128 are exact in all floats up to a hundred thousand ranks.  If few are not 0, they add up to 6."""
+    if few:
         places = (order + turn) % max(len(order), 3)
         return np.where(places < 6, places % 3, 0)
     return (order + turn) % 27
@@ -195,6 +204,8 @@ class _Buffers:
 
     def __init__(self, comm: MPI.Intracomm, task: Task, base: np.ndarray, in_place: bool, unaligned: bool) -> None:
         self._task, self._base, self._rank = task, base, comm.rank
+        of_bytes = task.op == "sum" and task.dtype.itemsize == 1 and "reduce" in task.collective
+        self._op = _SUM_OF_BYTES if of_bytes else OPS[task.op]
         self._cuts = np.array(cuts_of(None, task.count, comm.size))
         mine, whole, nothing = slice(*self._cuts[comm.rank :][:2]), slice(0, task.count), slice(0, 0)
         at_root = whole if comm.rank == task.root else nothing
@@ -214,34 +225,37 @@ class _Buffers:
         self.send: Any = given if self._only_given else MPI.IN_PLACE
         self.recv: Any = memory if receives else None
 
-    def fill(self, shares: np.ndarray) -> None:
-        """Overwrite all that is there."""
+    def fill(self, order: np.ndarray, turn: int) -> None:
+        """Overwrite all that is there, with the data of this turn."""
+        self._shares = _shares(order, turn, self._op.few)
         self._memory.view(np.uint8)[:] = 0xFF  # as floats, these are not numbers
         for here, there in _blocks(self._gives):
-            self._given[here] = self._given_at(there, shares)
+            self._given[here] = self._given_at(there)
 
-    def wrong(self, shares: np.ndarray) -> int:
+    def wrong(self) -> int:
         """How many elements of the result, or of what was only to be read, are not what they must be."""
-        pairs = [(self._result[here], self._wanted_at(there, shares)) for here, there in _blocks(self._gets)]
+        bad = sum(np.count_nonzero(self._result[here] != self._wanted_at(there)) for here, there in _blocks(self._gets))
         if self._only_given:
-            pairs += [(self._given[here], self._given_at(there, shares)) for here, there in _blocks(self._gives)]
-        return sum(int(np.count_nonzero(found != wanted)) for found, wanted in pairs)
+            bad += sum(
+                np.count_nonzero(self._given[here] != self._given_at(there)) for here, there in _blocks(self._gives)
+            )
+        return bad
 
-    def _given_at(self, there: slice, shares: np.ndarray) -> np.ndarray:
-        share = int(shares[self._task.root if self._task.collective == "bcast" else self._rank])
-        return self._cast(OPS[self._task.op].one(self._base[there].astype(np.int32), share))
+    def _given_at(self, there: slice) -> np.ndarray:
+        share = int(self._shares[self._task.root if self._task.collective == "bcast" else self._rank])
+        return self._cast(self._op.one(self._base[there].astype(np.int32), share))
 
-    def _wanted_at(self, there: slice, shares: np.ndarray) -> np.ndarray:
+    def _wanted_at(self, there: slice) -> np.ndarray:
         x = self._base[there].astype(np.int32)
         if self._task.collective == "bcast":
-            return self._cast(x + int(shares[self._task.root]))
+            return self._cast(x + int(self._shares[self._task.root]))
         if self._task.collective == "allgather":
             owners = np.searchsorted(self._cuts, np.arange(there.start, there.stop), "right") - 1
-            return self._cast(x + shares[owners].astype(np.int32))
-        return self._cast(OPS[self._task.op].all(x, shares))
+            return self._cast(x + self._shares[owners].astype(np.int32))
+        return self._cast(self._op.all(x, self._shares))
 
     def _cast(self, exact: np.ndarray) -> np.ndarray:
-        """Floats of 16 bits are rounded once, as results are; integers wrap around, as sums do."""
+        """Floats of 16 bits are rounded once, as results are."""
         with np.errstate(over="ignore"):
             return exact.astype(self._task.dtype)
 
@@ -378,14 +392,14 @@ def _at(
         us = np.zeros(len(keys))
         for n in rng.permutation(len(keys)):
             turn += int(rng.integers(1, 3))
-            shares, used, call = _shares(order, turn, task.op), buffers[keys[n][1]], calls[n]
-            used.fill(shares)
+            used, call = buffers[keys[n][1]], calls[n]
+            used.fill(order, turn)
             np.add(elsewhere, 1, out=elsewhere)
             synchronise()
             start = time.perf_counter_ns()
             call()
             us[n] = (time.perf_counter_ns() - start) / 1e3
-            wrong[n] += used.wrong(shares) if keys[n][0] != NULL else 0
+            wrong[n] += used.wrong() if keys[n][0] != NULL else 0
         comm.Allreduce(MPI.IN_PLACE, us, MPI.MAX)
         if repetition >= 0:
             rounds.append(us)
