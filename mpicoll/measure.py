@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from math import comb, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,12 +234,13 @@ class _Buffers:
 
     def wrong(self) -> int:
         """How many elements of the result, or of what was only to be read, are not what they must be."""
-        bad = sum(np.count_nonzero(self._result[here] != self._wanted_at(there)) for here, there in _blocks(self._gets))
+        pairs: Iterator[tuple[np.ndarray, np.ndarray]] = (
+            (self._result[here], self._wanted_at(there)) for here, there in _blocks(self._gets)
+        )
         if self._only_given:
-            bad += sum(
-                np.count_nonzero(self._given[here] != self._given_at(there)) for here, there in _blocks(self._gives)
-            )
-        return bad
+            given = ((self._given[here], self._given_at(there)) for here, there in _blocks(self._gives))
+            pairs = chain(pairs, given)
+        return sum(int(np.count_nonzero(found != right)) for found, right in pairs)
 
     def _given_at(self, there: slice) -> np.ndarray:
         share = int(self._shares[self._task.root if self._task.collective == "bcast" else self._rank])

@@ -11,7 +11,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from launch import IS_OPEN_MPI, mpirun, run
+from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli.app import app
 
@@ -173,3 +173,18 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
     assert IS_OPEN_MPI or "mpicoll: interrupted" in done.err
     assert "Traceback" not in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_claim_that_the_documentation_makes_of_several_launches(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/benchmarks.md").read_text(), re.DOTALL)
+    for n in range(6):
+        done = mpirun(2, [*TINY, "--algorithm", "ring", "--format", "csv", "--out", f"launch-{n}.csv"], tmp_path)
+        assert done.status == 0
+        assert "# ring allreduce, in place\n" in done.out
+        if n in (0, 4, 5):
+            said = run([sys.executable, "-c", code], tmp_path).out.splitlines()
+            assert [line.split()[:3] for line in said] == [
+                ["ring", place, size] for place in ("False", "True") for size in ("0", "4", "20", "12000")
+            ]
+            claimed = [line for line in said if "no difference" not in line]
+            assert n == 5 or not claimed
