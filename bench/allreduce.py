@@ -21,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mpicoll.cli.bench import pretty
+
 SIZES = [4**n for n in range(1, 14)]  # bytes of float32: 4 B to 64 MiB
-SECONDS = 1.2  # for each size, all implementations together, but at least MINIMUM repetitions
-MINIMUM, MAXIMUM = 11, 1000
+SECONDS = 2.5  # for each size, checks included, all implementations together, but at least MINIMUM repetitions
+MINIMUM = 11
 RESULTS = Path(__file__).parent / "results"
 Allreduce = Callable[[np.ndarray], object]
 
@@ -46,46 +48,31 @@ def measure() -> dict:
     from mpi4py import MPI
 
     import mpicoll
+    from mpicoll.measure import Settings, Task
+    from mpicoll.measure import measure as measure_all
     from mpicoll.mpi.launch import library_name
 
     comm = MPI.COMM_WORLD
-    subjects: dict[str, Allreduce] = {
+    calls: dict[str, Allreduce] = {
         "native": lambda x: comm.Allreduce(MPI.IN_PLACE, x),
         "mpi4py ring": lambda x: plain_ring(comm, x),
         "auto": lambda x: mpicoll.allreduce(x, comm),
     }
     for name in mpicoll.ALGORITHMS["allreduce"]:
-        subjects[name] = partial(mpicoll.allreduce, comm=comm, algorithm=name)
-    seed = comm.bcast(time.time_ns() % 2**32)
-    rng = np.random.default_rng(seed)  # the same on all ranks: they must agree on the order
-    rows, wrong = [], 0
-    for size in rng.permutation(SIZES):
-        count = int(size) // 4
-        base = (np.arange(count) % 1000).astype("f4")
-        x = np.empty(count, "f4")
-        samples: dict[str, list[float]] = {name: [] for name in subjects}
-        spent, repetition = 0.0, -2  # two warm-ups
-        while repetition < MINIMUM or comm.bcast(spent < SECONDS and repetition < MAXIMUM):
-            shift = int(rng.integers(100))
-            expected = comm.size * (base + shift) + comm.size * (comm.size - 1) / 2
-            for name in rng.permutation(list(subjects)):
-                np.add(base, shift + comm.rank, out=x)
-                comm.Barrier()
-                start = time.perf_counter()
-                subjects[name](x)
-                seconds = time.perf_counter() - start
-                wrong += not np.array_equal(x, expected)
-                spent += seconds
-                if repetition >= 0:
-                    samples[name].append(seconds)
-            repetition += 1
-        slowest = {}
-        for name, times in samples.items():
-            seconds_of_slowest = np.array(times)
-            comm.Allreduce(MPI.IN_PLACE, seconds_of_slowest, MPI.MAX)
-            slowest[name] = np.round(seconds_of_slowest * 1e6, 2).tolist()
-        rows.append({"bytes": int(size), "us": slowest})
-    return {"rank": comm.rank, "ranks": comm.size, "mpi": library_name(), "wrong": comm.allreduce(wrong), "rows": rows}
+        calls[name] = partial(mpicoll.allreduce, comm=comm, algorithm=name)
+    subjects = {name: lambda task, send, recv, call=call: partial(call, recv) for name, call in calls.items()}
+    tasks = [Task("allreduce", size // 4, np.dtype("f4")) for size in SIZES]
+    settings = Settings((True,), max_time=SECONDS * len(SIZES), min_reps=MINIMUM, precision=0, seed=time.time_ns())
+    found = measure_all(comm, subjects, tasks, settings)
+    rows = [
+        {
+            "bytes": task.count * 4,
+            "us": {one.name: np.round(one.us, 2).tolist() for one in found if one.task == task and one.name != "null"},
+        }
+        for task in tasks
+    ]
+    wrong = sum(one.wrong for one in found)
+    return {"rank": comm.rank, "ranks": comm.size, "mpi": library_name(), "wrong": wrong, "rows": rows}
 
 
 def machine() -> dict:
@@ -141,14 +128,6 @@ def show(record: dict, only: list[str] | None = None) -> None:
             if row["ranks"] == ranks:
                 cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in names]
                 print(f"| {pretty(row['bytes'])} | {row['native_us']:.1f} | {' | '.join(cells)} |")
-
-
-def pretty(size: int) -> str:
-    """A power of two of bytes, as people write it."""
-    for unit, shift in (("MiB", 20), ("KiB", 10)):
-        if size >= 1 << shift:
-            return f"{size >> shift} {unit}"
-    return f"{size} B"
 
 
 def launched(script: str, ranks: int) -> dict:

@@ -31,6 +31,7 @@ LAYERS = [
     ],
     ["mpi.comm"],
     ["mpi.launch", "mpi.watch", "mpi.guard", "mpi.threads"],
+    ["measure"],
     ["train"],
     ["train.settings", "train.models", "train.optimizers", "train.formats", "train.data"],
     [
@@ -41,20 +42,20 @@ LAYERS = [
         "train.strategies",
     ],
     ["train.checkpoint", "train.loop", "train.files", "train.run"],
-    ["cli.plot", "cli.predict", "cli.report", "cli.show", "cli.train", "cli.verify", "cli.app", "cli"],
+    ["cli.bench", "cli.plot", "cli.predict", "cli.report", "cli.show", "cli.train", "cli.verify", "cli.app", "cli"],
     ["__main__"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
-    "mpi4py": ("mpi.", "train."),
+    "mpi4py": ("mpi.", "measure", "train."),
     "scipy": ("train.formats", "train.data", "train.models"),
     "sklearn": ("train.formats",),
     "safetensors": ("train.files", "train.checkpoint"),
     "threadpoolctl": ("mpi.threads",),
-    "ml_dtypes": ("mpi.buffers",),
+    "ml_dtypes": ("mpi.buffers", "cli.bench"),
     "click": ("cli",),
     "tqdm": ("cli.train",),
-    "matplotlib": ("cli.plot",),
+    "matplotlib": ("cli.bench", "cli.plot"),
 }
 
 

@@ -1,0 +1,512 @@
+"""Collectives side by side: a synchronised start, the slowest rank, checked results, paired statistics.
+
+A repetition is a round in which every implementation is called once, in random order, each on data that no call before
+had and from a start of its own that all ranks wait for.  Its time is that of the slowest rank, and compared is the
+ratio within a round: a machine that is slow for a while is slow for all.  Nothing is decided by a rank's own clock but
+by rank 0's.
+"""
+
+import gc
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, chain, pairwise
+from math import comb, sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mpi4py
+import numpy as np
+from mpi4py import MPI
+
+from . import __version__
+from .algorithms import ALGORITHMS
+from .errors import UserError
+from .mpi.buffers import is_half
+from .mpi.collectives import cuts_of
+from .mpi.comm import Comm
+from .mpi.guard import on_all
+from .mpi.launch import cores, library_name, node_of
+
+NATIVE, NULL = "native", "null"
+TIME = "%Y-%m-%d %H:%M:%S"
+BLOCK = 1 << 15  # elements made and compared at a time, so that what is in between stays in the cache
+ALIGNED = 4096  # bytes: where buffers begin
+ENVIRONMENT = (
+    *("MPICH_", "MPIR_CVAR_", "OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_", "I_MPI_"),
+    *("UCX_", "FI_", "OMP_", "MPICOLL_"),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured: ``count`` are the elements of the whole array, of which a rank may give or get a part."""
+
+    collective: str
+    count: int
+    dtype: np.dtype
+    op: str = "sum"
+    root: int = 0
+
+
+Implementation = Callable[[Task, Any, Any], Callable[[], object]]
+"""From a task and the send and receive buffers, as mpi4py has them, to the call that is timed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is measured; times in seconds."""
+
+    in_place: tuple[bool, ...] = (False, True)
+    sync: str = "barrier"
+    max_time: float = 60.0  # of all sizes together, but at least min_reps repetitions of each
+    min_reps: int = 10
+    warmup: int = 2
+    precision: float = 0.02  # a size is done when the interval of each median reaches no further than this share of it
+    seed: int = 0
+    off_cache: bool = False
+    unaligned: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """One implementation at one size; ``us`` is the microseconds of the slowest rank in each repetition."""
+
+    name: str
+    in_place: bool
+    task: Task
+    us: np.ndarray
+    native: np.ndarray | None  # of the MPI library's own, in the same repetitions
+    wrong: int  # elements, on all ranks and in all repetitions, warm-up included
+
+
+# ---- statistics
+
+
+def median_ranks(n: int) -> tuple[int, int]:
+    """Between which two of ``n`` sorted samples, counted from 0, the median lies with 95 % confidence, whatever the
+    distribution; the first and the last where not even these are enough (n < 6)."""
+    if n > 200:
+        first = int(n / 2 - 0.98 * sqrt(n))
+    else:
+        below = accumulate(comb(n, k) for k in range(n // 2))  # of 2^n cases, in which at most k lie below the median
+        first = max(sum(40 * cases <= 2**n for cases in below) - 1, 0)  # 1/40 on either side
+    return first, n - 1 - first
+
+
+def median(samples: np.ndarray) -> tuple[float, float, float]:
+    """Of independent samples, and the ends of its 95 % confidence interval."""
+    low, high = median_ranks(len(samples))
+    ordered = np.sort(samples)
+    return float(np.median(samples)), float(ordered[low]), float(ordered[high])
+
+
+def summary(us: np.ndarray) -> dict[str, float]:
+    """What is printed of a result."""
+    p10, middle, p90, p99 = (float(value) for value in np.percentile(us, [10, 50, 90, 99]))
+    ends = {"min": float(us.min()), "max": float(us.max()), "mean": float(us.mean())}
+    return {"n": len(us), "median": middle, "p10": p10, "p90": p90, "p99": p99, **ends}
+
+
+def bandwidths(collective: str, nbytes: int, p: int, us: float) -> tuple[float, float]:
+    """algbw and busbw in GB/s (1e9), as nccl-tests defines them; ``nbytes`` are those of the whole array."""
+    factor = {"allreduce": 2 * (p - 1) / p, "reduce_scatter": (p - 1) / p, "allgather": (p - 1) / p}
+    return nbytes / us / 1e3, nbytes / us / 1e3 * factor.get(collective, 1)
+
+
+def memory_share(collective: str, nbytes: int, p: int, us: float, memory: Mapping[str, float]) -> float:
+    """The share of the time that the least traffic takes at the bandwidth that ``memory_bandwidth`` found.
+
+    A rank reads as much as the whole array (its own, or the parts of all), and writes what it gets: the whole array, a
+    part in reduce_scatter; in reduce this is the root.  More than 1 where caches spare the memory.
+    """
+    least = nbytes + (nbytes / p if collective == "reduce_scatter" else nbytes)
+    return least / memory["add" if "reduce" in collective else "copy"] / us / 1e3
+
+
+def record(result: Result, p: int, memory: Mapping[str, float]) -> dict[str, Any]:
+    """All that is to be said of a result, in plain numbers and texts."""
+    task, said = result.task, summary(result.us)
+    nbytes = task.count * task.dtype.itemsize
+    at = (task.collective, nbytes, p, said["median"])
+    algbw, busbw = bandwidths(*at) if result.name != NULL else (None, None)
+    speed, low, high = (None, None, None) if result.native is None else median(result.native / result.us)
+    return {
+        "collective": task.collective,
+        "implementation": result.name,
+        "in_place": result.in_place,
+        "ranks": p,
+        "bytes": nbytes,
+        "count": task.count,
+        "dtype": task.dtype.name,
+        "op": task.op if "reduce" in task.collective else "none",
+        "root": task.root if task.collective in ("reduce", "bcast") else -1,
+        **said,
+        "wrong": result.wrong,
+        "algbw": algbw,
+        "busbw": busbw,
+        "memory_share": memory_share(*at, memory) if result.name != NULL else None,
+        "speed": speed,
+        "speed_low": low,
+        "speed_high": high,
+        "us": result.us.tolist(),
+    }
+
+
+# ---- data whose results are known
+
+
+class _Op(NamedTuple):
+    """``one`` makes a rank's elements from what is common to all ranks and its own share, ``all`` the result.
+
+    Nothing overflows: MPI leaves open what happens then, and Open MPI does not wrap around.
+    """
+
+    one: Callable[[np.ndarray, Any], np.ndarray]
+    all: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    few: bool = False  # ranks whose share is not 0
+
+
+def _power(x: np.ndarray, share: Any) -> np.ndarray:
+    return (x % 2 + 1) ** share
+
+
+def _times(x: np.ndarray, share: Any) -> np.ndarray:
+    return (x % 20 + 1) * share
+
+
+OPS = {
+    "sum": _Op(np.add, lambda x, shares: x * len(shares) + int(shares.sum())),
+    "prod": _Op(_power, lambda x, shares: _power(x, int(shares.sum())), few=True),
+    "max": _Op(np.add, lambda x, shares: x + int(shares.max())),
+    "min": _Op(np.add, lambda x, shares: x + int(shares.min())),
+}
+_SUM_OF_BYTES = _Op(_times, lambda x, shares: _times(x, int(shares.sum())), few=True)
+
+
+def _shares(order: np.ndarray, turn: int, few: bool) -> np.ndarray:
+    """Small integers that change from turn to turn, and differ for up to 27 ranks, which are in some order: so sums of
+    numbers below 128 are exact in all floats up to a hundred thousand ranks.  If few are not 0, they add up to 6."""
+    if few:
+        places = (order + turn) % max(len(order), 3)
+        return np.where(places < 6, places % 3, 0)
+    return (order + turn) % 27
+
+
+class _Buffers:
+    """What this rank gives and gets, in one array or in two, and what must be in it afterwards."""
+
+    def __init__(self, comm: MPI.Intracomm, task: Task, base: np.ndarray, in_place: bool, unaligned: bool) -> None:
+        self._task, self._base, self._rank = task, base, comm.rank
+        of_bytes = task.op == "sum" and task.dtype.itemsize == 1 and "reduce" in task.collective
+        self._op = _SUM_OF_BYTES if of_bytes else OPS[task.op]
+        self._cuts = np.array(cuts_of(None, task.count, comm.size))
+        mine, whole, nothing = slice(*self._cuts[comm.rank :][:2]), slice(0, task.count), slice(0, 0)
+        at_root = whole if comm.rank == task.root else nothing
+        self._gives = {"bcast": at_root, "allgather": mine}.get(task.collective, whole)
+        self._gets = {"reduce": at_root, "reduce_scatter": mine}.get(task.collective, whole)
+        gets = self._gets.stop - self._gets.start
+        offset = task.dtype.itemsize if unaligned else 0
+        self._memory = _empty(task.count if in_place else gets, task.dtype, offset)  # what the call may write to
+        self._result = self._memory[:gets]
+        self._given = self._memory[self._gives]
+        if not in_place:
+            self._given = _empty(self._gives.stop - self._gives.start, task.dtype, offset)
+        receives = task.collective != "reduce" or comm.rank == task.root
+        self._only_given = not in_place or not receives
+        moved = is_half(task.dtype) and "reduce" not in task.collective  # the MPI library need not know what they are
+        given, memory = (array.view(np.int16) if moved else array for array in (self._given, self._memory))
+        self.send: Any = given if self._only_given else MPI.IN_PLACE
+        self.recv: Any = memory if receives else None
+
+    def fill(self, order: np.ndarray, turn: int) -> None:
+        """Overwrite all that is there, with the data of this turn."""
+        self._shares = _shares(order, turn, self._op.few)
+        self._memory.view(np.uint8)[:] = 0xFF  # as floats, these are not numbers
+        for here, there in _blocks(self._gives):
+            self._given[here] = self._given_at(there)
+
+    def wrong(self) -> int:
+        """How many elements of the result, or of what was only to be read, are not what they must be."""
+        pairs: Iterator[tuple[np.ndarray, np.ndarray]] = (
+            (self._result[here], self._wanted_at(there)) for here, there in _blocks(self._gets)
+        )
+        if self._only_given:
+            given = ((self._given[here], self._given_at(there)) for here, there in _blocks(self._gives))
+            pairs = chain(pairs, given)
+        return sum(int(np.count_nonzero(found != right)) for found, right in pairs)
+
+    def _given_at(self, there: slice) -> np.ndarray:
+        share = int(self._shares[self._task.root if self._task.collective == "bcast" else self._rank])
+        return self._cast(self._op.one(self._base[there].astype(np.int32), share))
+
+    def _wanted_at(self, there: slice) -> np.ndarray:
+        x = self._base[there].astype(np.int32)
+        if self._task.collective == "bcast":
+            return self._cast(x + int(self._shares[self._task.root]))
+        if self._task.collective == "allgather":
+            owners = np.searchsorted(self._cuts, np.arange(there.start, there.stop), "right") - 1
+            return self._cast(x + self._shares[owners].astype(np.int32))
+        return self._cast(self._op.all(x, self._shares))
+
+    def _cast(self, exact: np.ndarray) -> np.ndarray:
+        """Floats of 16 bits are rounded once, as results are."""
+        with np.errstate(over="ignore"):
+            return exact.astype(self._task.dtype)
+
+
+def _blocks(part: slice) -> Iterator[tuple[slice, slice]]:
+    """The part piece by piece: where in an array of its own, and where in the whole."""
+    for start in range(part.start, part.stop, BLOCK):
+        stop = min(start + BLOCK, part.stop)
+        yield slice(start - part.start, stop - part.start), slice(start, stop)
+
+
+def _empty(count: int, dtype: np.dtype, offset: int) -> np.ndarray:
+    """An array that begins ``offset`` bytes after the beginning of a page."""
+    memory = np.empty(count * dtype.itemsize + ALIGNED + offset, np.uint8)
+    start = -memory.ctypes.data % ALIGNED + offset
+    return memory[start : start + count * dtype.itemsize].view(dtype)
+
+
+# ---- what is compared
+
+
+def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check: str) -> dict[str, Implementation]:
+    """``auto``, the MPI library's own (which cannot add 16-bit floats as we do), and every algorithm of the table."""
+    ours = Comm(comm, check=check)
+    found: dict[str, Implementation] = {"auto": partial(call_of, ours)}
+    if not (is_half(dtype) and "reduce" in collective):
+        found[NATIVE] = partial(call_of, MPI.Intracomm(comm))
+    return found | {name: partial(call_of, ours, algorithm=name) for name in ALGORITHMS[collective]}
+
+
+def call_of(comm: MPI.Intracomm, task: Task, send: Any, recv: Any, **options: str) -> Callable[[], object]:
+    """The method of mpi4py, ready to be called; that of equal parts where they are."""
+    op: MPI.Op = getattr(MPI, task.op.upper())
+    cuts = cuts_of(None, task.count, comm.size)
+    counts = [after - before for before, after in pairwise(cuts)]
+    calls: dict[str, Callable[[], object]] = {
+        "allreduce": partial(comm.Allreduce, send, recv, op, **options),
+        "reduce": partial(comm.Reduce, send, recv, op, task.root, **options),
+        "bcast": partial(comm.Bcast, recv, task.root, **options),
+        "reduce_scatter": partial(comm.Reduce_scatter_block, send, recv, op, **options)
+        if len({*counts}) == 1
+        else partial(comm.Reduce_scatter, send, recv, counts, op, **options),
+        "allgather": partial(comm.Allgather, send, recv, **options)
+        if len({*counts}) == 1
+        else partial(comm.Allgatherv, send, [recv, counts], **options),
+    }
+    return calls[task.collective]
+
+
+def placements(task: Task, p: int, asked: Sequence[bool]) -> list[bool]:
+    """In place, or not, or both, as far as the collective has it; a ``UserError`` if nothing is left."""
+    if task.collective == "bcast":
+        has, why = {True}, "bcast has one buffer, and so is in place"
+    elif task.collective == "reduce_scatter" and task.count % p:
+        has, why = {False}, f"reduce_scatter in place is measured where {p} ranks get equal parts: MPICH 5 fails there"
+    else:
+        has, why = {False, True}, ""
+    found = [one for one in asked if one in has]
+    if not found:
+        raise UserError(f"nothing to measure at {task.count} elements: {why}")
+    return found
+
+
+# ---- measuring
+
+
+def dissemination(comm: MPI.Intracomm) -> Callable[[], None]:
+    """A barrier of ceil(log2 p) rounds of empty messages: the same with any MPI library."""
+    p, rank, empty = comm.size, comm.rank, bytearray()
+    peers = [((rank + (1 << k)) % p, (rank - (1 << k)) % p) for k in range((p - 1).bit_length())]
+
+    def barrier() -> None:
+        for after, before in peers:
+            comm.Sendrecv(empty, after, 0, empty, before, 0)
+
+    return barrier
+
+
+SYNC: dict[str, Callable[[MPI.Intracomm], Callable[[], None]]] = {
+    "barrier": lambda comm: comm.Barrier,
+    "dissemination": dissemination,
+    "none": lambda comm: lambda: None,
+}
+"""How ranks wait for each other before each call."""
+
+
+def measure(
+    comm: MPI.Intracomm, implementations: Mapping[str, Implementation], tasks: Sequence[Task], settings: Settings
+) -> list[Result]:
+    """Every implementation, and an empty call named null, at every task; the same on all ranks, a collective call."""
+    settings = comm.bcast(settings)
+    where = [placements(task, comm.size, settings.in_place) for task in tasks]
+    rng = np.random.default_rng(settings.seed)  # all ranks draw the same
+    own = comm.Dup()
+    end = time.monotonic() + settings.max_time
+    found: list[list[Result]] = [[] for _ in tasks]
+    collecting = gc.isenabled()
+    gc.disable()  # not while the clock runs
+    try:
+        for done, n in enumerate(rng.permutation(len(tasks))):
+            now = time.monotonic()
+            until = now + (end - now) / (len(tasks) - done)
+            found[n] = _at(own, implementations, tasks[n], where[n], settings, rng, until)
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    own.Free()
+    return [result for results in found for result in results]
+
+
+def _at(
+    comm: MPI.Intracomm,
+    implementations: Mapping[str, Implementation],
+    task: Task,
+    where: Sequence[bool],
+    settings: Settings,
+    rng: np.random.Generator,
+    until: float,
+) -> list[Result]:
+    base = rng.integers(100, size=task.count, dtype=np.uint8)
+    buffers = {one: _Buffers(comm, task, base, one, settings.unaligned) for one in where}
+    keys = [(name, one) for one in where for name in implementations] + [(NULL, where[0])]
+    calls = [
+        implementations[name](task, buffers[one].send, buffers[one].recv) if name != NULL else lambda: None
+        for name, one in keys
+    ]
+    elsewhere = np.zeros(2 * last_level_cache() if settings.off_cache else 0, np.uint8)
+    synchronise = SYNC[settings.sync](comm)
+    rounds: list[np.ndarray] = []
+    wrong = np.zeros(len(keys), np.int64)
+    order, turn = rng.permutation(comm.size), 0
+    for repetition in range(-settings.warmup, sys.maxsize):
+        us = np.zeros(len(keys))
+        for n in rng.permutation(len(keys)):
+            turn += int(rng.integers(1, 3))
+            used, call = buffers[keys[n][1]], calls[n]
+            used.fill(order, turn)
+            np.add(elsewhere, 1, out=elsewhere)
+            synchronise()
+            start = time.perf_counter_ns()
+            call()
+            us[n] = (time.perf_counter_ns() - start) / 1e3
+            wrong[n] += used.wrong() if keys[n][0] != NULL else 0
+        comm.Allreduce(MPI.IN_PLACE, us, MPI.MAX)
+        if repetition >= 0:
+            rounds.append(us)
+        if comm.bcast(comm.rank == 0 and _is_enough(rounds, settings, until)):
+            break
+    comm.Allreduce(MPI.IN_PLACE, wrong, MPI.SUM)
+    columns = dict(zip(keys, np.array(rounds).T, strict=True))
+    return [
+        Result(name, one, task, columns[name, one], columns.get((NATIVE, one)) if name != NULL else None, int(bad))
+        for (name, one), bad in zip(keys, wrong, strict=True)
+    ]
+
+
+def _is_enough(rounds: list[np.ndarray], settings: Settings, until: float) -> bool:
+    n = len(rounds)
+    if n < settings.min_reps:
+        return False
+    if time.monotonic() > until:
+        return True
+    if n % max(8, 1 << n.bit_length() >> 4):  # sorting takes its time
+        return False
+    ordered = np.sort(np.array(rounds)[:, :-1], axis=0)  # the empty call is the last
+    low, high = median_ranks(n)
+    middle = np.median(ordered, axis=0)
+    return bool(np.all(np.maximum(ordered[high] - middle, middle - ordered[low]) <= settings.precision * middle))
+
+
+# ---- the machine
+
+
+def last_level_cache() -> int:
+    """Bytes, as the kernel says; 32 MiB if it does not."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size[:-1].isdigit() and size.endswith("K")), default=32 << 20)
+
+
+def memory_bandwidth(comm: MPI.Intracomm) -> dict[str, float]:
+    """GB/s of a rank while all copy (2 bytes moved for one), or add (3), arrays that no cache holds: the best of five.
+
+    As STREAM counts: the line that is read because it will be written does not count.
+    """
+    length = min(max(4 * last_level_cache() // comm.size, 4 << 20), 64 << 20) // 8
+    a, b, c = (np.full(length, value, np.float64) for value in (1, 2, 0))
+    found = {}
+    for name, arrays, work in (("copy", 2, partial(np.copyto, c, a)), ("add", 3, partial(np.add, a, b, out=c))):
+        seconds = []
+        for _ in range(5):
+            comm.Barrier()
+            start = time.perf_counter()
+            work()
+            comm.Barrier()  # until all are done, also where they take turns on a core
+            seconds.append(time.perf_counter() - start)
+        found[name] = comm.bcast(arrays * a.nbytes / min(seconds) / 1e9)
+    return found
+
+
+def check_memory(comm: MPI.Intracomm, needed: int) -> None:
+    """A ``UserError`` if the memory of a node is less than ``needed`` bytes for each of its ranks."""
+    node = node_of(comm)
+    total, ranks = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), node.size
+    node.Free()
+
+    def check() -> None:
+        if needed * ranks > total:
+            raise UserError(
+                f"the largest size takes {needed / 2**30:.4g} GiB of memory for each of {ranks} rank(s) on a node, "
+                f"which has {total / 2**30:.4g} GiB in all: take smaller sizes, or fewer ranks"
+            )
+
+    on_all(comm, check)
+
+
+def timer_resolution() -> float:
+    """Microseconds: the least that two readings of the clock differ by, if they do."""
+    readings = [time.perf_counter_ns() for _ in range(1000)]
+    return min(after - before for before, after in pairwise(readings) if after > before) / 1e3
+
+
+def environment(comm: MPI.Intracomm) -> dict[str, Any]:
+    """What the numbers depend on; on rank 0, where it is known of all ranks.  A collective call."""
+    own = {"rank": comm.rank, "hostname": socket.gethostname(), "pid": os.getpid(), "cpus": cores()}
+    devices = comm.gather(own)
+    if devices is None:
+        return {}
+    return {
+        "start_time": time.strftime(TIME),
+        "args": sys.argv,
+        "env": [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)],
+        "mpicoll": __version__,
+        "git": _revision(),
+        "mpi": library_name(),
+        "library": MPI.Get_library_version().strip("\0 \n"),
+        "mpi4py": mpi4py.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "devices": devices,
+    }
+
+
+def _revision() -> str | None:
+    """Of the repository this package is in, if it is one's own."""
+    folder = Path(__file__).parents[1]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 and (folder / ".git").exists() else None

@@ -1,0 +1,275 @@
+"""The engine of mpicoll bench: what is right is found right, what is wrong is counted, and all ranks agree."""
+
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+from mpi4py import MPI
+
+from mpicoll.algorithms import ALGORITHMS
+from mpicoll.errors import UserError
+from mpicoll.measure import (
+    OPS,
+    SYNC,
+    Settings,
+    Task,
+    check_memory,
+    environment,
+    implementations,
+    measure,
+    memory_bandwidth,
+    placements,
+)
+
+pytestmark = pytest.mark.mpi
+P = MPI.COMM_WORLD.size
+COLLECTIVES = ("allreduce", "reduce", "bcast", "reduce_scatter", "allgather")
+QUICK = Settings(max_time=0, min_reps=2, warmup=0, seed=7)
+several = pytest.mark.skipif(P < 2, reason="alone, doing nothing is right")
+
+
+def in_order(found):
+    return [(one.name, one.in_place, one.task, len(one.us)) for one in found]
+
+
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_all_that_the_table_has_is_right_at_every_count(comm, collective):
+    counts = [0, 1, P - 1, P + 1, 2 * P, 40009]
+    tasks = [Task(collective, count, np.dtype("f4"), root=P - 1) for count in counts]
+    found = measure(comm, implementations(comm, collective, np.dtype("f4"), "header"), tasks, QUICK)
+    names = ["auto", "native", *ALGORITHMS[collective]]
+    expected = []
+    for task in tasks:
+        where = placements(task, P, (False, True))
+        expected += [(name, place, task, 2) for place in where for name in names] + [("null", where[0], task, 2)]
+    assert in_order(found) == expected
+    assert sum(one.wrong for one in found) == 0
+    assert all((one.us > 0).all() for one in found)
+    everybody = comm.allgather([(one.us.tolist(), one.wrong) for one in found])
+    assert everybody == everybody[:1] * P
+
+
+@pytest.mark.parametrize("collective", ["allreduce", "reduce", "reduce_scatter"])
+def test_every_operation_and_dtype_is_known_exactly(comm, collective):
+    for dtype in map(np.dtype, ("i1", "u1", "i4", "f8", "f2", bfloat16)):
+        calls = implementations(comm, collective, dtype, "off")
+        assert ("native" in calls) is (dtype not in (np.dtype("f2"), np.dtype(bfloat16)))
+        some = {name: call for name, call in calls.items() if name in ("auto", "native", "tree", "halving")}
+        found = measure(comm, some, [Task(collective, 37, dtype, op) for op in OPS], QUICK)
+        assert [one for one in found if one.wrong] == []
+
+
+@pytest.mark.parametrize("collective", ["bcast", "allgather"])
+def test_what_is_only_moved_may_be_anything(comm, collective):
+    dtype = np.dtype(bfloat16)
+    found = measure(comm, implementations(comm, collective, dtype, "off"), [Task(collective, 37, dtype)], QUICK)
+    assert "native" in {one.name for one in found}
+    assert [one for one in found if one.wrong] == []
+
+
+@pytest.mark.parametrize("sync", SYNC)
+def test_however_ranks_are_synchronised_and_buffers_lie(comm, sync):
+    starts = []
+
+    def watched(task, send, recv):
+        starts.extend(array.ctypes.data % 4096 for array in (send, recv) if isinstance(array, np.ndarray))
+        return native(task, send, recv)
+
+    native = implementations(comm, "allreduce", np.dtype("f8"), "off")["native"]
+    for unaligned in (False, True):
+        starts.clear()
+        settings = Settings(max_time=0, min_reps=1, warmup=1, sync=sync, off_cache=P < 3, unaligned=unaligned)
+        found = measure(comm, {"native": watched}, [Task("allreduce", 5, np.dtype("f8"))], settings)
+        assert sum(one.wrong for one in found) == 0
+        assert set(starts) == {8 if unaligned else 0}
+
+
+def nothing(comm):
+    return lambda task, send, recv: lambda: None
+
+
+def without_communication(comm):
+    """Passes where all ranks have the same data."""
+
+    def prepare(task, send, recv):
+        def call():
+            if recv is not None:
+                recv[:] = (recv if send is MPI.IN_PLACE else send) * P
+
+        return call
+
+    return prepare
+
+
+def remembering(comm):
+    """Does it once, and then gives the same result again."""
+
+    def prepare(task, send, recv):
+        first = []
+
+        def call():
+            if not first:
+                comm.Allreduce(send, recv)
+                first.append(recv.copy())
+            recv[:] = first[0]
+
+        return call
+
+    return prepare
+
+
+def off_by_one_element(comm):
+    def prepare(task, send, recv):
+        def call():
+            comm.Allreduce(send, recv)
+            if comm.rank == P - 1:
+                recv[-1] += 1
+
+        return call
+
+    return prepare
+
+
+def spoiling_what_is_sent(comm):
+    def prepare(task, send, recv):
+        def call():
+            comm.Allreduce(send, recv)
+            if comm.rank == P - 1 and send is not MPI.IN_PLACE:
+                send[0] = -1
+
+        return call
+
+    return prepare
+
+
+def chunks_of_others(comm):
+    """The right sums in the wrong places."""
+
+    def prepare(task, send, recv):
+        def call():
+            comm.Allreduce(send, recv)
+            recv[:] = np.roll(recv, len(recv) // 2)
+
+        return call
+
+    return prepare
+
+
+def without_the_last_rank(comm):
+    def prepare(task, send, recv):
+        def call():
+            own = (recv if send is MPI.IN_PLACE else send).copy()
+            if comm.rank == P - 1:
+                own[:] = 0
+            comm.Allreduce(own, recv)
+
+        return call
+
+    return prepare
+
+
+def measured(comm, collective, wrong, **settings):
+    calls = {"native": implementations(comm, collective, np.dtype("f4"), "off")["native"], "wrong": wrong(comm)}
+    tasks = [Task(collective, 10 * P, np.dtype("f4"), root=P - 1)]
+    found = measure(comm, calls, tasks, Settings(max_time=0, min_reps=3, warmup=1, **settings))
+    return {(one.name, one.in_place): one.wrong for one in found}
+
+
+@several
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_an_implementation_that_does_nothing_is_caught(comm, collective):
+    counted = measured(comm, collective, nothing)
+    for (name, place), wrong in counted.items():
+        if name != "wrong":
+            assert wrong == 0
+        elif place and collective == "allgather":  # a rank has its own part, where it belongs
+            assert wrong == 4 * 10 * P * (P - 1)
+        else:
+            assert 4 * 5 <= wrong <= 4 * 10 * P * P
+
+
+@several
+@pytest.mark.parametrize(
+    "wrong", [without_communication, remembering, chunks_of_others, without_the_last_rank], ids=lambda f: f.__name__
+)
+def test_a_wrong_implementation_is_caught(comm, wrong):
+    for (name, _), bad in measured(comm, "allreduce", wrong).items():
+        assert (bad > 2 * 5) is (name == "wrong")
+
+
+@pytest.mark.parametrize("wrong", [off_by_one_element, spoiling_what_is_sent], ids=lambda f: f.__name__)
+def test_every_wrong_element_counts_once_warm_up_included(comm, wrong):
+    in_place = 4 if wrong is off_by_one_element else 0
+    expected = {("wrong", False): 4, ("wrong", True): in_place}
+    assert (
+        measured(comm, "allreduce", wrong) == {("native", False): 0, ("native", True): 0, ("null", False): 0} | expected
+    )
+
+
+def test_data_are_new_in_every_repetition_and_results_are_not_there_before(comm):
+    seen = []
+
+    def watched(task, send, recv):
+        def call():
+            assert np.isnan(recv).all()
+            seen.append(send.tolist())
+            comm.Allreduce(send, recv)
+
+        return call
+
+    tasks = [Task("allreduce", 50, np.dtype("f4"))]
+    measure(comm, {"watched": watched}, tasks, Settings((False,), max_time=0, min_reps=6, warmup=0, seed=1))
+    assert len(seen) == 6
+    assert all(before != after for before, after in pairwise(seen))
+    first = comm.allgather(seen[0])
+    assert all(first.count(one) == 1 for one in first)
+
+
+def test_what_is_decided_is_decided_by_rank_0(comm):
+    settings = Settings((True,), max_time=comm.rank * 1e5, min_reps=3 + comm.rank, warmup=comm.rank, seed=comm.rank)
+    order = []
+
+    def noted(name):
+        def prepare(task, send, recv):
+            def call():
+                order.append((name, task.count))
+                comm.Allreduce(send, recv)
+
+            return call
+
+        return prepare
+
+    tasks = [Task("allreduce", count, np.dtype("f4")) for count in (1, 2, 3)]
+    found = measure(comm, {name: noted(name) for name in "abcd"}, tasks, settings)
+    assert {len(one.us) for one in found} == {3}
+    assert comm.allgather(order) == [order] * P
+    assert sorted(order) == sorted([*product("abcd", (1, 2, 3))] * 3)
+    rounds = [tuple(order[n : n + 4]) for n in range(0, len(order), 4)]
+    assert len({tuple(name for name, _ in one) for one in rounds}) > 1  # in an order that changes
+
+
+def test_places_that_a_collective_does_not_have(comm):
+    f4 = np.dtype("f4")
+    assert placements(Task("bcast", 4, f4), P, (False, True)) == [True]
+    assert placements(Task("reduce_scatter", P + 1, f4), P, (False, True)) == ([False] if P > 1 else [False, True])
+    assert placements(Task("reduce_scatter", 2 * P, f4), P, (False, True)) == [False, True]
+    with pytest.raises(UserError, match="nothing to measure at 4 elements: bcast has one buffer"):
+        measure(comm, {}, [Task("bcast", 4, f4)], Settings((False,)))
+
+
+def test_too_much_memory_is_refused_by_all(comm):
+    check_memory(comm, 1 << 20)
+    with pytest.raises(UserError, match=r"the largest size takes 1\.049e.06 GiB of memory for each of"):
+        check_memory(comm, 1 << 50)
+
+
+def test_the_machine(comm):
+    found = memory_bandwidth(comm)
+    assert comm.allgather(found) == [found] * P
+    assert min(found.values()) > 0
+    facts = environment(comm)
+    assert bool(facts) is (comm.rank == 0)
+    if facts:
+        assert [device["rank"] for device in facts["devices"]] == [*range(P)]
+        assert all(device["cpus"] for device in facts["devices"])

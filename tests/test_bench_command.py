@@ -1,0 +1,190 @@
+"""``mpicoll bench`` as it is launched; what it measures is not asserted."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
+from mpicoll.algorithms import ALGORITHMS
+from mpicoll.cli.app import app
+
+TINY = ["mpicoll", "bench", "--count", "0,1,5,3000", "--max-time", "0", "--min-reps", "2", "--warmup", "1"]
+PATCHED = """
+import sys
+from mpi4py import rc
+rc.initialize = False
+from mpicoll.cli import main
+import mpicoll.mpi.launch
+comm = mpicoll.mpi.launch.world()
+from mpicoll import measure
+made = measure.implementations
+measure.implementations = lambda *args: {**made(*args), "ring": BAD}
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def told(done):
+    """What rank 0 says on standard error, but for what it always does of one launch."""
+    return [line for line in done.err.splitlines() if "one launch" not in line]
+
+
+@pytest.mark.parametrize(("ranks", "collective"), [(1, "allreduce"), (3, "reduce_scatter"), (2, "bcast")])
+def test_every_algorithm_is_measured_and_written(tmp_path, ranks, collective):
+    files = ["--out", "out.json", "--format", "json", "--raw", "raw.csv", "--plot", "picture.png"]
+    done = mpirun(ranks, [*TINY[:2], collective, *TINY[2:], *files], tmp_path)
+    assert done.status == 0, done.err
+    assert len(told(done)) == (ranks == 1)
+    assert done.err.count("mpicoll: one launch") == 1
+    names = ["auto", "native", *ALGORITHMS[collective]]
+    whole = json.loads((tmp_path / "out.json").read_text())
+    assert [one["name"] for one in whole["implementations"]] == [*names, "null"]
+    for one in whole["implementations"]:
+        assert [row["size"] for row in one["results"]] == [0, 4, 20, 12000]
+        assert one["out_of_bounds"] == {"count": 0, "okay": True}
+    assert [device["rank"] for device in whole["devices"]] == [*range(ranks)]
+    assert whole["args"][1:3] == ["bench", collective]
+    assert len(whole["library"]) >= len(whole["mpi"].split()[0])
+    with (tmp_path / "raw.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["implementation"] for row in rows} == {*names, "null"}
+    assert {row["repetition"] for row in rows} == {"0", "1"}
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    place = "in place" if collective == "bcast" else "out of place"
+    blocks = re.findall(rf"^# (\w+) {collective}, {place}\n# Size .*\n((?:\d.*\n)+)", done.out, re.MULTILINE)
+    assert [name for name, _ in blocks] == names
+    assert all([line.split()[0] for line in rows.splitlines()] == ["0", "4", "20", "12000"] for _, rows in blocks)
+    assert done.out.endswith("# Wrong elements: 0 OK\n")
+
+
+def test_alone_a_csv_on_standard_output_is_nothing_but_that(tmp_path):
+    done = run([*TINY, "--algorithm", "ring,tree", "--format", "csv", "--in-place"], tmp_path)
+    assert (done.status, len(told(done))) == (0, 1)
+    rows = list(csv.DictReader(done.out.splitlines()))
+    assert [(row["implementation"], row["bytes"]) for row in rows[:4]] == [
+        *[("native", "0"), ("ring", "0"), ("tree", "0"), ("null", "0")]
+    ]
+    assert len(rows) == 16
+    assert {row["in_place"] for row in rows} == {"True"}
+
+
+def test_options_are_environment_variables_too(tmp_path):
+    env = {"MPICOLL_BENCH_ALGORITHM": "ring", "MPICOLL_BENCH_SYNC": "dissemination", "MPICOLL_BENCH_COUNT": "7"}
+    done = mpirun(
+        2, ["mpicoll", "bench", *TINY[4:], "--dtype", "float16", "--op", "max", "--unaligned"], tmp_path, env=env
+    )
+    assert done.status == 0
+    assert "# ring allreduce, in place\n" in done.out
+    assert "tree" not in done.out
+    assert "native" not in done.out
+    assert "# Datatype: float16, max; 2 rank(s)\n" in done.out
+    assert "# sync dissemination, check off, seed " in done.out
+    assert "\n14 " in done.out
+    assert "# MPICOLL_BENCH_SYNC=dissemination\n" in done.out
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("lambda task, send, recv: lambda: None", r"\d+ wrong elements: ring of 20 bytes, out of place; ring of "),
+        ("lambda task, send, recv: lambda: 1 / (task.count - 5 or comm.rank - 1 or 0)", "rank 1 failed"),
+    ],
+)
+def test_a_wrong_result_and_a_rank_that_fails(tmp_path, bad, message):
+    code = PATCHED.replace("BAD", bad)
+    files = ["--algorithm", "ring", "--out", "out.csv", "--format", "csv"]
+    done = mpirun(2, [sys.executable, "-c", code, *TINY[1:2], "--count", "5", *TINY[4:], *files], tmp_path)
+    assert done.status == 1
+    assert re.search(message, done.err)
+    if "wrong" in message:
+        assert done.err.count("wrong elements") == 1
+        assert "Traceback" not in done.err
+        with (tmp_path / "out.csv").open() as file:  # what was measured is there all the same
+            assert max(int(row["wrong"]) for row in csv.DictReader(file) if row["implementation"] == "ring") > 0
+        assert re.search(r"# Wrong elements: \d+\n$", done.out)
+    else:
+        assert "ZeroDivisionError" in done.err
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ("allreduce --root 1", 2, "--root is for reduce and bcast, not for allreduce"),
+        ("reduce --root 3", 1, "--root must be one of 3 ranks, got 3"),
+        ("bcast --out-of-place", 1, "nothing to measure at 1 elements: bcast has one buffer, and so is in place"),
+        ("--sizes 900G", 1, "the largest size takes 5400 GiB of memory for each of 3 rank"),
+        ("--out there", 1, "'there' exists: name a new file"),
+        ("--raw no/where.csv", 1, "'no/where.csv' cannot be written: there is no folder 'no'"),
+        ("--algorithm native --dtype bfloat16", 1, "native has no allreduce of bfloat16 that adds as ours do"),
+    ],
+)
+def test_what_cannot_be_is_one_line(tmp_path, options, status, message):
+    (tmp_path / "there").touch()
+    done = mpirun(3, ["mpicoll", "bench", *options.split()], tmp_path)
+    (line,) = [line for line in done.err.splitlines() if line.startswith("mpicoll: ")]
+    assert (done.status, done.out) == (status, "")
+    assert message in line
+    assert "Traceback" not in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("alltoall", "'alltoall' is not one of 'allreduce', 'reduce', 'bcast', 'reduce_scatter', 'allgather'"),
+        ("bcast --op sum", "--op is for collectives that reduce, not for bcast"),
+        ("--algorithm ring,rnig", "--algorithm 'rnig' is none of auto, native, ring, recursive_doubling"),
+        ("--sizes 3", "--sizes: 3 bytes are no whole number of float32, 4 bytes each"),
+        ("--sizes 4:2", "'4:2' is not a range from 1 or more upwards"),
+        ("--plot a.gif", "--plot must end with .png, .svg, .pdf, got 'a.gif'"),
+        ("--plot a.png --count 0", "--plot shows sizes above 0"),
+        ("--max-time -1", "-1.0 is not in the range"),
+    ],
+)
+def test_wrong_usage(options, message):
+    result = CliRunner().invoke(app, ["bench", *options.split()])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_two_files_of_one_name(tmp_path):
+    failed = run([*TINY, "--raw", "a.csv", "--out", "a.csv"], tmp_path)
+    assert (failed.status, failed.err) == (1, "mpicoll: 'a.csv' is named twice: name a new file\n")
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
+    def interrupt(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("# memory"):
+            pass
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+
+    done = mpirun(3, ["mpicoll", "bench", "--out", "out.json"], tmp_path, meanwhile=interrupt, timeout=30)
+    assert done.status != 0
+    assert IS_OPEN_MPI or "mpicoll: interrupted" in done.err
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_claim_that_the_documentation_makes_of_several_launches(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/benchmarks.md").read_text(), re.DOTALL)
+    for n in range(6):
+        done = mpirun(2, [*TINY, "--algorithm", "ring", "--format", "csv", "--out", f"launch-{n}.csv"], tmp_path)
+        assert done.status == 0
+        assert "# ring allreduce, in place\n" in done.out
+        if n in (0, 4, 5):
+            said = run([sys.executable, "-c", code], tmp_path).out.splitlines()
+            assert [line.split()[:3] for line in said] == [
+                ["ring", place, size] for place in ("False", "True") for size in ("0", "4", "20", "12000")
+            ]
+            claimed = [line for line in said if "no difference" not in line]
+            assert n == 5 or not claimed

@@ -1,0 +1,281 @@
+"""The statistics and the formats of mpicoll bench, without measuring."""
+
+import csv
+import io
+import json
+import re
+from math import comb
+
+import numpy as np
+import pytest
+
+from mpicoll.algorithms import ALGORITHMS
+from mpicoll.cli import bench
+from mpicoll.measure import (
+    OPS,
+    SYNC,
+    Result,
+    Settings,
+    Task,
+    _is_enough,
+    bandwidths,
+    median,
+    median_ranks,
+    memory_share,
+    record,
+    summary,
+    timer_resolution,
+)
+
+MEMORY = {"copy": 10.0, "add": 5.0}
+
+
+@pytest.mark.parametrize("n", [6, 7, 10, 11, 30, 100, 199, 201, 1000])
+def test_the_interval_of_the_median_covers_it_in_95_percent_and_no_shorter_one_does(n):
+    def covers(low, high):  # more than low samples are below the median, and at most high
+        return sum(comb(n, k) for k in range(low + 1, high + 1)) / 2**n
+
+    low, high = median_ranks(n)
+    assert low == n - 1 - high
+    assert covers(low, high) >= (0.95 if n <= 200 else 0.945)
+    assert covers(low + 1, high - 1) < 0.95
+
+
+def test_where_no_interval_is_certain_enough_it_is_all_there_is():
+    assert [median_ranks(n) for n in range(1, 6)] == [(0, n - 1) for n in range(1, 6)]
+
+
+def test_summary_of_known_samples():
+    us = np.arange(101.0)[::-1]
+    assert summary(us) == {"n": 101, "median": 50, "p10": 10, "p90": 90, "p99": 99, "min": 0, "max": 100, "mean": 50}
+    assert median(us) == (50, 40, 60)
+
+
+def test_bandwidths_are_those_of_nccl_tests():
+    assert bandwidths("allreduce", 4000, 4, 2) == (2, 3)
+    assert bandwidths("reduce_scatter", 4000, 4, 2) == bandwidths("allgather", 4000, 4, 2) == (2, 1.5)
+    assert bandwidths("bcast", 4000, 4, 2) == bandwidths("reduce", 4000, 4, 2) == (2, 2)
+    assert bandwidths("allreduce", 4000, 1, 2) == (2, 0)
+
+
+def test_share_of_the_memory_bandwidth():
+    assert memory_share("allreduce", 10**6, 4, 400, MEMORY) == 1  # 2 MB at 5 GB/s
+    assert memory_share("bcast", 10**6, 4, 400, MEMORY) == 0.5
+    assert memory_share("reduce_scatter", 10**6, 4, 250, MEMORY) == 1
+
+
+def test_the_speed_is_the_median_of_ratios_within_a_repetition():
+    slow_for_a_while = np.array([1.0, 1, 1, 10, 10, 10, 10])
+    result = Result("ring", True, Task("allreduce", 3, np.dtype("f4")), slow_for_a_while, 2 * slow_for_a_while, 0)
+    said = record(result, 4, MEMORY)
+    assert (said["speed"], said["speed_low"], said["speed_high"]) == (2, 2, 2)
+    assert (said["bytes"], said["n"], said["median"], said["root"]) == (12, 7, 10, -1)
+
+
+def rounds(*medians, spread=0.0, n=16):
+    """So many repetitions of implementations that are spread evenly, and of the empty call, which is not looked at."""
+    around = 1 + spread * np.linspace(-1, 1, n)
+    return [np.array([*(middle * x for middle in medians), x**9]) for x in around]
+
+
+@pytest.mark.parametrize(
+    ("measured", "until", "expected"),
+    [
+        (rounds(5.0, n=9), 0.0, False),  # too few, however late it is
+        (rounds(5.0, spread=0.9, n=10), 0.0, True),  # late
+        (rounds(5.0, spread=0.9), 1e30, False),
+        (rounds(5.0, 7.0, spread=0.01), 1e30, True),  # known well enough
+        (rounds(5.0, 7.0, spread=0.01, n=15), 1e30, False),  # not looked at
+        (rounds(5.0, 0.0, spread=0.9, n=10), 1e30, False),
+    ],
+)
+def test_when_it_is_enough(measured, until, expected):
+    assert _is_enough(measured, Settings(min_reps=10, precision=0.02), until) is expected
+
+
+def test_one_that_is_not_known_well_enough_keeps_all_going():
+    steady, wild = rounds(5.0, spread=0.001), rounds(7.0, spread=0.9)
+    assert not _is_enough([np.array([a[0], b[0], 1]) for a, b in zip(steady, wild, strict=True)], Settings(), 1e30)
+
+
+def test_the_clock_is_finer_than_what_is_measured():
+    assert 0 < timer_resolution() < 100
+
+
+def test_the_command_offers_what_there_is():
+    options = {option.name: option.type for option in bench.bench.params}
+    assert [*options["collective"].choices, "mix"] == [*ALGORITHMS]
+    assert [*options["sync"].choices] == [*SYNC]
+    assert [*options["op"].choices] == [*OPS]
+
+
+def test_sizes():
+    convert = bench._Numbers().convert
+    assert convert("64k:1M:4,1000,4", None, None) == [4, 1000, 65536, 262144, 1048576]
+    assert convert("3:20", None, None) == [3, 6, 12]
+    assert convert("0,7,7", None, None) == [0, 7]
+    assert convert("5:5", None, None) == [5]
+    for bad in (
+        "",
+        "-1",
+        "4:",
+        "1:2:3:4",
+        "1.5",
+        "1T",
+        "4K:1K",
+        "0:4",
+        "1:4:1",
+        ",",
+        "1:1G:2,1:900G:3,1:900G:5,7:900G:6",
+    ):
+        with pytest.raises(bench.click.BadParameter):
+            convert(bad + ("," + ",".join(map(str, range(70))) if bad.startswith("1:1G") else ""), None, None)
+
+
+def test_ranges_of_cores():
+    assert bench.ranges([0, 1, 2, 3, 8]) == "0-3,8"
+    assert bench.ranges([5]) == "5"
+
+
+def test_bytes_as_people_write_them():
+    assert [bench.pretty(size) for size in (4, 1000, 2048, 1000 << 10, 3 << 30)] == [
+        "4 B",
+        "1000 B",
+        "2 KiB",
+        "1000 KiB",
+        "3 GiB",
+    ]
+
+
+# ---- formats
+
+
+def made(names=("auto", "native", "ring"), counts=(0, 2, 1 << 20), places=(False, True), wrong=0):
+    """Records as they are measured: auto is as fast as native, ring half as fast."""
+    rng = np.random.default_rng(1)
+    found = []
+    for count in counts:
+        task = Task("allreduce", count, np.dtype("f4"))
+        for place in places:
+            us = 10 + count / 1000 + rng.random(20)
+            for name in names:
+                own = us * (2 if name == "ring" else rng.choice([0.5, 2], 20) if name == "auto" else 1)
+                bad = wrong if name == "ring" else 0
+                found.append(Result(name, place, task, own, us if "native" in names else None, bad))
+        found.append(Result("null", places[0], task, us / 100, None, 0))
+    return [record(one, 4, MEMORY) for one in found]
+
+
+FACTS = {
+    "start_time": "2026-01-02 03:04:05",
+    "mpicoll": "0",
+    "mpi": "An MPI, 1.0",
+    "mpi4py": "4",
+    "numpy": "2",
+    "python": "3",
+    "git": None,
+    "env": ["OMP_NUM_THREADS=1"],
+    "devices": [{"hostname": "a", "cpus": [0, 1]}, {"hostname": "b", "cpus": [2]}, {"hostname": "a", "cpus": [0, 1]}],
+    "config": {
+        **{"ranks": 4, "sync": "barrier", "check": "off", "seed": 1, "max_time": 1.0, "min_reps": 2},
+        **{"off_cache": True, "unaligned": False},
+    },
+    "memory": MEMORY,
+    "resolution": 0.03,
+}
+
+
+def test_text_is_what_parsers_of_the_osu_benchmarks_read():
+    records = made()
+    text = bench.header(FACTS, Task("allreduce", 1, np.dtype("f4"))) + bench.body(records)
+    mean = f"{records[7]['mean']:.2f}"
+    assert records[7]["bytes"] == 8
+    assert re.search(r"^8\s+(\S+)", text, re.MULTILINE)[1] == mean  # the first block is auto, out of place
+    blocks = [line for line in text.splitlines() if not line.startswith("#")]
+    assert len(blocks) == 3 * 3 * 2
+    for line in blocks:
+        size, average, *others = line.split()
+        assert (int(size), float(average) > 0) in [(0, True), (8, True), (4 << 20, True)]
+        assert line.startswith(size)
+        assert len(others) >= 8
+    assert "# a: 2 rank(s) on cores 0-1\n# b: 1 rank(s) on cores 2\n" in text
+    assert "off cache" in text
+    assert "# OMP_NUM_THREADS=1\n" in text
+    assert text.endswith("# Wrong elements: 0 OK\n")
+
+
+def test_speeds_stand_side_by_side_and_no_difference_is_said_to_be_none():
+    lines = bench.body(made()).splitlines()
+    start = lines.index("# speed of allreduce, out of place, native = 1; = for no difference")
+    assert lines[start + 1].split() == ["#", "Size", "native", "us", "null", "us", "auto", "ring"]
+    for line, size in zip(lines[start + 2 :], ("0", "8", "4194304"), strict=False):
+        found = line.split()
+        assert found[1] == size
+        assert found[4].startswith("=")
+        assert found[5] == "0.50"
+
+
+def test_what_has_nothing_to_be_compared_with_is_not():
+    text = bench.body(made(names=("auto", "ring"), places=(False,)))
+    assert "speed of" not in text
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) == 6
+
+
+def test_wrong_elements_are_in_every_format():
+    records = made(wrong=3)
+    assert bench.body(records).endswith("# Wrong elements: 18\n")
+    assert {row["wrong"] for row in csv.DictReader(io.StringIO(bench.table(FACTS, records)))} == {"0", "3"}
+    ring = json.loads(bench.document(FACTS, records))["implementations"][2]
+    assert ring["out_of_bounds"] == {"count": 18, "okay": False}
+    assert ring["results"][0]["in_place"]["nwrong"] == 3
+
+
+def test_csv_gives_back_what_was_measured():
+    records = made()
+    rows = list(csv.DictReader(io.StringIO(bench.table(FACTS, records))))
+    assert len(rows) == len(records)
+    for row, one in zip(rows, records, strict=True):
+        assert (row["mpi"], row["implementation"], row["in_place"]) == (
+            "An MPI, 1.0",
+            one["implementation"],
+            str(one["in_place"]),
+        )
+        for key in ("bytes", "count", "ranks", "n", "wrong", *bench.TIMES, "algbw", "busbw", "speed", "speed_low"):
+            assert row[key] == ("" if one[key] is None else str(one[key]))
+    raw = list(csv.DictReader(io.StringIO(bench.table(FACTS, records, raw=True))))
+    assert len(raw) == 20 * len(records)
+    assert [float(row["us"]) for row in raw[20:40]] == records[1]["us"]
+    assert [int(row["repetition"]) for row in raw[20:40]] == [*range(20)]
+
+
+def test_json_has_the_keys_of_nccl_tests():
+    whole = json.loads(bench.document({**FACTS, "args": [], "end_time": ""}, made()))
+    assert {"version", "start_time", "args", "env", "config", "devices", "end_time"} < {*whole}
+    assert [one["name"] for one in whole["implementations"]] == ["auto", "native", "ring", "null"]
+    ring = whole["implementations"][2]
+    assert {*ring} == {"name", "results", "out_of_bounds", "average_bus_bandwidth"}
+    row = ring["results"][1]
+    assert [row[key] for key in ("size", "count", "type", "redop", "root")] == [8, 2, "float32", "sum", -1]
+    for place in ("out_of_place", "in_place"):
+        assert {"time", "alg_bw", "bus_bw", "nwrong"} < {*row[place]}
+        keys = {"min_us", "max_us", "avg_us", "p50_us", "p95_us", "p99_us", "stdev_us", "cv_pct", "times_us"}
+        assert keys < {*row[f"{place}_per_iter"]}
+        assert row[place]["bus_bw"] == pytest.approx(1.5 * row[place]["alg_bw"])
+        assert len(row[f"{place}_per_iter"]["times_us"]) == 20
+    assert "in_place" not in whole["implementations"][3]["results"][0]
+
+
+def test_warnings():
+    assert [line.partition(":")[0] for line in bench.warnings(FACTS, made())] == ["one launch"]
+    alone = {**FACTS, "config": {"ranks": 1}, "resolution": 3.0}
+    one, coarse, _ = bench.warnings(alone, made())
+    assert one.startswith("one rank: use more")
+    assert coarse == "the clock's resolution is more than a tenth of the median of auto, native, ring"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg"])
+def test_a_picture_is_drawn(tmp_path, name):
+    bench.draw(FACTS, made(), tmp_path / name)
+    picture = (tmp_path / name).read_bytes()
+    assert picture.startswith(b"\x89PNG") or b"<svg" in picture
+    bench.draw(FACTS, made(names=("auto", "ring"), places=(True,)), tmp_path / name)  # without native
