@@ -34,8 +34,9 @@ class Entry:
         return self.what if isinstance(self.what, str) else "; ".join(map(str, self.what))
 
     def __str__(self) -> str:
-        number = f"call {self.call} on {self.where}, " if self.call else f"{self.where}, " if self.where else ""
-        return f"{number}{self.shown}" + ("" if self.round is None else f", round {self.round}")
+        numbered = f"call {self.call} on {self.where}, {self.shown}" if self.call else self.shown
+        place = f" on {self.where}" if self.where and not self.call else ""
+        return f"{numbered}{place}" + ("" if self.round is None else f", round {self.round}")
 
 
 calls: deque[Entry] = deque(maxlen=KEPT)
