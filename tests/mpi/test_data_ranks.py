@@ -14,8 +14,8 @@ from mpicoll.train import data as data_module
 from mpicoll.train import formats
 from mpicoll.train.data import Dataset, batches, load
 
-pytestmark = pytest.mark.mpi
 P = MPI.COMM_WORLD.size
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
 F8 = np.dtype("f8")
 
 

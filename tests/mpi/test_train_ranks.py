@@ -14,8 +14,8 @@ from mpicoll.train.loop import evaluate
 from mpicoll.train.models import MODELS, Layered
 from training import blobs, trained
 
-pytestmark = pytest.mark.mpi
 P = MPI.COMM_WORLD.size
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
 MODEL = MODELS["mlp"](6, 3, (8,))
 
 
