@@ -140,7 +140,7 @@ class Comm(MPI.Intracomm):
             if level == "off" or self.size == 1:
                 MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
             else:
-                header = native("allreduce", name_of(op), PLAIN[recvbuf.dtype], recvbuf.size)
+                header = _header("allreduce", recvbuf, op)
                 compared(self._state or state_of(self), header, MPI.Intracomm.Allreduce, self, sendbuf, recvbuf, op)
         else:
             options = options_of(self, algorithm, deterministic, segments, wire)
@@ -182,7 +182,7 @@ class Comm(MPI.Intracomm):
             if level == "off" or self.size == 1:
                 MPI.Intracomm.Reduce(self, sendbuf, recvbuf, op, root)
             else:
-                header = native("reduce", name_of(op), PLAIN[data.dtype], data.size, root)
+                header = _header("reduce", data, op, root)
                 compared(self._state or state_of(self), header, MPI.Intracomm.Reduce, self, sendbuf, recvbuf, op, root)
         else:
             options = options_of(self, algorithm, deterministic, segments, wire)
@@ -495,6 +495,14 @@ class Comm(MPI.Intracomm):
         for flat, array in before:
             flat[:] = array
         run(made)
+
+
+def _header(collective: str, x: np.ndarray, op: MPI.Op, root: int | None = None) -> Header:
+    """Of a small call, as any other way to make it has it: what a user-defined operation takes is told by its bytes."""
+    name = name_of(op)
+    if name == "user-defined":
+        return native(collective, name, "bytes", x.nbytes, root)
+    return native(collective, name, PLAIN[x.dtype], x.size, root)
 
 
 def _are_alike(x: Any, other: np.ndarray, level: str) -> bool:

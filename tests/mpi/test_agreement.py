@@ -416,6 +416,22 @@ def test_correct_programs_are_left_alone(ours, check):
     column.Free()
 
 
+@pytest.mark.parametrize("given", ["array", "specification", "function"])
+def test_a_user_defined_operation_is_the_same_on_small_arrays_however_they_are_given(ours, given):
+    op = MPI.Op.Create(lambda a, b, datatype: None, commute=True)
+    x, odd, root = ones(), ours.rank == ODD, P - 1
+    if not odd or given == "array":
+        ours.Allreduce(MPI.IN_PLACE, x, op)
+        ours.Reduce(x.copy(), x, op, root)
+    elif given == "specification":
+        ours.Allreduce(MPI.IN_PLACE, [x, 5, MPI.DOUBLE], op)
+        ours.Reduce([x.copy(), 5, MPI.DOUBLE], [x, 5, MPI.DOUBLE], op, root)
+    else:
+        mpicoll.allreduce(x, ours, op)
+        mpicoll.reduce(x, ours, root, op)
+    op.Free()
+
+
 def test_a_call_that_one_rank_leaves_out_is_noticed_at_the_next(ours):
     for _ in range(500):
         mpicoll.allreduce(ones(), ours)
