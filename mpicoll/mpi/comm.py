@@ -166,9 +166,14 @@ class Comm(MPI.Intracomm):
         if (
             algorithm == "auto"
             and type(data) is np.ndarray
+            and data.nbytes < LARGE
             and data.dtype in PLAIN
             and data.flags.carray
-            and (recvbuf is data or (self.rank != root if recvbuf is None else _are_alike(recvbuf, data, level)))
+            and (
+                sendbuf is not MPI.IN_PLACE
+                if self.rank != root
+                else recvbuf is data or (_are_alike(recvbuf, data, level) and recvbuf.flags.writeable)
+            )
             and type(root) is int
             and 0 <= root < self.size
             and type(op) is MPI.Op
@@ -451,6 +456,8 @@ class Comm(MPI.Intracomm):
         def calls() -> list[Any]:
             if root is not None:
                 check_root(self, index(root))
+                if sendbuf is MPI.IN_PLACE and not receives:
+                    raise ValueError(f"MPI.IN_PLACE is for the root, {root}, alone: pass what rank {self.rank} sends")
             if options.algorithm == "native" and as_it_is:
                 return natively()
             try:

@@ -170,6 +170,12 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
         "allreduce of 5 float64",
         "allreduce, sum, native",
     ),
+    "reduce into what cannot be written": (
+        lambda c: c.Reduce(ones(), ones(), root=ODD),
+        lambda c: c.Reduce(ones(), frozen(), root=ODD),
+        "reduce of 5 float64, sum",
+        "reduce, sum, native",
+    ),
     "bcast into what cannot be written": (
         lambda c: c.Bcast(ones()),
         lambda c: c.Bcast(frozen()),
@@ -196,6 +202,12 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
     ),
 }
 REFUSED: dict[str, Pair] = {  # a mistake that one rank sees by itself: it raises its own error
+    "reduce in place where the result does not go": (
+        lambda c: c.Reduce(MPI.IN_PLACE, ones(), root=0) if c.rank == 0 else c.Reduce(ones(), None, root=0),
+        lambda c: c.Reduce(MPI.IN_PLACE, ones(), root=0),
+        "reduce of 5 float64, sum",
+        "reduce refused, MPI.IN_PLACE is for the root, 0, alone",
+    ),
     "strided": (
         lambda c: mpicoll.allreduce(ones(), c),
         lambda c: mpicoll.allreduce(strided(), c),
