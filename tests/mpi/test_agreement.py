@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 import mpicoll
 from contract import own_data
-from mpicoll.mpi import agreement
+from mpicoll.mpi import agreement, collectives
 from mpicoll.mpi.state import state_of
 
 P = MPI.COMM_WORLD.size
@@ -168,19 +168,19 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
         lambda c: c.Allreduce(ones(), ones()),
         lambda c: c.Allreduce(ones(), frozen()),
         "allreduce of 5 float64",
-        "allreduce, sum, native",
+        "allreduce, sum, native, .*expected a writable array",
     ),
     "reduce into what cannot be written": (
         lambda c: c.Reduce(ones(), ones(), root=ODD),
         lambda c: c.Reduce(ones(), frozen(), root=ODD),
         "reduce of 5 float64, sum",
-        "reduce, sum, native",
+        "reduce, sum, native, .*expected a writable array",
     ),
     "bcast into what cannot be written": (
         lambda c: c.Bcast(ones()),
         lambda c: c.Bcast(frozen()),
         "bcast of 40 bytes",
-        "bcast, native, root 0",
+        "bcast, native, root 0, expected a writable array",
     ),
     "persistent": (
         lambda c: mpicoll.allreduce_init(ones(), c, algorithm="ring"),
@@ -190,9 +190,9 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
     ),
     "blocking or not": (
         lambda c: mpicoll.allreduce_init(ones(), c, algorithm="ring"),
-        lambda c: mpicoll.allreduce(ones(), c, algorithm="tree"),
-        "sum, ring",
-        "sum, tree",
+        lambda c: mpicoll.allreduce(ones(), c, algorithm="ring"),
+        "allreduce_init of 5 float64, sum, ring",
+        "allreduce of 5 float64, sum, ring",
     ),
     "level": (
         lambda c: mpicoll.allreduce(ones(), c),
@@ -318,6 +318,47 @@ def test_nonblocking_calls_are_compared_when_they_are_waited_for(ours, names):
     else:
         with pytest.raises(mpicoll.MismatchError, match="iallreduce refused, expected a contiguous"):
             mpicoll.iallreduce(ones(), again).wait()
+
+
+def test_what_is_cut_off_of_a_nonblocking_call_is_compared_and_the_table_says_that_it_is_cut(ours):
+    own, last = ours.Dup(), 6 + (ours.rank == ODD)
+    with pytest.raises(mpicoll.MismatchError) as caught:
+        mpicoll.iallreduce([*(ones(5) for _ in range(100)), ones(last), ones(13 - last)], own).wait()
+    _, *lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert re.search(r"call 1: allreduce of 513 float64, sum, native, arrays of 5, .*[5, ]\.\.\.$", line)
+    for start in ("", "x"):  # one of them is cut in the middle of a character
+        other = ours.Dup()
+        if own.rank == ODD:
+            with pytest.raises(ValueError, match="unknown operation"):
+                mpicoll.iallreduce(ones(), other, start + "é" * 200)
+        else:
+            with pytest.raises(mpicoll.MismatchError, match=r"é\.\.\.$"):
+                mpicoll.iallreduce(ones(), other).wait()
+    if own.rank != ODD:  # that the places differ is no mistake
+        mpicoll.iallreduce(ones(), ours, check="full").wait()
+    else:
+        mpicoll.iallreduce(ones(), ours, check="full").wait()
+
+
+def test_a_table_tells_calls_apart_that_read_the_same():
+    table = agreement._table([(1, "a call..."), (2, "a call..."), (1, "a call..."), (2, "another place")])
+    assert table.splitlines()[1:] == [
+        "  ranks 0, 2  a call...",
+        "  rank 1      a call...",
+        "  rank 3      another place",
+    ]
+
+
+def test_nothing_is_described_where_nothing_is_compared(ours, monkeypatch):
+    def described(self: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(collectives.Call, "header", described)
+    for name in ("native", "ring"):
+        assert mpicoll.iallreduce(ones(), ours, algorithm=name, check="off").wait().tolist() == [P] * 5
+        assert mpicoll.iallreduce(ones(), mpicoll.Comm(MPI.COMM_SELF), algorithm=name).wait().tolist() == [1] * 5
 
 
 def test_the_order_of_memory_and_the_place_are_compared_in_full(ours):
