@@ -14,10 +14,12 @@ from .agreement import Header, check_level, level_of, native
 from .buffers import (
     REFUSALS,
     Part,
+    block,
     blocks,
     described,
     is_half,
     is_in_place,
+    of_blocks,
     on_device,
     parts,
     payload,
@@ -356,15 +358,20 @@ class Comm(MPI.Intracomm):
 
         def calls() -> list[Any]:
             if algorithm in ("auto", "native"):
-                dtype, each = ("in place", None) if is_in_place(sendbuf) else payload(sendbuf)
+                dtype, each = block(recvbuf, self.size) if is_in_place(sendbuf) else payload(sendbuf)
                 space = payload(recvbuf, True)
-                if each is not None and isinstance(recvbuf, np.ndarray) and space[1] != each * self.size:
+                if (
+                    not is_in_place(sendbuf)
+                    and each is not None
+                    and isinstance(recvbuf, np.ndarray)
+                    and space[1] != each * self.size
+                ):
                     raise ValueError(
                         f"expected {self.size} times what is sent, got room for {space[1]} {space[0]}, and {each} bytes"
                     )
                 header = native("allgather", "", f"{dtype} a rank", each)
                 return [Native(header, self._natively("Allgather", sendbuf, recvbuf))]
-            received = vector(recvbuf)
+            received = vector(of_blocks(recvbuf, self.size))
             sent = None if is_in_place(sendbuf) else vector(sendbuf, writable=False)
             count = len(received) // self.size
             if count * self.size != len(received) or (

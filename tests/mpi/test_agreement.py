@@ -128,6 +128,18 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
         "allgather of 8 bytes a rank",
         "allgather of 16 bytes a rank",
     ),
+    "bytes of an allgather in place": (
+        lambda c: c.Allgather(MPI.IN_PLACE, ones(P)),
+        lambda c: c.Allgather(MPI.IN_PLACE, ones(2 * P)),
+        "allgather of 8 bytes a rank, native$",
+        "allgather of 16 bytes a rank, native$",
+    ),
+    "elements of an allgather in place": (
+        lambda c: c.Allgather(MPI.IN_PLACE, ones(P)),
+        lambda c: c.Allgather(MPI.IN_PLACE, ones(2 * P - 1)),
+        "allgather of 8 bytes a rank, native$",
+        f"allgather, native, {2 * P - 1} elements for {P} ranks a rank$",
+    ),
     "reduce_scatter_block": (
         lambda c: c.Reduce_scatter_block(ones(P), ones(1)),
         lambda c: c.Reduce_scatter_block(ones(2 * P), ones(2)),
@@ -483,6 +495,33 @@ def test_a_user_defined_operation_is_the_same_on_small_arrays_however_they_are_g
         mpicoll.allreduce(x, ours, op)
         mpicoll.reduce(x, ours, root, op)
     op.Free()
+
+
+IN_PLACE_FORMS: dict[str, Callable[[np.ndarray], tuple[Any, int]]] = {  # and where the first block begins
+    "array": lambda x: (x[: 2 * P], 0),
+    "type": lambda x: ([x[: 2 * P], MPI.DOUBLE], 0),
+    "no count": lambda x: ([x[: 2 * P], None, None, "d"], 0),
+    "count": lambda x: ([x, 2], 0),
+    "count and type": lambda x: ([x, np.int64(2), "d"], 0),
+    "pair": lambda x: ([x, (2, None)], 0),
+    "displacement in a pair": lambda x: ([x, [2, 1], MPI.DOUBLE], 1),
+    "displacement": lambda x: ([x, 2, 1, MPI.DOUBLE], 1),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "ring"])
+@pytest.mark.parametrize("form", IN_PLACE_FORMS)
+def test_an_allgather_in_place_is_the_same_in_all_of_mpi4pys_forms(ours, form, algorithm):
+    x = np.zeros(2 * P + 2)
+    given, start = IN_PLACE_FORMS[form](x) if ours.rank == ODD else (x[: 2 * P], 0)
+    x[start:][2 * ours.rank :][:2] = ours.rank + 1
+    ours.Allgather(MPI.IN_PLACE, given, algorithm)
+    assert x[start:][: 2 * P].tolist() == [rank + 1 for rank in range(P) for _ in range(2)]
+    if algorithm == "auto":
+        ours.Allgather(None if ours.rank == ODD else MPI.IN_PLACE, given)
+        pair = MPI.DOUBLE.Create_contiguous(2).Commit()
+        ours.Allgather(MPI.IN_PLACE, [x[: 2 * P], pair] if ours.rank == ODD else [x, 1, pair])
+        pair.Free()
 
 
 def test_a_call_that_one_rank_leaves_out_is_noticed_at_the_next(ours):
