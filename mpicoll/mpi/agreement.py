@@ -25,7 +25,7 @@ KEPT = 128
 
 _MIX = 0x9E3779B97F4A7C15  # odd: numbers that follow each other differ in many bits
 _MASK = (1 << 64) - 1
-_SAID = 256  # bytes of a hash and a text
+_HASH, _SAID = 8, 256  # bytes of a hash, and of one with a text
 
 _begun: list["Comparison"] = []  # MPI writes to their memory, though the call may be refused on this rank
 _clearing = Lock()
@@ -52,6 +52,8 @@ class Header(NamedTuple):
             named.append(f"parts of {[after - before for before, after in pairwise(self.cuts)]}")
         if self.detail:
             named.append(self.detail)
+        if self.elements is None and self.dtype:
+            named.append(self.dtype)
         return ", ".join([f"{self.collective}{what}", *filter(None, [self.operation]), self.algorithm, *named])
 
 
@@ -106,7 +108,7 @@ class Agreement:
         self._mine[:] = (digest ^ (self.calls * _MIX & _MASK)).to_bytes(8, "little")
         self._comm.Allgather(self._mine, self._all)
         if self._all != self._mine * self._p:
-            raise MismatchError(_table(self._comm.allgather(self._said(headers, detail))))
+            raise MismatchError(_table(self._comm.allgather((digest, self._said(headers, detail)))))
 
     def _said(self, headers: Headers, detail: tuple[str, ...] | None) -> str:
         what = headers if isinstance(headers, str) else "; ".join(map(str, headers)) or "nothing to do"
@@ -116,8 +118,10 @@ class Agreement:
     def begin(self, headers: Headers, detail: tuple[str, ...] | None = None) -> "Comparison":
         """Compare a nonblocking call: at the end of the request, and so with the text at once, cut to fit."""
         self.calls += 1
-        said = self._said(headers, detail).encode()[: _SAID - 8]
-        mine = _digest((self.calls, headers, detail)).to_bytes(8, "little") + said.ljust(_SAID - 8, b"\0")
+        said, room = self._said(headers, detail).encode(), _SAID - _HASH
+        if len(said) > room:
+            said = said[: room - 3].decode(errors="ignore").encode() + b"..."
+        mine = _digest((self.calls, headers, detail)).to_bytes(_HASH, "little") + said.ljust(room, b"\0")
         everyone = bytearray(_SAID * self._p)
         with _clearing:
             for other in list(_begun):  # those that nobody waits for, because this rank refused the call
@@ -140,19 +144,20 @@ class Comparison(NamedTuple):
     def after(self) -> None:
         """Once the request is complete: raise if calls differ."""
         _begun.remove(self)
-        if any(self.everyone[start : start + _SAID] != self.mine for start in range(0, len(self.everyone), _SAID)):
-            said = [self.everyone[start + 8 : start + _SAID] for start in range(0, len(self.everyone), _SAID)]
-            raise MismatchError(_table([one.rstrip(b"\0").decode(errors="replace") for one in said]))
+        each = [bytes(self.everyone[start : start + _SAID]) for start in range(0, len(self.everyone), _SAID)]
+        if any(one[:_HASH] != self.mine[:_HASH] for one in each):  # not the text: places are not compared
+            raise MismatchError(_table([(one[:_HASH], one[_HASH:].rstrip(b"\0").decode()) for one in each]))
 
 
-def _table(said: list[str]) -> str:
-    """Who made which call: a line for each of them."""
-    ranks: dict[str, list[int]] = {}
+def _table(said: list[tuple[int | bytes, str]]) -> str:
+    """Who made which call, of hashes and texts: a line for each of them.  Texts may be cut, and so be the same where
+    hashes differ; calls that agree may be made from different places."""
+    ranks: dict[tuple[int | bytes, str], list[int]] = {}
     for rank, call in enumerate(said):
         ranks.setdefault(call, []).append(rank)
     heads = [named(who) for who in ranks.values()]
     width = max(map(len, heads))
-    lines = [f"  {head:{width}}  {call}" for head, call in zip(heads, ranks, strict=True)]
+    lines = [f"  {head:{width}}  {text}" for head, (_, text) in zip(heads, ranks, strict=True)]
     return "\n".join(["ranks do not make the same call on this communicator:", *lines])
 
 

@@ -249,6 +249,18 @@ def blocks(x: Any, p: int) -> tuple[np.ndarray, list[int], list[int]]:
     return flat, found, starts
 
 
+def of_blocks(x: Any, p: int) -> Any:
+    """What mpi4py takes for ``p`` equal blocks, as it is for all of them: a count there is that of a block."""
+    if not isinstance(x, (list, tuple)) or not _is_specification(x):
+        return x
+    buffer, count, *rest = x
+    if isinstance(count, Integral):
+        return [buffer, index(count) * p, *rest]
+    if _is_counts(count) and len(count) == 2 and count[0] is not None:
+        return [buffer, (index(count[0]) * p, count[1]), *rest]
+    return x
+
+
 def described(x: Any, writable: bool = False) -> tuple[str, int | None]:
     """The dtype and the number of elements of a buffer that goes to the MPI library as it is; of derived types the
     number of bytes.  What is wrong with it is its dtype then: if it is the same on all ranks, mpi4py may decide."""
@@ -267,6 +279,19 @@ def payload(x: Any, writable: bool = False) -> tuple[str, int | None]:
     except Exception:
         dtype, size = described(x, writable)
         return ("bytes", size) if size is not None else (dtype, None)
+
+
+def block(x: Any, p: int) -> tuple[str, int | None]:
+    """``payload`` of one of ``p`` equal blocks to receive, each of whole elements."""
+    together = of_blocks(x, p)
+    what, size = payload(together, True)
+    if not size:
+        return what, size
+    named = isinstance(x, (list, tuple)) and isinstance(x[-1], MPI.Datatype)
+    element = x[-1].Get_size() if named else vector(together).itemsize
+    if size % (element * p):
+        return f"{size // element} elements for {p} ranks", None
+    return what, size // p
 
 
 def _derived_size(x: Any) -> int | None:

@@ -327,7 +327,7 @@ def iallreduce(
     with whole(comm):
         state = find_state(comm)
         asked = _asked(comm, check, "iallreduce", x, lambda: _calls(x, comm, op, options, prefer="native"))
-        comparison = state.agreement.begin(asked.headers, asked.detail) if state and asked.compared else None
+        comparison = state.agreement.begin(asked.headers(), asked.detail) if state and asked.compared else None
         calls = asked.calls()
         delivers = [call.part.deliver for call in calls if call.part.deliver]
         if all(call.row is None for call in calls):
@@ -368,7 +368,7 @@ def allreduce_init(
                 raise ValueError("native persistent collectives are the MPI library's: comm.Allreduce_init")
             if any(call.part.deliver for call in calls):
                 raise TypeError("a persistent allreduce takes one array in host memory: nothing is gathered or staged")
-            return calls
+            return [call._replace(collective="allreduce_init") for call in calls]
 
         calls = agreed(comm, check, "allreduce_init", x, checked)
         state = state_of(comm)
@@ -403,11 +403,17 @@ def account(
 class _Asked(NamedTuple, Generic[C]):
     """What a rank is to do, or why it cannot; and whether and how that is compared with the other ranks."""
 
+    name: str
     made: list[C]
     error: Exception | None
-    headers: Headers
     detail: tuple[str, ...] | None
     compared: bool
+
+    def headers(self) -> Headers:
+        """What is compared, and recorded: 5 us, for those who need it."""
+        if self.error is not None:
+            return f"{self.name} refused, {self.error}"
+        return tuple(call.header() for call in self.made)
 
     def calls(self) -> list[C]:
         """What it is to do."""
@@ -421,31 +427,30 @@ def _asked(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Call
     level = level_of(comm, check)
     made: list[C] = []
     error: Exception | None = None
-    headers: Headers
     try:
         check_level(level)
         made = make()
-        headers = tuple(call.header() for call in made)
     except Exception as raised:
-        error, headers = raised, f"{name} refused, {raised}"
+        error = raised
     detail = (order_of(x),) if level == "full" else None
-    return _Asked(made, error, headers, detail, level != "off" and comm.size > 1)
+    return _Asked(name, made, error, detail, level != "off" and comm.size > 1)
 
 
 def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Callable[[], list[C]]) -> list[C]:
     """What ``make`` gives, once the ranks are seen to make the same call; what it raises, others hear of."""
     asked = _asked(comm, check, name, x, make)
+    headers = asked.headers()
     if asked.compared:
         state = state_of(comm)
-        record.begin(state.entry(asked.headers))
+        record.begin(state.entry(headers))
         try:
-            state.agree(asked.headers, asked.detail)
+            state.agree(headers, asked.detail)
         except MismatchError as mismatch:
             if asked.error is None:
                 raise
             raise asked.error from mismatch  # its own, and who else is concerned
     else:
-        record.begin(record.Entry(asked.headers))
+        record.begin(record.Entry(headers))
     return asked.calls()
 
 

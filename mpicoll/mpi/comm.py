@@ -14,10 +14,12 @@ from .agreement import Header, check_level, level_of, native
 from .buffers import (
     REFUSALS,
     Part,
+    block,
     blocks,
     described,
     is_half,
     is_in_place,
+    of_blocks,
     on_device,
     parts,
     payload,
@@ -140,7 +142,7 @@ class Comm(MPI.Intracomm):
             if level == "off" or self.size == 1:
                 MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
             else:
-                header = native("allreduce", name_of(op), PLAIN[recvbuf.dtype], recvbuf.size)
+                header = _header("allreduce", recvbuf, op)
                 compared(self._state or state_of(self), header, MPI.Intracomm.Allreduce, self, sendbuf, recvbuf, op)
         else:
             options = options_of(self, algorithm, deterministic, segments, wire)
@@ -166,9 +168,14 @@ class Comm(MPI.Intracomm):
         if (
             algorithm == "auto"
             and type(data) is np.ndarray
+            and data.nbytes < LARGE
             and data.dtype in PLAIN
             and data.flags.carray
-            and (recvbuf is data or (self.rank != root if recvbuf is None else _are_alike(recvbuf, data, level)))
+            and (
+                sendbuf is not MPI.IN_PLACE
+                if self.rank != root
+                else recvbuf is data or (_are_alike(recvbuf, data, level) and recvbuf.flags.writeable)
+            )
             and type(root) is int
             and 0 <= root < self.size
             and type(op) is MPI.Op
@@ -182,7 +189,7 @@ class Comm(MPI.Intracomm):
             if level == "off" or self.size == 1:
                 MPI.Intracomm.Reduce(self, sendbuf, recvbuf, op, root)
             else:
-                header = native("reduce", name_of(op), PLAIN[data.dtype], data.size, root)
+                header = _header("reduce", data, op, root)
                 compared(self._state or state_of(self), header, MPI.Intracomm.Reduce, self, sendbuf, recvbuf, op, root)
         else:
             options = options_of(self, algorithm, deterministic, segments, wire)
@@ -351,15 +358,20 @@ class Comm(MPI.Intracomm):
 
         def calls() -> list[Any]:
             if algorithm in ("auto", "native"):
-                dtype, each = ("in place", None) if is_in_place(sendbuf) else payload(sendbuf)
+                dtype, each = block(recvbuf, self.size) if is_in_place(sendbuf) else payload(sendbuf)
                 space = payload(recvbuf, True)
-                if each is not None and isinstance(recvbuf, np.ndarray) and space[1] != each * self.size:
+                if (
+                    not is_in_place(sendbuf)
+                    and each is not None
+                    and isinstance(recvbuf, np.ndarray)
+                    and space[1] != each * self.size
+                ):
                     raise ValueError(
                         f"expected {self.size} times what is sent, got room for {space[1]} {space[0]}, and {each} bytes"
                     )
                 header = native("allgather", "", f"{dtype} a rank", each)
                 return [Native(header, self._natively("Allgather", sendbuf, recvbuf))]
-            received = vector(recvbuf)
+            received = vector(of_blocks(recvbuf, self.size))
             sent = None if is_in_place(sendbuf) else vector(sendbuf, writable=False)
             count = len(received) // self.size
             if count * self.size != len(received) or (
@@ -451,6 +463,8 @@ class Comm(MPI.Intracomm):
         def calls() -> list[Any]:
             if root is not None:
                 check_root(self, index(root))
+                if sendbuf is MPI.IN_PLACE and not receives:
+                    raise ValueError(f"MPI.IN_PLACE is for the root, {root}, alone: pass what rank {self.rank} sends")
             if options.algorithm == "native" and as_it_is:
                 return natively()
             try:
@@ -495,6 +509,14 @@ class Comm(MPI.Intracomm):
         for flat, array in before:
             flat[:] = array
         run(made)
+
+
+def _header(collective: str, x: np.ndarray, op: MPI.Op, root: int | None = None) -> Header:
+    """Of a small call, as any other way to make it has it: what a user-defined operation takes is told by its bytes."""
+    name = name_of(op)
+    if name == "user-defined":
+        return native(collective, name, "bytes", x.nbytes, root)
+    return native(collective, name, PLAIN[x.dtype], x.size, root)
 
 
 def _are_alike(x: Any, other: np.ndarray, level: str) -> bool:

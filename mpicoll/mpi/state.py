@@ -154,7 +154,7 @@ class State:
     def interrupt(self) -> None:
         """Messages may stay behind: nothing can be started any more."""
         self._interrupted = True
-        interrupted.append("ours")
+        interrupted.add(self)
 
     def retain(self) -> None:
         """Another user of the private communicator."""
@@ -215,8 +215,9 @@ def _post(comm: MPI.Comm, bound: Bound, tag: int) -> list[MPI.Request]:
 under_way: list["Handle"] = []
 """Handles of ours started and not complete, oldest first, of all communicators."""
 
-interrupted: list[str] = []
-"""One entry for each call that was broken off: as long as there is none, small calls need not look."""
+interrupted: set["State | _Broken"] = set()
+"""Of communicators on which a call was broken off, until they are freed: while there is none, small calls need not
+look."""
 
 _native_under_way: list["NativeHandle"] = []
 _native_abandoned: list["NativeHandle"] = []
@@ -562,7 +563,8 @@ _keyval = MPI.KEYVAL_INVALID
 _keyval_lock = Lock()
 
 
-def _release(comm: MPI.Comm, keyval: int, state: State) -> None:
+def _release(comm: MPI.Comm, keyval: int, state: "State | _Broken") -> None:
+    interrupted.discard(state)
     state.release()
 
 
@@ -631,8 +633,9 @@ def whole(comm: MPI.Intracomm) -> Iterator[None]:
         if state is not None:
             state.interrupt()
         else:
-            comm.Set_attr(_keyval, _Broken())
-            interrupted.append("native")
+            broken = _Broken()
+            comm.Set_attr(_keyval, broken)
+            interrupted.add(broken)
         record.end()
         raise
     except BaseException:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
+from mpicoll.mpi.state import interrupted
+
 WORLD = MPI.COMM_WORLD
 
 
@@ -27,6 +29,14 @@ def pytest_report_header() -> str:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if WORLD.rank and report.failed:
         print(f"rank {WORLD.rank}: {report.nodeid} failed:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_interrupted() -> Iterator[None]:
+    """Small calls take another way after a call was broken off, until its communicator is freed, which is not always
+    possible: no test may take it because of another."""
+    yield
+    interrupted.clear()
 
 
 @pytest.fixture

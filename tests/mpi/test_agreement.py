@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 import mpicoll
 from contract import own_data
-from mpicoll.mpi import agreement
+from mpicoll.mpi import agreement, collectives
 from mpicoll.mpi.state import state_of
 
 P = MPI.COMM_WORLD.size
@@ -128,6 +128,18 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
         "allgather of 8 bytes a rank",
         "allgather of 16 bytes a rank",
     ),
+    "bytes of an allgather in place": (
+        lambda c: c.Allgather(MPI.IN_PLACE, ones(P)),
+        lambda c: c.Allgather(MPI.IN_PLACE, ones(2 * P)),
+        "allgather of 8 bytes a rank, native$",
+        "allgather of 16 bytes a rank, native$",
+    ),
+    "elements of an allgather in place": (
+        lambda c: c.Allgather(MPI.IN_PLACE, ones(P)),
+        lambda c: c.Allgather(MPI.IN_PLACE, ones(2 * P - 1)),
+        "allgather of 8 bytes a rank, native$",
+        f"allgather, native, {2 * P - 1} elements for {P} ranks a rank$",
+    ),
     "reduce_scatter_block": (
         lambda c: c.Reduce_scatter_block(ones(P), ones(1)),
         lambda c: c.Reduce_scatter_block(ones(2 * P), ones(2)),
@@ -168,13 +180,19 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
         lambda c: c.Allreduce(ones(), ones()),
         lambda c: c.Allreduce(ones(), frozen()),
         "allreduce of 5 float64",
-        "allreduce, sum, native",
+        "allreduce, sum, native, .*expected a writable array",
+    ),
+    "reduce into what cannot be written": (
+        lambda c: c.Reduce(ones(), ones(), root=ODD),
+        lambda c: c.Reduce(ones(), frozen(), root=ODD),
+        "reduce of 5 float64, sum",
+        "reduce, sum, native, .*expected a writable array",
     ),
     "bcast into what cannot be written": (
         lambda c: c.Bcast(ones()),
         lambda c: c.Bcast(frozen()),
         "bcast of 40 bytes",
-        "bcast, native, root 0",
+        "bcast, native, root 0, expected a writable array",
     ),
     "persistent": (
         lambda c: mpicoll.allreduce_init(ones(), c, algorithm="ring"),
@@ -184,9 +202,9 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
     ),
     "blocking or not": (
         lambda c: mpicoll.allreduce_init(ones(), c, algorithm="ring"),
-        lambda c: mpicoll.allreduce(ones(), c, algorithm="tree"),
-        "sum, ring",
-        "sum, tree",
+        lambda c: mpicoll.allreduce(ones(), c, algorithm="ring"),
+        "allreduce_init of 5 float64, sum, ring",
+        "allreduce of 5 float64, sum, ring",
     ),
     "level": (
         lambda c: mpicoll.allreduce(ones(), c),
@@ -196,6 +214,12 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
     ),
 }
 REFUSED: dict[str, Pair] = {  # a mistake that one rank sees by itself: it raises its own error
+    "reduce in place where the result does not go": (
+        lambda c: c.Reduce(MPI.IN_PLACE, ones(), root=0) if c.rank == 0 else c.Reduce(ones(), None, root=0),
+        lambda c: c.Reduce(MPI.IN_PLACE, ones(), root=0),
+        "reduce of 5 float64, sum",
+        "reduce refused, MPI.IN_PLACE is for the root, 0, alone",
+    ),
     "strided": (
         lambda c: mpicoll.allreduce(ones(), c),
         lambda c: mpicoll.allreduce(strided(), c),
@@ -308,6 +332,47 @@ def test_nonblocking_calls_are_compared_when_they_are_waited_for(ours, names):
             mpicoll.iallreduce(ones(), again).wait()
 
 
+def test_what_is_cut_off_of_a_nonblocking_call_is_compared_and_the_table_says_that_it_is_cut(ours):
+    own, last = ours.Dup(), 6 + (ours.rank == ODD)
+    with pytest.raises(mpicoll.MismatchError) as caught:
+        mpicoll.iallreduce([*(ones(5) for _ in range(100)), ones(last), ones(13 - last)], own).wait()
+    _, *lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert re.search(r"call 1: allreduce of 513 float64, sum, native, arrays of 5, .*[5, ]\.\.\.$", line)
+    for start in ("", "x"):  # one of them is cut in the middle of a character
+        other = ours.Dup()
+        if own.rank == ODD:
+            with pytest.raises(ValueError, match="unknown operation"):
+                mpicoll.iallreduce(ones(), other, start + "é" * 200)
+        else:
+            with pytest.raises(mpicoll.MismatchError, match=r"é\.\.\.$"):
+                mpicoll.iallreduce(ones(), other).wait()
+    if own.rank != ODD:  # that the places differ is no mistake
+        mpicoll.iallreduce(ones(), ours, check="full").wait()
+    else:
+        mpicoll.iallreduce(ones(), ours, check="full").wait()
+
+
+def test_a_table_tells_calls_apart_that_read_the_same():
+    table = agreement._table([(1, "a call..."), (2, "a call..."), (1, "a call..."), (2, "another place")])
+    assert table.splitlines()[1:] == [
+        "  ranks 0, 2  a call...",
+        "  rank 1      a call...",
+        "  rank 3      another place",
+    ]
+
+
+def test_nothing_is_described_where_nothing_is_compared(ours, monkeypatch):
+    def described(self: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(collectives.Call, "header", described)
+    for name in ("native", "ring"):
+        assert mpicoll.iallreduce(ones(), ours, algorithm=name, check="off").wait().tolist() == [P] * 5
+        assert mpicoll.iallreduce(ones(), mpicoll.Comm(MPI.COMM_SELF), algorithm=name).wait().tolist() == [1] * 5
+
+
 def test_the_order_of_memory_and_the_place_are_compared_in_full(ours):
     square = np.ones((3, 3))
     if ours.rank == ODD:
@@ -414,6 +479,49 @@ def test_correct_programs_are_left_alone(ours, check):
     own.Bcast([square, 1, column] if rank == 0 else flat)
     assert rank == 0 or flat.tolist() == [0, 3, 6]
     column.Free()
+
+
+@pytest.mark.parametrize("given", ["array", "specification", "function"])
+def test_a_user_defined_operation_is_the_same_on_small_arrays_however_they_are_given(ours, given):
+    op = MPI.Op.Create(lambda a, b, datatype: None, commute=True)
+    x, odd, root = ones(), ours.rank == ODD, P - 1
+    if not odd or given == "array":
+        ours.Allreduce(MPI.IN_PLACE, x, op)
+        ours.Reduce(x.copy(), x, op, root)
+    elif given == "specification":
+        ours.Allreduce(MPI.IN_PLACE, [x, 5, MPI.DOUBLE], op)
+        ours.Reduce([x.copy(), 5, MPI.DOUBLE], [x, 5, MPI.DOUBLE], op, root)
+    else:
+        mpicoll.allreduce(x, ours, op)
+        mpicoll.reduce(x, ours, root, op)
+    op.Free()
+
+
+IN_PLACE_FORMS: dict[str, Callable[[np.ndarray], tuple[Any, int]]] = {  # and where the first block begins
+    "array": lambda x: (x[: 2 * P], 0),
+    "type": lambda x: ([x[: 2 * P], MPI.DOUBLE], 0),
+    "no count": lambda x: ([x[: 2 * P], None, None, "d"], 0),
+    "count": lambda x: ([x, 2], 0),
+    "count and type": lambda x: ([x, np.int64(2), "d"], 0),
+    "pair": lambda x: ([x, (2, None)], 0),
+    "displacement in a pair": lambda x: ([x, [2, 1], MPI.DOUBLE], 1),
+    "displacement": lambda x: ([x, 2, 1, MPI.DOUBLE], 1),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "ring"])
+@pytest.mark.parametrize("form", IN_PLACE_FORMS)
+def test_an_allgather_in_place_is_the_same_in_all_of_mpi4pys_forms(ours, form, algorithm):
+    x = np.zeros(2 * P + 2)
+    given, start = IN_PLACE_FORMS[form](x) if ours.rank == ODD else (x[: 2 * P], 0)
+    x[start:][2 * ours.rank :][:2] = ours.rank + 1
+    ours.Allgather(MPI.IN_PLACE, given, algorithm)
+    assert x[start:][: 2 * P].tolist() == [rank + 1 for rank in range(P) for _ in range(2)]
+    if algorithm == "auto":
+        ours.Allgather(None if ours.rank == ODD else MPI.IN_PLACE, given)
+        pair = MPI.DOUBLE.Create_contiguous(2).Commit()
+        ours.Allgather(MPI.IN_PLACE, [x[: 2 * P], pair] if ours.rank == ODD else [x, 1, pair])
+        pair.Free()
 
 
 def test_a_call_that_one_rank_leaves_out_is_noticed_at_the_next(ours):

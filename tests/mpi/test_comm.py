@@ -397,6 +397,27 @@ def test_ten_thousand_calls_leave_nothing(ours):
     assert state.under_way == []
 
 
+@pytest.mark.parametrize("wrap", [mpicoll.Comm, lambda comm: comm])
+def test_small_calls_look_no_longer_once_a_broken_communicator_is_freed(comm, monkeypatch, wrap):
+    broken, sound = wrap(comm.Dup()), mpicoll.Comm(comm)
+
+    def breaks(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    def looks(*arguments: Any) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collectives.Call, "run", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            mpicoll.allreduce([np.ones(3), np.ones(3, "f4")], broken, check="off")
+    monkeypatch.setattr(mpicoll.Comm, "_reduction", looks)
+    with pytest.raises(AssertionError):
+        sound.Allreduce(MPI.IN_PLACE, np.ones(3))
+    broken.Free()
+    sound.Allreduce(MPI.IN_PLACE, np.ones(3))
+
+
 @pytest.mark.skipif(P > 2, reason="the same with more ranks, only longer")
 def test_a_thousand_communicators_leave_nothing(ours):
     def make_and_free(number: int) -> None:

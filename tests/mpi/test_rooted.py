@@ -1,5 +1,7 @@
 """The contract of every reduce and broadcast, over every row of the table and several roots."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
@@ -9,7 +11,7 @@ import mpicoll
 from contract import assert_untouched, composition, guarded, maps, own_data
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.interpreter import interpret_arrays
-from mpicoll.mpi import operations, plan
+from mpicoll.mpi import collectives, operations, plan
 
 pytestmark = pytest.mark.mpi
 P = MPI.COMM_WORLD.size
@@ -203,6 +205,23 @@ def test_counts_past_a_limit_go_in_pieces(comm, name, monkeypatch):
     np.testing.assert_array_equal(x, expected if comm.rank == P - 1 else own_data(5003, comm.rank))
     mpicoll.bcast(x, comm, P - 1, "native" if name == "native" else "scatter_allgather")
     np.testing.assert_array_equal(x, expected)
+
+
+def test_a_plain_large_reduce_goes_in_pieces_too(comm, monkeypatch):
+    """Not from the short way of small calls straight to the MPI library."""
+    monkeypatch.setattr(operations, "MAX_COUNT", 1 << 19)
+    counts, native = [], collectives.Call._run_native
+
+    def counting(self: Any, piece: Any) -> None:
+        counts.append(len(piece))
+        native(self, piece)
+
+    monkeypatch.setattr(collectives.Call, "_run_native", counting)
+    root, x = P - 1, np.full((1 << 20) + 1, comm.rank + 1.0)
+    received = np.empty_like(x) if comm.rank == root else None
+    mpicoll.Comm(comm).Reduce(x, received, root=root)
+    assert counts == [1 << 19, 1 << 19, 1]
+    assert received is None or (received == P * (P + 1) / 2).all()
 
 
 def test_while_a_handle_is_under_way(comm):
