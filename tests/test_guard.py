@@ -276,13 +276,53 @@ def test_ranks_that_mix_differently_do_not_take_each_others_numbers(tmp_path):
     ],
 )
 def test_a_rank_that_is_gone_ends_the_job_soon(tmp_path, how, told, status):
-    done = watched(tmp_path, how, timeout=1000)
+    done = watched(tmp_path, how, timeout=1000, before="watch.LEFT = 1")
     assert done.status in status
     assert "is done" not in done.out
     if told:
         head, ranks = account(done)
         assert head.startswith("mpicoll: rank 1, which this call needs, is gone: rank ")
         assert ranks[1] == told
+
+
+MISSED = {  # what all do, what the others do when rank 1 has left; and what is told of that
+    "its first": ("", "mpicoll.allreduce(x, comm)", "call 1 on communicator 0.1, allreduce of 5 float64, sum, native"),
+    "on a plain communicator": ("", "mpicoll.allreduce(x, plain)", "making a communicator of ours"),
+    "not compared": ("mpicoll.allreduce(x, comm)", "comm.Barrier()", "Barrier on communicator 0.1"),
+    "on another communicator": (
+        "mpicoll.allreduce(x, comm); mpicoll.allreduce(x, two)",
+        "mpicoll.allreduce(x, comm)",
+        "call 2 on communicator 0.1, allreduce of 5 float64, sum, native",
+    ),
+    "of a graph": ("comm.Barrier()", "mpicoll.gossip_average(x, comm, step=0)", "call 1 on communicator 0.1, mix"),
+}
+
+
+@pytest.mark.parametrize("what", MISSED)
+def test_a_rank_that_is_gone_is_noticed_in_whatever_call_that_needs_it(tmp_path, what):
+    before, call, told = MISSED[what]
+    (tmp_path / "job.py").write_text(
+        f"""
+import sys
+import numpy as np
+import mpicoll
+from mpi4py import MPI
+from mpicoll.mpi import watch
+watch.LEFT = 0.5
+mpicoll.guard(timeout=1000)
+comm = mpicoll.Comm(MPI.COMM_WORLD)
+two, plain, x = comm.Dup(), MPI.COMM_WORLD.Dup(), np.ones(5)
+{before}
+if comm.rank == 1:
+    sys.exit(3)
+{call}
+"""
+    )
+    done = mpirun(3, [sys.executable, "job.py"], tmp_path)
+    head, ranks = account(done)
+    assert re.match(rf"mpicoll: rank 1, which this call needs, is gone: rank [02] is in {re.escape(told)}", head)
+    assert ranks[1] == "has left the program, with status 3"
+    assert done.status in (3, 9, 137)
 
 
 def test_leaving_together_with_a_status_is_nothing_to_tell_of(tmp_path):
@@ -455,6 +495,47 @@ def test_a_guard_lasts_as_long_as_its_block_and_leaves_nothing(tmp_path):
     assert (done.status, done.out.count("fine"), done.err) == (0, 3, "")
 
 
+def test_calls_that_may_wait_are_recorded(tmp_path):
+    (tmp_path / "job.py").write_text(
+        textwrap.dedent(
+            """\
+            import numpy as np
+            import mpicoll
+            from mpi4py import MPI
+            from mpicoll.mpi import record
+            comm = mpicoll.Comm(MPI.COMM_WORLD)
+            x, y, other = np.ones(3), np.ones(3), 1 - comm.rank
+            group = comm.Get_group()
+            record.calls.clear()
+            for make in (comm.Dup, comm.Clone, lambda: comm.Split(0), lambda: comm.Split_type(MPI.COMM_TYPE_SHARED),
+                         lambda: comm.Create(group), lambda: comm.Create_group(group), lambda: comm.Create_cart([2])):
+                make().Free()
+            request = comm.Irecv(y, other)
+            comm.Barrier()  # it is there on both
+            comm.Rsend(x, other)
+            request.Wait()
+            comm.Sendrecv_replace(x, other, 0, other, 0)
+            comm.Isend(x, other)
+            comm.Mprobe(other).Recv(y)
+            comm.isend("x", other)
+            comm.mprobe(other).recv()
+            mpicoll.gossip_average(x, comm, step=0)
+            assert not record.inside
+            told = [str(entry) for entry in record.calls]
+            expected = ["Dup", "Clone", "Split", "Split_type", "Create", "Create_group", "Create_cart", "Barrier",
+                        "Rsend", "Sendrecv_replace", "Mprobe", "mprobe"]
+            assert told[:12] == [f"{name} on communicator 0.1" for name in expected], told
+            assert told[12].startswith("call 1 on communicator 0.1, mix ") and "exponential" in told[12], told
+            assert told[13].startswith("mix on "), told
+            assert len(told) == 14
+            print("fine")
+            """
+        )
+    )
+    done = mpirun(2, [sys.executable, "job.py"], tmp_path)
+    assert (done.status, done.out.count("fine"), done.err) == (0, 2, "")
+
+
 def test_training_has_a_time_limit(tmp_path):
     """One rank is stopped in the middle of it."""
 
@@ -504,6 +585,30 @@ FINE = {  # what a guarded program may do
     "leaving early what it has done its part of": """
         slow = MPI.Op.Create(lambda a, b, datatype: time.sleep(6), commute=True)
         comm.Reduce(x, np.empty_like(x), slow, 0)
+        """,
+    "let go of its guard on one rank": """
+        from mpicoll.mpi import watch
+        watch.LEFT = 0.5
+        guard = mpicoll.guard()
+        if comm.rank == 1:
+            guard.release()
+            time.sleep(2)
+        mpicoll.allreduce(x, comm)
+        """,
+    "leave while others are in what it has done its part of": """
+        from mpicoll.mpi import watch
+        watch.LEFT = 0.5
+        time.sleep(0.5 * (comm.rank == 0))
+        comm.reduce(1, lambda a, b: time.sleep(1.5))
+        """,
+    "leave after more communicators than are counted": """
+        from mpicoll.mpi import record, watch
+        watch.LEFT = 0.5
+        for n in range(record.COUNTED):
+            record.begin(record.Entry("x", f"communicator 7.{n}", (0, 1), 1))
+            record.end()
+        time.sleep(0.5 * (comm.rank == 0))
+        comm.reduce(1, lambda a, b: time.sleep(1.5))
         """,
     "two guards": """
         first, second = mpicoll.guard(), mpicoll.guard()

@@ -15,16 +15,23 @@ from typing import Any
 KEPT = 256
 """Calls; older ones are forgotten."""
 
+COUNTED = 256
+"""Communicators whose calls are counted, twice if some are compared and some are not; later ones are not."""
+
 HERE = str(Path(__file__).parent)
 
 
 class Entry:
-    """A call: what it is, on which communicator, when it began and ended, and how far it has come."""
+    """A call: what it is, on which communicator, when it began and ended, and how far it has come.
 
-    __slots__ = ("began", "call", "ended", "ranks", "round", "what", "where")
+    ``ranks`` are those that make it as well; it is the ``number``-th ``among`` those, or 0 if it is not counted.
+    """
+
+    __slots__ = ("among", "began", "call", "ended", "number", "ranks", "round", "what", "where")
 
     def __init__(self, what: Any, where: str = "", ranks: tuple[int, ...] = (), call: int = 0) -> None:
         self.what, self.where, self.ranks, self.call = what, where, ranks, call
+        self.among, self.number = where, call
         self.round: int | None = None
         self.began, self.ended = monotonic(), 0.0
 
@@ -45,11 +52,22 @@ calls: deque[Entry] = deque(maxlen=KEPT)
 inside: dict[int, Entry] = {}
 """Those that have not ended, by thread."""
 
+made: dict[str, int] = {}
+"""How many calls that other ranks make as well have begun, by communicator: those compared, and those not."""
+
 
 def begin(entry: Entry) -> None:
     """This thread is in a call from now on."""
     calls.append(entry)
     inside[get_ident()] = entry
+    if entry.ranks and entry.where:
+        if not entry.call:
+            entry.among += ", not compared"
+            entry.number = made.get(entry.among, 0) + 1
+        if entry.among in made or len(made) < COUNTED:
+            made[entry.among] = entry.number
+        else:
+            entry.number = 0
 
 
 def end() -> None:
@@ -60,12 +78,12 @@ def end() -> None:
 
 
 @contextmanager
-def during(what: str, state: Any = None) -> Iterator[None]:
+def during(what: str, state: Any = None, ranks: tuple[int, ...] = ()) -> Iterator[None]:
     """A call, unless this thread is in one already."""
     if get_ident() in inside:
         yield
         return
-    begin(Entry(what, state.name, state.world) if state else Entry(what))
+    begin(Entry(what, state.name) if state else Entry(what, ranks=ranks))
     try:
         yield
     finally:
