@@ -271,6 +271,7 @@ def test_ranks_that_mix_differently_do_not_take_each_others_numbers(tmp_path):
     [
         ("sys.exit(0)", "has left the program", ENDED[True]),
         ("sys.exit(3)", "has left the program, with status 3", (3, 9, 137)),
+        ("try: sys.exit(3)\n    except SystemExit: pass\n    raise SystemExit", "has left the program", ENDED[True]),
         ("sys.exit('a word')", "has left the program, with status 1", (1, 9, 137)),
         ("os.kill(os.getpid(), signal.SIGKILL)", "", (9, 137)),
     ],
@@ -403,12 +404,42 @@ def test_wherever_the_page_is_nothing_is_left_of_it(tmp_path, how):
 )
 def test_an_exception_that_nobody_catches_ends_the_job(tmp_path, how, told):
     report = tmp_path / "report"
-    done = watched(tmp_path, how, timeout=1000, report=report)
+    done = watched(tmp_path, how, timeout=0, report=report)
     assert done.status != 0
     assert "is done" not in done.out
     assert told in done.err
     assert done.err.count("Traceback") == 1
     assert {path.name for path in report.glob("*.json")} == {f"rank-{rank}.json" for rank in range(3)}
+
+
+def test_an_exception_in_a_thread_ends_a_command_too(tmp_path):
+    body = """
+        import threading
+        if comm.rank == 1:
+            threading.Thread(target=lambda: 1 / 0, name="helper").start()
+            time.sleep(1000)
+        comm.Barrier()
+        """
+    done = job(tmp_path, body)
+    assert done.status != 0
+    assert "mpicoll: rank 1 failed in helper:\nTraceback" in done.err
+
+
+def test_an_exception_after_mpi_is_finalized_is_told(tmp_path):
+    (tmp_path / "job.py").write_text(
+        "import mpicoll\nfrom mpi4py import MPI\nmpicoll.guard()\nMPI.Finalize()\nraise RuntimeError('at the end')\n"
+    )
+    done = mpirun(1, [sys.executable, "job.py"], tmp_path)
+    assert done.status == 1
+    assert "mpicoll: rank 0 failed after MPI was finalized\nTraceback" in done.err
+    assert "RuntimeError: at the end" in done.err
+
+
+def test_a_signal_to_one_rank_alone_is_told_of(tmp_path):
+    done = watched(tmp_path, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(1000)", timeout=1000)
+    assert done.status in (130, 9, 137)
+    assert "mpicoll: rank 1 interrupted" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_ctrl_c_ends_a_guarded_program(tmp_path):
@@ -468,7 +499,7 @@ def test_a_guard_lasts_as_long_as_its_block_and_leaves_nothing(tmp_path):
     (tmp_path / "job.py").write_text(
         textwrap.dedent(
             """\
-            import glob, signal, sys, threading, time
+            import glob, signal, socket, sys, threading, time
             import mpicoll
             from mpi4py import MPI
             before = sys.excepthook, threading.excepthook, signal.getsignal(signal.SIGTERM), threading.active_count()
@@ -487,6 +518,35 @@ def test_a_guard_lasts_as_long_as_its_block_and_leaves_nothing(tmp_path):
                     assert str(error).startswith("timeout must be a number of seconds, 0 or more, got")
                 else:
                     raise AssertionError(wrong)
+            def hooks():
+                numbers = signal.SIGINT, signal.SIGTERM
+                return [sys.excepthook, threading.excepthook, sys.exit, *map(signal.getsignal, numbers)]
+            was = hooks()
+            for first in (0, 1):  # in whatever order
+                guards = [mpicoll.guard(), mpicoll.guard()]
+                held = hooks()
+                assert not any(now is then for now, then in zip(held, was))
+                guards.pop(first).release()
+                assert hooks() == held
+                guards.pop().release()
+                assert hooks() == was
+                assert signal.set_wakeup_fd(-1) == -1
+            guard = mpicoll.guard()
+            sys.excepthook, wake = lambda *args: None, socket.socketpair()
+            for end in wake:
+                end.setblocking(False)
+            signal.set_wakeup_fd(wake[0].fileno())
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            changed = hooks()
+            guard.release()
+            guard.release()
+            assert hooks() == [changed[0], *was[1:4], signal.SIG_IGN]  # the program's own are left alone
+            assert signal.set_wakeup_fd(-1) == wake[0].fileno()
+            def generator():
+                with mpicoll.guard():
+                    yield
+            for _ in generator():
+                break  # which closes it
             print("fine")
             """
         )
@@ -525,7 +585,7 @@ def test_calls_that_may_wait_are_recorded(tmp_path):
             expected = ["Dup", "Clone", "Split", "Split_type", "Create", "Create_group", "Create_cart", "Barrier",
                         "Rsend", "Sendrecv_replace", "Mprobe", "mprobe"]
             assert told[:12] == [f"{name} on communicator 0.1" for name in expected], told
-            assert told[12].startswith("call 1 on communicator 0.1, mix ") and "exponential" in told[12], told
+            assert told[12].startswith("call 1 on communicator 0.1, mix, ") and "exponential" in told[12], told
             assert told[13].startswith("mix on "), told
             assert len(told) == 14
             print("fine")
@@ -571,7 +631,10 @@ FINE = {  # what a guarded program may do
             assert child.exitcode == -signal.SIGTERM, child.exitcode
         """,
     "handling Ctrl-C": """
+        wake = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(wake)
         try:
+            os.write(wake, bytes([signal.SIGINT]))  # two at once are handled at once
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
         except KeyboardInterrupt:
