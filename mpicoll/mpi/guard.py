@@ -95,7 +95,8 @@ class Guard:
     def end(self, error: BaseException | None, thread: threading.Thread | None = None) -> None:
         """End the job, because nobody has caught this; after MPI is finalized there is none."""
         if MPI.Is_finalized():
-            print(f"mpicoll: rank {self.rank} failed after MPI was finalized", file=sys.stderr, flush=True)
+            if not isinstance(error, SystemExit):
+                print(f"mpicoll: rank {self.rank} failed after MPI was finalized", file=sys.stderr, flush=True)
         elif isinstance(error, KeyboardInterrupt):
             _exit_interrupted(self.rank)
         elif not isinstance(error, SystemExit):
@@ -255,12 +256,13 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
     One line at the beginning of a program, on all ranks (it is a collective call on ``MPI.COMM_WORLD``), or
     ``with mpicoll.guard():`` around a part of it.
 
-    * An exception that nobody catches, in whatever thread, is told with its traceback, and the job aborted (status 1).
+    * An exception that nobody catches, in whatever thread, or that leaves the ``with`` block, is told with its
+      traceback, and the job aborted (status 1).
     * Ctrl-C and SIGTERM raise ``KeyboardInterrupt``, which the program may handle; if nobody does, or if this rank does
-      not come to it within a second because it waits inside MPI, the job ends with status 130.  Handlers that the
-      program sets later are left to do their work.
+      not come to it within a second because it waits inside MPI, or computes in one long call of a library, the job
+      ends with status 130.  Handlers that the program sets later are left to do their work.
     * A call of ours that takes longer than ``timeout`` seconds, or for 3 seconds waits for a rank that has left the
-      program before that call, ends it with status 124 (that of ``sys.exit``, if the rank left by that and it is not 0)
+      program without making it, ends it with status 124 (that of ``sys.exit``, if it left by that and it is not 0)
       and an account of all ranks of the node: in which call each is, or after which, since when, and where in the
       program; with a folder for reports that all nodes see, of those of other nodes too.
 
@@ -269,13 +271,14 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
     Parameters
     ----------
     timeout
-        Seconds; 0 for no limit. By default ``MPICOLL_TIMEOUT``, else 600. Rank 0's counts.
+        Seconds; 0 for no limit, but for ranks that left. By default ``MPICOLL_TIMEOUT``, else 600. Rank 0's counts.
     report
         A folder for the stacks and the last calls of each rank, a file for each, if the job is ended. By default
         ``MPICOLL_REPORT``, else none.
 
-    Only calls that are recorded have a limit: those of our functions, and of all blocking methods of a ``Comm``, but
-    not small ones that go to the MPI library with ``check="off"``; and not those of mpi4py's own communicators.
+    Only calls that are recorded have a limit: those of our functions, and of the methods of a ``Comm`` that wait
+    for others, but not small ones that go to the MPI library with ``check="off"``; and not those of mpi4py's own
+    communicators.
     """
     given: Any = (os.environ.get("MPICOLL_TIMEOUT") or LIMIT) if timeout is None else timeout
     report = report or os.environ.get("MPICOLL_REPORT")

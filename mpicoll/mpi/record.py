@@ -24,14 +24,15 @@ HERE = str(Path(__file__).parent)
 class Entry:
     """A call: what it is, on which communicator, when it began and ended, and how far it has come.
 
-    ``ranks`` are those that make it as well; it is the ``number``-th ``among`` those, or 0 if it is not counted.
+    ``ranks`` are those that make it as well, ``call`` is its number on the communicator, if it is compared, and
+    ``uncompared`` that among the others of these ranks.
     """
 
-    __slots__ = ("among", "began", "call", "ended", "number", "ranks", "round", "what", "where")
+    __slots__ = ("began", "call", "ended", "ranks", "round", "uncompared", "what", "where")
 
     def __init__(self, what: Any, where: str = "", ranks: tuple[int, ...] = (), call: int = 0) -> None:
         self.what, self.where, self.ranks, self.call = what, where, ranks, call
-        self.among, self.number = where, call
+        self.uncompared = 0
         self.round: int | None = None
         self.began, self.ended = monotonic(), 0.0
 
@@ -39,6 +40,11 @@ class Entry:
     def shown(self) -> str:
         """What it is, in words."""
         return self.what if isinstance(self.what, str) else "; ".join(map(str, self.what))
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """Among which calls, and as which of them; 0 if it is not counted."""
+        return (self.where, self.call) if self.call else (f"{self.where}, not compared", self.uncompared)
 
     def __str__(self) -> str:
         numbered = f"call {self.call} on {self.where}, {self.shown}" if self.call else self.shown
@@ -60,14 +66,13 @@ def begin(entry: Entry) -> None:
     """This thread is in a call from now on."""
     calls.append(entry)
     inside[get_ident()] = entry
-    if entry.ranks and entry.where:
-        if not entry.call:
-            entry.among += ", not compared"
-            entry.number = made.get(entry.among, 0) + 1
-        if entry.among in made or len(made) < COUNTED:
-            made[entry.among] = entry.number
-        else:
-            entry.number = 0
+    if entry.call:
+        if entry.where in made or len(made) < COUNTED:
+            made[entry.where] = entry.call
+    elif entry.ranks and entry.where:
+        among, _ = entry.counted
+        if among in made or len(made) < COUNTED:
+            made[among] = entry.uncompared = made.get(among, 0) + 1
 
 
 def end() -> None:

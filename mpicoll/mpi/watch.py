@@ -82,8 +82,8 @@ class Page:
         start, (*_, counted) = self._slot[rank], _STATES.unpack_from(self._memory, self._slot[rank])
         first = start + _STATES.size + _TEXT
         made = dict(_MADE.iter_unpack(self._memory[first : first + counted * _MADE.size]))
-        last = made.get(_hash(entry.among), entry.number if counted == record.COUNTED else 0)
-        return bool(last < entry.number)
+        among, number = entry.counted
+        return bool(made.get(_hash(among), number if counted == record.COUNTED else 0) < number)
 
     def status(self, rank: int) -> int:
         """What it has left with."""
