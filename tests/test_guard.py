@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from mpi4py import MPI
 from mpicoll import UserError
+from mpicoll.mpi import guard
 from mpicoll.mpi.guard import ends_job, on_root
 comm = MPI.COMM_WORLD
 with ends_job(comm):
@@ -50,6 +51,7 @@ def test_a_user_error_of_one_rank_ends_the_job_too(tmp_path):
         tmp_path,
         """
         if comm.rank == 2:
+            guard.ARRIVE = 0.5
             raise UserError("only here")
         comm.Barrier()
         """,
@@ -100,6 +102,7 @@ def test_a_lonely_error_does_not_meet_a_barrier_of_the_program(tmp_path):
         tmp_path,
         """
         if comm.rank == 1:
+            guard.ARRIVE = 0.5
             raise UserError("only here")
         comm.Ibarrier().Wait()
         print("passed")
@@ -646,7 +649,9 @@ FINE = {  # what a guarded program may do
         time.sleep(2.5)
         """,
     "leaving early what it has done its part of": """
-        slow = MPI.Op.Create(lambda a, b, datatype: time.sleep(6), commute=True)
+        from mpicoll.mpi import watch
+        watch.LEFT = 0.5
+        slow = MPI.Op.Create(lambda a, b, datatype: time.sleep(2), commute=True)
         comm.Reduce(x, np.empty_like(x), slow, 0)
         """,
     "let go of its guard on one rank": """
