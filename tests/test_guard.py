@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from mpi4py import MPI
 from mpicoll import UserError
+from mpicoll.mpi import guard
 from mpicoll.mpi.guard import ends_job, on_root
 comm = MPI.COMM_WORLD
 with ends_job(comm):
@@ -50,6 +51,7 @@ def test_a_user_error_of_one_rank_ends_the_job_too(tmp_path):
         tmp_path,
         """
         if comm.rank == 2:
+            guard.ARRIVE = 0.5
             raise UserError("only here")
         comm.Barrier()
         """,
@@ -100,6 +102,7 @@ def test_a_lonely_error_does_not_meet_a_barrier_of_the_program(tmp_path):
         tmp_path,
         """
         if comm.rank == 1:
+            guard.ARRIVE = 0.5
             raise UserError("only here")
         comm.Ibarrier().Wait()
         print("passed")
@@ -271,18 +274,59 @@ def test_ranks_that_mix_differently_do_not_take_each_others_numbers(tmp_path):
     [
         ("sys.exit(0)", "has left the program", ENDED[True]),
         ("sys.exit(3)", "has left the program, with status 3", (3, 9, 137)),
+        ("try: sys.exit(3)\n    except SystemExit: pass\n    raise SystemExit", "has left the program", ENDED[True]),
         ("sys.exit('a word')", "has left the program, with status 1", (1, 9, 137)),
         ("os.kill(os.getpid(), signal.SIGKILL)", "", (9, 137)),
     ],
 )
 def test_a_rank_that_is_gone_ends_the_job_soon(tmp_path, how, told, status):
-    done = watched(tmp_path, how, timeout=1000)
+    done = watched(tmp_path, how, timeout=1000, before="watch.LEFT = 1")
     assert done.status in status
     assert "is done" not in done.out
     if told:
         head, ranks = account(done)
         assert head.startswith("mpicoll: rank 1, which this call needs, is gone: rank ")
         assert ranks[1] == told
+
+
+MISSED = {  # what all do, what the others do when rank 1 has left; and what is told of that
+    "its first": ("", "mpicoll.allreduce(x, comm)", "call 1 on communicator 0.1, allreduce of 5 float64, sum, native"),
+    "on a plain communicator": ("", "mpicoll.allreduce(x, plain)", "making a communicator of ours"),
+    "not compared": ("mpicoll.allreduce(x, comm)", "comm.Barrier()", "Barrier on communicator 0.1"),
+    "on another communicator": (
+        "mpicoll.allreduce(x, comm); mpicoll.allreduce(x, two)",
+        "mpicoll.allreduce(x, comm)",
+        "call 2 on communicator 0.1, allreduce of 5 float64, sum, native",
+    ),
+    "of a graph": ("comm.Barrier()", "mpicoll.gossip_average(x, comm, step=0)", "call 1 on communicator 0.1, mix"),
+}
+
+
+@pytest.mark.parametrize("what", MISSED)
+def test_a_rank_that_is_gone_is_noticed_in_whatever_call_that_needs_it(tmp_path, what):
+    before, call, told = MISSED[what]
+    (tmp_path / "job.py").write_text(
+        f"""
+import sys
+import numpy as np
+import mpicoll
+from mpi4py import MPI
+from mpicoll.mpi import watch
+watch.LEFT = 0.5
+mpicoll.guard(timeout=1000)
+comm = mpicoll.Comm(MPI.COMM_WORLD)
+two, plain, x = comm.Dup(), MPI.COMM_WORLD.Dup(), np.ones(5)
+{before}
+if comm.rank == 1:
+    sys.exit(3)
+{call}
+"""
+    )
+    done = mpirun(3, [sys.executable, "job.py"], tmp_path)
+    head, ranks = account(done)
+    assert re.match(rf"mpicoll: rank 1, which this call needs, is gone: rank [02] is in {re.escape(told)}", head)
+    assert ranks[1] == "has left the program, with status 3"
+    assert done.status in (3, 9, 137)
 
 
 def test_leaving_together_with_a_status_is_nothing_to_tell_of(tmp_path):
@@ -363,12 +407,42 @@ def test_wherever_the_page_is_nothing_is_left_of_it(tmp_path, how):
 )
 def test_an_exception_that_nobody_catches_ends_the_job(tmp_path, how, told):
     report = tmp_path / "report"
-    done = watched(tmp_path, how, timeout=1000, report=report)
+    done = watched(tmp_path, how, timeout=0, report=report)
     assert done.status != 0
     assert "is done" not in done.out
     assert told in done.err
     assert done.err.count("Traceback") == 1
     assert {path.name for path in report.glob("*.json")} == {f"rank-{rank}.json" for rank in range(3)}
+
+
+def test_an_exception_in_a_thread_ends_a_command_too(tmp_path):
+    body = """
+        import threading
+        if comm.rank == 1:
+            threading.Thread(target=lambda: 1 / 0, name="helper").start()
+            time.sleep(1000)
+        comm.Barrier()
+        """
+    done = job(tmp_path, body)
+    assert done.status != 0
+    assert "mpicoll: rank 1 failed in helper:\nTraceback" in done.err
+
+
+def test_an_exception_after_mpi_is_finalized_is_told(tmp_path):
+    (tmp_path / "job.py").write_text(
+        "import mpicoll\nfrom mpi4py import MPI\nmpicoll.guard()\nMPI.Finalize()\nraise RuntimeError('at the end')\n"
+    )
+    done = mpirun(1, [sys.executable, "job.py"], tmp_path)
+    assert done.status == 1
+    assert "mpicoll: rank 0 failed after MPI was finalized\nTraceback" in done.err
+    assert "RuntimeError: at the end" in done.err
+
+
+def test_a_signal_to_one_rank_alone_is_told_of(tmp_path):
+    done = watched(tmp_path, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(1000)", timeout=1000)
+    assert done.status in (130, 9, 137)
+    assert "mpicoll: rank 1 interrupted" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_ctrl_c_ends_a_guarded_program(tmp_path):
@@ -428,7 +502,7 @@ def test_a_guard_lasts_as_long_as_its_block_and_leaves_nothing(tmp_path):
     (tmp_path / "job.py").write_text(
         textwrap.dedent(
             """\
-            import glob, signal, sys, threading, time
+            import glob, signal, socket, sys, threading, time
             import mpicoll
             from mpi4py import MPI
             before = sys.excepthook, threading.excepthook, signal.getsignal(signal.SIGTERM), threading.active_count()
@@ -447,12 +521,82 @@ def test_a_guard_lasts_as_long_as_its_block_and_leaves_nothing(tmp_path):
                     assert str(error).startswith("timeout must be a number of seconds, 0 or more, got")
                 else:
                     raise AssertionError(wrong)
+            def hooks():
+                numbers = signal.SIGINT, signal.SIGTERM
+                return [sys.excepthook, threading.excepthook, sys.exit, *map(signal.getsignal, numbers)]
+            was = hooks()
+            for first in (0, 1):  # in whatever order
+                guards = [mpicoll.guard(), mpicoll.guard()]
+                held = hooks()
+                assert not any(now is then for now, then in zip(held, was))
+                guards.pop(first).release()
+                assert hooks() == held
+                guards.pop().release()
+                assert hooks() == was
+                assert signal.set_wakeup_fd(-1) == -1
+            guard = mpicoll.guard()
+            sys.excepthook, wake = lambda *args: None, socket.socketpair()
+            for end in wake:
+                end.setblocking(False)
+            signal.set_wakeup_fd(wake[0].fileno())
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            changed = hooks()
+            guard.release()
+            guard.release()
+            assert hooks() == [changed[0], *was[1:4], signal.SIG_IGN]  # the program's own are left alone
+            assert signal.set_wakeup_fd(-1) == wake[0].fileno()
+            def generator():
+                with mpicoll.guard():
+                    yield
+            for _ in generator():
+                break  # which closes it
             print("fine")
             """
         )
     )
     done = mpirun(3, [sys.executable, "job.py"], tmp_path)
     assert (done.status, done.out.count("fine"), done.err) == (0, 3, "")
+
+
+def test_calls_that_may_wait_are_recorded(tmp_path):
+    (tmp_path / "job.py").write_text(
+        textwrap.dedent(
+            """\
+            import numpy as np
+            import mpicoll
+            from mpi4py import MPI
+            from mpicoll.mpi import record
+            comm = mpicoll.Comm(MPI.COMM_WORLD)
+            x, y, other = np.ones(3), np.ones(3), 1 - comm.rank
+            group = comm.Get_group()
+            record.calls.clear()
+            for make in (comm.Dup, comm.Clone, lambda: comm.Split(0), lambda: comm.Split_type(MPI.COMM_TYPE_SHARED),
+                         lambda: comm.Create(group), lambda: comm.Create_group(group), lambda: comm.Create_cart([2])):
+                make().Free()
+            request = comm.Irecv(y, other)
+            comm.Barrier()  # it is there on both
+            comm.Rsend(x, other)
+            request.Wait()
+            comm.Sendrecv_replace(x, other, 0, other, 0)
+            comm.Isend(x, other)
+            comm.Mprobe(other).Recv(y)
+            comm.isend("x", other)
+            comm.mprobe(other).recv()
+            mpicoll.gossip_average(x, comm, step=0)
+            assert not record.inside
+            told = [str(entry) for entry in record.calls]
+            expected = ["Dup", "Clone", "Split", "Split_type", "Create", "Create_group", "Create_cart", "Barrier",
+                        "Rsend", "Sendrecv_replace", "Mprobe", "mprobe"]
+            assert told[:12] == [f"{name} on communicator 0.1" for name in expected], told
+            assert told[12].startswith("call 1 on communicator 0.1, mix, ") and "exponential" in told[12], told
+            assert told[13].startswith("mix on "), told
+            assert len(told) == 14
+            print("fine")
+            """
+        )
+    )
+    done = mpirun(2, [sys.executable, "job.py"], tmp_path)
+    assert (done.status, done.out.count("fine"), done.err) == (0, 2, "")
 
 
 def test_training_has_a_time_limit(tmp_path):
@@ -490,7 +634,10 @@ FINE = {  # what a guarded program may do
             assert child.exitcode == -signal.SIGTERM, child.exitcode
         """,
     "handling Ctrl-C": """
+        wake = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(wake)
         try:
+            os.write(wake, bytes([signal.SIGINT]))  # two at once are handled at once
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
         except KeyboardInterrupt:
@@ -502,8 +649,34 @@ FINE = {  # what a guarded program may do
         time.sleep(2.5)
         """,
     "leaving early what it has done its part of": """
-        slow = MPI.Op.Create(lambda a, b, datatype: time.sleep(6), commute=True)
+        from mpicoll.mpi import watch
+        watch.LEFT = 0.5
+        slow = MPI.Op.Create(lambda a, b, datatype: time.sleep(2), commute=True)
         comm.Reduce(x, np.empty_like(x), slow, 0)
+        """,
+    "let go of its guard on one rank": """
+        from mpicoll.mpi import watch
+        watch.LEFT = 0.5
+        guard = mpicoll.guard()
+        if comm.rank == 1:
+            guard.release()
+            time.sleep(2)
+        mpicoll.allreduce(x, comm)
+        """,
+    "leave while others are in what it has done its part of": """
+        from mpicoll.mpi import watch
+        watch.LEFT = 0.5
+        time.sleep(0.5 * (comm.rank == 0))
+        comm.reduce(1, lambda a, b: time.sleep(1.5))
+        """,
+    "leave after more communicators than are counted": """
+        from mpicoll.mpi import record, watch
+        watch.LEFT = 0.5
+        for n in range(record.COUNTED):
+            record.begin(record.Entry("x", f"communicator 7.{n}", (0, 1), 1))
+            record.end()
+        time.sleep(0.5 * (comm.rank == 0))
+        comm.reduce(1, lambda a, b: time.sleep(1.5))
         """,
     "two guards": """
         first, second = mpicoll.guard(), mpicoll.guard()

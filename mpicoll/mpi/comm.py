@@ -562,7 +562,7 @@ for _name in [
 
 
 def _recorded(name: str, collective: bool) -> Callable[..., Any]:
-    native = getattr(MPI.Intracomm, name)
+    native = getattr(Comm, name)
 
     @wraps(native)
     def call(self: Comm, *args: Any, **kwargs: Any) -> Any:
@@ -581,7 +581,12 @@ def _recorded(name: str, collective: bool) -> Callable[..., Any]:
 for _name in [
     *("Barrier", "Gather", "Gatherv", "Scatter", "Scatterv", "Alltoall", "Alltoallv", "Alltoallw", "Scan", "Exscan"),
     *("barrier", "bcast", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan"),
+    *("Dup", "Dup_with_info", "Clone", "Split", "Split_type", "Create", "Create_cart", "Create_graph"),
+    *("Create_dist_graph", "Create_dist_graph_adjacent", "Create_intercomm", "Spawn", "Spawn_multiple"),
 ]:
     setattr(Comm, _name, _recorded(_name, True))
-for _name in ("Send", "Ssend", "Recv", "Sendrecv", "Probe", "send", "ssend", "recv", "sendrecv", "probe"):
+for _name in [
+    *("Send", "Ssend", "Rsend", "Recv", "Sendrecv", "Sendrecv_replace", "Probe", "Mprobe", "Create_group"),
+    *("send", "ssend", "recv", "sendrecv", "probe", "mprobe"),
+]:
     setattr(Comm, _name, _recorded(_name, False))

@@ -1,7 +1,9 @@
 """One job, one outcome: ranks fail together, and a rank that fails alone ends the job."""
 
 import atexit
+import math
 import os
+import select
 import signal
 import socket
 import sys
@@ -9,8 +11,9 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -64,61 +67,187 @@ def on_all(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
 class Guard:
     """What ``mpicoll.guard`` returns: in force at once, until the end of the program, or of a ``with`` block."""
 
-    def __init__(self, limit: float, folder: Path | None) -> None:
-        self._held = ExitStack()
-        self._comm = MPI.COMM_WORLD
-        self._watch = Watch(self._comm, limit, folder) if limit else None
-        self._process = os.getpid()
-        self._status: Any = None  # what sys.exit was given
-        self._hooks = hook, thread_hook, leave = sys.excepthook, threading.excepthook, sys.exit
-
-        def uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-            if os.getpid() == self._process:
-                self._end(error)
-            hook(kind, error, trace)
-
-        def uncaught_in_thread(args: Any) -> None:
-            if os.getpid() == self._process and args.exc_type is not SystemExit:
-                self._end(args.exc_value, args.thread)
-            thread_hook(args)
-
-        def leaving(status: Any = None) -> NoReturn:
-            if threading.current_thread() is threading.main_thread():
-                self._status = status
-            leave(status)
-
-        sys.excepthook, threading.excepthook, sys.exit = uncaught, uncaught_in_thread, leaving
-        self._held.enter_context(_exits_after_interrupt(self._comm.rank, handled=True))
-        atexit.register(self._leave)
+    def __init__(self, comm: MPI.Intracomm, watch: Watch | None, handled: bool = True) -> None:
+        self.comm, self.rank, self.watch = comm, comm.rank, watch  # the rank is told after MPI is finalized, too
+        self.handled = handled  # Ctrl-C: it is enough that the program handles it
+        _in_force.append(self)
+        if len(_in_force) == 1:
+            _hooks.install()
 
     def __enter__(self) -> "Guard":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self._end(error)
+        if error is not None and not isinstance(error, GeneratorExit) and self in _in_force:
+            self.end(error)
         self.release()
 
     def release(self) -> None:
         """Let go: from now on a rank that fails leaves the others waiting, as in any MPI program."""
-        sys.excepthook, threading.excepthook, sys.exit = self._hooks
-        self._held.close()
-        atexit.unregister(self._leave)
-        if self._watch:
-            self._watch.stop()
+        if self not in _in_force:
+            return  # let go before, or by a fork
+        _in_force.remove(self)
+        if not _in_force:
+            _hooks.remove()
+        if self.watch:
+            self.watch.stop()
 
-    def _leave(self) -> None:
-        if self._watch and os.getpid() == self._process:
-            self._watch.leave(status=_status_of(self._status))
+    def end(self, error: BaseException | None, thread: threading.Thread | None = None) -> None:
+        """End the job, because nobody has caught this; after MPI is finalized there is none."""
+        if MPI.Is_finalized():
+            if not isinstance(error, SystemExit):
+                print(f"mpicoll: rank {self.rank} failed after MPI was finalized", file=sys.stderr, flush=True)
+        elif isinstance(error, KeyboardInterrupt):
+            _exit_interrupted(self.rank)
+        elif not isinstance(error, SystemExit):
+            _abort(self.comm, 1, error, thread, self.watch)
+        elif _status_of(error.code):
+            _abort(self.comm, _status_of(error.code), error)
 
-    def _end(self, error: BaseException | None, thread: threading.Thread | None = None) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            _exit_interrupted(self._comm.rank)
-        if isinstance(error, SystemExit):
-            if _status_of(error.code):
-                _abort(self._comm, _status_of(error.code), error)
-            return
-        _abort(self._comm, 1, error, thread, self._watch)
+
+_in_force: list[Guard] = []
+"""Of this process, the newest last."""
+
+
+class _Hooks:
+    """What this process does otherwise while guards are in force: the first installs it, and the last that is let go
+    removes it, but for what the program has replaced meanwhile.
+
+    Python handles a signal only between bytecodes, and so never while this rank waits inside MPI: a thread that is
+    woken by the C-level handler gives the main thread time to leave properly, and then ends the process.  If all guards
+    take that for enough, the main thread need only come to handle the signal: the program knows what to do then.
+    """
+
+    def __init__(self) -> None:
+        self._replaced: list[tuple[Any, str, Any, Any]] = []  # where, name, ours, the program's
+        self._signals: dict[int, Any] = {}  # the program's handlers
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+        self._wakeup, self._handled, self._sees_forks = -1, 0, False
+        self._status: Any = None  # what sys.exit was given
+        self._raised: weakref.ref[Any] | None = None  # hangs on what it has raised
+
+    def install(self) -> None:
+        """All of it; signals in the main thread only, as Python has it."""
+        hook, thread_hook, leave = sys.excepthook, threading.excepthook, sys.exit
+
+        def uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            if _in_force:
+                _in_force[-1].end(error)
+            hook(kind, error, trace)
+
+        def uncaught_in_thread(args: Any) -> None:
+            if _in_force and args.exc_type is not SystemExit:
+                _in_force[-1].end(args.exc_value, args.thread)
+            thread_hook(args)
+
+        def leaving(status: Any = None) -> NoReturn:
+            try:
+                leave(status)
+            except SystemExit as error:
+                if threading.current_thread() is threading.main_thread():
+                    self._remember(error)
+                raise
+
+        ours = ((sys, "excepthook", uncaught), (threading, "excepthook", uncaught_in_thread), (sys, "exit", leaving))
+        for where, name, hooked in ours:
+            self._replaced.append((where, name, hooked, getattr(where, name)))
+            setattr(where, name, hooked)
+        atexit.register(self._at_exit)
+        if not self._sees_forks:
+            os.register_at_fork(after_in_child=self._in_child)
+            self._sees_forks = True
+        if threading.current_thread() is threading.main_thread() and self._sockets is None:
+            self._sockets = wake, woken = socket.socketpair()
+            wake.setblocking(False)
+            woken.setblocking(False)
+            threading.Thread(target=self._wait, args=(wake, woken), name="mpicoll-interrupt", daemon=True).start()
+            self._wakeup = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+            # SIGTERM is what Open MPI's launcher makes of Ctrl-C, and batch systems of a time limit.
+            self._signals = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def remove(self) -> None:
+        """What is still ours."""
+        for where, name, ours, before in self._replaced:
+            if getattr(where, name) is ours:
+                setattr(where, name, before)
+        self._replaced.clear()
+        atexit.unregister(self._at_exit)
+        if threading.current_thread() is threading.main_thread() and self._sockets is not None:
+            (wake, _), self._sockets = self._sockets, None
+            for number, before in self._signals.items():
+                if signal.getsignal(number) == self.handle:
+                    signal.signal(number, before)
+            current = signal.set_wakeup_fd(-1)
+            with suppress(OSError, ValueError):  # closed meanwhile
+                signal.set_wakeup_fd(self._wakeup if current == wake.fileno() else current)
+            wake.close()
+
+    def handle(self, number: int, frame: Any) -> None:
+        """A signal, in the main thread."""
+        if all(guard.handled for guard in _in_force):
+            if self._sockets is not None:
+                with suppress(OSError):  # that there is nothing
+                    self._sockets[1].recv(4096)  # those that came before are handled by this as well
+            self._handled += 1
+        raise KeyboardInterrupt
+
+    def _wait(self, wake: socket.socket, woken: socket.socket) -> None:
+        poll = select.poll()
+        poll.register(woken, select.POLLIN)
+        while True:
+            poll.poll()
+            handled = self._handled
+            try:
+                received = woken.recv(4096)
+            except BlockingIOError:
+                continue  # handled already
+            except OSError:
+                return
+            if not received:
+                break
+            if not any(n in self._signals and signal.getsignal(n) == self.handle for n in received):
+                continue
+            deadline = time.monotonic() + LEAVE
+            while time.monotonic() < deadline and self._is_open(wake, handled):
+                time.sleep(LEAVE / 50)
+            if self._is_open(wake, handled):
+                _exit_interrupted(_in_force[-1].rank)
+        woken.close()
+
+    def _is_open(self, wake: socket.socket, handled: int) -> bool:
+        return bool(_in_force) and self._handled == handled and self._sockets is not None and self._sockets[0] is wake
+
+    def _remember(self, error: SystemExit) -> None:
+        """The status, unless the program catches this and goes on: then it goes while Python code runs, else after."""
+
+        def forget(gone: Any) -> None:
+            if self._raised is gone and sys._getframe().f_back is not None:
+                self._status = None
+
+        raised = _Raised()
+        error.__dict__["_mpicoll"] = raised
+        self._status, self._raised = error.code, weakref.ref(raised, forget)
+
+    def _at_exit(self) -> None:
+        for guard in reversed(_in_force):
+            if guard.watch:
+                guard.watch.leave(_status_of(self._status))
+
+    def _in_child(self) -> None:
+        """Of a fork: it is no rank, and its signals are its own affair."""
+        if _in_force:
+            _in_force.clear()
+            sockets = self._sockets
+            self.remove()
+            if sockets is not None:
+                sockets[1].close()
+
+
+class _Raised:
+    """Hangs on an exception, to be referred to, as exceptions cannot be."""
+
+
+_hooks = _Hooks()
 
 
 def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = None) -> Guard:
@@ -127,12 +256,13 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
     One line at the beginning of a program, on all ranks (it is a collective call on ``MPI.COMM_WORLD``), or
     ``with mpicoll.guard():`` around a part of it.
 
-    * An exception that nobody catches, in whatever thread, is told with its traceback, and the job aborted (status 1).
+    * An exception that nobody catches, in whatever thread, or that leaves the ``with`` block, is told with its
+      traceback, and the job aborted (status 1).
     * Ctrl-C and SIGTERM raise ``KeyboardInterrupt``, which the program may handle; if nobody does, or if this rank does
-      not come to it within a second because it waits inside MPI, the job ends with status 130.  Handlers that the
-      program sets later are left to do their work.
+      not come to it within a second because it waits inside MPI, or computes in one long call of a library, the job
+      ends with status 130.  Handlers that the program sets later are left to do their work.
     * A call of ours that takes longer than ``timeout`` seconds, or for 3 seconds waits for a rank that has left the
-      program before that call, ends it with status 124 (that of ``sys.exit``, if the rank left by that and it is not 0)
+      program without making it, ends it with status 124 (that of ``sys.exit``, if it left by that and it is not 0)
       and an account of all ranks of the node: in which call each is, or after which, since when, and where in the
       program; with a folder for reports that all nodes see, of those of other nodes too.
 
@@ -141,13 +271,14 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
     Parameters
     ----------
     timeout
-        Seconds; 0 for no limit. By default ``MPICOLL_TIMEOUT``, else 600. Rank 0's counts.
+        Seconds; 0 for no limit, but for ranks that left. By default ``MPICOLL_TIMEOUT``, else 600. Rank 0's counts.
     report
         A folder for the stacks and the last calls of each rank, a file for each, if the job is ended. By default
         ``MPICOLL_REPORT``, else none.
 
-    Only calls that are recorded have a limit: those of our functions, and of all blocking methods of a ``Comm``, but
-    not small ones that go to the MPI library with ``check="off"``; and not those of mpi4py's own communicators.
+    Only calls that are recorded have a limit: those of our functions, and of the methods of a ``Comm`` that wait
+    for others, but not small ones that go to the MPI library with ``check="off"``; and not those of mpi4py's own
+    communicators.
     """
     given: Any = (os.environ.get("MPICOLL_TIMEOUT") or LIMIT) if timeout is None else timeout
     report = report or os.environ.get("MPICOLL_REPORT")
@@ -158,7 +289,8 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
         limit = -1.0
     if not limit >= 0:
         raise ValueError(f"timeout must be a number of seconds, 0 or more, got {given!r}")
-    made = Guard(limit, Path(folder) if folder else None)
+    watch = Watch(MPI.COMM_WORLD, limit or math.inf, Path(folder) if folder else None)
+    made = Guard(MPI.COMM_WORLD, watch)
     for hint in hints(MPI.COMM_WORLD):
         warnings.warn(hint, RuntimeWarning, stacklevel=2)
     return made
@@ -175,23 +307,22 @@ def ends_job(comm: MPI.Intracomm, limit: float = 0, folder: Path | None = None) 
     Entering and leaving are collective calls.
     """
     own = comm.Dup()  # so that no barrier of ours can meet one of the program's
-    watch = Watch(own, limit, folder) if limit else None
-    with _exits_after_interrupt(comm.rank):
-        try:
-            yield
-        except UserError:
-            if not _all_arrive(own):
-                _abort(comm, 1)
-            raise
-        except KeyboardInterrupt:
-            _exit_interrupted(comm.rank)
-        except SystemExit as leaving:
-            _abort(comm, _status_of(leaving.code) or 1)
-        except BaseException as error:
-            _abort(comm, 1, error, watch=watch)
-        finally:
-            if watch:
-                watch.stop()
+    watch = Watch(own, limit or math.inf, folder) if limit or folder else None
+    guard = Guard(own, watch, handled=False)
+    try:
+        yield
+    except UserError:
+        if not _all_arrive(own):
+            _abort(comm, 1)
+        raise
+    except KeyboardInterrupt:
+        _exit_interrupted(comm.rank)
+    except SystemExit as leaving:
+        _abort(comm, _status_of(leaving.code) or 1)
+    except BaseException as error:
+        _abort(comm, 1, error, watch=watch)
+    finally:
+        guard.release()
     own.Free()
 
 
@@ -236,60 +367,6 @@ def _exit_interrupted(rank: int) -> NoReturn:
         print("mpicoll: interrupted", file=sys.stderr, flush=True)
     else:
         time.sleep(1.5 * LEAVE)  # the first process to exit takes the others along: rank 0 must have spoken
+        print(f"mpicoll: rank {rank} interrupted", file=sys.stderr, flush=True)  # alone, then
+        time.sleep(FORWARD)
     os._exit(INTERRUPTED)
-
-
-@contextmanager
-def _exits_after_interrupt(rank: int, handled: bool = False) -> Iterator[None]:
-    """Python handles a signal only between bytecodes, and so never while this rank waits inside MPI: a thread that
-    is woken by the C-level handler gives the main thread time to leave properly, and then ends the process.
-
-    If ``handled``, it is enough that the main thread has come to handle the signal: the program knows what to do then.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    wake, woken = socket.socketpair()
-    wake.setblocking(False)
-    left, process = threading.Event(), os.getpid()
-
-    def handle(number: int, frame: Any) -> None:
-        if handled:
-            left.set()
-        raise KeyboardInterrupt
-
-    def watch() -> None:
-        while received := woken.recv(1):  # nothing once the other end is closed
-            ours = received[0] in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(received[0]) is handle
-            if ours and not left.wait(LEAVE):
-                _exit_interrupted(rank)
-            if handled:
-                left.clear()
-        woken.close()
-
-    def in_child() -> None:  # of a fork: its signals are its own affair
-        if not done and os.getpid() != process:
-            signal.set_wakeup_fd(-1)
-            for number, action in ((signal.SIGINT, interrupt), (signal.SIGTERM, terminate)):
-                if signal.getsignal(number) is handle:
-                    signal.signal(number, action)
-
-    done: list[bool] = []
-
-    threading.Thread(target=watch, name="mpicoll-interrupt", daemon=True).start()
-    before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-    # SIGTERM is what Open MPI's launcher makes of Ctrl-C, and batch systems of a time limit.
-    interrupt = signal.signal(signal.SIGINT, handle)
-    terminate = signal.signal(signal.SIGTERM, handle)
-    os.register_at_fork(after_in_child=in_child)
-    try:
-        yield
-    finally:
-        left.set()
-        done.append(True)
-        for number, action in ((signal.SIGINT, interrupt), (signal.SIGTERM, terminate)):
-            if signal.getsignal(number) is handle:
-                signal.signal(number, action)
-        with suppress(OSError, ValueError):  # guards may be released in another order than they were made
-            signal.set_wakeup_fd(before)
-        wake.close()

@@ -15,16 +15,24 @@ from typing import Any
 KEPT = 256
 """Calls; older ones are forgotten."""
 
+COUNTED = 256
+"""Communicators whose calls are counted, twice if some are compared and some are not; later ones are not."""
+
 HERE = str(Path(__file__).parent)
 
 
 class Entry:
-    """A call: what it is, on which communicator, when it began and ended, and how far it has come."""
+    """A call: what it is, on which communicator, when it began and ended, and how far it has come.
 
-    __slots__ = ("began", "call", "ended", "ranks", "round", "what", "where")
+    ``ranks`` are those that make it as well, ``call`` is its number on the communicator, if it is compared, and
+    ``uncompared`` that among the others of these ranks.
+    """
+
+    __slots__ = ("began", "call", "ended", "ranks", "round", "uncompared", "what", "where")
 
     def __init__(self, what: Any, where: str = "", ranks: tuple[int, ...] = (), call: int = 0) -> None:
         self.what, self.where, self.ranks, self.call = what, where, ranks, call
+        self.uncompared = 0
         self.round: int | None = None
         self.began, self.ended = monotonic(), 0.0
 
@@ -32,6 +40,11 @@ class Entry:
     def shown(self) -> str:
         """What it is, in words."""
         return self.what if isinstance(self.what, str) else "; ".join(map(str, self.what))
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """Among which calls, and as which of them; 0 if it is not counted."""
+        return (self.where, self.call) if self.call else (f"{self.where}, not compared", self.uncompared)
 
     def __str__(self) -> str:
         numbered = f"call {self.call} on {self.where}, {self.shown}" if self.call else self.shown
@@ -45,11 +58,21 @@ calls: deque[Entry] = deque(maxlen=KEPT)
 inside: dict[int, Entry] = {}
 """Those that have not ended, by thread."""
 
+made: dict[str, int] = {}
+"""How many calls that other ranks make as well have begun, by communicator: those compared, and those not."""
+
 
 def begin(entry: Entry) -> None:
     """This thread is in a call from now on."""
     calls.append(entry)
     inside[get_ident()] = entry
+    if entry.call:
+        if entry.where in made or len(made) < COUNTED:
+            made[entry.where] = entry.call
+    elif entry.ranks and entry.where:
+        among, _ = entry.counted
+        if among in made or len(made) < COUNTED:
+            made[among] = entry.uncompared = made.get(among, 0) + 1
 
 
 def end() -> None:
@@ -60,12 +83,12 @@ def end() -> None:
 
 
 @contextmanager
-def during(what: str, state: Any = None) -> Iterator[None]:
+def during(what: str, state: Any = None, ranks: tuple[int, ...] = ()) -> Iterator[None]:
     """A call, unless this thread is in one already."""
     if get_ident() in inside:
         yield
         return
-    begin(Entry(what, state.name, state.world) if state else Entry(what))
+    begin(Entry(what, state.name) if state else Entry(what, ranks=ranks))
     try:
         yield
     finally:

@@ -44,7 +44,7 @@ class State:
         group = comm.Get_group()
         self.comm = MPI.Intracomm(comm).Create(group)  # a duplicate, but for the user's attributes
         self.p, self.rank = self.comm.size, self.comm.rank
-        self.name, self.world = _named(self.comm, group)
+        self.name, self.world = _named(self.comm)
         self.plans: dict[tuple[Any, ...], Plan] = {}
         group.Free()
         self.agreement = Agreement(self.comm)
@@ -134,7 +134,9 @@ class State:
     def agree_on(self, graph: Graph) -> None:
         """Compare it, the first time that it is used."""
         if graph.digest not in self._graphs:
-            self.agree((Header("mix", str(graph), f"weights {graph.digest.hex()[:8]}", "", None),))
+            headers = (Header("mix", str(graph), f"weights {graph.digest.hex()[:8]}", "", None),)
+            record.begin(self.entry(headers))
+            self.agree(headers)
             self._graphs.add(graph.digest)
 
     def copied(self, vector: np.ndarray) -> np.ndarray:
@@ -590,15 +592,22 @@ def check_comm(comm: Any) -> None:
         raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
 
 
+def _world(comm: MPI.Comm) -> tuple[int, ...]:
+    """Its ranks in ``MPI.COMM_WORLD``."""
+    group, everything = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    world = tuple(group.Translate_ranks(list(range(group.size)), everything))
+    group.Free()
+    everything.Free()
+    return world
+
+
 _named_here = 0
 
 
-def _named(comm: MPI.Comm, group: MPI.Group) -> tuple[str, tuple[int, ...]]:
+def _named(comm: MPI.Comm) -> tuple[str, tuple[int, ...]]:
     """A name that is the same on all ranks and no other's, and the ranks in ``MPI.COMM_WORLD``."""
     global _named_here
-    everything = MPI.COMM_WORLD.Get_group()
-    world = tuple(group.Translate_ranks(list(range(group.size)), everything))
-    everything.Free()
+    world = _world(comm)
     _named_here += comm.rank == 0
     return comm.bcast(f"communicator {world[0]}.{_named_here}"), world
 
@@ -649,7 +658,7 @@ def state_of(comm: MPI.Intracomm) -> State:
     if state is None:
         check(comm)
         with (
-            record.during("making a communicator of ours"),
+            record.during("making a communicator of ours", ranks=_world(comm)),
             driving(comm),
         ):  # other ranks may be waiting for what is under way before they come here
             state = State(comm)

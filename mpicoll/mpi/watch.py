@@ -38,9 +38,11 @@ GRACE = 5.0  # seconds for all ranks to report
 LAST = 0.3  # seconds from the account to the end
 LOOK = 10  # ticks between two looks for an alarm on another node; the ranks of a node take turns
 
-OUTSIDE, INSIDE, GONE, REPORTED = range(4)
-_STATES = struct.Struct("=ddqqqqq")  # when updated, since when, process, state, exit status, last call: where and which
-_SLOT = 512
+OUTSIDE, INSIDE, GONE, REPORTED, LET_GO = range(5)
+_STATES = struct.Struct("=ddqqqq")  # when updated, since when, process, state, exit status, calls counted at the end
+_MADE = struct.Struct("=Iq")  # communicator, how many calls
+_TEXT = 448
+_SLOT = _STATES.size + _TEXT + record.COUNTED * _MADE.size
 _HEAD = 64
 _ALARM, _DONE, _STATUS = 0, 8, 16  # in the head: the rank that raised the alarm, plus one; when to exit, in ms; and how
 
@@ -57,26 +59,31 @@ class Page:
         self._memory = memory or mmap.mmap(-1, size)
         self._slot = {rank: _HEAD + _SLOT * n for n, rank in enumerate(self.ranks)}
 
-    def write(
-        self, rank: int, since: float, state: int, text: str, call: tuple[int, int] = (0, 0), status: int = 0
-    ) -> None:
-        """One rank's part; ``call`` is the last one that it has begun, ``status`` what it has left with."""
-        start, said = self._slot[rank], text.encode(errors="replace")[: _SLOT - _STATES.size]
-        room = _SLOT - _STATES.size
-        self._memory[start + _STATES.size : start + _SLOT] = said.ljust(room, b"\0")
-        _STATES.pack_into(self._memory, start, time.monotonic(), since, os.getpid(), state, status, *call)
+    def write(self, rank: int, since: float, state: int, text: str, status: int = 0) -> None:
+        """One rank's part; ``status`` is what it has left with."""
+        start, said = self._slot[rank], text.encode(errors="replace")[:_TEXT]
+        self._memory[start + _STATES.size : start + _STATES.size + _TEXT] = said.ljust(_TEXT, b"\0")
+        made = list(record.made.items()) if state == GONE else []
+        for n, (among, number) in enumerate(made):
+            _MADE.pack_into(self._memory, start + _STATES.size + _TEXT + n * _MADE.size, _hash(among), number)
+        _STATES.pack_into(self._memory, start, time.monotonic(), since, os.getpid(), state, status, len(made))
 
     def read(self, rank: int) -> tuple[float, float, int, int, str]:
         """When it was updated, since when it is so, the process, the state, and the text."""
         start = self._slot[rank]
-        said = self._memory[start + _STATES.size : start + _SLOT].rstrip(b"\0")
+        said = self._memory[start + _STATES.size : start + _STATES.size + _TEXT].rstrip(b"\0")
         updated, since, process, state, *_ = _STATES.unpack_from(self._memory, start)
         return updated, since, process, state, said.decode(errors="replace")
 
-    def last_call(self, rank: int) -> tuple[int, int]:
-        """What it has begun last."""
-        *_, communicator, number = _STATES.unpack_from(self._memory, self._slot[rank])
-        return communicator, number
+    def has_missed(self, rank: int, entry: record.Entry) -> bool:
+        """Has a rank that is gone not made this call?"""
+        if not entry.where:
+            return True  # none ends before all have begun it: that one has not
+        start, (*_, counted) = self._slot[rank], _STATES.unpack_from(self._memory, self._slot[rank])
+        first = start + _STATES.size + _TEXT
+        made = dict(_MADE.iter_unpack(self._memory[first : first + counted * _MADE.size]))
+        among, number = entry.counted
+        return bool(made.get(_hash(among), number if counted == record.COUNTED else 0) < number)
 
     def status(self, rank: int) -> int:
         """What it has left with."""
@@ -146,22 +153,24 @@ class Watch:
 
     def stop(self) -> None:
         """Watch no longer."""
-        self.leave("is no longer watched")
+        self._leave(LET_GO, "is no longer watched")
 
-    def leave(self, why: str = "has left the program", status: int = 0) -> None:
+    def leave(self, status: int = 0) -> None:
         """The same, because the program has come to its end on this rank.
 
         With a status that is not 0 others may be left waiting: then this is where to exit with them, not later, in MPI,
         from where the launcher would have to fetch it by a signal, and tell of that.
         """
-        self._stop.set()
-        self._thread.join()
-        said = f"{why}, with status {status}" if status else why
-        self.page.write(self.rank, time.monotonic(), GONE, said, _last_call(), status)
+        self._leave(GONE, "has left the program" + (f", with status {status}" if status else ""), status)
         if status:
-            self._until(lambda: self.page.get(_ALARM) > 0 or self._all_are(GONE), LEFT + GRACE)
+            self._until(lambda: self.page.get(_ALARM) > 0 or self._all_are(GONE, LET_GO), LEFT + GRACE)
             if self.page.get(_ALARM):
                 self._exit_together()
+
+    def _leave(self, state: int, said: str, status: int = 0) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.page.write(self.rank, time.monotonic(), state, said, status)
 
     def _run(self) -> None:
         before, ticks = time.monotonic(), 0
@@ -185,11 +194,11 @@ class Watch:
     def _publish(self) -> None:
         entry = record.current()
         if entry is not None:
-            self.page.write(self.rank, entry.began, INSIDE, f"in {entry}", _last_call())
+            self.page.write(self.rank, entry.began, INSIDE, f"in {entry}")
             return
         last = record.calls[-1] if record.calls else None
         since, text = (last.ended or last.began, f", after {last}") if last else (self._since, "")
-        self.page.write(self.rank, since, OUTSIDE, f"in no call{text}", _last_call())
+        self.page.write(self.rank, since, OUTSIDE, f"in no call{text}")
 
     def _reason(self) -> tuple[str, int] | None:
         """Why to end the job, and with which status."""
@@ -198,11 +207,9 @@ class Watch:
             return None
         began = max(entry.began, self._awake)
         for rank in entry.ranks:
-            if rank != self.rank and rank in self.page.ranks and entry.call:
+            if rank != self.rank and rank in self.page.ranks:
                 _, since, _, state, _ = self.page.read(rank)
-                communicator, number = self.page.last_call(rank)
-                missed = communicator == _hash(entry.where) and number < entry.call
-                if state == GONE and missed and now - max(since, began) > LEFT:
+                if state == GONE and now - max(since, began) > LEFT and self.page.has_missed(rank, entry):
                     return f"rank {rank}, which this call needs, is gone", self.page.status(rank) or TIMED_OUT
         return (f"time limit of {self.limit:g} s", TIMED_OUT) if now - began > self.limit else None
 
@@ -271,7 +278,7 @@ class Watch:
         return all(self.page.read(rank)[3] in states for rank in self.page.ranks)
 
     def _all_have_reported(self) -> bool:
-        return self._all_are(REPORTED, GONE) and len(self._reports_elsewhere()) == len(self.elsewhere)
+        return self._all_are(REPORTED, GONE, LET_GO) and len(self._reports_elsewhere()) == len(self.elsewhere)
 
     def _reports_elsewhere(self) -> dict[int, Any]:
         """What ranks of other nodes have reported."""
@@ -310,7 +317,7 @@ class Watch:
         rows = []
         for rank in self.page.ranks:
             updated, since, process, state, text = self.page.read(rank)
-            if state == GONE:
+            if state in (GONE, LET_GO):
                 pass
             elif not _lives(process):
                 text = f"is dead; was {text}"
@@ -349,11 +356,6 @@ class Watch:
 
 def _hash(name: str) -> int:
     return zlib.crc32(name.encode())
-
-
-def _last_call() -> tuple[int, int]:
-    last = next((entry for entry in reversed(list(record.calls)) if entry.call), None)
-    return (_hash(last.where), last.call) if last else (0, 0)
 
 
 def flush() -> None:
