@@ -21,7 +21,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 PYTEST := python -m pytest
 
-.PHONY: train test lint test-serial test-mpi bench clean
+.PHONY: train test lint test-serial test-mpi bench bench-gloo clean
 
 train: $(VENV)/.train-installed
 	mpirun -n $(NP) mpicoll train
@@ -45,6 +45,11 @@ test-mpi-%: $(VENV)/.dev-installed
 bench: $(VENV)/.dev-installed
 	python bench/allreduce.py
 
+# The same with MPICH and gloo, and training beside PyTorch's; torch, a gigabyte, has an environment of its own.
+bench-gloo:
+	$(MAKE) MPI=mpich VENV=.venv-gloo .venv-gloo/.gloo-installed bench
+	$(CURDIR)/.venv-gloo/bin/python bench/ddp.py
+
 $(VENV)/.train-installed: pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "make: Python 3.11 or newer is missing; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
@@ -56,6 +61,10 @@ $(VENV)/.train-installed: pyproject.toml
 
 $(VENV)/.dev-installed: $(VENV)/.train-installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(MPI),dev]'
+	touch $@
+
+$(VENV)/.gloo-installed: $(VENV)/.dev-installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	touch $@
 
 clean:

@@ -1,14 +1,16 @@
-"""Our allreduces beside the MPI library's own and a straightforward ring in mpi4py.
+"""Our allreduces beside the MPI library's own, a straightforward ring in mpi4py, and gloo where there is PyTorch.
 
     python bench/allreduce.py              measures (a few minutes), prints the table, records it in bench/results/
     python bench/allreduce.py --show FILE  prints a recorded one (--only auto circulant: some of its columns)
 
 Each of several launches takes every implementation in turn, in random order, at every repetition, on fresh data
 that differ by rank, and checks every result exactly.  A repetition begins with a barrier and lasts as long as its
-slowest rank.  Compared is the ratio within a repetition: a machine that is slow for a while is slow for all.
+slowest rank.  Compared is the ratio within a repetition: a machine that is slow for a while is slow for all.  Our calls
+are not compared between the ranks (check="off"); bench/overhead.py says what the default costs.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -17,7 +19,9 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +31,7 @@ SIZES = [4**n for n in range(1, 14)]  # bytes of float32: 4 B to 64 MiB
 SECONDS = 2.5  # for each size, checks included, all implementations together, but at least MINIMUM repetitions
 MINIMUM = 11
 RESULTS = Path(__file__).parent / "results"
+TORCH = importlib.util.find_spec("torch") is not None
 Allreduce = Callable[[np.ndarray], object]
 
 
@@ -43,36 +48,67 @@ def plain_ring(comm, x: np.ndarray) -> None:
         comm.Sendrecv(chunks[(rank - t + 1) % p], after, 0, chunks[(rank - t) % p], before, 0)
 
 
+def gloo(comm) -> Any:
+    """``torch.distributed``, one thread a rank, with a process group of all ranks; a collective call.
+
+    They meet at a port that is free on this machine.
+    """
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
+    port = comm.bcast(meeting and meeting.port)
+    store = meeting or dist.TCPStore("127.0.0.1", port)
+    dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
+    return dist
+
+
+def in_place(call: Allreduce, task, send, recv) -> Callable[[], object]:
+    """An ``Implementation``, of what takes one array."""
+    return partial(call, recv)
+
+
 def measure() -> dict:
     """One launch, on all ranks; the seconds of every repetition on the slowest rank."""
     from mpi4py import MPI
 
     import mpicoll
-    from mpicoll.measure import Settings, Task
+    from mpicoll.measure import Implementation, Settings, Task, memory_bandwidth, memory_share
     from mpicoll.measure import measure as measure_all
     from mpicoll.mpi.launch import library_name
 
     comm = MPI.COMM_WORLD
+    ours = mpicoll.Comm(comm, check="off")
     calls: dict[str, Allreduce] = {
         "native": lambda x: comm.Allreduce(MPI.IN_PLACE, x),
         "mpi4py ring": lambda x: plain_ring(comm, x),
-        "auto": lambda x: mpicoll.allreduce(x, comm),
+        "auto": lambda x: ours.Allreduce(MPI.IN_PLACE, x),
     }
     for name in mpicoll.ALGORITHMS["allreduce"]:
-        calls[name] = partial(mpicoll.allreduce, comm=comm, algorithm=name)
-    subjects = {name: lambda task, send, recv, call=call: partial(call, recv) for name, call in calls.items()}
+        calls[name] = partial(ours.Allreduce, MPI.IN_PLACE, algorithm=name)
+    subjects: dict[str, Implementation] = {name: partial(in_place, call) for name, call in calls.items()}
+    dist = gloo(comm) if TORCH else None
+    if dist:
+        from torch import from_numpy
+
+        subjects["gloo"] = lambda task, send, recv: partial(dist.all_reduce, from_numpy(recv))
     tasks = [Task("allreduce", size // 4, np.dtype("f4")) for size in SIZES]
     settings = Settings((True,), max_time=SECONDS * len(SIZES), min_reps=MINIMUM, precision=0, seed=time.time_ns())
+    memory = memory_bandwidth(comm)
     found = measure_all(comm, subjects, tasks, settings)
-    rows = [
-        {
-            "bytes": task.count * 4,
-            "us": {one.name: np.round(one.us, 2).tolist() for one in found if one.task == task and one.name != "null"},
-        }
-        for task in tasks
-    ]
+    if dist:
+        dist.destroy_process_group()
+    rows = []
+    for task in tasks:
+        at = "allreduce", task.count * 4, comm.size
+        here = [one for one in found if one.task == task and one.name != "null"]
+        shares = {one.name: memory_share(*at, float(np.median(one.us)), memory) for one in here}
+        us = {one.name: np.round(one.us, 2).tolist() for one in here}
+        rows.append({"bytes": task.count * 4, "us": us, "memory_share": shares})
     wrong = sum(one.wrong for one in found)
-    return {"rank": comm.rank, "ranks": comm.size, "mpi": library_name(), "wrong": wrong, "rows": rows}
+    facts = {"ranks": comm.size, "mpi": library_name(), "memory": memory}
+    return {"rank": comm.rank, **facts, "wrong": wrong, "rows": rows}
 
 
 def machine() -> dict:
@@ -90,6 +126,7 @@ def machine() -> dict:
         "numpy": np.__version__,
         "mpi4py": mpi4py.__version__,
         "mpicoll": mpicoll.__version__,
+        **({"torch": version("torch")} if TORCH else {}),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -97,37 +134,48 @@ def machine() -> dict:
 def summarize(launches: list[dict]) -> list[dict]:
     """For each number of ranks and size: the native time, and for each other how often its repetitions fit into it.
 
-    The ratio of a launch is the median over its repetitions; given are the launches' median, least and most.
+    The ratio of a launch is the median over its repetitions; given are the launches' median, least and most.  Beside
+    it the share of the memory's bandwidth that the median time comes to, the launches' median.
     """
     table = []
     for ranks in sorted({launch["ranks"] for launch in launches}):
-        runs = [{row["bytes"]: row["us"] for row in launch["rows"]} for launch in launches if launch["ranks"] == ranks]
+        runs = [{row["bytes"]: row for row in launch["rows"]} for launch in launches if launch["ranks"] == ranks]
         for size in SIZES:
-            times = [run[size] for run in runs]
+            times, shares = ([run[size][what] for run in runs] for what in ("us", "memory_share"))
             row = {"ranks": ranks, "bytes": size, "repetitions": sum(len(us["native"]) for us in times)}
             row["native_us"] = round(float(np.median([np.median(us["native"]) for us in times])), 2)
             for name in [name for name in times[0] if name != "native"]:
                 ratios = [np.median(np.array(us["native"]) / np.array(us[name])) for us in times]
                 row[name] = [round(float(f(ratios)), 3) for f in (np.median, np.min, np.max)]
+            row["memory_share"] = {name: round(float(np.median([one[name] for one in shares])), 3) for name in times[0]}
             table.append(row)
     return table
 
 
+def columns(record: dict) -> list[str]:
+    """The names of what was measured beside the MPI library's own."""
+    return [name for name, value in record["table"][0].items() if isinstance(value, list)]
+
+
 def show(record: dict, only: list[str] | None = None) -> None:
     """The table, as Markdown; all columns unless some are named."""
-    m = record["machine"]
-    print(f"{record['mpi']}, mpi4py {m['mpi4py']}, NumPy {m['numpy']}, Python {m['python']}")
+    m, names = record["machine"], only or columns(record)
+    libraries = {"mpi4py": "mpi4py", "NumPy": "numpy", "Python": "python", "torch": "torch"}
+    versions = [f"{name} {m[key]}" for name, key in libraries.items() if key in m]
+    print(f"{', '.join([record['mpi'], *versions])}, mpicoll {m['mpicoll']}, {m['date']}")
     print(f"{m['cpu']}, {m['cores']} cores; {record['launches']} launches each; wrong results: {record['wrong']}")
     print("Speed as a multiple of the MPI library's own (above 1: faster), median of launches (least to most).")
-    names = only or [name for name, value in record["table"][0].items() if isinstance(value, list)]
     for ranks in sorted({row["ranks"] for row in record["table"]}):
+        rows = [row for row in record["table"] if row["ranks"] == ranks]
         crowded = ", more than cores" if ranks > m["cores"] else ""
         print(f"\n| {ranks} ranks{crowded} | native us | {' | '.join(names)} |")
         print("|---:|---:|" + "---|" * len(names))
-        for row in record["table"]:
-            if row["ranks"] == ranks:
-                cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in names]
-                print(f"| {pretty(row['bytes'])} | {row['native_us']:.1f} | {' | '.join(cells)} |")
+        for row in rows:
+            cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in names]
+            print(f"| {pretty(row['bytes'])} | {row['native_us']:.1f} | {' | '.join(cells)} |")
+        shares = [f"{name} {rows[-1]['memory_share'][name]:.2f}" for name in ("native", *names)]
+        limit = "{:.1f} GB/s a rank ({:.1f} to {:.1f})".format(*record["memory"][str(ranks)])
+        print(f"\nShare of the memory's bandwidth, {limit}, at {pretty(rows[-1]['bytes'])}: {', '.join(shares)}")
 
 
 def launched(script: str, ranks: int) -> dict:
@@ -161,15 +209,22 @@ def main() -> None:
         for ranks in args.ranks:
             print(f"launch {launch + 1} of {args.launches}, {ranks} ranks", file=sys.stderr, flush=True)
             launches.append(launched(__file__, ranks))
+    memory = {
+        str(ranks): [launch["memory"]["add"] for launch in launches if launch["ranks"] == ranks] for ranks in args.ranks
+    }
     record = {
         "mpi": launches[0]["mpi"],
         "machine": machine(),
         "launches": args.launches,
+        "memory": {
+            ranks: [round(float(f(of)), 2) for f in (np.median, np.min, np.max)] for ranks, of in memory.items()
+        },
         "wrong": sum(launch["wrong"] for launch in launches),
         "table": summarize(launches),
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"allreduce-{record['mpi'].rsplit(' ', 1)[0].lower().replace(' ', '-')}.json"
+    beside = "-gloo" if TORCH else ""
+    path = RESULTS / f"allreduce-{record['mpi'].rsplit(' ', 1)[0].lower().replace(' ', '-')}{beside}.json"
     text = json.dumps({**record, "table": None}, indent=1)
     rows = ",\n".join("  " + json.dumps(row) for row in record["table"])
     path.write_text(text.replace('"table": null', f'"table": [\n{rows}\n ]') + "\n")

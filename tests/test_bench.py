@@ -3,9 +3,12 @@
 import importlib
 import json
 import sys
+from importlib.util import find_spec
 
 from launch import REPOSITORY, mpirun
 from mpicoll.algorithms import ALGORITHMS
+
+GLOO = ["gloo"] if find_spec("torch") else []
 
 
 def test_a_launch_measures_and_checks_every_result(tmp_path):
@@ -20,8 +23,10 @@ def test_a_launch_measures_and_checks_every_result(tmp_path):
     assert (launch["ranks"], launch["wrong"]) == (2, 0)
     assert sorted(row["bytes"] for row in launch["rows"]) == [4, 4096]
     for row in launch["rows"]:
-        assert set(row["us"]) == {"native", "mpi4py ring", "auto", *ALGORITHMS["allreduce"]}
+        assert set(row["us"]) == {"native", "mpi4py ring", "auto", *ALGORITHMS["allreduce"], *GLOO}
         assert all(len(times) >= 11 and min(times) > 0 for times in row["us"].values())
+        assert set(row["memory_share"]) == set(row["us"])
+        assert min(row["memory_share"].values()) > 0
 
 
 def test_a_wrong_result_is_counted(tmp_path):
