@@ -5,6 +5,9 @@ import json
 import sys
 from importlib.util import find_spec
 
+import numpy as np
+import pytest
+
 from launch import REPOSITORY, mpirun
 from mpicoll.algorithms import ALGORITHMS
 
@@ -61,3 +64,41 @@ def test_what_importing_costs_is_measured_as_installed(monkeypatch):
     ((cached, unwritten),) = overhead.starts()
     assert not cached.startswith(str(REPOSITORY))
     assert not unwritten
+
+
+DDP = "import sys; sys.path.insert(0, sys.argv.pop(1)); import ddp as b\nb.HIDDEN, b.STEPS, b.ROUNDS = (16,), 4, 2\n"
+
+
+@pytest.mark.skipif(not GLOO, reason="needs torch, which make bench-gloo installs")
+def test_training_beside_pytorch_is_the_same_training(tmp_path):
+    done = mpirun(2, [sys.executable, "-c", f"{DDP}b.main()", REPOSITORY / "bench", "--worker"], tmp_path)
+    assert done.status == 0, done.err
+    launch = json.loads(done.out)
+    assert launch["apart"] < 1e-4
+    assert 0 < launch["waiting"] <= launch["agreeing"] < 1
+    assert all(len(found) == 2 and min(found) > 0 for found in launch["seconds"].values())
+
+
+@pytest.mark.skipif(not GLOO, reason="needs torch, which make bench-gloo installs")
+def test_training_that_does_not_agree_is_told_from_one_that_does(tmp_path):
+    broken = f"{DDP}init = b.Theirs.__init__\n"
+    broken += "b.Theirs.__init__ = lambda self, comm, start, together, tuned: init(self, comm, start, False, tuned)\n"
+    done = mpirun(2, [sys.executable, "-c", f"{broken}b.main()", REPOSITORY / "bench", "--worker"], tmp_path)
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["apart"] > 0.1
+
+
+def test_the_ratio_of_steps_is_that_within_a_round(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    ddp = importlib.import_module("ddp")
+    slow_for_a_while = np.array([1.0, 1, 10])
+    seconds = {ddp.OURS: 2, ddp.THEIRS: 6, ddp.TUNED: 4, **dict.fromkeys(ddp.ALONE.values(), 1)}
+    launch = {"ranks": 2, "algorithm": "ring", "apart": 1e-6, "agreeing": 0.5, "waiting": 0.1}
+    launches = [
+        {**launch, "seconds": {name: (times * slow_for_a_while * slow).tolist() for name, times in seconds.items()}}
+        for slow in (1, 1, 3)
+    ]
+    (row,) = ddp.summarize(launches)
+    assert row["ratio"] == {ddp.OURS: [1, 1, 1], ddp.THEIRS: [3, 3, 3], ddp.TUNED: [2, 2, 2]}
+    assert row["agreement"][ddp.TUNED] == [0.75, 0.75, 0.75]
+    assert row["seconds"][ddp.OURS] == [2, 2, 6]
