@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -179,12 +180,14 @@ def show(record: dict, only: list[str] | None = None) -> None:
 
 
 def launched(script: str, ranks: int) -> dict:
-    """What one launch of ``script --worker`` measures: the JSON that rank 0 prints last."""
+    """What one launch of ``script --worker FILE`` measures: the JSON that rank 0 writes there."""
     mpirun = Path(sys.prefix, "bin", "mpirun")
-    worker = [sys.executable, "-m", "mpi4py", script, "--worker"]  # -m mpi4py: one rank failing ends the job
     launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]
-    done = subprocess.run([*launcher, *worker], stdout=subprocess.PIPE, text=True, check=True, timeout=600)
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "launch.json")  # MPICH's launcher has been seen to lose some of what is printed
+        worker = [sys.executable, "-m", "mpi4py", script, "--worker", str(found)]  # one rank failing ends the job
+        subprocess.run([*launcher, *worker], stdout=sys.stderr, check=True, timeout=600)
+        return json.loads(found.read_text())
 
 
 def main() -> None:
@@ -194,12 +197,12 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--show", type=Path, metavar="FILE")
     parser.add_argument("--only", nargs="+", metavar="NAME")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         result = measure()
         if result.pop("rank") == 0:
-            print(json.dumps(result))
+            args.worker.write_text(json.dumps(result))
         return
     if args.show:
         show(json.loads(args.show.read_text()), args.only)

@@ -216,12 +216,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--launches", type=int, default=LAUNCHES)
     parser.add_argument("--show", type=Path, metavar="FILE")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         result = measure()
         if result.pop("rank") == 0:
-            print(json.dumps(result))
+            args.worker.write_text(json.dumps(result))
         return
     if args.show:
         show(json.loads(args.show.read_text()))

@@ -118,12 +118,12 @@ def main() -> None:
     """Measure in fresh processes and launches, print a table, record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", type=Path, metavar="FILE")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         result = calls()
         if result.pop("rank") == 0:
-            print(json.dumps(result))
+            args.worker.write_text(json.dumps(result))
         return
     if args.show:
         show(json.loads(args.show.read_text()))

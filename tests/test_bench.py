@@ -19,10 +19,10 @@ def test_a_launch_measures_and_checks_every_result(tmp_path):
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import allreduce as b\n"
         "b.SIZES = [4, 4096]; b.SECONDS = 0; b.main()"
     )
-    command = [sys.executable, "-c", quick, REPOSITORY / "bench", "--worker"]
+    command = [sys.executable, "-c", quick, REPOSITORY / "bench", "--worker", "found.json"]
     done = mpirun(2, command, tmp_path)
     assert done.status == 0, done.err
-    launch = json.loads(done.out)
+    launch = json.loads((tmp_path / "found.json").read_text())
     assert (launch["ranks"], launch["wrong"]) == (2, 0)
     assert sorted(row["bytes"] for row in launch["rows"]) == [4, 4096]
     for row in launch["rows"]:
@@ -38,17 +38,17 @@ def test_a_wrong_result_is_counted(tmp_path):
         "b.plain_ring = lambda comm, x: None\n"
         "b.main()"
     )
-    done = mpirun(2, [sys.executable, "-c", broken, REPOSITORY / "bench", "--worker"], tmp_path)
-    assert json.loads(done.out)["wrong"] >= 2 * 11
+    done = mpirun(2, [sys.executable, "-c", broken, REPOSITORY / "bench", "--worker", "found.json"], tmp_path)
+    assert json.loads((tmp_path / "found.json").read_text())["wrong"] >= 2 * 11
 
 
 def test_what_small_calls_cost_is_measured(tmp_path):
     quick = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import overhead as b\nb.REPETITIONS, b.CALLS = 2, 5; b.main()"
     )
-    done = mpirun(2, [sys.executable, "-c", quick, REPOSITORY / "bench", "--worker"], tmp_path)
+    done = mpirun(2, [sys.executable, "-c", quick, REPOSITORY / "bench", "--worker", "found.json"], tmp_path)
     assert done.status == 0, done.err
-    rows = json.loads(done.out)["rows"]
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert rows["native, 4 bytes (us)"] > 0
     assert "Comm.Allreduce, over native (us)" in rows
     assert 0 < rows["flight record, begin and end of a call (us)"] < 1000
@@ -71,9 +71,9 @@ DDP = "import sys; sys.path.insert(0, sys.argv.pop(1)); import ddp as b\nb.HIDDE
 
 @pytest.mark.skipif(not GLOO, reason="needs torch, which make bench-gloo installs")
 def test_training_beside_pytorch_is_the_same_training(tmp_path):
-    done = mpirun(2, [sys.executable, "-c", f"{DDP}b.main()", REPOSITORY / "bench", "--worker"], tmp_path)
+    done = mpirun(2, [sys.executable, "-c", f"{DDP}b.main()", REPOSITORY / "bench", "--worker", "found.json"], tmp_path)
     assert done.status == 0, done.err
-    launch = json.loads(done.out)
+    launch = json.loads((tmp_path / "found.json").read_text())
     assert launch["apart"] < 1e-4
     assert 0 < launch["waiting"] <= launch["agreeing"] < 1
     assert all(len(found) == 2 and min(found) > 0 for found in launch["seconds"].values())
@@ -83,9 +83,11 @@ def test_training_beside_pytorch_is_the_same_training(tmp_path):
 def test_training_that_does_not_agree_is_told_from_one_that_does(tmp_path):
     broken = f"{DDP}init = b.Theirs.__init__\n"
     broken += "b.Theirs.__init__ = lambda self, comm, start, together, tuned: init(self, comm, start, False, tuned)\n"
-    done = mpirun(2, [sys.executable, "-c", f"{broken}b.main()", REPOSITORY / "bench", "--worker"], tmp_path)
+    done = mpirun(
+        2, [sys.executable, "-c", f"{broken}b.main()", REPOSITORY / "bench", "--worker", "found.json"], tmp_path
+    )
     assert done.status == 0, done.err
-    assert json.loads(done.out)["apart"] > 0.1
+    assert json.loads((tmp_path / "found.json").read_text())["apart"] > 0.1
 
 
 def test_the_ratio_of_steps_is_that_within_a_round(monkeypatch):
