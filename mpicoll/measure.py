@@ -34,7 +34,7 @@ from .mpi.comm import Comm
 from .mpi.guard import on_all
 from .mpi.launch import cores, library_name, node_of
 
-NATIVE, NULL = "native", "null"
+NATIVE, NULL, SHARED, ONE_RESULT = "native", "null", "shared", "shared_result"
 TIME = "%Y-%m-%d %H:%M:%S"
 BLOCK = 1 << 15  # elements made and compared at a time, so that what is in between stays in the cache
 ALIGNED = 4096  # bytes: where buffers begin
@@ -56,7 +56,25 @@ class Task:
 
 
 Implementation = Callable[[Task, Any, Any], Callable[[], object]]
-"""From a task and the send and receive buffers, as mpi4py has them, to the call that is timed."""
+"""From a task and the send and receive buffers, as mpi4py has them, to the call that is timed.
+
+An array that it returns is its result; if it returns none, what it received is.
+"""
+
+Memory = Callable[[int, np.dtype], np.ndarray]
+"""From a number of elements and their kind to an array for them; a collective call."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An ``Implementation`` whose buffers are to lie in memory of its own choice, as ``Comm.empty`` has it."""
+
+    prepare: Implementation
+    empty: Memory
+
+    def __call__(self, task: Task, send: Any, recv: Any) -> Callable[[], object]:
+        """See ``Implementation``."""
+        return self.prepare(task, send, recv)
 
 
 @dataclass(frozen=True)
@@ -120,13 +138,16 @@ def bandwidths(collective: str, nbytes: int, p: int, us: float) -> tuple[float, 
     return nbytes / us / 1e3, nbytes / us / 1e3 * factor.get(collective, 1)
 
 
-def memory_share(collective: str, nbytes: int, p: int, us: float, memory: Mapping[str, float]) -> float:
+def memory_share(
+    collective: str, nbytes: int, p: int, us: float, memory: Mapping[str, float], one_result: bool = False
+) -> float:
     """The share of the time that the least traffic takes at the bandwidth that ``memory_bandwidth`` found.
 
     A rank reads as much as the whole array (its own, or the parts of all), and writes what it gets: the whole array, a
-    part in reduce_scatter; in reduce this is the root.  More than 1 where caches spare the memory.
+    part in reduce_scatter, or if ``one_result`` is shared by all ranks; in reduce this is the root.  More than 1 where
+    caches spare the memory.
     """
-    least = nbytes + (nbytes / p if collective == "reduce_scatter" else nbytes)
+    least = nbytes + (nbytes / p if one_result or collective == "reduce_scatter" else nbytes)
     return least / memory["add" if "reduce" in collective else "copy"] / us / 1e3
 
 
@@ -151,7 +172,7 @@ def record(result: Result, p: int, memory: Mapping[str, float]) -> dict[str, Any
         "wrong": result.wrong,
         "algbw": algbw,
         "busbw": busbw,
-        "memory_share": memory_share(*at, memory) if result.name != NULL else None,
+        "memory_share": memory_share(*at, memory, result.name == ONE_RESULT) if result.name != NULL else None,
         "speed": speed,
         "speed_low": low,
         "speed_high": high,
@@ -202,7 +223,9 @@ def _shares(order: np.ndarray, turn: int, few: bool) -> np.ndarray:
 class _Buffers:
     """What this rank gives and gets, in one array or in two, and what must be in it afterwards."""
 
-    def __init__(self, comm: MPI.Intracomm, task: Task, base: np.ndarray, in_place: bool, unaligned: bool) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, task: Task, base: np.ndarray, in_place: bool, unaligned: bool, empty: Memory
+    ) -> None:
         self._task, self._base, self._rank = task, base, comm.rank
         of_bytes = task.op == "sum" and task.dtype.itemsize == 1 and "reduce" in task.collective
         self._op = _SUM_OF_BYTES if of_bytes else OPS[task.op]
@@ -212,12 +235,13 @@ class _Buffers:
         self._gives = {"bcast": at_root, "allgather": mine}.get(task.collective, whole)
         self._gets = {"reduce": at_root, "reduce_scatter": mine}.get(task.collective, whole)
         gets = self._gets.stop - self._gets.start
-        offset = task.dtype.itemsize if unaligned else 0
-        self._memory = _empty(task.count if in_place else gets, task.dtype, offset)  # what the call may write to
-        self._result = self._memory[:gets]
+        before = 1 if unaligned else 0
+        takes = task.count if in_place else gets
+        self._memory = empty(before + takes, task.dtype)[before:]  # what the call may write to
+        self._received = self._memory[:gets]
         self._given = self._memory[self._gives]
         if not in_place:
-            self._given = _empty(self._gives.stop - self._gives.start, task.dtype, offset)
+            self._given = empty(before + self._gives.stop - self._gives.start, task.dtype)[before:]
         receives = task.collective != "reduce" or comm.rank == task.root
         self._only_given = not in_place or not receives
         moved = is_half(task.dtype) and "reduce" not in task.collective  # the MPI library need not know what they are
@@ -232,10 +256,13 @@ class _Buffers:
         for here, there in _blocks(self._gives):
             self._given[here] = self._given_at(there)
 
-    def wrong(self) -> int:
+    def wrong(self, returned: object) -> int:
         """How many elements of the result, or of what was only to be read, are not what they must be."""
+        result = returned if isinstance(returned, np.ndarray) else self._received
+        if result.shape != self._received.shape:
+            return max(self._received.size, 1)
         pairs: Iterator[tuple[np.ndarray, np.ndarray]] = (
-            (self._result[here], self._wanted_at(there)) for here, there in _blocks(self._gets)
+            (result[here], self._wanted_at(there)) for here, there in _blocks(self._gets)
         )
         if self._only_given:
             given = ((self._given[here], self._given_at(there)) for here, there in _blocks(self._gives))
@@ -268,10 +295,10 @@ def _blocks(part: slice) -> Iterator[tuple[slice, slice]]:
         yield slice(start - part.start, stop - part.start), slice(start, stop)
 
 
-def _empty(count: int, dtype: np.dtype, offset: int) -> np.ndarray:
-    """An array that begins ``offset`` bytes after the beginning of a page."""
-    memory = np.empty(count * dtype.itemsize + ALIGNED + offset, np.uint8)
-    start = -memory.ctypes.data % ALIGNED + offset
+def _empty(count: int, dtype: np.dtype) -> np.ndarray:
+    """A ``Memory``: of this process alone, from the beginning of a page."""
+    memory = np.empty(count * dtype.itemsize + ALIGNED, np.uint8)
+    start = -memory.ctypes.data % ALIGNED
     return memory[start : start + count * dtype.itemsize].view(dtype)
 
 
@@ -378,11 +405,18 @@ def _at(
     until: float,
 ) -> list[Result]:
     base = rng.integers(100, size=task.count, dtype=np.uint8)
-    buffers = {one: _Buffers(comm, task, base, one, settings.unaligned) for one in where}
     keys = [(name, one) for one in where for name in implementations] + [(NULL, where[0])]
+    made: dict[tuple[bool, Memory], _Buffers] = {}
+    buffers: list[_Buffers] = []
+    for name, one in keys:
+        subject = implementations.get(name)
+        empty = subject.empty if isinstance(subject, Shared) else _empty
+        if (one, empty) not in made:
+            made[one, empty] = _Buffers(comm, task, base, one, settings.unaligned, empty)
+        buffers.append(made[one, empty])
     calls = [
-        implementations[name](task, buffers[one].send, buffers[one].recv) if name != NULL else lambda: None
-        for name, one in keys
+        implementations[name](task, used.send, used.recv) if name != NULL else lambda: None
+        for (name, _), used in zip(keys, buffers, strict=True)
     ]
     elsewhere = np.zeros(2 * last_level_cache() if settings.off_cache else 0, np.uint8)
     synchronise = SYNC[settings.sync](comm)
@@ -393,14 +427,14 @@ def _at(
         us = np.zeros(len(keys))
         for n in rng.permutation(len(keys)):
             turn += int(rng.integers(1, 3))
-            used, call = buffers[keys[n][1]], calls[n]
+            used, call = buffers[n], calls[n]
             used.fill(order, turn)
             np.add(elsewhere, 1, out=elsewhere)
             synchronise()
             start = time.perf_counter_ns()
-            call()
+            returned = call()
             us[n] = (time.perf_counter_ns() - start) / 1e3
-            wrong[n] += used.wrong() if keys[n][0] != NULL else 0
+            wrong[n] += used.wrong(returned) if keys[n][0] != NULL else 0
         comm.Allreduce(MPI.IN_PLACE, us, MPI.MAX)
         if repetition >= 0:
             rounds.append(us)

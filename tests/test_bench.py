@@ -39,6 +39,7 @@ def test_a_wrong_result_is_counted(tmp_path):
         "b.main()"
     )
     done = mpirun(2, [sys.executable, "-c", broken, REPOSITORY / "bench", "--worker", "found.json"], tmp_path)
+    assert done.status == 0, done.err
     assert json.loads((tmp_path / "found.json").read_text())["wrong"] >= 2 * 11
 
 

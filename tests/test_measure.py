@@ -62,6 +62,7 @@ def test_share_of_the_memory_bandwidth():
     assert memory_share("allreduce", 10**6, 4, 400, MEMORY) == 1  # 2 MB at 5 GB/s
     assert memory_share("bcast", 10**6, 4, 400, MEMORY) == 0.5
     assert memory_share("reduce_scatter", 10**6, 4, 250, MEMORY) == 1
+    assert memory_share("allreduce", 10**6, 4, 250, MEMORY, one_result=True) == 1
 
 
 def test_the_speed_is_the_median_of_ratios_within_a_repetition():

@@ -13,6 +13,7 @@ from mpicoll.measure import (
     OPS,
     SYNC,
     Settings,
+    Shared,
     Task,
     check_memory,
     environment,
@@ -205,6 +206,56 @@ def test_every_wrong_element_counts_once_warm_up_included(comm, wrong):
     assert (
         measured(comm, "allreduce", wrong) == {("native", False): 0, ("native", True): 0, ("null", False): 0} | expected
     )
+
+
+def returning(comm, change):
+    """Leaves what it is given alone, and returns the result."""
+
+    def prepare(task, send, recv):
+        def call():
+            result = np.empty_like(recv)
+            comm.Allreduce(recv if send is MPI.IN_PLACE else send, result)
+            return change(result)
+
+        return call
+
+    return prepare
+
+
+@several
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [(lambda x: x, 0), (lambda x: x + 1, 10 * P), (lambda x: x[:-1], 10 * P), (lambda x: None, 10 * P)],
+    ids=["right", "wrong", "short", "nothing"],
+)
+def test_a_result_may_be_returned(comm, change, wrong):
+    counted = measured(comm, "allreduce", lambda comm: returning(comm, change))
+    assert counted["wrong", False] == 4 * P * wrong
+    assert (counted["wrong", True] > 0) is (wrong > 0)
+
+
+def test_buffers_lie_where_the_implementation_wants_them(comm):
+    given, seen = [], []
+
+    def empty(count, dtype):
+        given.append(np.empty(count, dtype))
+        return given[-1]
+
+    def watched(task, send, recv):
+        seen.extend(array for array in (send, recv) if isinstance(array, np.ndarray))
+        return native(task, send, recv)
+
+    native = implementations(comm, "allreduce", np.dtype("f8"), "off")["native"]
+    calls = {"native": native, "one": Shared(watched, empty), "other": Shared(watched, empty)}
+    for unaligned in (False, True):
+        given.clear()
+        seen.clear()
+        settings = Settings(max_time=0, min_reps=2, warmup=0, unaligned=unaligned)
+        found = measure(comm, calls, [Task("allreduce", 5, np.dtype("f8"))], settings)
+        assert [one.wrong for one in found] == [0] * 7
+        places = {array.ctypes.data + 8 * unaligned for array in given}
+        assert len(places) == 3  # one in place; two not; both implementations use the same
+        assert {array.ctypes.data for array in seen} == places
 
 
 def test_data_are_new_in_every_repetition_and_results_are_not_there_before(comm):
