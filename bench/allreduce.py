@@ -2,6 +2,7 @@
 
     python bench/allreduce.py              measures (a few minutes), prints the table, records it in bench/results/
     python bench/allreduce.py --show FILE  prints a recorded one (--only auto circulant: some of its columns)
+    python bench/allreduce.py --plot FILES draws recorded ones, a panel for each, in docs/allreduce.png
 
 Each of several launches takes every implementation in turn, in random order, at every repetition, on fresh data
 that differ by rank, and checks every result exactly.  A repetition begins with a barrier and lasts as long as its
@@ -33,6 +34,14 @@ SECONDS = 2  # for each size, checks included, all implementations together, but
 MINIMUM = 11
 RESULTS = Path(__file__).parent / "results"
 TORCH = importlib.util.find_spec("torch") is not None
+PICTURE = Path(__file__).parents[1] / "docs" / "allreduce.png"
+DRAWN = {  # name, color, width of the line
+    "shared_result": ("allreduce_shared: one result for all ranks", "#54278f", 2.2),
+    "shared": ("Allreduce of shared arrays", "#2171b5", 2.2),
+    "auto": ("Allreduce of any arrays", "#1b9e77", 2.2),
+    "mpi4py ring": ("ring written in mpi4py", "#e6850e", 1.5),
+    "gloo": ("gloo (torch.distributed)", "#b0413e", 1.5),
+}
 Allreduce = Callable[[np.ndarray], object]
 
 
@@ -179,6 +188,39 @@ def show(record: dict, only: list[str] | None = None) -> None:
         print(f"\nShare of the memory's bandwidth, {limit}, at {pretty(rows[-1]['bytes'])}: {', '.join(shares)}")
 
 
+def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
+    """Speed against size, in log scales, a panel for each record: the median of launches, and from least to most."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(3.7 * len(records), 6), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
+    lines = {}
+    for axis, record in zip(axes, records, strict=True):
+        rows = [row for row in record["table"] if row["ranks"] == ranks]
+        sizes = [row["bytes"] for row in rows]
+        lines["the MPI library's own"] = axis.axhline(1, color="black", lw=1.5)
+        for name, (label, color, width) in DRAWN.items():
+            if name in rows[0]:
+                middle, low, high = np.array([row[name] for row in rows]).T
+                axis.fill_between(sizes, low, high, color=color, alpha=0.22, lw=0)
+                (lines[label],) = axis.plot(sizes, middle, color=color, lw=width, marker="o", ms=3.2)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_ylim(bottom=1 / 70)  # gloo's small messages may take longer
+        axis.set_xticks(sizes[::3], [pretty(size) for size in sizes[::3]])
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_formatter(lambda speed, _: f"{speed:g}×" if speed >= 1 else f"1/{1 / speed:g}")
+        axis.grid(alpha=0.25, lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(record["mpi"], fontsize=11)
+        axis.set_xlabel("size of the array")
+    m = records[0]["machine"]
+    axes[0].set_ylabel("speed, the MPI library's own = 1")
+    figure.suptitle(f"Allreduce of float32, {ranks} ranks on {m['cores']} cores ({m['cpu']})", fontsize=12)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 def launched(script: str, ranks: int) -> dict:
     """What one launch of ``script --worker FILE`` measures: the JSON that rank 0 writes there."""
     mpirun = Path(sys.prefix, "bin", "mpirun")
@@ -196,6 +238,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--show", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -206,6 +249,9 @@ def main() -> None:
         return
     if args.show:
         show(json.loads(args.show.read_text()), args.only)
+        return
+    if args.plot:
+        draw([json.loads(path.read_text()) for path in args.plot], PICTURE)
         return
     launches = []
     for launch in range(args.launches):

@@ -43,6 +43,53 @@ def test_a_wrong_result_is_counted(tmp_path):
     assert json.loads((tmp_path / "found.json").read_text())["wrong"] >= 2 * 11
 
 
+@pytest.fixture
+def allreduce(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    module = importlib.import_module("allreduce")
+    monkeypatch.setattr(module, "SIZES", [4, 1 << 20])
+    return module
+
+
+def launch(slow=1.0, ranks=2):
+    """Of ring three times as fast as native at 4 B, and half as fast at 1 MiB; the machine is slow for a while."""
+    while_ = np.array([1.0, 1, 1, 10, 10, 10, 10]) * slow
+    rows = [
+        {"bytes": size, "us": {"native": (native * while_).tolist(), "ring": (ring * while_).tolist()}}
+        for size, native, ring in ((4, 3, 1), (1 << 20, 100, 200))
+    ]
+    return {"ranks": ranks, "rows": [{**row, "memory_share": {"native": 0.25, "ring": 0.5 * slow}} for row in rows]}
+
+
+def test_the_speed_is_the_ratio_within_a_repetition_and_the_spread_that_of_launches(allreduce):
+    launches = [launch(), launch(2.0), launch(1.5), launch(ranks=4)]
+    launches[1]["rows"][0]["us"]["ring"] = [6.0] * 7
+    table = allreduce.summarize(launches)
+    assert [(row["ranks"], row["bytes"], row["repetitions"]) for row in table] == [
+        *((2, 4, 21), (2, 1 << 20, 21)),
+        *((4, 4, 7), (4, 1 << 20, 7)),
+    ]
+    assert [row["ring"] for row in table] == [[3, 3, 10], [0.5, 0.5, 0.5], [3, 3, 3], [0.5, 0.5, 0.5]]
+    assert table[0]["native_us"] == 45
+    assert table[0]["memory_share"] == {"native": 0.25, "ring": 0.75}
+
+
+def test_a_record_is_shown_and_drawn(allreduce, tmp_path, capsys):
+    machine = {"cpu": "CPU", "cores": 2, "mpi4py": "4", "numpy": "2", "python": "3", "mpicoll": "1", "date": "today"}
+    table = allreduce.summarize([launch(), launch(ranks=4)])
+    record = {"mpi": "MPI 1", "machine": machine, "launches": 1, "wrong": 0, "table": table}
+    record["memory"] = {"2": [20.0, 19.0, 21.0], "4": [10.0, 9.0, 11.0]}
+    allreduce.show(record)
+    out = capsys.readouterr().out
+    assert "| 2 ranks | native us | ring |\n|---:|---:|---|\n| 4 B | 30.0 | 3.00 (3.00 to 3.00) |" in out
+    assert "| 4 ranks, more than cores |" in out
+    assert "bandwidth, 20.0 GB/s a rank (19.0 to 21.0), at 1 MiB: native 0.25, ring 0.50" in out
+    for row in table:
+        row["auto"] = row["ring"]
+    allreduce.draw([record, record], tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_small_calls_cost_is_measured(tmp_path):
     quick = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import overhead as b\nb.REPETITIONS, b.CALLS = 2, 5; b.main()"
