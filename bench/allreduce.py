@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +41,6 @@ DRAWN = {  # name, color, width of the line
     "mpi4py ring": ("ring written in mpi4py", "#e6850e", 1.5),
     "gloo": ("gloo (torch.distributed)", "#b0413e", 1.5),
 }
-Allreduce = Callable[[np.ndarray], object]
 
 
 def plain_ring(comm, x: np.ndarray) -> None:
@@ -74,48 +72,36 @@ def gloo(comm) -> Any:
     return dist
 
 
-def in_place(call: Allreduce, task, send, recv) -> Callable[[], object]:
-    """An ``Implementation``, of what takes one array."""
-    return partial(call, recv)
-
-
 def measure() -> dict:
-    """One launch, on all ranks; the seconds of every repetition on the slowest rank."""
+    """One launch, on all ranks; the microseconds of every repetition on the slowest rank."""
     from mpi4py import MPI
 
-    import mpicoll
-    from mpicoll.measure import Implementation, Settings, Task, memory_bandwidth, memory_share
-    from mpicoll.measure import measure as measure_all
+    from mpicoll import measure as m
     from mpicoll.mpi.launch import library_name
 
-    comm = MPI.COMM_WORLD
-    ours = mpicoll.Comm(comm, check="off")
-    calls: dict[str, Allreduce] = {
-        "native": lambda x: comm.Allreduce(MPI.IN_PLACE, x),
-        "mpi4py ring": lambda x: plain_ring(comm, x),
-        "auto": lambda x: ours.Allreduce(MPI.IN_PLACE, x),
-    }
-    for name in mpicoll.ALGORITHMS["allreduce"]:
-        calls[name] = partial(ours.Allreduce, MPI.IN_PLACE, algorithm=name)
-    subjects: dict[str, Implementation] = {name: partial(in_place, call) for name, call in calls.items()}
+    comm, f4 = MPI.COMM_WORLD, np.dtype("f4")
+    subjects: dict[str, m.Implementation] = {"mpi4py ring": lambda task, send, recv: partial(plain_ring, comm, recv)}
+    subjects |= m.implementations(comm, "allreduce", f4, "off")
     dist = gloo(comm) if TORCH else None
     if dist:
         from torch import from_numpy
 
         subjects["gloo"] = lambda task, send, recv: partial(dist.all_reduce, from_numpy(recv))
-    tasks = [Task("allreduce", size // 4, np.dtype("f4")) for size in SIZES]
-    settings = Settings((True,), max_time=SECONDS * len(SIZES), min_reps=MINIMUM, precision=0, seed=time.time_ns())
-    memory = memory_bandwidth(comm)
-    found = measure_all(comm, subjects, tasks, settings)
+    tasks = [m.Task("allreduce", size // 4, f4) for size in SIZES]
+    settings = m.Settings((True,), max_time=SECONDS * len(SIZES), min_reps=MINIMUM, precision=0, seed=time.time_ns())
+    memory = m.memory_bandwidth(comm)
+    found = [one for one in m.measure(comm, subjects, tasks, settings) if one.name != m.NULL]
     if dist:
         dist.destroy_process_group()
-    rows = []
-    for task in tasks:
-        at = "allreduce", task.count * 4, comm.size
-        here = [one for one in found if one.task == task and one.name != "null"]
-        shares = {one.name: memory_share(*at, float(np.median(one.us)), memory) for one in here}
-        us = {one.name: np.round(one.us, 2).tolist() for one in here}
-        rows.append({"bytes": task.count * 4, "us": us, "memory_share": shares})
+    rows = [
+        {
+            "bytes": size,
+            "us": {one.name: np.round(one.us, 2).tolist() for one in here},
+            "memory_share": {one.name: m.record(one, comm.size, memory)["memory_share"] for one in here},
+        }
+        for size in SIZES
+        for here in [[one for one in found if one.task.count * 4 == size]]
+    ]
     wrong = sum(one.wrong for one in found)
     facts = {"ranks": comm.size, "mpi": library_name(), "memory": memory}
     return {"rank": comm.rank, **facts, "wrong": wrong, "rows": rows}
