@@ -375,9 +375,9 @@ def refuse():
 """
 PAGES = {  # how the ranks of a node come to a page
     "memory": "",
-    "a file": f"{REFUSE}\nwatch._nameless = refuse",
-    "another process of that number": "watch._nameless = lambda: (os.memfd_create('x'), '/dev/null')",
-    "none": f"{REFUSE}\nwatch._nameless = watch._temporary = refuse",
+    "a file": f"{REFUSE}\nwatch.memory.nameless = refuse",
+    "another process of that number": "watch.memory.nameless = lambda: (os.memfd_create('x'), '/dev/null')",
+    "none": f"{REFUSE}\nwatch.memory.nameless = watch.memory.temporary = refuse",
 }
 
 

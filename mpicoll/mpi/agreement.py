@@ -16,6 +16,7 @@ from mpi4py import MPI
 
 from ..errors import MismatchError
 from .record import named, site
+from .shared import Node
 
 LEVELS = ("off", "header", "full")
 """Nothing; what is done, to how many of what; and from where, and in which order of memory."""
@@ -78,11 +79,18 @@ def check_level(level: str) -> None:
 
 
 @lru_cache(maxsize=KEPT)
-def native(collective: str, operation: str, dtype: str, elements: int | None, root: int | None = None) -> Header:
-    """The header of one of the MPI library's own calls, at the least cost."""
+def native(
+    collective: str,
+    operation: str,
+    dtype: str,
+    elements: int | None,
+    root: int | None = None,
+    algorithm: str = "native",
+) -> Header:
+    """The header of a call, at the least cost; of one of the MPI library's own, unless an algorithm is named."""
     return Header(
         collective,
-        "native",
+        algorithm,
         operation,
         dtype if elements != 0 else "",
         elements,
@@ -93,8 +101,9 @@ def native(collective: str, operation: str, dtype: str, elements: int | None, ro
 class Agreement:
     """The ranks of one communicator, compared by way of a private one."""
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: MPI.Comm, node: Node | None = None) -> None:
         self._comm, self._p = comm, comm.size
+        self._node = node  # if they share memory, all of them
         self._mine, self._all = bytearray(8), bytearray(8 * self._p)
         self.calls = 0
 
@@ -105,10 +114,14 @@ class Agreement:
         """
         self.calls += 1
         digest = _digest(headers if detail is None else (headers, detail))
-        self._mine[:] = (digest ^ (self.calls * _MIX & _MASK)).to_bytes(8, "little")
-        self._comm.Allgather(self._mine, self._all)
-        if self._all != self._mine * self._p:
+        number = digest ^ (self.calls * _MIX & _MASK)
+        if not (self._node.agree(number) if self._node else self._gathered(number)):
             raise MismatchError(_table(self._comm.allgather((digest, self._said(headers, detail)))))
+
+    def _gathered(self, number: int) -> bool:
+        self._mine[:] = number.to_bytes(8, "little")
+        self._comm.Allgather(self._mine, self._all)
+        return self._all == self._mine * self._p
 
     def _said(self, headers: Headers, detail: tuple[str, ...] | None) -> str:
         what = headers if isinstance(headers, str) else "; ".join(map(str, headers)) or "nothing to do"

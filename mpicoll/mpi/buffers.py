@@ -275,7 +275,7 @@ def described(x: Any, writable: bool = False) -> tuple[str, int | None]:
 def payload(x: Any, writable: bool = False) -> tuple[str, int | None]:
     """The same in bytes."""
     try:
-        return "bytes", vector(x, writable).nbytes
+        return "bytes", _contiguous(x, writable).nbytes if isinstance(x, np.ndarray) else vector(x, writable).nbytes
     except Exception:
         dtype, size = described(x, writable)
         return ("bytes", size) if size is not None else (dtype, None)
@@ -292,6 +292,26 @@ def block(x: Any, p: int) -> tuple[str, int | None]:
     if size % (element * p):
         return f"{size // element} elements for {p} ranks", None
     return what, size // p
+
+
+def as_bytes(x: Any, load: bool, store: bool) -> Part:
+    """What is moved, of any dtype and datatype: the memory itself, or where that is in pieces (as of derived types) a
+    copy, which is filled before, and brought back after, as asked."""
+    try:
+        flat = _contiguous(x, store) if isinstance(x, np.ndarray) else vector(x, store)
+        return Part(flat.view(np.uint8))
+    except REFUSALS:
+        size = _derived_size(x)
+        if size is None:
+            raise
+    flat, itself = np.empty(size, np.uint8), MPI.COMM_SELF
+
+    def deliver() -> None:
+        itself.Sendrecv([flat, MPI.BYTE], 0, 0, x, 0, 0)
+
+    if load:
+        itself.Sendrecv(x, 0, 0, [flat, MPI.BYTE], 0, 0)
+    return Part(flat, deliver if store else None)
 
 
 def _derived_size(x: Any) -> int | None:

@@ -18,7 +18,7 @@ from .buffers import Part, lengths, name_of, on_device, order_of, parts, specifi
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
 from .plan import Bound, Plan
-from .select import LARGE, PLAIN, Options, Preference, choose, parameters
+from .select import LARGE, PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared, choose, parameters
 from .state import (
     Handle,
     NativeHandle,
@@ -34,6 +34,7 @@ from .state import (
 )
 
 C = TypeVar("C", "Call", "Native")
+T = TypeVar("T")
 
 
 def allreduce(
@@ -108,6 +109,7 @@ def allreduce(
         and not interrupted
         and comm
         and (level == "header" or level == "off")
+        and (x.nbytes < SHARED_FROM["allreduce"] or comm.size == 1 or not state_of(comm).shares)
     ):
         if level == "off" or comm.size == 1:
             MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
@@ -389,13 +391,13 @@ def account(
 ) -> Account:
     """What an ``allreduce`` with these arguments does.  Not a collective call.
 
-    Nothing can be known of the MPI library's own.
+    Nothing can be known of the MPI library's own, and nothing is sent in shared memory.
     """
     check_comm(comm)
     calls = _calls(x, comm, op, options_of(comm, algorithm, deterministic))
     if not calls or any(call.row is None for call in calls):
         return Account("native", None, None)
-    plans = [call.plan() for call in calls]
+    plans = [call.plan() for call in calls if call.row is not SHARED]
     names = dict.fromkeys(call.row.name for call in calls if call.row)
     return Account(", ".join(names), sum(plan.bytes_sent for plan in plans), sum(plan.messages for plan in plans))
 
@@ -438,6 +440,8 @@ def _asked(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Call
 
 def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Callable[[], list[C]]) -> list[C]:
     """What ``make`` gives, once the ranks are seen to make the same call; what it raises, others hear of."""
+    if comm.size > 1:
+        state_of(comm)  # how to go about it depends on what ranks share
     asked = _asked(comm, check, name, x, make)
     headers = asked.headers()
     if asked.compared:
@@ -454,19 +458,42 @@ def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Call
     return asked.calls()
 
 
-def compared(state: State, header: Header, call: Callable[..., None], *args: Any) -> None:
+def compared(state: State, header: Header, call: Callable[..., T], *args: Any) -> T:
     """``agreed`` for a ``call`` of the MPI library that nothing is wrong with, while nothing of ours is under way: the
     same in a third of the time, which small calls notice."""
     headers = (header,)
     record.begin(state.entry(headers))
     try:
         state.agreement.check(headers)
-        call(*args)
+        return call(*args)
     except (KeyboardInterrupt, SystemExit):
         state.interrupt()
         raise
     finally:
         record.end()
+
+
+def on_node(
+    comm: MPI.Intracomm,
+    state: State,
+    level: str,
+    collective: str,
+    send: np.ndarray,
+    recv: np.ndarray,
+    operation: Operation,
+    root: int | None = None,
+) -> None:
+    """A reduction in memory that all ranks share, of arrays that nothing is wrong with, as ``compared`` has it."""
+    flat, at = recv.reshape(-1), root or 0
+    args = collective, (flat if send is recv else send.reshape(-1)), flat, operation, at
+    if level == "off":
+        done = state.on_node(state.node.run, *args)
+    else:
+        header = native(collective, operation.name, PLAIN[recv.dtype], recv.size, root, SHARED.name)
+        done = compared(state, header, state.on_node, state.node.run, *args)
+    if not done:
+        part = Part(flat)
+        Call(collective, comm, state.p, part, operation, SHARED, {}, root, sent=args[1]).without_sharing().run()
 
 
 def run(calls: "Iterable[Call | Native]") -> None:
@@ -498,17 +525,23 @@ class Call(NamedTuple):
     p: int  # a native handle may outlive the communicator
     part: Part
     operation: Operation
-    row: Algorithm | None
+    row: Algorithm | Shared | None
     parameters: dict[str, int]
     root: int | None = None
     cuts: tuple[int, ...] | None = None
     result: np.ndarray | None = None  # where it goes, unless it is in place
     detail: str = ""  # what else all ranks must have in common
+    sent: np.ndarray | None = None  # what is given, if it is not there already
 
     def run(self) -> None:
         """Do it, and bring the result to where it is wanted."""
         flat = self.part.flat
-        if self.row is not None:
+        if self.row is SHARED and not self._run_shared():
+            self.without_sharing().run()
+            return
+        if self.row is SHARED:
+            pass
+        elif self.row is not None:
             state = state_of(self.comm)
             plan = self._plan(state)
             in_place = self.result is None and self._receives
@@ -523,6 +556,37 @@ class Call(NamedTuple):
             self.finish()
         if self.part.deliver and self._receives:
             self.part.deliver()
+
+    def _run_shared(self) -> bool:
+        """In memory that all ranks share; false if there is none left, on all of them."""
+        flat = self.part.flat
+        recv = flat if self.result is None else self.result
+        send = flat if self.sent is None else self.sent
+        if not len(flat):
+            return True
+        state = state_of(self.comm)
+        return state.on_node(state.node.run, self.collective, send, recv, self.operation, self.root or 0, self.cuts)
+
+    def without_sharing(self) -> "Call":
+        """The same by messages, in the same order of additions."""
+        if self.sent is not None:
+            self.part.flat[:] = self.sent
+        if not self.operation.reduces:
+            return self._replace(row=None, sent=None)
+        return self._decided_again(Options(deterministic=True))
+
+    def _decided_again(self, options: Options) -> "Call":
+        return decide(
+            self.comm,
+            self.part,
+            self.operation,
+            options,
+            collective=self.collective,
+            root=self.root,
+            cuts=self.cuts,
+            result=self.result,
+            prefer="ours",
+        )
 
     def header(self) -> Header:
         """What all ranks must have in common."""
@@ -566,7 +630,7 @@ class Call(NamedTuple):
 
     def ours(self) -> "Call":
         """The same by an algorithm of ours, where it is not yet."""
-        return self if self.row else decide(self.comm, self.part, self.operation, Options(), prefer="ours")
+        return self if isinstance(self.row, Algorithm) else self._decided_again(Options())
 
     def bind(self, state: State) -> Iterator[Bound]:
         """Its rounds, with scratch memory of their own."""
@@ -574,11 +638,11 @@ class Call(NamedTuple):
         return plan.bind(self.part.flat, np.empty(plan.scratch_bytes, np.uint8), self.operation)
 
     def _schedule(self) -> Schedule:
-        assert self.row is not None
+        assert isinstance(self.row, Algorithm)
         return self.row.schedule(self.p, **self.parameters)
 
     def _plan(self, state: State) -> Plan:
-        assert self.row is not None
+        assert isinstance(self.row, Algorithm)
         name, flat = (self.row.collective, self.row.name, *self.parameters.items()), self.part.flat
         return state.plan(name, self._schedule, len(flat), flat.dtype, self.operation, self.cuts)
 
@@ -663,8 +727,9 @@ def decide(
         check_root(comm, root)
     if options.wire is not None:
         operation = operation.on_wire(options.wire, flat.dtype)
-    row = choose(collective, options, len(flat), flat.dtype, operation, prefer)
+    state = find_state(comm) if prefer == "fastest" else None
+    row = choose(collective, options, len(flat), flat.dtype, operation, prefer, state is not None and state.shares)
     given = parameters(row, flat.nbytes, root, options.segments)
-    if row is not None and options.segments is not None:
+    if isinstance(row, Algorithm) and options.segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now
     return Call(collective, comm, comm.size, part, operation, row, given, root, cuts, result)

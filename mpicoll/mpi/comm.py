@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from math import prod
 from operator import index
 from threading import get_ident
-from typing import Any, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar, cast
 
 import numpy as np
 from mpi4py import MPI
@@ -14,6 +15,7 @@ from .agreement import Header, check_level, level_of, native
 from .buffers import (
     REFUSALS,
     Part,
+    as_bytes,
     block,
     blocks,
     described,
@@ -26,9 +28,22 @@ from .buffers import (
     staged,
     vector,
 )
-from .collectives import Call, Native, agreed, check_root, compared, cuts_of, decide, gathering, options_of, run
-from .operations import MOVE, name_of, operation
-from .select import LARGE, PLAIN, Options, Preference
+from .buffers import name_of as dtype_name
+from .collectives import (
+    Call,
+    Native,
+    agreed,
+    check_root,
+    compared,
+    cuts_of,
+    decide,
+    gathering,
+    on_node,
+    options_of,
+    run,
+)
+from .operations import MOVE, Operation, name_of, operation, predefined
+from .select import LARGE, PLAIN, SHARED_FROM, Options, Preference, Shared
 from .state import State, check_comm, driving, interrupted, state_of, under_way, whole
 
 C = TypeVar("C", bound=MPI.Intracomm)
@@ -52,6 +67,7 @@ class Comm(MPI.Intracomm):
     deterministic: bool = False
     check: str = ""
     _state: State | None = None
+    _shares: bool = False
 
     def __new__(
         cls, comm: MPI.Intracomm | None = None, *, deterministic: bool = False, check: str | None = None
@@ -66,6 +82,7 @@ class Comm(MPI.Intracomm):
         self.deterministic, self.check = deterministic, level_of(self, check)
         check_level(self.check)
         self._state = state_of(self)
+        self._shares = self._state.shares
         return self
 
     def _wrapped(self, comm: C) -> "C | Comm":
@@ -107,6 +124,116 @@ class Comm(MPI.Intracomm):
         """As mpi4py's; a ``Comm``, or ``MPI.COMM_NULL``."""
         return self._wrapped(super().Create_group(group, tag))
 
+    def empty(self, shape: int | Sequence[int], dtype: Any = float) -> np.ndarray:
+        """An array in memory that the ranks of a node share: collectives on such arrays move far less.
+
+        A collective call.  The array is this rank's own, as any array is, of whatever shape; but ``Allreduce``,
+        ``Reduce``, ``Reduce_scatter``, ``Allgather`` and ``Bcast`` find it, its views included, where it is, if all
+        ranks pass such arrays.  When it and its views are gone, its memory is used for another one; it stays what it is
+        when the communicator is freed.
+
+        Where there is no memory to share it is an ordinary array, and there is a warning.
+        """
+        return self._array("empty", shape, dtype, lambda array: None)
+
+    def zeros(self, shape: int | Sequence[int], dtype: Any = float) -> np.ndarray:
+        """The same, full of zeros."""
+        return self._array("zeros", shape, dtype, lambda array: array.fill(0))
+
+    def full(self, shape: int | Sequence[int], value: Any, dtype: Any = None) -> np.ndarray:
+        """The same, full of a value, by default of its dtype."""
+        dtype = np.asarray(value).dtype if dtype is None else dtype
+        return self._array("full", shape, dtype, lambda array: np.copyto(array, value))
+
+    def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
+        """The same, a copy of an array."""
+        given = np.asarray(x, dtype)
+        return self._array("asarray", given.shape, given.dtype, lambda array: np.copyto(array, given))
+
+    def _array(
+        self, name: str, shape: int | Sequence[int], dtype: Any, fill: Callable[[np.ndarray], None]
+    ) -> np.ndarray:
+        made: list[np.ndarray] = []
+
+        def calls() -> list[Native]:
+            kind = np.dtype(dtype)
+            sizes = [index(n) for n in ([shape] if isinstance(shape, SupportsIndex) else shape)]
+            if kind.hasobject or not kind.itemsize or min(sizes, default=0) < 0:
+                raise ValueError(
+                    f"expected a shape, and a dtype of numbers or other plain data, got {sizes} and {kind}"
+                )
+
+            def make() -> None:
+                made.append(state_of(self).empty(prod(sizes) * kind.itemsize).view(kind).reshape(sizes))
+
+            return [Native(native(name, "", "", None), make)]
+
+        with whole(self):
+            run(agreed(self, None, name, None, calls))
+            fill(made[0])
+        return made[0]
+
+    def allreduce_shared(self, x: Any, op: MPI.Op | str = MPI.SUM, *, check: str | None = None) -> np.ndarray:
+        """Combine the arrays of all ranks elementwise, into one result for all ranks of a node, which is returned.
+
+        It is read-only, and of the shape of ``x``, which stays as it is, and which best lies in shared memory (see
+        ``empty``): then this is the fastest there is.  It is the same memory again at the next such call but one; until
+        then ranks may read on.
+
+        ``op`` and ``check`` are those of ``mpicoll.allreduce``; 16-bit floats are added as float32, and the order of
+        additions is always the canonical one.
+
+        If ranks do not share memory, each has a result of its own.
+        """
+        level = self.check if check is None else level_of(self, check)
+        if (
+            type(x) is np.ndarray
+            and self._state is not None
+            and self._shares
+            and x.dtype in PLAIN
+            and x.flags.c_contiguous
+            and x.size
+            and type(op) is MPI.Op
+            and (quick := predefined(op, x.dtype))
+            and (level == "header" or level == "off")
+            and not under_way
+            and not interrupted
+        ):
+            state, flat = self._state, x.reshape(-1)
+            if level == "off":
+                result = state.on_node(state.node.allreduce, flat, quick)
+            else:
+                header = native("allreduce_shared", quick.name, PLAIN[x.dtype], x.size)
+                result = compared(state, header, state.on_node, state.node.allreduce, flat, quick)
+            if result is not None:
+                result = result.reshape(x.shape)
+                result.flags.writeable = False
+                return result
+        reduced: list[np.ndarray] = []
+
+        def calls() -> list[Native]:
+            flat = vector(x, writable=False)
+            found = operation(op, flat.dtype)
+
+            def call() -> None:
+                reduced.append(self._reduced(flat, found))
+
+            return [Native(native("allreduce_shared", found.name, dtype_name(flat.dtype), len(flat)), call)]
+
+        with whole(self):
+            run(agreed(self, check, "allreduce_shared", x, calls))
+        return _like(x, reduced[0])
+
+    def _reduced(self, flat: np.ndarray, found: Operation) -> np.ndarray:
+        state = state_of(self)
+        if state.shares and len(flat):
+            result = state.on_node(state.node.allreduce, flat, found)
+            if result is not None:
+                return result
+        part = Part(flat.copy())
+        decide(self, part, found, Options()).run()
+        return part.flat
+
     def Allreduce(  # noqa: N802
         self,
         sendbuf: Any,
@@ -124,14 +251,18 @@ class Comm(MPI.Intracomm):
         With ``algorithm="native"`` host buffers and operations go to the MPI library as they are.
         """
         level = self.check if check is None else level_of(self, check)
+        found: Operation | None = None
         if (
             algorithm == "auto"
             and type(recvbuf) is np.ndarray
-            and recvbuf.nbytes < LARGE
-            and recvbuf.dtype in PLAIN
-            and recvbuf.flags.carray
-            and (sendbuf is MPI.IN_PLACE or _are_alike(sendbuf, recvbuf, level))
             and type(op) is MPI.Op
+            and recvbuf.dtype in PLAIN
+            and (
+                recvbuf.nbytes < (SHARED_FROM["allreduce"] if self._shares else LARGE)
+                or (found := self._on_node(op, recvbuf)) is not None
+            )
+            and recvbuf.flags.carray
+            and (sendbuf is MPI.IN_PLACE or _are_alike(sendbuf, recvbuf, "" if found else level))
             and (level == "header" or level == "off")
             and segments is None
             and wire is None
@@ -139,7 +270,10 @@ class Comm(MPI.Intracomm):
             and not under_way
             and not interrupted
         ):
-            if level == "off" or self.size == 1:
+            if found is not None:
+                send = recvbuf if sendbuf is MPI.IN_PLACE else sendbuf
+                on_node(self, self._state or state_of(self), level, "allreduce", send, recvbuf, found)
+            elif level == "off" or self.size == 1:
                 MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
             else:
                 header = _header("allreduce", recvbuf, op)
@@ -148,6 +282,10 @@ class Comm(MPI.Intracomm):
             options = options_of(self, algorithm, deterministic, segments, wire)
             with whole(self):
                 self._reduction("allreduce", sendbuf, recvbuf, op, None, options, check)
+
+    def _on_node(self, op: MPI.Op, x: np.ndarray) -> Operation | None:
+        """The operation, if it is one for shared memory."""
+        return predefined(op, x.dtype) if self._shares else None
 
     def Reduce(  # noqa: N802
         self,
@@ -165,20 +303,24 @@ class Comm(MPI.Intracomm):
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce``."""
         data = recvbuf if sendbuf is MPI.IN_PLACE else sendbuf
         level = self.check if check is None else level_of(self, check)
+        found: Operation | None = None
         if (
             algorithm == "auto"
             and type(data) is np.ndarray
-            and data.nbytes < LARGE
+            and type(op) is MPI.Op
             and data.dtype in PLAIN
+            and (
+                data.nbytes < (SHARED_FROM["reduce"] if self._shares else LARGE)
+                or (found := self._on_node(op, data)) is not None
+            )
             and data.flags.carray
             and (
                 sendbuf is not MPI.IN_PLACE
                 if self.rank != root
-                else recvbuf is data or (_are_alike(recvbuf, data, level) and recvbuf.flags.writeable)
+                else recvbuf is data or (_are_alike(recvbuf, data, "" if found else level) and recvbuf.flags.writeable)
             )
             and type(root) is int
             and 0 <= root < self.size
-            and type(op) is MPI.Op
             and (level == "header" or level == "off")
             and segments is None
             and wire is None
@@ -186,7 +328,10 @@ class Comm(MPI.Intracomm):
             and not under_way
             and not interrupted
         ):
-            if level == "off" or self.size == 1:
+            if found is not None:
+                recv = recvbuf if self.rank == root else data
+                on_node(self, self._state or state_of(self), level, "reduce", data, recv, found, root)
+            elif level == "off" or self.size == 1:
                 MPI.Intracomm.Reduce(self, sendbuf, recvbuf, op, root)
             else:
                 header = _header("reduce", data, op, root)
@@ -207,25 +352,34 @@ class Comm(MPI.Intracomm):
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.bcast``."""
         options = options_of(self, algorithm, False, segments, None)
-        if level_of(self, check) == "off" and options in (Options(), Options("native")) and not on_device(buf):
+        receives, unseen = self.rank != root, options in (Options(), Options("native")) and not on_device(buf)
+        shared = (
+            unseen and algorithm == "auto" and self._shares and self._moves_on_node("bcast", payload(buf, receives)[1])
+        )
+        if level_of(self, check) == "off" and unseen and not shared:
             return self._natively("Bcast", buf, root)()
 
         def calls() -> list[Any]:
             check_root(self, root)
-            device = on_device(buf)
-            if not device and options in (Options(), Options("native")):
-                header = native("bcast", "", *payload(buf, self.rank != root), int(index(root)))
+            if unseen and not shared:
+                header = native("bcast", "", *payload(buf, receives), int(index(root)))
                 return [Native(header, self._natively("Bcast", buf, root))]
-            if device:
-                part = staged(buf, load=self.rank == root)
+            if shared:
+                part = as_bytes(buf, not receives, receives)
+            elif on_device(buf):
+                part = staged(buf, load=not receives)
             else:
-                flat = vector(buf, writable=self.rank != root)
+                flat = vector(buf, writable=receives)
                 part = Part(flat if flat.flags.writeable else flat.copy())  # algorithms may write to it what it holds
-            raw = Part(part.flat.view(np.uint8), part.deliver if self.rank != root else None)
+            raw = Part(part.flat.view(np.uint8), part.deliver if receives else None)
             return [decide(self, raw, MOVE, options, collective="bcast", root=root)]
 
         with whole(self):
             return run(agreed(self, check, "bcast", buf, calls))
+
+    def _moves_on_node(self, collective: str, nbytes: int | None) -> bool:
+        """Is it done in shared memory, unless told otherwise?"""
+        return self._shares and nbytes is not None and nbytes >= SHARED_FROM[collective]
 
     def _natively(self, name: str, *args: Any) -> Callable[[], None]:
         """mpi4py's method of that name."""
@@ -251,7 +405,8 @@ class Comm(MPI.Intracomm):
         options = options_of(self, algorithm, deterministic, None, wire)
 
         def calls() -> list[Any]:
-            if self._is_native(recvbuf, op, options):
+            blocks = 1 if is_in_place(sendbuf) else self.size
+            if self._is_native(recvbuf, op, options, blocks):
                 dtype, count = described(recvbuf, True)
                 if count is not None and is_in_place(sendbuf):
                     count //= self.size
@@ -287,7 +442,7 @@ class Comm(MPI.Intracomm):
         def calls() -> list[Any]:
             counts = None if recvcounts is None else [int(index(count)) for count in recvcounts]
             crashes = sendbuf is MPI.IN_PLACE and len({*(counts or ())}) > 1 and self._is_ours(recvbuf, op)
-            if self._is_native(recvbuf, op, options) and not (crashes and algorithm == "auto"):
+            if self._is_native(recvbuf, op, options, counts=counts) and not (crashes and algorithm == "auto"):
                 cuts = None if counts is None else cuts_of(counts, None, self.size)
                 dtype, total = described(recvbuf if is_in_place(sendbuf) else sendbuf)
                 room = described(recvbuf, True)
@@ -303,7 +458,7 @@ class Comm(MPI.Intracomm):
                 return [Native(header, self._natively("Reduce_scatter", sendbuf, recvbuf, recvcounts, op))]
             if counts is None:
                 raise TypeError("algorithms of ours need recvcounts: one for each rank")
-            prefer: Preference = "ours" if crashes else "fastest"
+            prefer: Preference = "ours" if crashes and algorithm == "auto" else "fastest"
             return [self._reduce_scatter(sendbuf, vector(recvbuf), counts, op, options, prefer)]
 
         with whole(self):
@@ -316,15 +471,27 @@ class Comm(MPI.Intracomm):
         except (TypeError, ValueError, BufferError, KeyError):
             return False
 
-    def _is_native(self, buffer: Any, op: MPI.Op | str, options: Options) -> bool:
-        """May it go to the MPI library unseen?"""
-        if options != Options() and options != Options("native"):
+    def _is_native(
+        self,
+        buffer: Any,
+        op: MPI.Op | str,
+        options: Options,
+        blocks: int | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> bool:
+        """Is it the MPI library's, which need not be told what it is?  Of so many blocks as ``buffer`` is one, or of as
+        many elements as all counts together."""
+        if options not in (Options(), Options("native")) or not isinstance(op, MPI.Op) or on_device(buffer):
             return False
         try:
-            half = not on_device(buffer) and is_half(vector(buffer).dtype)
-        except (TypeError, ValueError, BufferError, KeyError):
-            half = False  # the MPI library takes it, or says what is wrong
-        return isinstance(op, MPI.Op) and not on_device(buffer) and not (half and options.algorithm == "auto")
+            flat = vector(buffer)
+        except REFUSALS:
+            return True  # the MPI library takes it, or says what is wrong
+        if options.algorithm == "native":
+            return True
+        nbytes = (len(flat) * blocks if blocks else sum(counts or ())) * flat.itemsize
+        shared = self._moves_on_node("reduce_scatter", nbytes) and predefined(op, flat.dtype) is not None
+        return not shared and not is_half(flat.dtype)
 
     def _reduce_scatter(
         self,
@@ -353,7 +520,10 @@ class Comm(MPI.Intracomm):
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
     ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
-        if level_of(self, check) == "off" and algorithm in ("auto", "native"):
+        shared = (
+            algorithm == "auto" and self._shares and self._moves_on_node("allgather", self._gathered_bytes(recvbuf))
+        )
+        if level_of(self, check) == "off" and algorithm in ("auto", "native") and not shared:
             return self._natively("Allgather", sendbuf, recvbuf)()
 
         def calls() -> list[Any]:
@@ -369,6 +539,8 @@ class Comm(MPI.Intracomm):
                     raise ValueError(
                         f"expected {self.size} times what is sent, got room for {space[1]} {space[0]}, and {each} bytes"
                     )
+                if shared and each is not None:
+                    return [self._gathering_on_node(sendbuf, recvbuf, each)]
                 header = native("allgather", "", f"{dtype} a rank", each)
                 return [Native(header, self._natively("Allgather", sendbuf, recvbuf))]
             received = vector(of_blocks(recvbuf, self.size))
@@ -385,6 +557,19 @@ class Comm(MPI.Intracomm):
 
         with whole(self):
             return run(agreed(self, check, "allgather", recvbuf, calls))
+
+    def _gathered_bytes(self, recvbuf: Any) -> int | None:
+        if isinstance(recvbuf, np.ndarray):
+            return recvbuf.nbytes
+        each = block(recvbuf, self.size)[1]
+        return None if each is None else each * self.size
+
+    def _gathering_on_node(self, sendbuf: Any, recvbuf: Any, each: int) -> Call:
+        in_place = is_in_place(sendbuf)
+        part = as_bytes(of_blocks(recvbuf, self.size), load=in_place, store=True)
+        sent = None if in_place else as_bytes(sendbuf, load=True, store=False).flat
+        cuts = tuple(range(0, each * self.size + 1, each))
+        return gathering(self, sent, part.flat, cuts, Options("shared"))._replace(part=part)
 
     def Allgatherv(  # noqa: N802
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
@@ -502,6 +687,8 @@ class Comm(MPI.Intracomm):
                 and len(calls[0].part.flat) <= operations.MAX_COUNT
             ):
                 return natively()
+            if sent and isinstance(calls[0].row, Shared):
+                return [calls[0]._replace(sent=sent[0])]
             before.extend((calls[0].part.flat, array) for array in sent)
             return calls
 
@@ -509,6 +696,15 @@ class Comm(MPI.Intracomm):
         for flat, array in before:
             flat[:] = array
         run(made)
+
+
+def _like(x: Any, flat: np.ndarray) -> np.ndarray:
+    """A read-only view, of the shape of ``x`` if it has one."""
+    shape = getattr(x, "shape", flat.shape)
+    columns = getattr(x, "flags", flat.flags).f_contiguous and not x.flags.c_contiguous
+    result = flat.reshape(shape[::-1]).T if columns else flat.reshape(shape)
+    result.flags.writeable = False
+    return result
 
 
 def _header(collective: str, x: np.ndarray, op: MPI.Op, root: int | None = None) -> Header:

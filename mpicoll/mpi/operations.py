@@ -8,6 +8,7 @@ import numpy as np
 from mpi4py import MPI
 
 from .buffers import PAIRS, accumulator, is_half, specification
+from .memory import address
 
 BLOCK = 1 << 15
 """Elements mixed at a time, so that what is in between stays in the cache."""
@@ -18,7 +19,7 @@ MAX_COUNT = 2**30
 
 @dataclass(frozen=True)
 class Operation:
-    """``combine(lower, higher, out=out)`` reduces two arrays into ``out``, which is one of them.
+    """``combine(lower, higher, out=out)`` reduces two arrays into ``out``, which may be one of them.
 
     ``finish(array, p)`` is done to the result, in place, before it is rounded to the user's dtype; ``widens`` says that
     16-bit floats are carried as float32.  ``native`` is what the MPI library is given, before ``finish``.
@@ -124,6 +125,12 @@ def name_of(op: str | MPI.Op) -> str:
     return _NAMES.get(op.handle) or _LOCATIONS.get(op.handle, "user-defined")
 
 
+def predefined(op: MPI.Op, dtype: np.dtype) -> Operation | None:
+    """The same for those that MPI defines on ``dtype``, and ``None`` for all else."""
+    found, kinds = _TABLE.get(_NAMES.get(op.handle, ""), (None, ""))
+    return found if dtype.kind in kinds and dtype.num != 23 and _is_numpys(dtype) else None
+
+
 def operation(op: str | MPI.Op, dtype: np.dtype) -> Operation:
     """``op`` on arrays of ``dtype``; a ``ValueError`` if it is unknown, a ``TypeError`` if MPI defines none such."""
     if isinstance(op, MPI.Op):
@@ -156,10 +163,13 @@ def _by_mpi(op: MPI.Op, dtype: np.dtype) -> Operation:
         raise TypeError(f"a user-defined operation on {_called(dtype)} is not supported")
 
     def combine(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
+        result = out if address(out) != address(lower) else np.empty_like(higher)
+        if address(result) != address(higher):
+            result[:] = higher
         for piece in _pieces(lower, MAX_COUNT):
-            op.Reduce_local(specification(lower[piece]), specification(higher[piece]))  # into the second
-        if out is not higher:
-            out[:] = higher
+            op.Reduce_local(specification(lower[piece]), specification(result[piece]))  # into the second
+        if out is not result:
+            out[:] = result
 
     return Operation(located or "user-defined", combine, op, op.Is_commutative(), predefined=bool(located))
 

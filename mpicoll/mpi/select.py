@@ -24,6 +24,27 @@ SEGMENT = 128 << 10
 MAX_SEGMENTS = 32
 
 
+SHARED_FROM = {
+    "allreduce": 16 << 10,
+    "reduce": 64 << 10,
+    "bcast": 256 << 10,
+    "reduce_scatter": 64 << 10,
+    "allgather": 256 << 10,
+}
+"""Bytes of the whole array from which on the MPI library's own is slower than memory that all ranks share."""
+
+
+class Shared(NamedTuple):
+    """In place of a row of the table: no schedule, but memory that the ranks share (``mpi.shared``)."""
+
+    name: str = "shared"
+    canonical: bool = True
+    rank_order: bool = True
+
+
+SHARED = Shared()
+
+
 class Options(NamedTuple):
     """How a call is to be made, beside what is to be reduced; see ``mpicoll.allreduce``."""
 
@@ -61,12 +82,13 @@ def choose(
     dtype: np.dtype,
     operation: Operation,
     prefer: Preference = "fastest",
-) -> Algorithm | None:
-    """The row to use, ``None`` being the MPI library's own.
+    shares: bool = False,
+) -> Algorithm | Shared | None:
+    """The row to use, ``None`` being the MPI library's own; ``shares`` says whether all ranks share memory.
 
     Raises ``ValueError`` if the named one cannot do it.
     """
-    algorithm, deterministic, segments, _ = options
+    algorithm, deterministic, segments, wire = options
 
     def names(which: Callable[[Algorithm], bool]) -> str:
         return ", ".join(name for name, row in ALGORITHMS[collective].items() if which(row))
@@ -75,8 +97,17 @@ def choose(
         pipelining = names(lambda row: "segments" in row.parameters)
         raise ValueError(f"segments are for a pipelining algorithm: name one, {pipelining}")
     nbytes = count * operation.carried(dtype).itemsize
+    if algorithm == SHARED.name:
+        if prefer != "fastest":
+            raise ValueError("shared is for calls that wait: name another algorithm")
+        if not shares:
+            raise ValueError("shared needs ranks that share the memory of one node, and two of them: name another")
+        return SHARED
     if algorithm == "auto":
         native_can = not deterministic and not (is_half(dtype) and operation.reduces)
+        ours_can = shares and prefer == "fastest" and operation.predefined and dtype not in PAIRS and wire is None
+        if ours_can and (count * dtype.itemsize >= SHARED_FROM[collective] or not native_can):
+            return SHARED
         slower = collective not in FASTER or nbytes < LARGE
         native_is_best = slower or not operation.predefined or dtype in PAIRS
         if native_can and (prefer == "native" or (prefer == "fastest" and native_is_best)):
@@ -100,9 +131,9 @@ def choose(
     return row
 
 
-def parameters(row: Algorithm | None, nbytes: int, root: int | None, segments: int | None) -> dict[str, int]:
+def parameters(row: Algorithm | Shared | None, nbytes: int, root: int | None, segments: int | None) -> dict[str, int]:
     """What to tell the algorithm: the root, and the number of segments as given, or by the vector's length."""
-    if row is None:
+    if not isinstance(row, Algorithm):
         return {}
     given = {} if root is None else {"root": root}
     if segments is not None:

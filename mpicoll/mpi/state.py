@@ -6,10 +6,11 @@ calls do not drive ours.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Lock, Thread, get_ident
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -21,6 +22,9 @@ from . import record
 from .agreement import Agreement, Comparison, Header, Headers
 from .operations import Operation
 from .plan import Bound, Plan
+from .shared import Node
+
+T = TypeVar("T")
 
 MAX_PLANS = 64
 """Plans kept per communicator; the one not used for longest goes first."""
@@ -42,12 +46,15 @@ class State:
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         group = comm.Get_group()
-        self.comm = MPI.Intracomm(comm).Create(group)  # a duplicate, but for the user's attributes
+        self.comm = MPI.Intracomm(MPI.Intracomm(comm).Create(group))  # a duplicate, but for the user's attributes
         self.p, self.rank = self.comm.size, self.comm.rank
         self.name, self.world = _named(self.comm)
         self.plans: dict[tuple[Any, ...], Plan] = {}
         group.Free()
-        self.agreement = Agreement(self.comm)
+        self.node = Node(self.comm, self._pause)
+        self.shares = self.node.whole and self.node.shares
+        """Do all ranks share memory?"""
+        self.agreement = Agreement(self.comm, self.node if self.shares else None)
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)
         self._interrupted = False
@@ -101,6 +108,41 @@ class State:
         finally:
             self._running.release()
             _inside(False)
+
+    def on_node(self, call: Callable[..., T], *args: Any) -> T:
+        """Do something of ``node``'s that is collective."""
+        self.check()
+        self._take_turn()
+        try:
+            _inside(True)
+            return call(*args)
+        except BaseException:
+            self.interrupt()
+            raise
+        finally:
+            self._running.release()
+            _inside(False)
+
+    def empty(self, nbytes: int) -> np.ndarray:
+        """Bytes in memory that the node's ranks share, or, with a warning, of this rank's own."""
+        made = self.on_node(self.node.empty, nbytes) if self.node.size > 1 else np.empty(nbytes, np.uint8)
+        if made is None:
+            if self.node.rank == 0:
+                warnings.warn(
+                    f"no memory to share for arrays of {nbytes} bytes on each of {self.node.size} ranks of a node: "
+                    "they are ordinary ones, on which collectives are slower. Either memory is full, or these ranks "
+                    "are in containers of their own, or of little /dev/shm (docker: --shm-size)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return np.empty(nbytes, np.uint8)
+        return made
+
+    def _pause(self) -> None:
+        """While this rank waits for others: these may be waiting for messages of its, of ours or of the program's."""
+        self.comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
+        if under_way:
+            _advance_all()
 
     def _take_turn(self) -> None:
         if not self._running.acquire(blocking=False):
@@ -166,6 +208,7 @@ class State:
         """One less; the last one frees it."""
         self._users -= 1
         if not self._users and not MPI.Is_finalized():
+            self.node.release()
             self.comm.Free()
 
     def handle_tag(self) -> int:

@@ -11,7 +11,6 @@ import mmap
 import os
 import struct
 import sys
-import tempfile
 import threading
 import time
 import zlib
@@ -22,7 +21,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from . import record
+from . import memory, record
 from .launch import node_of
 
 TIMED_OUT = 124
@@ -53,10 +52,12 @@ class Page:
     def __init__(self, comm: MPI.Intracomm) -> None:
         node = node_of(comm)
         size = _HEAD + _SLOT * node.size
-        memory, ranks = _shared(node, size), node.allgather(comm.rank)
+        # What does without /dev/shm, which may be full, and then ends whoever writes to it.
+        page = memory.share(node, size, (memory.nameless, memory.temporary))
+        ranks = node.allgather(comm.rank)
         node.Free()
-        self.ranks = [comm.rank] if memory is None else ranks  # those that cannot share it are nodes of their own
-        self._memory = memory or mmap.mmap(-1, size)
+        self.ranks = [comm.rank] if page is None else ranks  # those that cannot share it are nodes of their own
+        self._memory = page or mmap.mmap(-1, size)
         self._slot = {rank: _HEAD + _SLOT * n for n, rank in enumerate(self.ranks)}
 
     def write(self, rank: int, since: float, state: int, text: str, status: int = 0) -> None:
@@ -96,43 +97,6 @@ class Page:
     def set(self, where: int, value: int) -> None:
         """The same, written."""
         self._memory[where : where + 8] = value.to_bytes(8, "little")
-
-
-def _shared(node: MPI.Intracomm, size: int) -> mmap.mmap | None:
-    """``size`` bytes that the ranks of a node share; ``None`` if they cannot, as in containers of their own.
-
-    Of a kind that does without /dev/shm, which may be full, and then ends whoever writes to it; or of a temporary file.
-    """
-    for make in (_nameless, _temporary):
-        handle, path, same = -1, "", (0, 0)
-        if node.rank == 0:
-            with suppress(OSError, AttributeError):
-                handle, path = make()
-                os.write(handle, bytes(size))
-                same = os.fstat(handle)[1:3]
-        path, same = node.bcast((path, same))
-        memory = None
-        with suppress(OSError, ValueError):
-            if os.stat(path)[1:3] == same:  # a number of another container's process may be one here too
-                with open(path, "r+b") as file:
-                    memory = mmap.mmap(file.fileno(), size)
-        found = node.allgather(memory is not None)
-        if node.rank == 0 and make is _temporary and path:
-            os.unlink(path)
-        if handle >= 0:
-            os.close(handle)
-        if memory is not None and all(found):
-            return memory
-    return None
-
-
-def _nameless() -> tuple[int, str]:
-    handle = os.memfd_create("mpicoll-watch")
-    return handle, f"/proc/{os.getpid()}/fd/{handle}"
-
-
-def _temporary() -> tuple[int, str]:
-    return tempfile.mkstemp(prefix="mpicoll-watch-")
 
 
 class Watch:

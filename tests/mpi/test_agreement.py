@@ -83,7 +83,7 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
         lambda c: mpicoll.allreduce(ones(), c),
         lambda c: mpicoll.allreduce(ones(), c, deterministic=True),
         "sum, native",
-        "sum, recursive_doubling",
+        "sum, (shared|recursive_doubling)",
     ),
     "wire": (
         lambda c: mpicoll.allreduce(ones(5, "e"), c, algorithm="ring"),

@@ -23,7 +23,7 @@ from schedules import census, everyone, exchange, fold_tree_reduce
 
 pytestmark = pytest.mark.mpi
 ROWS = ALGORITHMS["allreduce"]
-NAMES = [*ROWS, "native", "auto"]
+NAMES = [*ROWS, "native", "auto", *(["shared"] if MPI.COMM_WORLD.size > 1 else [])]
 CANONICAL = [name for name, row in ROWS.items() if row.canonical]
 IN_ORDER = [name for name, row in ROWS.items() if row.rank_order]
 P = MPI.COMM_WORLD.size
@@ -211,7 +211,7 @@ def test_user_defined_operations(comm, name):
         with pytest.raises(ValueError, match=r"the operation does not commute: expected recursive_.*double_tree"):
             mpicoll.allreduce(x, comm, composing, name)
     else:
-        assert name in [*IN_ORDER, "native", "auto"]
+        assert name in [*IN_ORDER, "native", "auto", "shared"]
         mpicoll.allreduce(x, comm, composing, name)
         np.testing.assert_array_equal(x, expected)
     assert_untouched(around)
@@ -556,7 +556,16 @@ def test_counts_past_a_limit_go_in_pieces(comm, name, monkeypatch):
 def test_auto_is_native_below_and_ours_above(comm, monkeypatch):
     x = np.zeros(1000)
     assert account(x, comm) == ("native", None, None)
-    assert account(x, mpicoll.Comm(comm, deterministic=True))[0] == "recursive_doubling"
+    for bound in select.SHARED_FROM:
+        monkeypatch.setitem(select.SHARED_FROM, bound, 1 << 14)
+    ours = mpicoll.Comm(comm)
+    if P > 1:  # one node
+        assert account(np.zeros(2047), ours) == ("native", None, None)
+        assert account(np.zeros(2048), ours) == account(x, ours, deterministic=True) == ("shared", 0, 0)
+        assert account(np.zeros(10, "e"), ours) == ("shared", 0, 0)
+    monkeypatch.setattr(ours._state, "shares", False)
+    comm = ours
+    assert account(x, ours, deterministic=True)[0] == "recursive_doubling"
     assert account(x, comm, deterministic=True)[0] == "recursive_doubling"
     assert account(np.zeros(10000), comm, deterministic=True)[0] == "halving_doubling"
     assert account(np.zeros(10, "e"), comm)[0] == "recursive_doubling"

@@ -32,6 +32,8 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "all calls are ours":
         for module in (select, collectives, comm_module):
             monkeypatch.setattr(module, "LARGE", 0)
+        for collective in select.SHARED_FROM:
+            monkeypatch.setitem(select.SHARED_FROM, collective, 0)
 
 
 def mine(comm: MPI.Intracomm, count: int = 5) -> np.ndarray:

@@ -14,8 +14,9 @@ from mpicoll.mpi import plan
 
 pytestmark = pytest.mark.mpi
 P = MPI.COMM_WORLD.size
-SCATTERS = [*ALGORITHMS["reduce_scatter"], "native", "auto"]
-GATHERS = [*ALGORITHMS["allgather"], "native", "auto"]
+SHARED = ["shared"] if P > 1 else []  # with one rank there is nothing to share
+SCATTERS = [*ALGORITHMS["reduce_scatter"], "native", "auto", *SHARED]
+GATHERS = [*ALGORITHMS["allgather"], "native", "auto", *SHARED]
 COUNTS = {
     "one": [1] * P,
     "none": [0] * P,

@@ -265,6 +265,12 @@ def test_momenta_are_mixed_by_the_same_round(comm):
 def test_bytes_and_messages(comm, name, every):
     params = np.zeros(1000, "f4")
     given = {"every": every} if name == "average" else {"graph": "ring"} if name == "gossip" else {}
+    if name in ("sync", "average"):
+        made = strategy(comm, params, strategy=name, **given)
+        made.agree_on_gradient(Now(1, every - 1, 0.1))
+        made.agree_on_parameters(Now(1, every - 1, 0.1))
+        assert P == 1 or (made.algorithm, made.bytes_sent, made.messages) == ("shared", 0, 0)
+        given["algorithm"] = "halving_doubling"
     made = strategy(comm, params, strategy=name, **given)
     for step in range(8):
         made.agree_on_gradient(Now(1, step, 0.1))

@@ -1,0 +1,209 @@
+"""Memory that the ranks of a node share.  It has no name, so that nothing is left of it when a job is killed.
+
+It is Linux's anonymous memory file, which the ranks open through /proc and map: it needs no call of the MPI library,
+and no /dev/shm, which in containers often has but a few megabytes.  Where ranks cannot see each other in /proc, it is a
+file in /dev/shm, removed as soon as all have opened it.
+"""
+
+import itertools
+import mmap
+import os
+import tempfile
+import weakref
+from bisect import bisect_right, insort
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+PAGE = mmap.PAGESIZE
+
+
+def nameless() -> tuple[int, str]:
+    """A file of anonymous memory: its descriptor, and where other processes find it."""
+    handle = os.memfd_create("mpicoll")
+    return handle, f"/proc/{os.getpid()}/fd/{handle}"
+
+
+def in_shm() -> tuple[int, str]:
+    """A file in /dev/shm."""
+    return tempfile.mkstemp(prefix="mpicoll-", dir="/dev/shm")
+
+
+def temporary() -> tuple[int, str]:
+    """A file on disk: for what is small."""
+    return tempfile.mkstemp(prefix="mpicoll-")
+
+
+MEMORY: Sequence[Callable[[], tuple[int, str]]] = (nameless, in_shm)
+
+
+def share(
+    node: MPI.Intracomm, size: int, makers: Sequence[Callable[[], tuple[int, str]]] | None = None
+) -> mmap.mmap | None:
+    """``size`` bytes, all zero, that the ranks of ``node`` share; ``None`` on all of them if they cannot (as in
+    containers of their own), or there is not as much.  A collective call.
+
+    Every rank reserves its own of as many equal parts, which then lies near it; and nobody meets the end of memory
+    later, in a bus error.
+    """
+    part = size // node.size
+    start, end = node.rank * part, size if node.rank == node.size - 1 else (node.rank + 1) * part
+    for make in MEMORY if makers is None else makers:
+        handle, path, same = -1, "", (0, 0)
+        if node.rank == 0:
+            with suppress(OSError, AttributeError):
+                handle, path = make()
+                os.ftruncate(handle, size)
+                same = os.fstat(handle)[1:3]
+        path, same = node.bcast((path, same))
+        memory = None
+        with suppress(OSError, ValueError, OverflowError):
+            if os.stat(path)[1:3] == same:  # a number of another container's process may be one here too
+                with open(path, "r+b") as file:
+                    if end > start:
+                        os.posix_fallocate(file.fileno(), start, end - start)
+                    memory = mmap.mmap(file.fileno(), size)
+        found = node.allgather(memory is not None)
+        if handle >= 0:
+            if os.fstat(handle).st_nlink:  # it has a name
+                os.unlink(path)
+            os.close(handle)
+        if memory is not None and all(found):
+            return memory
+    return None
+
+
+def available() -> int:
+    """Bytes of memory that this machine could give now, as the kernel says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
+class Window:
+    """Memory with a part for each rank of a node, which all of them have mapped."""
+
+    def __init__(self, number: int, memory: mmap.mmap, processes: tuple[int, ...], rank: int) -> None:
+        self.number, self.processes = number, processes  # in the order of parts
+        self.size = len(memory) // len(processes)
+        self.parts = [np.frombuffer(memory, np.uint8, self.size, q * self.size) for q in range(len(processes))]
+        self.start = address(self.parts[rank])
+        self.lent = False
+        self._memory, self._rank = memory, rank
+        self._among: dict[tuple[int, ...], list[np.ndarray] | None] = {}
+        windows[number] = self
+        insort(_starts, self.start)
+        _at[self.start] = self
+
+    def lend(self, nbytes: int) -> np.ndarray:
+        """This rank's part, in use until the array and all its views are gone."""
+        array = np.frombuffer(self._memory, np.uint8, nbytes, self._rank * self.size)
+        self.lent = True
+        _bases[id(array)] = self.number, nbytes
+        weakref.finalize(array, self._returned, id(array)).atexit = False
+        return array[:]  # a view: it, and its views, have this array for their base
+
+    def _returned(self, base: int) -> None:
+        self.lent = False
+        del _bases[base]
+
+    def parts_of(self, processes: tuple[int, ...]) -> list[np.ndarray] | None:
+        """Theirs, if all of them have one."""
+        if processes == self.processes:
+            return self.parts
+        if processes not in self._among:
+            known = dict(zip(self.processes, self.parts, strict=True))
+            self._among[processes] = [known[one] for one in processes] if known.keys() >= {*processes} else None
+        return self._among[processes]
+
+    def forget(self) -> None:
+        """It is no longer found; its memory goes when the last array in it does."""
+        del windows[self.number], _at[self.start]
+        _starts.remove(self.start)
+
+
+windows: dict[int, Window] = {}
+"""By number, which is the same on all ranks that have it, and no other's on their node."""
+_starts: list[int] = []  # where this process' own parts begin
+_at: dict[int, Window] = {}
+_bases: dict[int, tuple[int, int]] = {}  # the number of the window, and the bytes, by the id of an array that is lent
+_numbers = itertools.count(1)
+
+
+class Place(NamedTuple):
+    """Where an array of this rank's lies: the number of the window, 0 if it is in none, and the byte of the part."""
+
+    window: int = 0
+    offset: int = 0
+
+
+NOWHERE = Place()
+
+
+def place_of(array: np.ndarray) -> Place:
+    """Of a contiguous array.  Usual cases are recognised without its address, which takes NumPy 0.7 us."""
+    base = array.base
+    if not _starts or base is None:
+        return NOWHERE
+    number, nbytes = _bases.get(id(base), (0, 0))
+    if number and array.nbytes == nbytes:
+        return Place(number)
+    start = address(array)
+    n = bisect_right(_starts, start)
+    if n:
+        window = _at[_starts[n - 1]]
+        if start + array.nbytes <= window.start + window.size:
+            return Place(window.number, start - window.start)
+    return NOWHERE
+
+
+class Pool:
+    """The windows of one communicator: those that no rank uses any more are used again."""
+
+    def __init__(self, node: MPI.Intracomm, processes: tuple[int, ...]) -> None:
+        self._node, self._processes = node, processes
+        self._windows: list[Window] = []
+
+    def empty(self, nbytes: int) -> np.ndarray | None:
+        """So many bytes of a window, not necessarily as many on each rank; ``None`` on all of them if there is no
+        memory to share.  A collective call of the node."""
+        asked = self._node.allgather((nbytes, [window.number for window in self._windows if not window.lent]))
+        most = max(size for size, _ in asked)
+        free = set.intersection(*(set(numbers) for _, numbers in asked))
+        fitting = [one for one in self._windows if one.number in free and most <= one.size <= max(2 * most, PAGE)]
+        window: Window | None
+        if fitting:
+            window = min(fitting, key=lambda one: (one.size, one.number))
+        else:
+            self.trim(free)
+            window = self._made(max(-(-most // PAGE), 1) * PAGE)
+        return None if window is None else window.lend(nbytes)
+
+    def trim(self, free: set[int] | None = None) -> None:
+        """Give back what nobody uses, or all there is."""
+        for window in list(self._windows):
+            if free is None or window.number in free:
+                self._windows.remove(window)
+                window.forget()
+
+    def _made(self, size: int) -> Window | None:
+        total = size * self._node.size
+        enough = self._node.bcast(total <= available())
+        memory = share(self._node, total) if enough else None
+        number = self._node.bcast(os.getpid() << 32 | next(_numbers))
+        if memory is None:
+            return None
+        window = Window(number, memory, self._processes, self._node.rank)
+        self._windows.append(window)
+        return window
+
+
+def address(array: np.ndarray) -> int:
+    """Where its first element is."""
+    return int(array.__array_interface__["data"][0])

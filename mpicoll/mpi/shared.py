@@ -1,0 +1,439 @@
+"""Collectives in memory that the ranks of a node share: each reads what the others hold, and nothing is sent.
+
+They are no schedules: there are no messages, but turns, after which everybody sees what everybody else has written.  A
+vector is cut into pieces; each has an *owner*, the rank that reduces it for all (in the canonical order, see
+``algorithms.fold``) while it is in the cache, or that holds it, where nothing is reduced.  Arrays that lie in shared
+memory are read, and written, where they are.  Others go by way of an *inbox* and an *outbox* of each rank, a tile at a
+time:
+
+    put      what others own of the tile goes to this rank's inbox
+    reduce   what this rank owns is added up from all inboxes, and goes to its outbox
+    get      what others own comes from their outboxes
+
+with a turn after each, in which one tile is put, the one before is reduced, and the one before that is got.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from ..algorithms.fold import power_below
+from .launch import cores, node_of
+from .memory import NOWHERE, PAGE, Place, Pool, place_of, share, windows
+from .operations import Operation
+
+BOX = 512 << 10
+"""Bytes of an inbox or an outbox; each rank has two of both, for one tile and the next."""
+
+TILE = 512 << 10
+"""Bytes that are reduced at a time, of all operands together, where nothing is put or got."""
+
+LINE = 64  # bytes of a cache line: pieces are whole ones, so that no two ranks write to the same
+WORDS = LINE // 8
+SPIN = 2000  # looks at a flag before this core is offered to others
+PATIENT = 20_000  # and more, before it is left to them for a while
+KEPT = 32  # compiled calls
+MAX_TILES = 1024  # of such a one
+
+ORDERED = platform.machine() in ("x86_64", "AMD64", "i686")
+"""Do all cores see what one writes in the order in which it does?  Where not, the MPI library's barrier sees to it:
+Python has no fences."""
+
+PROCESS = int.from_bytes(os.urandom(8), "little")  # no other's, not even in a container of its own
+
+
+class Node:
+    """The ranks of a communicator that share memory, and how they take turns; making it is a collective call.
+
+    ``pause`` is called now and then while this rank waits: it drives what else is under way, messages of the MPI
+    library included, without which another rank may never come.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, pause: Callable[[], None]) -> None:
+        node = node_of(comm)
+        self.whole = node.size == comm.size  # is there only this one?
+        if self.whole:
+            node.Free()
+            node = comm
+        self.comm, self.size, self.rank = node, node.size, node.rank
+        p = self.size
+        self.processes = tuple(node.allgather(PROCESS))
+        self.pool = Pool(node, self.processes)
+        page = share(node, 3 * p * LINE) if p > 1 else None
+        self.shares = page is not None
+        if page is None:
+            return
+        available = {core for rank in node.allgather(cores()) for core in rank}
+        self._spin = SPIN if len(available) >= p else 0
+        self._words, self._turn, self._pause = memoryview(page).cast("Q"), 0, pause
+        self._flag, self._flags = self.rank * WORDS, [q * WORDS for q in range(p) if q != self.rank]
+        self._slots = [[(p + odd * p + q) * WORDS for q in range(p)] for odd in (0, 1)]
+        self.boxes: np.ndarray | None = None
+        self._results: list[np.ndarray] = []
+        self._compiled: dict[Any, list[list[Step]]] = {}
+        self._scratch = np.empty(0, np.uint8)
+
+    # ---- turns
+
+    def sync(self) -> None:
+        """Wait until all ranks have come here; what they wrote before is seen after."""
+        if not ORDERED:
+            self.comm.Barrier()
+            return
+        self._turn += 1
+        turn, words = self._turn, self._words
+        words[self._flag] = turn
+        for flag in self._flags:
+            looks = 0
+            while words[flag] < turn:
+                looks += 1
+                if looks > self._spin:
+                    self._wait(looks - self._spin)
+
+    def _wait(self, looks: int) -> None:
+        if not looks % 16:
+            self._pause()
+        if looks < PATIENT:
+            os.sched_yield()
+        else:
+            time.sleep(5e-5)
+
+    def exchange(self, *mine: int) -> list[list[int]]:
+        """Up to eight numbers of each rank, seen by all.
+
+        A rank may be a turn ahead of those that still read, not two; so there are two places to write to.
+        """
+        slots, words = self._slots[self._turn & 1], self._words
+        if not ORDERED:
+            self.comm.Barrier()  # until all have read the last ones
+        for at, number in enumerate(mine, slots[self.rank]):
+            words[at] = number
+        self.sync()
+        n = len(mine)
+        return [words[at : at + n].tolist() for at in slots]
+
+    def agree(self, number: int) -> bool:
+        """Is it the same on all ranks?"""
+        if not ORDERED:
+            return all(others == [number] for others in self.exchange(number))
+        slots, words = self._slots[self._turn & 1], self._words
+        words[slots[self.rank]] = number
+        self.sync()
+        return all(words[slot] == number for slot in slots)
+
+    # ---- memory
+
+    def empty(self, nbytes: int) -> np.ndarray | None:
+        """See ``Pool.empty``."""
+        if self.shares:
+            self._compiled.clear()  # their views keep memory that may be given back now
+        return self.pool.empty(nbytes) if self.shares else None
+
+    def result(self, nbytes: int) -> np.ndarray | None:
+        """Memory that is one for all ranks: the same again at the next call but one.  ``None`` if there is none.
+
+        A collective call.
+        """
+        if not self._results or len(self._results[0]) < nbytes:
+            size = -(-nbytes // PAGE) * PAGE
+            memory = share(self.comm, 2 * size)
+            if memory is None:
+                return None
+            self._compiled.clear()
+            self._results = [np.frombuffer(memory, np.uint8, size, half * size) for half in (0, 1)]
+        self._results.reverse()
+        return self._results[0][:nbytes]
+
+    def _open(self) -> bool:
+        """Make sure that there are boxes; false if there is no memory for them, on all ranks.  A collective call."""
+        if self.boxes is None:
+            memory = share(self.comm, self.size * 4 * BOX)
+            if memory is not None:
+                self.boxes = np.frombuffer(memory, np.uint8).reshape(self.size, 2, 2, BOX)
+        return self.boxes is not None
+
+    def release(self) -> None:
+        """Give back what no array uses."""
+        self.pool.trim()
+        if self.shares:
+            self._compiled.clear()
+            self._results, self.boxes = [], None
+        if not self.whole:
+            self.comm.Free()
+
+    def _place_of(self, array: np.ndarray) -> Place:
+        """Where it is, if all ranks here can find it."""
+        place = place_of(array)
+        return place if place.window and windows[place.window].parts_of(self.processes) else NOWHERE
+
+    def array(self, rank: int, place: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """What begins there, of that rank's part."""
+        parts = windows[place[0]].parts_of(self.processes)
+        assert parts is not None
+        tail = parts[rank][place[1] :]
+        return tail[: len(tail) // dtype.itemsize * dtype.itemsize].view(dtype)
+
+    def scratch(self, n: int, length: int, dtype: np.dtype) -> list[np.ndarray]:
+        """So many arrays of so many elements, each on cache lines of its own; the next call gets the same."""
+        size = -(-length * dtype.itemsize // LINE) * LINE
+        if len(self._scratch) < n * size:
+            self._scratch = np.empty(n * size, np.uint8)
+        return [self._scratch[k * size :][: length * dtype.itemsize].view(dtype) for k in range(n)]
+
+    # ---- the collectives
+
+    def run(
+        self,
+        collective: str,
+        send: np.ndarray,
+        recv: np.ndarray,
+        operation: Operation,
+        root: int = 0,
+        cuts: Sequence[int] | None = None,
+    ) -> bool:
+        """Do it, on flat arrays of one dtype; false, on all ranks, if there is no memory for it.
+
+        allreduce, reduce: n elements each, which may be the same memory; in reduce ``recv`` is the root's only.
+        allreduce_shared: the same, and ``recv`` is what ``result`` has given.  reduce_scatter: n elements, and this
+        rank's part.  bcast, allgather: both are the n elements, in which the root's, or each rank's part, are given.
+        ``cuts`` says where parts begin.
+        """
+        one = collective == "allreduce_shared"
+        there = NOWHERE if one else self._place_of(recv)
+        places = self.exchange(*(there if send is recv else self._place_of(send)), *there)
+        key = None
+        if operation.predefined:
+            result = id(self._results[0]) if one else 0
+            key = (
+                *(collective, operation.name, operation.widens, len(send), send.dtype, root, cuts, result),
+                *chain.from_iterable(places),
+            )
+        turns: Iterable[Iterable[Step]] | None = self._compiled.get(key)
+        if turns is None:
+            call = _Call(self, collective, send, recv, operation, root, cuts, places)
+            if call.boxed and not self._open():
+                return False
+            turns = call.turns()
+            if key is not None and call.tiles <= MAX_TILES:
+                if len(self._compiled) >= KEPT:
+                    del self._compiled[next(iter(self._compiled))]
+                turns = self._compiled[key] = [list(map(_prepared, steps)) for steps in turns]
+        vectors = send, recv
+        with np.errstate(all="ignore"):  # like MPI's own reductions
+            for n, steps in enumerate(turns):
+                if n:
+                    self.sync()
+                for do, arrays in steps:
+                    if arrays:
+                        do(*[vectors[a.of][a.lo : a.hi] if type(a) is _Slice else a for a in arrays])
+                    else:
+                        do()
+        return True
+
+    def allreduce(self, send: np.ndarray, operation: Operation) -> np.ndarray | None:
+        """The one result of all ranks, a flat array; ``None``, on all of them, if there is no memory for it."""
+        memory = self.result(send.nbytes)
+        if memory is None:
+            return None
+        result = memory.view(send.dtype)
+        return result if self.run("allreduce_shared", send, result, operation) else None
+
+
+class _Slice(NamedTuple):
+    """Elements of what the caller passes, to send (0) or to receive (1): bound when the call is made."""
+
+    of: int
+    lo: int
+    hi: int
+
+
+Array = np.ndarray | _Slice
+Step = tuple[Callable[..., object], tuple[Any, ...]]
+"""What to do with which arrays."""
+
+
+class _Call:
+    """This rank's part in a call, compiled: phases, each of which does its steps for one tile after another."""
+
+    def __init__(
+        self,
+        node: Node,
+        collective: str,
+        send: np.ndarray,
+        recv: np.ndarray,
+        operation: Operation,
+        root: int,
+        cuts: Sequence[int] | None,
+        places: list[list[int]],
+    ) -> None:
+        self.node, self.operation, self.cuts, self.dtype = node, operation, cuts, send.dtype
+        self.me, self.p = node.rank, node.size
+        ranks = range(self.p)
+        self.owners = [root] if collective == "bcast" else list(ranks)
+        self.receives = collective != "reduce" or self.me == root
+        self.delivers = collective != "reduce" or self.me != root
+        self.count = cuts[-1] if cuts else len(send)
+        self.start = cuts[self.me] if cuts and collective == "reduce_scatter" else 0  # of what is received
+
+        givers = self.owners if not operation.reduces else ranks
+        takers = [root] if collective == "reduce" else ranks
+        self.sources: dict[int, np.ndarray] = {}  # by rank, if they are read where they are
+        self.targets: list[Array] = []  # where results are written at once, for all who want them
+        if all(places[q][0] for q in givers):
+            self.sources = {q: node.array(q, places[q][:2], self.dtype) for q in givers}
+        if collective == "allreduce_shared":
+            self.targets = [recv]
+        elif collective == "reduce_scatter":
+            self.targets = [_Slice(1, 0, len(recv))]
+        elif operation.reduces and all(places[q][2] for q in takers):
+            takers = [*takers[self.me :], *takers[: self.me]]  # not all of them in one order
+            self.targets = [node.array(q, places[q][2:], self.dtype) for q in takers]
+
+        before, after = [] if self.sources else [self.put], [] if self.targets else [self.get]
+        if operation.reduces:
+            self.phases = [*before, self.reduce, *after]
+        else:
+            self.phases = [self.get] if self.sources else [self.lay_out, self.get]
+        self.boxed = len(self.phases) > 1
+
+        size, owners = self.dtype.itemsize, len(self.owners)
+        line = LINE // size if LINE % size == 0 else LINE
+        most = BOX if self.boxed or not operation.reduces else TILE
+        most = max(most // (self.p if operation.reduces else 1) // size // line, 1) * line
+        longest = max(after - before for before, after in pairwise(cuts)) if cuts else -(-self.count // owners)
+        self.tiles = -(-longest // most)
+        self.length = -(-longest // (max(self.tiles, 1) * line)) * line  # of a piece
+
+    def turns(self) -> Iterator[Iterable[Step]]:
+        """The steps of each turn."""
+        if self.boxed:
+            for turn in range(self.tiles + len(self.phases) - 1):
+                yield chain.from_iterable(
+                    phase(turn - later) for later, phase in enumerate(self.phases) if 0 <= turn - later < self.tiles
+                )
+        else:
+            yield chain.from_iterable(map(self.phases[0], range(self.tiles)))
+        if self.sources or self.targets:  # somebody may still be reading there, or writing
+            yield ()
+
+    def piece(self, tile: int, owner: int) -> tuple[int, int]:
+        """Which elements of the whole they are."""
+        if self.cuts:
+            start, stop = self.cuts[owner] + tile * self.length, self.cuts[owner + 1]
+        else:
+            start, stop = (tile * len(self.owners) + self.owners.index(owner)) * self.length, self.count
+        return min(start, stop), min(start + self.length, stop)
+
+    def box(self, kind: int, tile: int, rank: int, start: int, length: int) -> np.ndarray:
+        """Elements of an inbox (0) or an outbox (1)."""
+        assert self.node.boxes is not None
+        size = self.dtype.itemsize
+        return self.node.boxes[rank, kind, tile & 1, start * size : (start + length) * size].view(self.dtype)
+
+    def put(self, tile: int) -> Iterator[Step]:
+        """For others to reduce."""
+        for owner in self.owners:
+            lo, hi = self.piece(tile, owner)
+            if owner != self.me and lo < hi:
+                yield _copy, (self.box(0, tile, self.me, owner * self.length, hi - lo), _Slice(0, lo, hi))
+
+    def lay_out(self, tile: int) -> Iterator[Step]:
+        """For others to get."""
+        if self.me in self.owners:
+            lo, hi = self.piece(tile, self.me)
+            yield _copy, (self.box(1, tile, self.me, 0, hi - lo), _Slice(0, lo, hi))
+
+    def reduce(self, tile: int) -> Iterator[Step]:
+        """What this rank owns, of all ranks."""
+        lo, hi = self.piece(tile, self.me)
+        if lo == hi:
+            return
+        operands: list[Array] = [array[lo:hi] for array in self.sources.values()]
+        if not operands:
+            operands = [self.box(0, tile, q, self.me * self.length, hi - lo) for q in range(self.p)]
+            operands[self.me] = _Slice(0, lo, hi)
+        outs = [_part(target, lo - self.start, hi - self.start) for target in self.targets]
+        if not outs:
+            outs += [_Slice(1, lo, hi)] if self.receives else []
+            outs += [self.box(1, tile, self.me, 0, hi - lo)] if self.delivers else []
+        first, *others = outs
+        yield from self.combine(operands, first, hi - lo)
+        for other in others:
+            yield _copy, (other, first)
+
+    def combine(self, operands: list[Array], out: Array, length: int) -> Iterator[Step]:
+        """In the canonical order; 16-bit floats as float32, rounded once."""
+        operation, p = self.operation, self.p
+        carried = operation.carried(self.dtype)
+        order = additions(p)
+        wider = p if carried != self.dtype else 0
+        scratch = self.node.scratch(wider + max(into for *_, into in order) - p, length, carried)
+        total = out
+        if wider:
+            for wide, operand in zip(scratch, operands, strict=False):
+                yield _copy, (wide, operand)
+            operands, total = [*scratch[:p]], scratch[0]
+        arrays = [*operands, total, *scratch[wider:]]
+        for lower, higher, into in order:
+            yield operation.combine, (arrays[lower], arrays[higher], arrays[into])
+        if operation.finish:
+            yield partial(_finish, operation.finish, p), (total,)
+        if wider:
+            yield _copy, (out, total)
+
+    def get(self, tile: int) -> Iterator[Step]:
+        """What others own."""
+        for owner in self.owners if self.receives else ():
+            lo, hi = self.piece(tile, owner)
+            if owner != self.me and lo < hi:
+                there = self.sources[owner][lo:hi] if not self.boxed else self.box(1, tile, owner, 0, hi - lo)
+                yield _copy, (_Slice(1, lo, hi), there)
+
+
+def _part(array: Array, lo: int, hi: int) -> Array:
+    return _Slice(array.of, array.lo + lo, array.lo + hi) if isinstance(array, _Slice) else array[lo:hi]
+
+
+def _prepared(step: Step) -> Step:
+    """The same, with nothing to bind when the call is made, if that can be."""
+    do, arrays = step
+    return step if any(isinstance(array, _Slice) for array in arrays) else (partial(do, *arrays), ())
+
+
+def _finish(finish: Callable[[np.ndarray, int], None], p: int, total: np.ndarray) -> None:
+    finish(total, p)
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    target[:] = source
+
+
+@lru_cache
+def additions(p: int) -> tuple[tuple[int, int, int], ...]:
+    """The canonical order of ``algorithms.fold`` for one who has all p operands: (lower, higher, out), by number.
+
+    0 to p - 1 are the operands, which stay as they are, p is the total, written at last, and more are scratch.
+    """
+    pairs = p - power_below(p)
+    order: list[tuple[int, int, int]] = []
+
+    def total(lo: int, hi: int, depth: int) -> int:
+        """Of some of those that remain when pairs are folded; where it is."""
+        if hi - lo == 1 and lo >= pairs:
+            return lo + pairs
+        half = (lo + hi) // 2
+        lower = total(lo, half, depth) if hi - lo > 1 else 2 * lo
+        higher = total(half, hi, depth + (lower > p)) if hi - lo > 1 else 2 * lo + 1
+        order.append((lower, higher, p + 1 + depth))
+        return p + 1 + depth
+
+    total(0, p - pairs, 0)
+    lower, higher, _ = order.pop()
+    return (*order, (lower, higher, p))
