@@ -212,7 +212,7 @@ def launched(script: str, ranks: int) -> dict:
     mpirun = Path(sys.prefix, "bin", "mpirun")
     launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder, "launch.json")  # MPICH's launcher has been seen to lose some of what is printed
+        found = Path(folder, "launch.json")  # of long output some was lost, under MPICH, twice
         worker = [sys.executable, "-m", "mpi4py", script, "--worker", str(found)]  # one rank failing ends the job
         subprocess.run([*launcher, *worker], stdout=sys.stderr, check=True, timeout=600)
         return json.loads(found.read_text())
