@@ -36,7 +36,7 @@ TORCH = importlib.util.find_spec("torch") is not None
 PICTURE = Path(__file__).parents[1] / "docs" / "allreduce.png"
 DRAWN = {  # name, color, width of the line
     "shared_result": ("allreduce_shared: one result for all ranks", "#54278f", 2.2),
-    "shared": ("Allreduce of shared arrays", "#2171b5", 2.2),
+    "shared_arrays": ("Allreduce of shared arrays", "#2171b5", 2.2),
     "auto": ("Allreduce of any arrays", "#1b9e77", 2.2),
     "mpi4py ring": ("ring written in mpi4py", "#e6850e", 1.5),
     "gloo": ("gloo (torch.distributed)", "#b0413e", 1.5),

@@ -34,7 +34,7 @@ from .mpi.comm import Comm
 from .mpi.guard import on_all
 from .mpi.launch import cores, library_name, node_of
 
-NATIVE, NULL, SHARED, ONE_RESULT = "native", "null", "shared", "shared_result"
+NATIVE, NULL, SHARED_ARRAYS, SHARED_RESULT = "native", "null", "shared_arrays", "shared_result"
 TIME = "%Y-%m-%d %H:%M:%S"
 BLOCK = 1 << 15  # elements made and compared at a time, so that what is in between stays in the cache
 ALIGNED = 4096  # bytes: where buffers begin
@@ -66,7 +66,7 @@ Memory = Callable[[int, np.dtype], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Shared:
+class Placed:
     """An ``Implementation`` whose buffers are to lie in memory of its own choice, as ``Comm.empty`` has it."""
 
     prepare: Implementation
@@ -172,7 +172,7 @@ def record(result: Result, p: int, memory: Mapping[str, float]) -> dict[str, Any
         "wrong": result.wrong,
         "algbw": algbw,
         "busbw": busbw,
-        "memory_share": memory_share(*at, memory, result.name == ONE_RESULT) if result.name != NULL else None,
+        "memory_share": memory_share(*at, memory, result.name == SHARED_RESULT) if result.name != NULL else None,
         "speed": speed,
         "speed_low": low,
         "speed_high": high,
@@ -306,12 +306,24 @@ def _empty(count: int, dtype: np.dtype) -> np.ndarray:
 
 
 def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check: str) -> dict[str, Implementation]:
-    """``auto``, the MPI library's own (which cannot add 16-bit floats as we do), and every algorithm of the table."""
+    """``auto``, the MPI library's own (which cannot add 16-bit floats as we do), and every algorithm of the table.
+
+    Of allreduce also what a ``Comm`` does with arrays that the ranks of a node share: as ever, and with one result for
+    all of them.
+    """
     ours = Comm(comm, check=check)
     found: dict[str, Implementation] = {"auto": partial(call_of, ours)}
     if not (is_half(dtype) and "reduce" in collective):
         found[NATIVE] = partial(call_of, MPI.Intracomm(comm))
+    if collective == "allreduce":
+        found[SHARED_ARRAYS] = Placed(partial(call_of, ours), ours.empty)
+        found[SHARED_RESULT] = Placed(partial(_shared_result, ours), ours.empty)
     return found | {name: partial(call_of, ours, algorithm=name) for name in ALGORITHMS[collective]}
+
+
+def _shared_result(comm: Comm, task: Task, send: Any, recv: Any) -> Callable[[], object]:
+    given = recv if send is MPI.IN_PLACE else send
+    return partial(comm.allreduce_shared, given, getattr(MPI, task.op.upper()))
 
 
 def call_of(comm: MPI.Intracomm, task: Task, send: Any, recv: Any, **options: str) -> Callable[[], object]:
@@ -410,7 +422,7 @@ def _at(
     buffers: list[_Buffers] = []
     for name, one in keys:
         subject = implementations.get(name)
-        empty = subject.empty if isinstance(subject, Shared) else _empty
+        empty = subject.empty if isinstance(subject, Placed) else _empty
         if (one, empty) not in made:
             made[one, empty] = _Buffers(comm, task, base, one, settings.unaligned, empty)
         buffers.append(made[one, empty])

@@ -26,7 +26,8 @@ def test_a_launch_measures_and_checks_every_result(tmp_path):
     assert (launch["ranks"], launch["wrong"]) == (2, 0)
     assert sorted(row["bytes"] for row in launch["rows"]) == [4, 4096]
     for row in launch["rows"]:
-        assert set(row["us"]) == {"native", "mpi4py ring", "auto", *ALGORITHMS["allreduce"], *GLOO}
+        names = {"native", "mpi4py ring", "auto", "shared_arrays", "shared_result", *ALGORITHMS["allreduce"], *GLOO}
+        assert set(row["us"]) == names
         assert all(len(times) >= 11 and min(times) > 0 for times in row["us"].values())
         assert set(row["memory_share"]) == set(row["us"])
         assert min(row["memory_share"].values()) > 0

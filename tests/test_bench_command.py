@@ -42,7 +42,8 @@ def test_every_algorithm_is_measured_and_written(tmp_path, ranks, collective):
     assert done.status == 0, done.err
     assert len(told(done)) == (ranks == 1)
     assert done.err.count("mpicoll: one launch") == 1
-    names = ["auto", "native", *ALGORITHMS[collective]]
+    shared = ["shared_arrays", "shared_result"] if collective == "allreduce" else []
+    names = ["auto", "native", *shared, *ALGORITHMS[collective]]
     whole = json.loads((tmp_path / "out.json").read_text())
     assert [one["name"] for one in whole["implementations"]] == [*names, "null"]
     for one in whole["implementations"]:
@@ -119,7 +120,7 @@ def test_a_wrong_result_and_a_rank_that_fails(tmp_path, bad, message):
         ("allreduce --root 1", 2, "--root is for reduce and bcast, not for allreduce"),
         ("reduce --root 3", 1, "--root must be one of 3 ranks, got 3"),
         ("bcast --out-of-place", 1, "nothing to measure at 1 elements: bcast has one buffer, and so is in place"),
-        ("--sizes 900G", 1, "the largest size takes 5400 GiB of memory for each of 3 rank"),
+        ("--sizes 900G", 1, "the largest size takes 9000 GiB of memory for each of 3 rank"),
         ("--out there", 1, "'there' exists: name a new file"),
         ("--raw no/where.csv", 1, "'no/where.csv' cannot be written: there is no folder 'no'"),
         ("--algorithm native --dtype bfloat16", 1, "native has no allreduce of bfloat16 that adds as ours do"),
@@ -141,7 +142,7 @@ def test_what_cannot_be_is_one_line(tmp_path, options, status, message):
     [
         ("alltoall", "'alltoall' is not one of 'allreduce', 'reduce', 'bcast', 'reduce_scatter', 'allgather'"),
         ("bcast --op sum", "--op is for collectives that reduce, not for bcast"),
-        ("--algorithm ring,rnig", "--algorithm 'rnig' is none of auto, native, ring, recursive_doubling"),
+        ("--algorithm ring,rnig", "--algorithm 'rnig' is none of auto, native, shared_arrays, shared_result,"),
         ("--sizes 3", "--sizes: 3 bytes are no whole number of float32, 4 bytes each"),
         ("--sizes 4:2", "'4:2' is not a range from 1 or more upwards"),
         ("--plot a.gif", "--plot must end with .png, .svg, .pdf, got 'a.gif'"),

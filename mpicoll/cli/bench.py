@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COLLECTIVES = [name for name in ALGORITHMS if name != "mix"]
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
 MOST = 100  # sizes
-NEEDED = 6  # times the array, on each rank
+NEEDED = 10  # times the array, on each rank
 PICTURES = (".png", ".svg", ".pdf")
 PLACES = {False: "out of place", True: "in place"}
 TIMES = ("mean", "median", "p10", "p90", "p99", "min", "max")
@@ -68,7 +68,7 @@ def _number(text: str) -> int:
     "algorithms",
     envvar="MPICOLL_BENCH_ALGORITHM",
     multiple=True,
-    help="Which: auto, native, ring, ... or several, by commas.",
+    help="Which: auto, native, ring, ... or several, by commas; of allreduce also shared_arrays and shared_result.",
 )
 @click.option("--sizes", type=_Numbers(), help="Bytes of the whole array, as 4,1000,64K:64M or 4:64M:4.")
 @click.option("--count", type=_Numbers(), help="The same in elements [default: 1:4M:4].")
@@ -136,7 +136,8 @@ def bench(
     Results are checked, element by element: exit status 1 if any is wrong.  What the numbers mean, and how to make a
     claim of them: docs/benchmarks.md.
     """
-    known = ["auto", "native", *ALGORITHMS[collective]]
+    shared = ["shared_arrays", "shared_result"] if collective == "allreduce" else []
+    known = ["auto", "native", *shared, *ALGORITHMS[collective]]
     chosen = [name for given in algorithms for name in given.split(",")]
     if unknown := [name for name in chosen if name not in known]:
         raise click.UsageError(f"--algorithm {unknown[0]!r} is none of {', '.join(known)}")
