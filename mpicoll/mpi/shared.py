@@ -136,6 +136,11 @@ class Node:
             self._compiled.clear()  # their views keep memory that may be given back now
         return self.pool.empty(nbytes) if self.shares else None
 
+    def common(self, nbytes: int) -> np.ndarray | None:
+        """The same bytes on all ranks, all zero; ``None`` if there is no memory for it.  A collective call."""
+        memory = share(self.comm, max(nbytes, 1)) if self.shares else None
+        return None if memory is None else np.frombuffer(memory, np.uint8, nbytes)
+
     def result(self, nbytes: int) -> np.ndarray | None:
         """Memory that is one for all ranks: the same again at the next call but one.  ``None`` if there is none.
 

@@ -120,6 +120,7 @@ class Training:
         self.strategy = STRATEGIES[s.strategy](
             comm, self.sums, self.params, self.optimizer, settings, self.steps_per_epoch
         )
+        self.params, self.sums = self.strategy.params, self.strategy.sums  # where it has them
         self.epoch = self.step = 0
         self.seconds = self.resumed_seconds = self.agreeing = self.waiting = 0.0
         self.best = np.inf, 0  # validation loss, epoch
@@ -153,6 +154,7 @@ class Training:
         self.epoch += 1
         s, strategy, x, y = self.settings, self.strategy, self.data.train.x, self.data.train.y
         grad, totals, seen = self.sums[:-2], np.zeros(2), 0
+        part = grad[self.optimizer.part]
         total_steps, sent = s.epochs * self.steps_per_epoch, strategy.bytes_sent
         start = perf_counter()
         for mine, length in batches(self.data, self.comm.size, self.comm.rank, s.batch_size, s.seed, self.epoch):
@@ -160,7 +162,7 @@ class Training:
             now = Now(self.epoch, self.step, lr)
             own = self.model.loss_and_grad(strategy.point(), Batch(x[mine], y[mine]), grad)
             self.sums[-2:] = own
-            grad *= strategy.agree_on_gradient(now) / length
+            part *= strategy.agree_on_gradient(now) / length
             if strategy.replicated and not np.isfinite(self.sums[-2]):
                 raise self._diverged(f"the loss became {self.sums[-2]}", self.step + 1)
             if s.clip is not None:

@@ -19,8 +19,8 @@ BLOCK = 2**16  # elements; vectors are worked through in blocks that stay in the
 class Optimizer:
     """What all rules share.  They compute what those of ``torch.optim`` do, to rounding; not all defaults are the same.
 
-    ``state`` holds the flat vectors that a rule keeps, of the parameters' shape and dtype, written in place and never
-    rebound; ``steps`` counts the steps taken.  Both together are what a checkpoint must keep: a new optimizer, with
+    ``state`` holds the flat vectors that a rule keeps, of the parameters' shape and dtype, written in place; ``part`` is
+    which parameters it updates, all unless other ranks see to the others; ``steps`` counts the steps taken.  Both together are what a checkpoint must keep: a new optimizer, with
     these put back, goes on to the same bits.
 
     ``momentum`` (beta1 of Adam) and ``beta2`` (alpha of RMSprop) are in [0, 1), ``epsilon`` above 0, all of them read
@@ -49,17 +49,17 @@ class Optimizer:
         if not 0 <= weight_decay < math.inf:
             raise UserError(f"weight decay is {weight_decay}; expected a number of at least 0")
         self.momentum, self.beta2, self.epsilon, self.weight_decay = momentum, beta2, epsilon, weight_decay
-        self.steps = 0
+        self.steps, self.part = 0, slice(0, size)
         names = [name for name in self.vectors if momentum or name != "velocity"]
         self.state = {name: np.zeros(size, dtype) for name in names}
         self._scratch = np.empty(min(size, BLOCK), dtype)
 
     def step(self, params: np.ndarray, grad: np.ndarray, lr: float) -> None:
-        """Update ``params`` in place; ``grad`` may be overwritten."""
+        """Update its part of ``params`` in place; that of ``grad`` may be overwritten."""
         self.steps += 1
         lr = float(lr)  # a NumPy scalar of float64 would have float32 vectors computed in float64
-        for start in range(0, len(params), BLOCK):
-            block = slice(start, start + BLOCK)
+        for start in range(self.part.start, self.part.stop, BLOCK):
+            block = slice(start, min(start + BLOCK, self.part.stop))
             x, g, state = params[block], grad[block], {name: whole[block] for name, whole in self.state.items()}
             scratch = self._scratch[: len(x)]
             if self.weight_decay and self.decoupled:

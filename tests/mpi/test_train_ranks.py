@@ -156,6 +156,22 @@ def test_waiting_is_told_from_moving(comm, monkeypatch):
     assert P > 1 or slowest == 0
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adagrad", "rmsprop", "adam", "adamw"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_parts_in_shared_memory_are_the_bits_of_messages(comm, optimizer, dtype):
+    """Of an unevenly shared batch, with weight decay; and clipping, which looks at the whole, by messages or not."""
+    given = {"optimizer": optimizer, "dtype": dtype, "batch_size": 7, "weight_decay": 0.01, "epochs": 3}
+    data = blobs(101, "f4" if dtype == "float32" else "f8")
+    parts = trained(comm, data, **given)
+    whole = trained(comm, data, algorithm="halving_doubling", **given)
+    assert P == 1 or parts.algorithm == "shared"
+    np.testing.assert_array_equal(parts.params, whole.params)
+    np.testing.assert_array_equal(
+        trained(comm, data, clip=0.5, **given).params,
+        trained(comm, data, clip=0.5, algorithm="halving_doubling", **given).params,
+    )
+
+
 def test_ranks_share_the_cores(comm, monkeypatch):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
