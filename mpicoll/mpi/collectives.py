@@ -109,7 +109,7 @@ def allreduce(
         and not interrupted
         and comm
         and (level == "header" or level == "off")
-        and (x.nbytes < SHARED_FROM["allreduce"] or comm.size == 1 or not state_of(comm).shares)
+        and (x.nbytes < SHARED_FROM["allreduce"] or comm.size == 1 or x.nbytes < state_of(comm).native_below)
     ):
         if level == "off" or comm.size == 1:
             MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
@@ -565,6 +565,7 @@ class Call(NamedTuple):
         if not len(flat):
             return True
         state = state_of(self.comm)
+        state.join_nodes()
         return state.on_node(state.node.run, self.collective, send, recv, self.operation, self.root or 0, self.cuts)
 
     def without_sharing(self) -> "Call":
@@ -728,7 +729,10 @@ def decide(
     if options.wire is not None:
         operation = operation.on_wire(options.wire, flat.dtype)
     state = find_state(comm) if prefer == "fastest" else None
-    row = choose(collective, options, len(flat), flat.dtype, operation, prefer, state is not None and state.shares)
+    shares = state is not None and state.can_share(collective, options.deterministic, operation)
+    row = choose(
+        collective, options, len(flat), flat.dtype, operation, prefer, shares, state is not None and state.spans
+    )
     given = parameters(row, flat.nbytes, root, options.segments)
     if isinstance(row, Algorithm) and options.segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now

@@ -226,7 +226,8 @@ class Comm(MPI.Intracomm):
 
     def _reduced(self, flat: np.ndarray, found: Operation) -> np.ndarray:
         state = state_of(self)
-        if state.shares and len(flat):
+        if state.can_share("allreduce_shared", True, found) and len(flat):
+            state.join_nodes()
             result = state.on_node(state.node.allreduce, flat, found)
             if result is not None:
                 return result
@@ -258,7 +259,8 @@ class Comm(MPI.Intracomm):
             and type(op) is MPI.Op
             and recvbuf.dtype in PLAIN
             and (
-                recvbuf.nbytes < (SHARED_FROM["allreduce"] if self._shares else LARGE)
+                recvbuf.nbytes
+                < (SHARED_FROM["allreduce"] if self._shares else (self._state or state_of(self)).native_below)
                 or (found := self._on_node(op, recvbuf)) is not None
             )
             and recvbuf.flags.carray

@@ -34,6 +34,10 @@ SHARED_FROM = {
 """Bytes of the whole array from which on the MPI library's own is slower than memory that all ranks share."""
 
 
+ACROSS_FROM = 1 << 20
+"""The same where there are several nodes."""
+
+
 class Shared(NamedTuple):
     """In place of a row of the table: no schedule, but memory that the ranks share (``mpi.shared``)."""
 
@@ -83,8 +87,10 @@ def choose(
     operation: Operation,
     prefer: Preference = "fastest",
     shares: bool = False,
+    spans: bool = False,
 ) -> Algorithm | Shared | None:
-    """The row to use, ``None`` being the MPI library's own; ``shares`` says whether all ranks share memory.
+    """The row to use, ``None`` being the MPI library's own; ``shares`` says whether it can be done in memory that ranks
+    share, ``spans`` whether that is on several nodes.
 
     Raises ``ValueError`` if the named one cannot do it.
     """
@@ -101,12 +107,17 @@ def choose(
         if prefer != "fastest":
             raise ValueError("shared is for calls that wait: name another algorithm")
         if not shares:
-            raise ValueError("shared needs ranks that share the memory of one node, and two of them: name another")
+            raise ValueError(
+                f"shared cannot do this {collective} here: it needs two ranks or more that share memory, on every "
+                "node, and between nodes it is for allreduce alone"
+            )
         return SHARED
     if algorithm == "auto":
         native_can = not deterministic and not (is_half(dtype) and operation.reduces)
         ours_can = shares and prefer == "fastest" and operation.predefined and dtype not in PAIRS and wire is None
-        if ours_can and (count * dtype.itemsize >= SHARED_FROM[collective] or not native_can):
+        if ours_can and (
+            count * dtype.itemsize >= (ACROSS_FROM if spans else SHARED_FROM[collective]) or not native_can
+        ):
             return SHARED
         slower = collective not in FASTER or nbytes < LARGE
         native_is_best = slower or not operation.predefined or dtype in PAIRS

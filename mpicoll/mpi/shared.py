@@ -11,6 +11,9 @@ time:
     get      what others own comes from their outboxes
 
 with a turn after each, in which one tile is put, the one before is reduced, and the one before that is got.
+
+On several nodes each owner, once it has added up what its node has of a piece, adds it up with the owners of that piece
+on other nodes, by messages; there are as many owners as the smallest node has ranks.
 """
 
 import os
@@ -31,6 +34,9 @@ from .operations import Operation
 
 BOX = 512 << 10
 """Bytes of an inbox or an outbox; each rank has two of both, for one tile and the next."""
+
+BOX_ACROSS = 4 << 20
+"""The same on several nodes, between which short messages take long."""
 
 TILE = 512 << 10
 """Bytes that are reduced at a time, of all operands together, where nothing is put or got."""
@@ -63,7 +69,12 @@ class Node:
             node.Free()
             node = comm
         self.comm, self.size, self.rank = node, node.size, node.rank
+        self.ranks, self.box = comm.size, BOX if self.whole else BOX_ACROSS
+        self.across: Callable[[np.ndarray, Operation], None] | None = (
+            None  # if there are other nodes: adds up with them
+        )
         p = self.size
+        self.owners = list(range(p))  # ranks here that own pieces
         self.processes = tuple(node.allgather(PROCESS))
         self.pool = Pool(node, self.processes)
         page = share(node, 3 * p * LINE) if p > 1 else None
@@ -159,9 +170,9 @@ class Node:
     def _open(self) -> bool:
         """Make sure that there are boxes; false if there is no memory for them, on all ranks.  A collective call."""
         if self.boxes is None:
-            memory = share(self.comm, self.size * 4 * BOX)
+            memory = share(self.comm, self.size * 4 * self.box)
             if memory is not None:
-                self.boxes = np.frombuffer(memory, np.uint8).reshape(self.size, 2, 2, BOX)
+                self.boxes = np.frombuffer(memory, np.uint8).reshape(self.size, 2, 2, self.box)
         return self.boxes is not None
 
     def release(self) -> None:
@@ -281,7 +292,7 @@ class _Call:
         self.node, self.operation, self.cuts, self.dtype = node, operation, cuts, send.dtype
         self.me, self.p = node.rank, node.size
         ranks = range(self.p)
-        self.owners = [root] if collective == "bcast" else list(ranks)
+        self.owners = [root] if collective == "bcast" else node.owners
         self.receives = collective != "reduce" or self.me == root
         self.delivers = collective != "reduce" or self.me != root
         self.count = cuts[-1] if cuts else len(send)
@@ -310,8 +321,8 @@ class _Call:
 
         size, owners = self.dtype.itemsize, len(self.owners)
         line = LINE // size if LINE % size == 0 else LINE
-        most = BOX if self.boxed or not operation.reduces else TILE
-        most = max(most // (self.p if operation.reduces else 1) // size // line, 1) * line
+        most = node.box if self.boxed or not operation.reduces or node.across else TILE
+        most = max(most // (owners if operation.reduces else 1) // size // line, 1) * line
         longest = max(after - before for before, after in pairwise(cuts)) if cuts else -(-self.count // owners)
         self.tiles = -(-longest // most)
         self.length = -(-longest // (max(self.tiles, 1) * line)) * line  # of a piece
@@ -357,7 +368,7 @@ class _Call:
 
     def reduce(self, tile: int) -> Iterator[Step]:
         """What this rank owns, of all ranks."""
-        lo, hi = self.piece(tile, self.me)
+        lo, hi = self.piece(tile, self.me) if self.me in self.owners else (0, 0)
         if lo == hi:
             return
         operands: list[Array] = [array[lo:hi] for array in self.sources.values()]
@@ -388,8 +399,10 @@ class _Call:
         arrays = [*operands, total, *scratch[wider:]]
         for lower, higher, into in order:
             yield operation.combine, (arrays[lower], arrays[higher], arrays[into])
+        if self.node.across:
+            yield partial(_across, self.node.across, operation), (total,)
         if operation.finish:
-            yield partial(_finish, operation.finish, p), (total,)
+            yield partial(_finish, operation.finish, self.node.ranks), (total,)
         if wider:
             yield _copy, (out, total)
 
@@ -410,6 +423,10 @@ def _prepared(step: Step) -> Step:
     """The same, with nothing to bind when the call is made, if that can be."""
     do, arrays = step
     return step if any(isinstance(array, _Slice) for array in arrays) else (partial(do, *arrays), ())
+
+
+def _across(across: Callable[[np.ndarray, Operation], None], operation: Operation, total: np.ndarray) -> None:
+    across(total, operation)
 
 
 def _finish(finish: Callable[[np.ndarray, int], None], p: int, total: np.ndarray) -> None:

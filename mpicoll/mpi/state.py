@@ -9,12 +9,14 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from threading import Event, Lock, Thread, get_ident
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
+from ..algorithms import find
 from ..errors import MismatchError
 from ..graphs import Graph
 from ..schedule import Schedule
@@ -22,9 +24,13 @@ from . import record
 from .agreement import Agreement, Comparison, Header, Headers
 from .operations import Operation
 from .plan import Bound, Plan
+from .select import ACROSS_FROM, LARGE, SHARED_FROM
 from .shared import Node
 
 T = TypeVar("T")
+
+ACROSS_WHOLE = 32 << 10
+"""Bytes of a piece up to which nodes send it whole to each other."""
 
 MAX_PLANS = 64
 """Plans kept per communicator; the one not used for longest goes first."""
@@ -54,6 +60,9 @@ class State:
         self.node = Node(self.comm, self._pause)
         self.shares = self.node.whole and self.node.shares
         """Do all ranks share memory?"""
+        self.spans = not self.node.whole and self._spans()
+        """Are there several nodes, on each of which several do?"""
+        self._owners: State | None = None  # of the same pieces on all nodes
         self.agreement = Agreement(self.comm, self.node if self.shares else None)
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)
@@ -108,6 +117,54 @@ class State:
         finally:
             self._running.release()
             _inside(False)
+
+    def _spans(self) -> bool:
+        node = self.node
+        first = node.comm.bcast(self.rank)
+        found = self.comm.allgather((first, node.size if node.shares else 1))
+        sizes = dict(found)
+        fewest = min(sizes.values())
+        self._in_order = [first for first, _ in found] == sorted(
+            first for first, _ in found
+        )  # nodes, one after another
+        powers = {len(sizes), *sizes.values()}
+        self._canonical = self._in_order and len({*sizes.values()}) == 1 and all(n & (n - 1) == 0 for n in powers)
+        node.owners = list(range(fewest))
+        node.across = self._across
+        return fewest > 1
+
+    def can_share(self, collective: str, deterministic: bool, operation: Operation) -> bool:
+        """May it be done in shared memory?  On several nodes the order of additions is the canonical one only where
+        these, and the ranks on each, are powers of two in number."""
+        if not self.spans:
+            return self.shares
+        order = self._canonical if deterministic else operation.commutes or self._in_order
+        return collective in ("allreduce", "allreduce_shared") and order
+
+    @property
+    def native_below(self) -> int:
+        """Bytes from which on the MPI library's own allreduce may not be the fastest."""
+        return SHARED_FROM["allreduce"] if self.shares else ACROSS_FROM if self.spans else LARGE
+
+    def join_nodes(self) -> None:
+        """Make ready what nodes need to add up with each other.  A collective call."""
+        if self.spans and self._owners is None:
+            mine = self.node.rank if self.node.rank in self.node.owners else MPI.UNDEFINED
+            across = self.comm.Split(mine, self.rank)
+            if across != MPI.COMM_NULL:
+                self._owners = State(MPI.Intracomm(across))
+                across.Free()
+            else:
+                self._owners = self  # nothing to own, and so never asked
+
+    def _across(self, piece: np.ndarray, operation: Operation) -> None:
+        """Add up with the other nodes, in the canonical order."""
+        owners = self._owners
+        assert owners is not None
+        name = "recursive_doubling" if piece.nbytes <= ACROSS_WHOLE else "halving_doubling"
+        row, carried = find("allreduce", name), replace(operation, widens=False, finish=None)
+        plan = owners.plan(name, lambda: row.schedule(owners.p), len(piece), piece.dtype, carried)
+        owners.run(plan, piece, carried)
 
     def on_node(self, call: Callable[..., T], *args: Any) -> T:
         """Do something of ``node``'s that is collective."""
@@ -208,6 +265,8 @@ class State:
         """One less; the last one frees it."""
         self._users -= 1
         if not self._users and not MPI.Is_finalized():
+            if self._owners not in (None, self):
+                self._owners.release()
             self.node.release()
             self.comm.Free()
 

@@ -19,9 +19,9 @@ BLOCK = 2**16  # elements; vectors are worked through in blocks that stay in the
 class Optimizer:
     """What all rules share.  They compute what those of ``torch.optim`` do, to rounding; not all defaults are the same.
 
-    ``state`` holds the flat vectors that a rule keeps, of the parameters' shape and dtype, written in place; ``part`` is
-    which parameters it updates, all unless other ranks see to the others; ``steps`` counts the steps taken.  Both together are what a checkpoint must keep: a new optimizer, with
-    these put back, goes on to the same bits.
+    ``state`` holds the flat vectors that a rule keeps, of the parameters' shape and dtype, written in place; ``steps``
+    counts the steps taken.  Both together are what a checkpoint must keep: a new optimizer, with these put back, goes
+    on to the same bits.  ``part`` is what it updates: all, unless other ranks see to the rest.
 
     ``momentum`` (beta1 of Adam) and ``beta2`` (alpha of RMSprop) are in [0, 1), ``epsilon`` above 0, all of them read
     only by the rules that name them.  ``weight_decay`` is at least 0 and shrinks all parameters, biases too: it adds
