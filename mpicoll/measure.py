@@ -33,6 +33,8 @@ from .mpi.collectives import cuts_of
 from .mpi.comm import Comm
 from .mpi.guard import on_all
 from .mpi.launch import cores, library_name, node_of
+from .mpi.select import SHARED
+from .mpi.state import state_of
 
 NATIVE, NULL, SHARED_ARRAYS, SHARED_RESULT = "native", "null", "shared_arrays", "shared_result"
 TIME = "%Y-%m-%d %H:%M:%S"
@@ -308,16 +310,18 @@ def _empty(count: int, dtype: np.dtype) -> np.ndarray:
 def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check: str) -> dict[str, Implementation]:
     """``auto``, the MPI library's own (which cannot add 16-bit floats as we do), and every algorithm of the table.
 
-    Of allreduce also what a ``Comm`` does with arrays that the ranks of a node share: as ever, and with one result for
-    all of them.
+    Where all ranks share memory also what a ``Comm`` does there with ordinary arrays, with arrays that lie in it, and
+    in an allreduce with one result for all.
     """
     ours = Comm(comm, check=check)
     found: dict[str, Implementation] = {"auto": partial(call_of, ours)}
     if not (is_half(dtype) and "reduce" in collective):
         found[NATIVE] = partial(call_of, MPI.Intracomm(comm))
-    if collective == "allreduce":
+    if state_of(ours).shares:
+        found[SHARED.name] = partial(call_of, ours, algorithm=SHARED.name)
         found[SHARED_ARRAYS] = Placed(partial(call_of, ours), ours.empty)
-        found[SHARED_RESULT] = Placed(partial(_shared_result, ours), ours.empty)
+        if collective == "allreduce":
+            found[SHARED_RESULT] = Placed(partial(_shared_result, ours), ours.empty)
     return found | {name: partial(call_of, ours, algorithm=name) for name in ALGORITHMS[collective]}
 
 

@@ -68,7 +68,7 @@ def _number(text: str) -> int:
     "algorithms",
     envvar="MPICOLL_BENCH_ALGORITHM",
     multiple=True,
-    help="Which: auto, native, ring, ... or several, by commas; of allreduce also shared_arrays and shared_result.",
+    help="Which: auto, native, ring, ... or several, by commas; also shared_arrays, and shared_result of allreduce.",
 )
 @click.option("--sizes", type=_Numbers(), help="Bytes of the whole array, as 4,1000,64K:64M or 4:64M:4.")
 @click.option("--count", type=_Numbers(), help="The same in elements [default: 1:4M:4].")
@@ -136,7 +136,7 @@ def bench(
     Results are checked, element by element: exit status 1 if any is wrong.  What the numbers mean, and how to make a
     claim of them: docs/benchmarks.md.
     """
-    shared = ["shared_arrays", "shared_result"] if collective == "allreduce" else []
+    shared = ["shared", "shared_arrays", *(["shared_result"] if collective == "allreduce" else [])]
     known = ["auto", "native", *shared, *ALGORITHMS[collective]]
     chosen = [name for given in algorithms for name in given.split(",")]
     if unknown := [name for name in chosen if name not in known]:
@@ -164,7 +164,9 @@ def bench(
         m.check_memory(comm, NEEDED * max(elements) * kind.itemsize)
         available = m.implementations(comm, collective, kind, check)
         if missing := [name for name in chosen if name not in available]:
-            raise UserError(f"{missing[0]} has no {collective} of {dtype} that adds as ours do: leave it out")
+            native = f"{missing[0]} has no {collective} of {dtype} that adds as ours do: leave it out"
+            shared = f"{missing[0]} needs two ranks or more, all of which share memory"
+            raise UserError(native if missing[0] == m.NATIVE else shared)
         wanted = {name: made for name, made in available.items() if not chosen or name in (*chosen, m.NATIVE)}
         how["seed"] = comm.bcast(time.time_ns() % 2**32 if how["seed"] is None else how["seed"])
         settings = m.Settings((False, True) if in_place is None else (in_place,), **how)

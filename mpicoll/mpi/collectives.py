@@ -532,6 +532,7 @@ class Call(NamedTuple):
     result: np.ndarray | None = None  # where it goes, unless it is in place
     detail: str = ""  # what else all ranks must have in common
     sent: np.ndarray | None = None  # what is given, if it is not there already
+    boxed: bool = True  # in shared memory, may it be copied there first?
 
     def run(self) -> None:
         """Do it, and bring the result to where it is wanted."""
@@ -566,7 +567,8 @@ class Call(NamedTuple):
             return True
         state = state_of(self.comm)
         state.join_nodes()
-        return state.on_node(state.node.run, self.collective, send, recv, self.operation, self.root or 0, self.cuts)
+        at, boxed = self.root or 0, self.boxed or state.node.crowded  # whose processes wait for each other longer
+        return state.on_node(state.node.run, self.collective, send, recv, self.operation, at, self.cuts, boxed)
 
     def without_sharing(self) -> "Call":
         """The same by messages, in the same order of additions."""
@@ -736,4 +738,5 @@ def decide(
     given = parameters(row, flat.nbytes, root, options.segments)
     if isinstance(row, Algorithm) and options.segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now
-    return Call(collective, comm, comm.size, part, operation, row, given, root, cuts, result)
+    boxed = operation.reduces or options.algorithm != "auto"  # the MPI library moves data with one copy, boxes with two
+    return Call(collective, comm, comm.size, part, operation, row, given, root, cuts, result, boxed=boxed)

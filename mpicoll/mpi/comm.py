@@ -571,7 +571,7 @@ class Comm(MPI.Intracomm):
         part = as_bytes(of_blocks(recvbuf, self.size), load=in_place, store=True)
         sent = None if in_place else as_bytes(sendbuf, load=True, store=False).flat
         cuts = tuple(range(0, each * self.size + 1, each))
-        return gathering(self, sent, part.flat, cuts, Options("shared"))._replace(part=part)
+        return gathering(self, sent, part.flat, cuts, Options())._replace(part=part)
 
     def Allgatherv(  # noqa: N802
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None

@@ -26,12 +26,13 @@ MAX_SEGMENTS = 32
 
 SHARED_FROM = {
     "allreduce": 16 << 10,
-    "reduce": 64 << 10,
-    "bcast": 256 << 10,
+    "reduce": 256 << 10,
+    "bcast": 4 << 20,
     "reduce_scatter": 64 << 10,
-    "allgather": 256 << 10,
+    "allgather": 4 << 20,
 }
-"""Bytes of the whole array from which on the MPI library's own is slower than memory that all ranks share."""
+"""Bytes of the whole array from which on the MPI library's own is slower than memory that all ranks share, or, where
+nothing is reduced, than arrays in it."""
 
 
 ACROSS_FROM = 1 << 20

@@ -78,11 +78,12 @@ class Node:
         self.processes = tuple(node.allgather(PROCESS))
         self.pool = Pool(node, self.processes)
         page = share(node, 3 * p * LINE) if p > 1 else None
-        self.shares = page is not None
+        self.shares, self.crowded = page is not None, False
         if page is None:
             return
         available = {core for rank in node.allgather(cores()) for core in rank}
-        self._spin = SPIN if len(available) >= p else 0
+        self.crowded = p > len(available)
+        self._spin = 0 if self.crowded else SPIN
         self._words, self._turn, self._pause = memoryview(page).cast("Q"), 0, pause
         self._flag, self._flags = self.rank * WORDS, [q * WORDS for q in range(p) if q != self.rank]
         self._slots = [[(p + odd * p + q) * WORDS for q in range(p)] for odd in (0, 1)]
@@ -213,8 +214,10 @@ class Node:
         operation: Operation,
         root: int = 0,
         cuts: Sequence[int] | None = None,
+        boxed: bool = True,
     ) -> bool:
-        """Do it, on flat arrays of one dtype; false, on all ranks, if there is no memory for it.
+        """Do it, on flat arrays of one dtype; false, on all ranks, if it takes boxes, and there is no memory for them,
+        or they are not wanted.
 
         allreduce, reduce: n elements each, which may be the same memory; in reduce ``recv`` is the root's only.
         allreduce_shared: the same, and ``recv`` is what ``result`` has given.  reduce_scatter: n elements, and this
@@ -228,13 +231,13 @@ class Node:
         if operation.predefined:
             result = id(self._results[0]) if one else 0
             key = (
-                *(collective, operation.name, operation.widens, len(send), send.dtype, root, cuts, result),
+                *(collective, operation.name, operation.widens, len(send), send.dtype, root, cuts, result, boxed),
                 *chain.from_iterable(places),
             )
         turns: Iterable[Iterable[Step]] | None = self._compiled.get(key)
         if turns is None:
             call = _Call(self, collective, send, recv, operation, root, cuts, places)
-            if call.boxed and not self._open():
+            if call.boxed and not (boxed and self._open()):
                 return False
             turns = call.turns()
             if key is not None and call.tiles <= MAX_TILES:
