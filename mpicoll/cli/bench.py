@@ -164,9 +164,9 @@ def bench(
         m.check_memory(comm, NEEDED * max(elements) * kind.itemsize)
         available = m.implementations(comm, collective, kind, check)
         if missing := [name for name in chosen if name not in available]:
-            native = f"{missing[0]} has no {collective} of {dtype} that adds as ours do: leave it out"
-            shared = f"{missing[0]} needs two ranks or more, all of which share memory"
-            raise UserError(native if missing[0] == m.NATIVE else shared)
+            why = f"{missing[0]} has no {collective} of {dtype} that adds as ours do: leave it out"
+            alone = f"{missing[0]} needs two ranks or more, all of which share memory"
+            raise UserError(why if missing[0] == m.NATIVE else alone)
         wanted = {name: made for name, made in available.items() if not chosen or name in (*chosen, m.NATIVE)}
         how["seed"] = comm.bcast(time.time_ns() % 2**32 if how["seed"] is None else how["seed"])
         settings = m.Settings((False, True) if in_place is None else (in_place,), **how)
