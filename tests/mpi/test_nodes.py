@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from contract import own_data
 from mpi4py import MPI
 
 import mpicoll
+from contract import own_data
 from mpicoll.mpi import select, shared
 
 P, WORLD_RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
