@@ -129,48 +129,54 @@ class Comm(MPI.Intracomm):
 
         A collective call.  The array is this rank's own, as any array is, of whatever shape; but ``Allreduce``,
         ``Reduce``, ``Reduce_scatter``, ``Allgather`` and ``Bcast`` find it, its views included, where it is, if all
-        ranks pass such arrays.  When it and its views are gone, its memory is used for another one; it stays what it is
-        when the communicator is freed.
+        ranks pass such arrays.  When it and its views are gone, its memory is used for another one; when the
+        communicator is freed, it becomes an ordinary array.
 
         Where there is no memory to share it is an ordinary array, and there is a warning.
         """
-        return self._array("empty", shape, dtype, lambda array: None)
+        return self._array("empty", lambda: (shape, dtype, None))
 
     def zeros(self, shape: int | Sequence[int], dtype: Any = float) -> np.ndarray:
         """The same, full of zeros."""
-        return self._array("zeros", shape, dtype, lambda array: array.fill(0))
+        return self._array("zeros", lambda: (shape, dtype, 0))
 
     def full(self, shape: int | Sequence[int], value: Any, dtype: Any = None) -> np.ndarray:
         """The same, full of a value, by default of its dtype."""
-        dtype = np.asarray(value).dtype if dtype is None else dtype
-        return self._array("full", shape, dtype, lambda array: np.copyto(array, value))
+        return self._array("full", lambda: (shape, np.asarray(value).dtype if dtype is None else dtype, value))
 
     def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
         """The same, a copy of an array."""
-        given = np.asarray(x, dtype)
-        return self._array("asarray", given.shape, given.dtype, lambda array: np.copyto(array, given))
 
-    def _array(
-        self, name: str, shape: int | Sequence[int], dtype: Any, fill: Callable[[np.ndarray], None]
-    ) -> np.ndarray:
+        def given() -> tuple[Any, Any, Any]:
+            array = np.asarray(x, dtype)
+            return array.shape, array.dtype, array
+
+        return self._array("asarray", given)
+
+    def _array(self, name: str, given: Callable[[], tuple[Any, Any, Any]]) -> np.ndarray:
+        """Of a shape, a dtype, and what to fill it with."""
         made: list[np.ndarray] = []
 
         def calls() -> list[Native]:
+            shape, dtype, value = given()
             kind = np.dtype(dtype)
             sizes = [index(n) for n in ([shape] if isinstance(shape, SupportsIndex) else shape)]
             if kind.hasobject or not kind.itemsize or min(sizes, default=0) < 0:
                 raise ValueError(
                     f"expected a shape, and a dtype of numbers or other plain data, got {sizes} and {kind}"
                 )
+            if value is not None:
+                value = np.broadcast_to(np.asarray(value, kind), sizes)
 
             def make() -> None:
                 made.append(state_of(self).empty(prod(sizes) * kind.itemsize).view(kind).reshape(sizes))
+                if value is not None:
+                    made[0][...] = value
 
             return [Native(native(name, "", "", None), make)]
 
         with whole(self):
             run(agreed(self, None, name, None, calls))
-            fill(made[0])
         return made[0]
 
     def allreduce_shared(self, x: Any, op: MPI.Op | str = MPI.SUM, *, check: str | None = None) -> np.ndarray:

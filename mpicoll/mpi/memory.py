@@ -94,7 +94,7 @@ class Window:
         self.size = len(memory) // len(processes)
         self.parts = [np.frombuffer(memory, np.uint8, self.size, q * self.size) for q in range(len(processes))]
         self.start = address(self.parts[rank])
-        self.lent = False
+        self.lent, self._base = False, 0
         self._memory, self._rank = memory, rank
         self._among: dict[tuple[int, ...], list[np.ndarray] | None] = {}
         windows[number] = self
@@ -104,14 +104,14 @@ class Window:
     def lend(self, nbytes: int) -> np.ndarray:
         """This rank's part, in use until the array and all its views are gone."""
         array = np.frombuffer(self._memory, np.uint8, nbytes, self._rank * self.size)
-        self.lent = True
+        self.lent, self._base = True, id(array)
         _bases[id(array)] = self.number, nbytes
         weakref.finalize(array, self._returned, id(array)).atexit = False
         return array[:]  # a view: it, and its views, have this array for their base
 
     def _returned(self, base: int) -> None:
         self.lent = False
-        del _bases[base]
+        _bases.pop(base, None)
 
     def parts_of(self, processes: tuple[int, ...]) -> list[np.ndarray] | None:
         """Theirs, if all of them have one."""
@@ -123,8 +123,9 @@ class Window:
         return self._among[processes]
 
     def forget(self) -> None:
-        """It is no longer found; its memory goes when the last array in it does."""
+        """It is no longer found: arrays in it are as any others.  Its memory goes with the last of them."""
         del windows[self.number], _at[self.start]
+        _bases.pop(self._base, None)
         _starts.remove(self.start)
 
 

@@ -177,11 +177,13 @@ class Node:
         return self.boxes is not None
 
     def release(self) -> None:
-        """Give back what no array uses."""
+        """Give back what no array uses; it is of no use any more."""
         self.pool.trim()
         if self.shares:
             self._compiled.clear()
-            self._results, self.boxes = [], None
+            self._results, self.boxes, self.across = [], None, None
+            self._words.release()
+            del self._pause  # which refers to whom this belongs
         if not self.whole:
             self.comm.Free()
 

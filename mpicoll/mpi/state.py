@@ -150,7 +150,8 @@ class State:
         """Make ready what nodes need to add up with each other.  A collective call."""
         if self.spans and self._owners is None:
             mine = self.node.rank if self.node.rank in self.node.owners else MPI.UNDEFINED
-            across = self.comm.Split(mine, self.rank)
+            with driving(self.comm):
+                across = self.comm.Split(mine, self.rank)
             if across != MPI.COMM_NULL:
                 self._owners = State(MPI.Intracomm(across))
                 across.Free()
@@ -172,6 +173,9 @@ class State:
         self._take_turn()
         try:
             _inside(True)
+            if under_way:  # what is the MPI library's in there does not drive them
+                with driving(self.comm):
+                    return call(*args)
             return call(*args)
         except BaseException:
             self.interrupt()
