@@ -75,14 +75,14 @@ class Node:
         )
         p = self.size
         self.owners = list(range(p))  # ranks here that own pieces
-        self.processes = tuple(node.allgather(PROCESS))
+        found = node.allgather((PROCESS, cores()))
+        self.processes = tuple(process for process, _ in found)
         self.pool = Pool(node, self.processes)
         page = share(node, 3 * p * LINE) if p > 1 else None
         self.shares, self.crowded = page is not None, False
         if page is None:
             return
-        available = {core for rank in node.allgather(cores()) for core in rank}
-        self.crowded = p > len(available)
+        self.crowded = p > len({core for _, their in found for core in their})
         self._spin = 0 if self.crowded else SPIN
         self._words, self._turn, self._pause = memoryview(page).cast("Q"), 0, pause
         self._flag, self._flags = self.rank * WORDS, [q * WORDS for q in range(p) if q != self.rank]
