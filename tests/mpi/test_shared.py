@@ -4,7 +4,7 @@ ever.  Boxes and tiles are made small, so that few elements are many tiles."""
 import gc
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def ours(comm: MPI.Intracomm) -> mpicoll.Comm:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was done in shared memory."""
     done: list[str] = []
     run = Node.run
