@@ -295,6 +295,42 @@ def test_views_are_found_and_reduced_where_they_are(ours):
     assert node.boxes is not None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@several
+def test_what_was_compiled_is_for_the_same_call_only(ours, runs, monkeypatch, kind):
+    """Calls that differ in one thing, on the same arrays, again and again: making an array would forget them all."""
+    monkeypatch.setattr(shared, "KEPT", 1000)
+    count = 1200
+    arrays, _ = laid(ours, kind, np.zeros(2 * count))
+    x, y = arrays[:count], arrays[count:]
+    for _ in range(2):
+        for dtype in ("f8", "i8"):
+            data = [own_data(count, rank, dtype) + rank + 1 for rank in range(P)]
+            send, recv = x.view(dtype), y.view(dtype)
+            for root in range(P):
+                for op, ufunc in ((MPI.SUM, np.add), (MPI.MAX, np.maximum)):
+                    send[:], recv[:] = data[ours.rank], -1
+                    ours.Reduce(send, recv, op, root)
+                    np.testing.assert_array_equal(recv, ufunc.reduce(data) if ours.rank == root else -1)
+                    ours.Reduce(MPI.IN_PLACE if ours.rank == root else send, send, op, root)
+                    np.testing.assert_array_equal(send, ufunc.reduce(data) if ours.rank == root else data[ours.rank])
+                    send[:] = data[ours.rank]
+                    ours.Allreduce(send, recv, op)
+                    np.testing.assert_array_equal(recv, ufunc.reduce(data))
+                    ours.Allreduce(MPI.IN_PLACE, send[root:], op)
+                    np.testing.assert_array_equal(send[root:], ufunc.reduce(data)[root:])
+                    send[:] = data[ours.rank]
+                    np.testing.assert_array_equal(ours.allreduce_shared(send, op), ufunc.reduce(data))
+                ours.Bcast(send, root)
+                np.testing.assert_array_equal(send, data[root])
+                counts = [count // P + (rank == root) - (rank == (root + 1) % P) for rank in range(P)]
+                send[:], start = data[ours.rank], sum(counts[: ours.rank])
+                ours.Reduce_scatter(send[: sum(counts)], recv[: counts[ours.rank]], counts)
+                np.testing.assert_array_equal(recv[: counts[ours.rank]], sum(data)[start:][: counts[ours.rank]])
+    assert len(runs) == 2 * 2 * P * (2 * 5 + 2)
+    assert 8 < len(state_of(ours).node._compiled) < len(runs)
+
+
 def test_orders_of_memory_may_differ_between_ranks(ours):
     shape = (30, 40)
     values = [own_data(1200, rank).reshape(shape) for rank in range(P)]
@@ -485,22 +521,24 @@ def test_other_calls_in_between_raise_on_all(ours):
 # ---- who waits for whom
 
 
+@pytest.mark.parametrize("way", ["Isend", "Irecv"])
 @pytest.mark.parametrize("count", [3, 200_000])
 @several
-def test_messages_of_the_program_go_on_meanwhile(ours, count):
-    """A rank receives what another sends before it joins: the sender's MPI library must be called while it waits."""
-    x = np.full(count, 1.0)
+def test_messages_of_the_program_go_on_meanwhile(ours, count, way):
+    """Rank 1 receives what rank 0 has begun to send, or sends what it is to receive, before it joins: in one of them
+    rank 0, which waits, must call the MPI library; which, depends on that."""
+    x, there = np.full(count, 1.0), np.full(1 << 20, 3.0 * (ours.rank == (way == "Irecv")))
+    late(ours, 1, 0.1)
     if ours.rank == 0:
-        request = ours.Isend(np.full(1 << 20, 3.0), 1)
-        ours.Allreduce(MPI.IN_PLACE, x)
+        request = getattr(ours, way)(there, 1)
+    elif ours.rank == 1 and way == "Isend":
+        ours.Recv(there, 0)
+    elif ours.rank == 1:
+        ours.Ssend(there, 0)
+    ours.Allreduce(MPI.IN_PLACE, x)
+    if ours.rank == 0:
         request.Wait()
-    else:
-        late(ours, 1, 0.3)
-        if ours.rank == 1:
-            got = np.empty(1 << 20)
-            ours.Recv(got, 0)
-            assert (got == 3).all()
-        ours.Allreduce(MPI.IN_PLACE, x)
+    assert (there == 3).all() or ours.rank > 1
     assert (x == P).all()
 
 
