@@ -567,8 +567,8 @@ class Call(NamedTuple):
             return True
         state = state_of(self.comm)
         state.join_nodes()
-        at, boxed = self.root or 0, self.boxed or state.node.crowded  # whose processes wait for each other longer
-        return state.on_node(state.node.run, self.collective, send, recv, self.operation, at, self.cuts, boxed)
+        at = self.root or 0
+        return state.on_node(state.node.run, self.collective, send, recv, self.operation, at, self.cuts, self.boxed)
 
     def without_sharing(self) -> "Call":
         """The same by messages, in the same order of additions."""

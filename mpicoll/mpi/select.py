@@ -25,10 +25,10 @@ MAX_SEGMENTS = 32
 
 
 SHARED_FROM = {
-    "allreduce": 16 << 10,
-    "reduce": 256 << 10,
+    "allreduce": 32 << 10,
+    "reduce": 1 << 20,
     "bcast": 4 << 20,
-    "reduce_scatter": 64 << 10,
+    "reduce_scatter": 1 << 20,
     "allgather": 4 << 20,
 }
 """Bytes of the whole array from which on the MPI library's own is slower than memory that all ranks share, or, where

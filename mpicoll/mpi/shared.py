@@ -70,20 +70,17 @@ class Node:
             node = comm
         self.comm, self.size, self.rank = node, node.size, node.rank
         self.ranks, self.box = comm.size, BOX if self.whole else BOX_ACROSS
-        self.across: Callable[[np.ndarray, Operation], None] | None = (
-            None  # if there are other nodes: adds up with them
-        )
+        self.across: Callable[[np.ndarray, Operation], None] | None = None  # adds up with other nodes, if there are any
         p = self.size
         self.owners = list(range(p))  # ranks here that own pieces
         found = node.allgather((PROCESS, cores()))
         self.processes = tuple(process for process, _ in found)
         self.pool = Pool(node, self.processes)
         page = share(node, 3 * p * LINE) if p > 1 else None
-        self.shares, self.crowded = page is not None, False
+        self.shares = page is not None
         if page is None:
             return
-        self.crowded = p > len({core for _, their in found for core in their})
-        self._spin = 0 if self.crowded else SPIN
+        self._spin = SPIN if len({core for _, their in found for core in their}) >= p else 0
         self._words, self._turn, self._pause = memoryview(page).cast("Q"), 0, pause
         self._flag, self._flags = self.rank * WORDS, [q * WORDS for q in range(p) if q != self.rank]
         self._slots = [[(p + odd * p + q) * WORDS for q in range(p)] for odd in (0, 1)]

@@ -39,9 +39,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ours(comm: MPI.Intracomm) -> mpicoll.Comm:
-    made = mpicoll.Comm(comm)
-    state_of(made).node.crowded = True  # what is only moved goes by way of boxes too
-    return made
+    return mpicoll.Comm(comm)
 
 
 @pytest.fixture
@@ -193,7 +191,8 @@ def test_bcast_from_every_root(ours, runs, kind):
             ours.Bcast(x, root)
             np.testing.assert_array_equal(x, own_data(count, root) + 1000 * root)
             assert_untouched(around)
-    assert len(runs) == (P * sum(count > NATIVE_UP_TO for count in COUNTS) if P > 1 else 0)
+    if kind not in ("private", "mixed"):  # which the MPI library moves with one copy less
+        assert len(runs) == (P * sum(count > NATIVE_UP_TO for count in COUNTS) if P > 1 else 0)
 
 
 def test_bcast_from_memory_in_pieces_to_memory_in_one(ours, runs):
@@ -204,7 +203,7 @@ def test_bcast_from_memory_in_pieces_to_memory_in_one(ours, runs):
     ours.Bcast([x, 1, columns] if ours.rank == root else x[:997], root)
     np.testing.assert_array_equal(x[::2] if ours.rank == root else x[:997], own_data(2 * 997, root)[::2])
     columns.Free()
-    assert len(runs) == (P > 1)
+    assert not runs  # a copy is no shared array
 
 
 UNEVEN: list[Callable[[int], int]] = [
@@ -321,7 +320,7 @@ def test_what_was_compiled_is_for_the_same_call_only(ours, runs, monkeypatch, ki
                     np.testing.assert_array_equal(send[root:], ufunc.reduce(data)[root:])
                     send[:] = data[ours.rank]
                     np.testing.assert_array_equal(ours.allreduce_shared(send, op), ufunc.reduce(data))
-                ours.Bcast(send, root)
+                ours.Bcast(send, root, "shared")
                 np.testing.assert_array_equal(send, data[root])
                 counts = [count // P + (rank == root) - (rank == (root + 1) % P) for rank in range(P)]
                 send[:], start = data[ours.rank], sum(counts[: ours.rank])
