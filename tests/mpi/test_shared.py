@@ -67,7 +67,7 @@ def laid(ours: mpicoll.Comm, kind: str, values: np.ndarray) -> tuple[np.ndarray,
     return around[8:-8], around
 
 
-def late(ours: MPI.Intracomm, rank: int, seconds: float = 0.5) -> None:
+def late(ours: MPI.Intracomm, rank: int, seconds: float = 0.3) -> None:
     time.sleep(seconds * (ours.rank == rank))
 
 
@@ -163,8 +163,13 @@ def test_operations_that_do_not_commute_and_pairs(ours, runs, kind):
     assert len(runs) == 7
 
 
-@pytest.mark.parametrize("recv_kind", KINDS)
-@pytest.mark.parametrize("send_kind", KINDS)
+@pytest.mark.parametrize(
+    ("send_kind", "recv_kind"),
+    [
+        *(("shared", "shared"), ("private", "private"), ("shared", "private")),
+        *(("private", "shared"), ("mixed", "views"), ("views", "mixed")),
+    ],
+)
 def test_reduce_to_every_root(ours, runs, send_kind, recv_kind):
     for root in range(P):
         for count in (0, P, 997, COUNTS[-1]):
