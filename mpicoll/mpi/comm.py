@@ -40,10 +40,11 @@ from .collectives import (
     gathering,
     on_node,
     options_of,
+    recorded,
     run,
 )
 from .operations import MOVE, Operation, name_of, operation, predefined
-from .select import LARGE, PLAIN, SHARED_FROM, Options, Preference, Shared
+from .select import LARGE, PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared
 from .state import State, check_comm, driving, interrupted, state_of, under_way, whole
 
 C = TypeVar("C", bound=MPI.Intracomm)
@@ -206,11 +207,9 @@ class Comm(MPI.Intracomm):
             and not interrupted
         ):
             state, flat = self._state, x.reshape(-1)
-            if level == "off":
-                result = state.on_node(state.node.allreduce, flat, quick)
-            else:
-                header = native("allreduce_shared", quick.name, PLAIN[x.dtype], x.size)
-                result = compared(state, header, state.on_node, state.node.allreduce, flat, quick)
+            header = native("allreduce_shared", quick.name, PLAIN[x.dtype], x.size, algorithm=SHARED.name)
+            how = recorded if level == "off" else compared
+            result = how(state, header, state.on_node, state.node.allreduce, flat, quick)
             if result is not None:
                 result = result.reshape(x.shape)
                 result.flags.writeable = False
@@ -224,7 +223,12 @@ class Comm(MPI.Intracomm):
             def call() -> None:
                 reduced.append(self._reduced(flat, found))
 
-            return [Native(native("allreduce_shared", found.name, dtype_name(flat.dtype), len(flat)), call)]
+            return [
+                Native(
+                    native("allreduce_shared", found.name, dtype_name(flat.dtype), len(flat), algorithm=SHARED.name),
+                    call,
+                )
+            ]
 
         with whole(self):
             run(agreed(self, check, "allreduce_shared", x, calls))

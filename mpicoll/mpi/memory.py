@@ -5,21 +5,29 @@ and no /dev/shm, which in containers often has but a few megabytes.  Where ranks
 file in /dev/shm, removed as soon as all have opened it.
 """
 
-import itertools
 import mmap
 import os
+import sys
 import tempfile
 import weakref
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
 PAGE = mmap.PAGESIZE
+
+LITTLE = 1 << 20
+"""Bytes up to which nobody asks whether there is as much memory."""
+
+KEEPING_NO_FILE: dict[str, bool] = {} if sys.version_info < (3, 13) else {"trackfd": False}
+"""How to map a file without a descriptor of one's own for it, of which a process may have a thousand."""
 
 
 def nameless() -> tuple[int, str]:
@@ -50,27 +58,33 @@ def share(
     Every rank reserves its own of as many equal parts, which then lies near it; and nobody meets the end of memory
     later, in a bus error.
     """
+    enough = size < LITTLE or node.bcast(size <= available())
     part = size // node.size
     start, end = node.rank * part, size if node.rank == node.size - 1 else (node.rank + 1) * part
-    for make in MEMORY if makers is None else makers:
-        handle, path, same = -1, "", (0, 0)
+    for make in (MEMORY if makers is None else makers) if enough else ():
+        handle, path, same, named = -1, "", (0, 0), False
         if node.rank == 0:
             with suppress(OSError, AttributeError):
                 handle, path = make()
                 os.ftruncate(handle, size)
-                same = os.fstat(handle)[1:3]
-        path, same = node.bcast((path, same))
-        memory = None
-        with suppress(OSError, ValueError, OverflowError):
+                same, named = os.fstat(handle)[1:3], os.fstat(handle).st_nlink > 0
+        path, same, named = node.bcast((path, same, named))
+        file = memory = None
+        with suppress(OSError):
             if os.stat(path)[1:3] == same:  # a number of another container's process may be one here too
-                with open(path, "r+b") as file:
-                    if end > start:
-                        os.posix_fallocate(file.fileno(), start, end - start)
-                    memory = mmap.mmap(file.fileno(), size)
+                file = os.open(path, os.O_RDWR)
+        if named:
+            node.Barrier()
+            if handle >= 0:
+                os.unlink(path)
+        if file is not None:
+            with suppress(OSError, ValueError, OverflowError):
+                if end > start:
+                    os.posix_fallocate(file, start, end - start)
+                memory = mmap.mmap(file, size, **KEEPING_NO_FILE)
+            os.close(file)
         found = node.allgather(memory is not None)
         if handle >= 0:
-            if os.fstat(handle).st_nlink:  # it has a name
-                os.unlink(path)
             os.close(handle)
         if memory is not None and all(found):
             return memory
@@ -78,12 +92,15 @@ def share(
 
 
 def available() -> int:
-    """Bytes of memory that this machine could give now, as the kernel says."""
-    try:
+    """Bytes of memory that this machine, or the container, could give now, as the kernel says."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):  # a container sees its own limit here; "max" is none
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(limit - used)
+    return min(found)
 
 
 class Window:
@@ -98,8 +115,7 @@ class Window:
         self._memory, self._rank = memory, rank
         self._among: dict[tuple[int, ...], list[np.ndarray] | None] = {}
         windows[number] = self
-        insort(_starts, self.start)
-        _at[self.start] = self
+        _order()
 
     def lend(self, nbytes: int) -> np.ndarray:
         """This rank's part, in use until the array and all its views are gone."""
@@ -124,17 +140,23 @@ class Window:
 
     def forget(self) -> None:
         """It is no longer found: arrays in it are as any others.  Its memory goes with the last of them."""
-        del windows[self.number], _at[self.start]
+        del windows[self.number]
         _bases.pop(self._base, None)
-        _starts.remove(self.start)
+        _order()
 
 
 windows: dict[int, Window] = {}
 """By number, which is the same on all ranks that have it, and no other's on their node."""
-_starts: list[int] = []  # where this process' own parts begin
-_at: dict[int, Window] = {}
+_ordered: tuple[tuple[int, Window], ...] = ()  # by where this process' own parts begin
+_ordering = Lock()
 _bases: dict[int, tuple[int, int]] = {}  # the number of the window, and the bytes, by the id of an array that is lent
-_numbers = itertools.count(1)
+
+
+def _order() -> None:
+    """Other threads may be looking meanwhile."""
+    global _ordered
+    with _ordering:
+        _ordered = tuple(sorted((window.start, window) for window in list(windows.values())))
 
 
 class Place(NamedTuple):
@@ -150,15 +172,16 @@ NOWHERE = Place()
 def place_of(array: np.ndarray) -> Place:
     """Of a contiguous array.  Usual cases are recognised without its address, which takes NumPy 0.7 us."""
     base = array.base
-    if not _starts or base is None:
+    ordered = _ordered
+    if not ordered or base is None:
         return NOWHERE
     number, nbytes = _bases.get(id(base), (0, 0))
     if number and array.nbytes == nbytes:
         return Place(number)
     start = address(array)
-    n = bisect_right(_starts, start)
+    n = bisect_right(ordered, start, key=itemgetter(0))
     if n:
-        window = _at[_starts[n - 1]]
+        window = ordered[n - 1][1]
         if start + array.nbytes <= window.start + window.size:
             return Place(window.number, start - window.start)
     return NOWHERE
@@ -194,10 +217,10 @@ class Pool:
                 window.forget()
 
     def _made(self, size: int) -> Window | None:
-        total = size * self._node.size
-        enough = self._node.bcast(total <= available())
-        memory = share(self._node, total) if enough else None
-        number = self._node.bcast(os.getpid() << 32 | next(_numbers))
+        memory = share(self._node, size * self._node.size)
+        number = self._node.bcast(
+            int.from_bytes(os.urandom(7), "little") + 1
+        )  # whatever process, of whatever container
         if memory is None:
             return None
         window = Window(number, memory, self._processes, self._node.rank)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 from mpi4py import MPI
@@ -86,8 +87,9 @@ class Node:
         self._slots = [[(p + odd * p + q) * WORDS for q in range(p)] for odd in (0, 1)]
         self.boxes: np.ndarray | None = None
         self._results: list[np.ndarray] = []
-        self._compiled: dict[Any, list[list[Step]]] = {}
+        self.compiled: dict[Any, list[list[Step]]] = {}
         self._scratch = np.empty(0, np.uint8)
+        _nodes.add(self)
 
     # ---- turns
 
@@ -141,9 +143,10 @@ class Node:
 
     def empty(self, nbytes: int) -> np.ndarray | None:
         """See ``Pool.empty``."""
-        if self.shares:
-            self._compiled.clear()  # their views keep memory that may be given back now
-        return self.pool.empty(nbytes) if self.shares else None
+        if not self.shares:
+            return None
+        forget()
+        return self.pool.empty(nbytes)
 
     def common(self, nbytes: int) -> np.ndarray | None:
         """The same bytes on all ranks, all zero; ``None`` if there is no memory for it.  A collective call."""
@@ -160,7 +163,7 @@ class Node:
             memory = share(self.comm, 2 * size)
             if memory is None:
                 return None
-            self._compiled.clear()
+            self.compiled.clear()
             self._results = [np.frombuffer(memory, np.uint8, size, half * size) for half in (0, 1)]
         self._results.reverse()
         return self._results[0][:nbytes]
@@ -175,14 +178,18 @@ class Node:
 
     def release(self) -> None:
         """Give back what no array uses; it is of no use any more."""
-        self.pool.trim()
+        self.disown()
         if self.shares:
-            self._compiled.clear()
             self._results, self.boxes, self.across = [], None, None
             self._words.release()
             del self._pause  # which refers to whom this belongs
         if not self.whole:
             self.comm.Free()
+
+    def disown(self) -> None:
+        """Arrays that were made here are ordinary ones from now on."""
+        self.pool.trim()
+        forget()
 
     def _place_of(self, array: np.ndarray) -> Place:
         """Where it is, if all ranks here can find it."""
@@ -233,16 +240,16 @@ class Node:
                 *(collective, operation.name, operation.widens, len(send), send.dtype, root, cuts, result, boxed),
                 *chain.from_iterable(places),
             )
-        turns: Iterable[Iterable[Step]] | None = self._compiled.get(key)
+        turns: Iterable[Iterable[Step]] | None = self.compiled.get(key)
         if turns is None:
             call = _Call(self, collective, send, recv, operation, root, cuts, places)
             if call.boxed and not (boxed and self._open()):
                 return False
             turns = call.turns()
             if key is not None and call.tiles <= MAX_TILES:
-                if len(self._compiled) >= KEPT:
-                    del self._compiled[next(iter(self._compiled))]
-                turns = self._compiled[key] = [list(map(_prepared, steps)) for steps in turns]
+                if len(self.compiled) >= KEPT:
+                    del self.compiled[next(iter(self.compiled))]
+                turns = self.compiled[key] = [list(map(_prepared, steps)) for steps in turns]
         vectors = send, recv
         with np.errstate(all="ignore"):  # like MPI's own reductions
             for n, steps in enumerate(turns):
@@ -262,6 +269,15 @@ class Node:
             return None
         result = memory.view(send.dtype)
         return result if self.run("allreduce_shared", send, result, operation) else None
+
+
+_nodes: WeakSet[Node] = WeakSet()
+
+
+def forget() -> None:
+    """All compiled calls: their views keep memory that may be given back."""
+    for node in list(_nodes):
+        node.compiled.clear()
 
 
 class _Slice(NamedTuple):

@@ -194,7 +194,7 @@ class State:
                     "they are ordinary ones, on which collectives are slower. Either memory is full, or these ranks "
                     "are in containers of their own, or of little /dev/shm (docker: --shm-size)",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=7,  # who has called empty, zeros, ...
                 )
             return np.empty(nbytes, np.uint8)
         return made
@@ -673,6 +673,8 @@ _keyval_lock = Lock()
 
 def _release(comm: MPI.Comm, keyval: int, state: "State | _Broken") -> None:
     interrupted.discard(state)
+    if isinstance(state, State):
+        state.node.disown()  # now, on all ranks, and not when the last handle here is done
     state.release()
 
 

@@ -332,7 +332,7 @@ def test_what_was_compiled_is_for_the_same_call_only(ours, runs, monkeypatch, ki
                 ours.Reduce_scatter(send[: sum(counts)], recv[: counts[ours.rank]], counts)
                 np.testing.assert_array_equal(recv[: counts[ours.rank]], sum(data)[start:][: counts[ours.rank]])
     assert len(runs) == 2 * 2 * P * (2 * 5 + 2)
-    assert 8 < len(state_of(ours).node._compiled) < len(runs)
+    assert 8 < len(state_of(ours).node.compiled) < len(runs)
 
 
 def test_orders_of_memory_may_differ_between_ranks(ours):
