@@ -5,6 +5,7 @@ from operator import index
 from typing import Literal, NamedTuple
 
 import numpy as np
+from mpi4py import MPI
 
 from ..algorithms import ALGORITHMS, Algorithm, find
 from .buffers import PAIRS, is_half
@@ -25,7 +26,7 @@ MAX_SEGMENTS = 32
 
 
 SHARED_FROM = {
-    "allreduce": 32 << 10,
+    "allreduce": 2 << 20 if MPI.get_vendor()[0] == "Intel MPI" else 512 << 10,
     "reduce": 1 << 20,
     "bcast": 4 << 20,
     "reduce_scatter": 1 << 20,
