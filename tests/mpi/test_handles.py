@@ -410,6 +410,7 @@ needs_multiple = pytest.mark.skipif(MPI.Query_thread() < MPI.THREAD_MULTIPLE, re
 
 
 @needs_multiple
+@pytest.mark.skipif(P > 4, reason="four ranks show what more would, and sooner")
 def test_threads_with_a_communicator_each(ours):
     comms = [ours.Dup() for _ in range(3)]
     wrong: list[Any] = []

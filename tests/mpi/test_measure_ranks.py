@@ -24,7 +24,7 @@ from mpicoll.measure import (
 )
 
 P = MPI.COMM_WORLD.size
-pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 4, reason="four ranks show what more would, and sooner")]
 COLLECTIVES = ("allreduce", "reduce", "bcast", "reduce_scatter", "allgather")
 QUICK = Settings(max_time=0, min_reps=2, warmup=0, seed=7)
 several = pytest.mark.skipif(P < 2, reason="alone, doing nothing is right")
