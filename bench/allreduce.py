@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -222,20 +223,29 @@ def launched(script: str, ranks: int) -> dict:
         return json.loads(found.read_text())
 
 
-def main() -> None:
-    """Launch, collect, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--launches", type=int, default=3)
+def command(parser: argparse.ArgumentParser, measure: Callable[[], dict]) -> argparse.Namespace | None:
+    """The arguments; ``None`` in a worker, which ``launched`` has launched, and whose part is done here."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--show", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, nargs="+", metavar="FILE")
-    parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        result = measure()
-        if result.pop("rank") == 0:
-            args.worker.write_text(json.dumps(result))
+    if not args.worker:
+        return args
+    result = measure()
+    if result.pop("rank") == 0:
+        args.worker.write_text(json.dumps(result))
+    return None
+
+
+def main() -> None:
+    """Launch, collect, record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--launches", type=int, default=3)
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    args = command(parser, measure)
+    if args is None:
         return
     if args.show:
         show(json.loads(args.show.read_text()), args.only)

@@ -16,10 +16,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-from allreduce import RESULTS, gloo, launched, machine
+from allreduce import RESULTS, command, gloo, launched, machine
 
 RANKS, LAUNCHES = [2], 3
 FEATURES, HIDDEN, CLASSES = 784, (1875, 1875), 10
@@ -212,16 +211,11 @@ def _percent(spread: list[float]) -> str:
 
 def main() -> None:
     """Launch, collect, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--launches", type=int, default=LAUNCHES)
-    parser.add_argument("--show", type=Path, metavar="FILE")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        result = measure()
-        if result.pop("rank") == 0:
-            args.worker.write_text(json.dumps(result))
+    args = command(parser, measure)
+    if args is None:
         return
     if args.show:
         show(json.loads(args.show.read_text()))

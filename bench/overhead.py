@@ -16,10 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
-from allreduce import RESULTS, launched, machine
+from allreduce import RESULTS, command, launched, machine
 
 PROCESSES, LAUNCHES, REPETITIONS, CALLS = 15, 5, 40, 200
 START = """
@@ -116,14 +115,9 @@ def starts() -> list[dict]:
 
 def main() -> None:
     """Measure in fresh processes and launches, print a table, record it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", type=Path, metavar="FILE")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        result = calls()
-        if result.pop("rank") == 0:
-            args.worker.write_text(json.dumps(result))
+    parser = argparse.ArgumentParser(description=__doc__)
+    args = command(parser, calls)
+    if args is None:
         return
     if args.show:
         show(json.loads(args.show.read_text()))

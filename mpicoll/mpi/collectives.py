@@ -440,12 +440,10 @@ def _asked(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Call
 
 def agreed(comm: MPI.Intracomm, check: str | None, name: str, x: Any, make: Callable[[], list[C]]) -> list[C]:
     """What ``make`` gives, once the ranks are seen to make the same call; what it raises, others hear of."""
-    if comm.size > 1:
-        state_of(comm)  # how to go about it depends on what ranks share
+    state = state_of(comm) if comm.size > 1 else None  # first: how to go about it depends on what ranks share
     asked = _asked(comm, check, name, x, make)
     headers = asked.headers()
-    if asked.compared:
-        state = state_of(comm)
+    if state is not None and asked.compared:
         record.begin(state.entry(headers))
         try:
             state.agree(headers, asked.detail)
@@ -542,11 +540,10 @@ class Call(NamedTuple):
     def run(self) -> None:
         """Do it, and bring the result to where it is wanted."""
         flat = self.part.flat
-        if self.row is SHARED and not self._run_shared():
-            self.without_sharing().run()
-            return
         if self.row is SHARED:
-            pass
+            if not self._run_shared():
+                self.without_sharing().run()
+                return
         elif self.row is not None:
             state = state_of(self.comm)
             plan = self._plan(state)

@@ -44,8 +44,6 @@ class Shared(NamedTuple):
     """In place of a row of the table: no schedule, but memory that the ranks share (``mpi.shared``)."""
 
     name: str = "shared"
-    canonical: bool = True
-    rank_order: bool = True
 
 
 SHARED = Shared()

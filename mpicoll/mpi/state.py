@@ -94,23 +94,28 @@ class State:
 
     def run(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int = BLOCKING_TAG) -> None:
         """Do it now, on memory that belongs to the caller."""
+        # Handles under way: other ranks may need them to go on before they join this.
+        self._in_turn(self._run_driving if under_way else self._run, plan, vector, operation, tag)
+
+    def _run(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int) -> None:
+        if len(self._scratch) < plan.scratch_bytes:
+            self._scratch = np.empty(plan.scratch_bytes, np.uint8)
+        with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
+            entry = record.inside.get(get_ident())
+            for n, bound in enumerate(plan.bind(vector, self._scratch, operation)):
+                if entry is not None:
+                    entry.round = n
+                bound.before()
+                _exchange(self.comm, bound, tag)
+                bound.after()
+
+    def _in_turn(self, call: Callable[..., T], *args: Any) -> T:
+        """The only one on this communicator; if it is broken off, the last."""
         self.check()
         self._take_turn()
         try:
             _inside(True)
-            if under_way:  # other ranks may need them to go on before they join this
-                self._run_driving(plan, vector, operation, tag)
-                return
-            if len(self._scratch) < plan.scratch_bytes:
-                self._scratch = np.empty(plan.scratch_bytes, np.uint8)
-            with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
-                entry = record.inside.get(get_ident())
-                for n, bound in enumerate(plan.bind(vector, self._scratch, operation)):
-                    if entry is not None:
-                        entry.round = n
-                    bound.before()
-                    _exchange(self.comm, bound, tag)
-                    bound.after()
+            return call(*args)
         except BaseException:
             self.interrupt()
             raise
@@ -124,9 +129,8 @@ class State:
         found = self.comm.allgather((first, node.size if node.shares else 1))
         sizes = dict(found)
         fewest = min(sizes.values())
-        self._in_order = [first for first, _ in found] == sorted(
-            first for first, _ in found
-        )  # nodes, one after another
+        firsts = [first for first, _ in found]
+        self._in_order = firsts == sorted(firsts)  # nodes, one after another
         powers = {len(sizes), *sizes.values()}
         self._canonical = self._in_order and len({*sizes.values()}) == 1 and all(n & (n - 1) == 0 for n in powers)
         node.owners = list(range(fewest))
@@ -169,20 +173,13 @@ class State:
 
     def on_node(self, call: Callable[..., T], *args: Any) -> T:
         """Do something of ``node``'s that is collective."""
-        self.check()
-        self._take_turn()
-        try:
-            _inside(True)
-            if under_way:  # what is the MPI library's in there does not drive them
-                with driving(self.comm):
-                    return call(*args)
+        if under_way:  # what is the MPI library's in there does not drive them
+            return self._in_turn(self._driven, call, *args)
+        return self._in_turn(call, *args)
+
+    def _driven(self, call: Callable[..., T], *args: Any) -> T:
+        with driving(self.comm):
             return call(*args)
-        except BaseException:
-            self.interrupt()
-            raise
-        finally:
-            self._running.release()
-            _inside(False)
 
     def empty(self, nbytes: int) -> np.ndarray:
         """Bytes in memory that the node's ranks share, or, with a warning, of this rank's own."""

@@ -1,17 +1,13 @@
 """Synchronous data-parallel SGD."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .base import Now, Strategy
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
-    from mpi4py import MPI
-
     from ...mpi.state import State
-    from ..optimizers import Optimizer
-    from ..settings import Settings
 
 
 class Sync(Strategy):
@@ -24,22 +20,14 @@ class Sync(Strategy):
 
     replicated = True
 
-    def __init__(
-        self,
-        comm: "MPI.Intracomm",
-        sums: np.ndarray,
-        params: np.ndarray,
-        optimizer: "Optimizer",
-        settings: "Settings",
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         from ...mpi.state import state_of
 
-        super().__init__(comm, sums, params, optimizer, settings, steps_per_epoch)
+        super().__init__(*args, **kwargs)
         self._state: State | None = None
-        in_parts = settings.algorithm in ("auto", "shared") and settings.clip is None  # a norm is one of all parts
-        if in_parts and comm.size > 1 and state_of(comm).shares:
-            self._share(state_of(comm))
+        in_parts = self.algorithm in ("auto", "shared") and self.settings.clip is None  # a norm is one of all parts
+        if in_parts and self.p > 1 and state_of(self.comm).shares:
+            self._share(state_of(self.comm))
 
     def _share(self, state: "State") -> None:
         """Move everything to memory that all ranks share, if there is enough."""
