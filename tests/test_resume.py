@@ -14,7 +14,7 @@ import pytest
 from launch import mpirun
 
 KILLS = int(os.environ.get("MPICOLL_TEST_KILLS", "2"))
-EPOCHS = 5 * KILLS + 5
+EPOCHS = 15 * KILLS + 15  # of a few milliseconds: more than go by until a kill has come through
 RUN = ["mpicoll", "train", "--model", "softmax", "--epochs", str(EPOCHS), "--validation", "0.1", "--lr", "0.02"]
 
 
