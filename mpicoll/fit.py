@@ -158,14 +158,13 @@ def profile(measured: Measurements) -> Profile:
 def fit(collective: str, rows: Sequence[Row]) -> tuple[Rule, ...]:
     """Rules from rows of growing size.
 
-    For each kind of call that not every algorithm can do there is a race of its own among those that can, and a rule
-    names the winners of all, the widest race first, up to one that can do every call.  Between two sizes at which the
-    winners differ the bound is the geometric mean.
+    For each kind of call that not every algorithm can do there is a race among those that can.  A rule names who wins
+    them, the widest first, but none of a race in which somebody takes part who is named before: he does that call.
+    Between two sizes at which the names differ the bound is the geometric mean.
     """
-    races = [_winners(rows, names) for names in _races(collective)]
-    lists = [
-        _shortest(collective, [*dict.fromkeys(name for name in found if name)]) for found in zip(*races, strict=True)
-    ]
+    races = _races(collective)
+    winners = zip(*(_winners(rows, names) for names in races), strict=True)
+    lists = [_named(races, found) for found in winners]
     rules = []
     for n, (row, names) in enumerate(zip(rows, lists, strict=True)):
         if n + 1 == len(rows):
@@ -186,7 +185,8 @@ def _races(collective: str) -> list[set[str]]:
     ordered = {name for name, row in table.items() if row.rank_order}
     canonical = {name for name, row in table.items() if row.canonical}
     besides = [{NATIVE, SHARED}, {NATIVE}, {SHARED}, set()]
-    return [more | rows for rows in ({*table}, ordered) for more in besides] + [{SHARED} | canonical, canonical]
+    wide = [more | rows for rows in ({*table}, ordered) if rows for more in besides]
+    return [*wide, {SHARED} | canonical, canonical] if canonical else wide
 
 
 def _winners(rows: Sequence[Row], names: set[str]) -> list[str | None]:
@@ -202,10 +202,12 @@ def _winners(rows: Sequence[Row], names: set[str]) -> list[str | None]:
     return found
 
 
-def _shortest(collective: str, names: list[str]) -> tuple[str, ...]:
-    """Up to the first that can do every call: no call comes to what is behind it."""
-    last = next(n for n, name in enumerate(names) if can_do_all(collective, name))
-    return tuple(names[: last + 1])
+def _named(races: Sequence[set[str]], winners: Sequence[str | None]) -> tuple[str, ...]:
+    named: list[str] = []
+    for names, winner in zip(races, winners, strict=True):
+        if winner is not None and names.isdisjoint(named):
+            named.append(winner)
+    return tuple(named)
 
 
 # ---- what they are worth
