@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from launch import IS_OPEN_MPI, mpirun, run
+from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll import fit, tuning
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli import tune as command
@@ -230,6 +230,19 @@ def test_a_long_value_is_not_told_at_length(path):
     whole = json.loads(path.read_text()) | {"mpi": [*range(10_000)]}
     path.write_text(json.dumps(whole))
     assert len(refused(tuning.read, path)) < 300
+
+
+def test_the_documentation_shows_a_profile_and_an_error_as_they_are(path):
+    text = (REPOSITORY / "docs" / "tuning.md").read_text()
+    (shown,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    path.write_text(shown)
+    found = tuning.read(path)
+    assert found.fingerprint == HERE
+    documented = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert [*json.loads(shown), *Rule._fields] == documented
+    path.write_text(shown.replace('"up_to": null', '"up_to": 4096'))
+    contradiction = refused(tuning.read, path).replace(str(path), "p.json")
+    assert f"mpicoll: {contradiction}\n" in text
 
 
 # ---- which one
