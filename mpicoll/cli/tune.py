@@ -19,7 +19,7 @@ from .bench import NEEDED, Numbers, _dtype, pretty
 if TYPE_CHECKING:
     from ..measure import Task
 
-SIZES = [4**n for n in range(1, 13)]  # bytes: 4 B to 16 MiB
+SIZES = [4**n for n in range(1, 12)]  # bytes: 4 B to 4 MiB
 BUDGET = 120.0  # seconds
 DTYPE = "float32"
 ITEM = 4  # bytes
@@ -27,7 +27,7 @@ ITEM = 4  # bytes
 
 @click.command(short_help="Find out what auto does best here.")
 @click.option("--collective", help=f"Which, by commas [default: {','.join(tuning.COLLECTIVES)}].")
-@click.option("--sizes", type=Numbers(), help="Bytes of the whole array to make rules of [default: 4:16M:4].")
+@click.option("--sizes", type=Numbers(), help="Bytes of the whole array to make rules of [default: 4:4M:4].")
 @click.option("--budget", type=click.FloatRange(0, 1e6), help=f"Seconds to measure [default: {BUDGET:g}].")
 @click.option("--seed", type=click.IntRange(0, 2**63), help="Of the data and the order [default: the time].")
 @click.option(
@@ -94,7 +94,7 @@ def tune(
             f"# mpicoll tune: {here}\n# {len(tasks)} sizes of {', '.join(chosen)}; about {budget:g} s, seed {seed}"
         )
         start = time.monotonic()
-        settings = m.Settings(max_time=budget, min_reps=3, warmup=1, seed=seed)
+        settings = m.Settings(max_time=budget, min_reps=5, warmup=1, precision=0.05, seed=seed)
         found = m.compete(comm, [task for task, _ in tasks], settings)
         rows: dict[str, list[fit.Row]] = {name: [] for name in chosen}
         for (task, fitted), us in zip(tasks, found, strict=True):
