@@ -22,7 +22,6 @@ from .tuning import (
     Rule,
     WrongError,
     can_do_all,
-    described,
     fingerprint_in,
     header,
     known_algorithm,
@@ -73,16 +72,25 @@ class Row(NamedTuple):
 
     def ratio(self, name: str, other: str) -> tuple[float, float, float]:
         """How many times as long as the other it takes: median, and 95 % interval."""
-        return _ratio(self.us, name, other)
+        return median(_ratios(self.us, name, other))
+
+    def faster(self, name: str, other: str) -> bool:
+        """Is it faster than the other beyond noise: does the interval exclude 1, and the median in each quarter?
+
+        Neighbors on the machine come and go: repetitions are not as independent as the interval takes them to be.
+        """
+        ratios = _ratios(self.us, other, name)
+        quarters = np.array_split(ratios, min(4, len(ratios)))
+        return median(ratios)[1] > 1 and all(np.median(quarter) > 1 for quarter in quarters)
 
     def fastest(self, names: set[str]) -> str | None:
         """Of these, the one whose median is the least; ``None`` if none was measured."""
         return min((name for name in self.us if name in names), key=lambda name: np.median(self.us[name]), default=None)
 
 
-def _ratio(us: Mapping[str, np.ndarray], name: str, other: str) -> tuple[float, float, float]:
+def _ratios(us: Mapping[str, np.ndarray], name: str, other: str) -> np.ndarray:
     n = min(len(us[name]), len(us[other]))
-    return median(us[name][:n] / us[other][:n])
+    return us[name][:n] / us[other][:n]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +109,8 @@ def read(path: str | os.PathLike[str]) -> Measurements:
 
 def write(measured: Measurements, path: str | os.PathLike[str]) -> None:
     """Make them the file at ``path``, whole or not at all; a line for each row."""
-    head = {"version": 1, **described(measured.fingerprint), "made": measured.made}
-    replace(path, "measurements", head, "rows", {name: [*map(_line, rows)] for name, rows in measured.rows.items()})
+    lines = {name: [*map(_line, rows)] for name, rows in measured.rows.items()}
+    replace(path, "measurements", measured.fingerprint, measured.made, "rows", lines)
 
 
 def _line(row: Row) -> str:
@@ -200,7 +208,7 @@ def _winners(rows: Sequence[Row], names: set[str]) -> list[str | None]:
     found = []
     for row in rows:
         best = row.fastest(names)
-        if held not in row.us or (best is not None and row.ratio(held, best)[1] > 1):
+        if held not in row.us or (best is not None and row.faster(best, held)):
             held = best
         found.append(held)
     return found
@@ -259,7 +267,7 @@ def trial(rules: Sequence[Rule], row: Row) -> Trial:
     """
     name = choice(rules, row)
     halves = [{of: times[first::2] for of, times in row.us.items()} for first in (0, 1)]
-    lost = [{other: _ratio(half, name, other)[0] - 1 for other in half} for half in halves]
+    lost = [{other: float(np.median(_ratios(half, name, other))) - 1 for other in half} for half in halves]
     found = [max(half, key=half.__getitem__) for half in lost]
     penalty = max((lost[1][found[0]] + lost[0][found[1]]) / 2, 0.0)
     best = max(row.us, key=lambda other: row.ratio(name, other)[0]) if penalty else name

@@ -21,6 +21,7 @@ from mpicoll.cli import tune as command
 from mpicoll.cli.app import app
 from mpicoll.errors import UserError
 from mpicoll.fit import Measurements, Row
+from mpicoll.mpi.launch import library_name
 from mpicoll.tuning import NATIVE, SHARED, Fingerprint, Profile, Rule
 
 HERE = Fingerprint("MPICH 5.0.2", "AMD EPYC, 2 cores", (2, 2, 2, 2))
@@ -434,6 +435,15 @@ def test_what_is_beyond_noise_does():
     assert 4 << 4 < before.up_to < 4 << 7
 
 
+def test_a_neighbor_that_comes_for_a_while_does_not_either():
+    us = {"native": np.repeat([10.0, 60, 70, 60], 20), "tree": np.full(80, 20.0)}  # it hits native most
+    row = Row(4, True, NATIVE, us)
+    assert row.ratio("native", "tree")[1] > 1
+    assert not row.faster("tree", "native")
+    assert fit.fit("allreduce", [row]) == (Rule(None, (NATIVE, "tree")),)
+    assert row._replace(us={name: times[20:] for name, times in us.items()}).faster("tree", "native")
+
+
 def test_without_reason_to_leave_it_the_default_is_kept():
     row = steady(4, default="shared", native=3, shared=3, tree=3)
     assert fit.fit("allreduce", [row]) == (Rule(None, (SHARED, NATIVE, "tree")),)
@@ -568,19 +578,19 @@ def test_a_number_that_overflows_is_no_time(tmp_path):
 
 
 def test_sizes_between_those_that_are_fitted():
-    tasks = command._tasks(["allreduce", "allgather"], [4, 16, 64], 3, fitted=True)
+    tasks = command._tasks(["allreduce", "allgather"], [4, 16, 64], 3, None)
     assert [(task.collective, task.count, fitted) for task, fitted in tasks] == [
         *[("allreduce", 1, True), ("allreduce", 3, False), ("allreduce", 4, True), ("allreduce", 12, False)],
         *[("allreduce", 16, True), ("allgather", 3, True), ("allgather", 6, True), ("allgather", 12, False)],
         ("allgather", 18, True),
     ]
-    scored = command._tasks(["allreduce"], command.SIZES, 4, fitted=False)
+    scored = command._tasks(["reduce", "allreduce"], command.SIZES, 4, RULES)
     counts = [task.count for task, _ in scored]
     assert counts == [3 * 4**n for n in range(10)]
     assert not any(fitted for _, fitted in scored)
 
 
-TINY = ["mpicoll", "tune", "--collective", "allreduce,allgather", "--sizes", "4:1K:16", "--budget", "0.5"]
+TINY = ["mpicoll", "tune", "--collective", "allreduce,allgather,allreduce", "--sizes", "4:1K:16", "--budget", "0.5"]
 
 
 def test_it_measures_fits_and_is_found_again(tmp_path):
@@ -625,6 +635,8 @@ def test_it_measures_fits_and_is_found_again(tmp_path):
         (2, "--score missing.json", 1, "profile 'missing.json' cannot be read (No such file or directory)"),
         (2, "--score foreign.json", 1, "profile 'foreign.json' is not for here: it is of MPICH 1"),
         (2, "--score torn.json", 1, "profile 'torn.json': no JSON, or torn, at line 1, column 2"),
+        (2, "--score p.json --sizes 64", 1, "nothing to score: no size between two of --sizes, or no collective"),
+        (2, "--score p.json --collective reduce", 1, "nothing to score: no size between two of --sizes, or no coll"),
         (2, "--out no/where.json", 1, "'no/where.json' cannot be written: there is no folder 'no'"),
         (2, "--out a.json --data a.json", 1, "'a.json' is named twice"),
         (2, "--sizes 900G", 1, "the largest size takes 9000 GiB of memory for each of 2 rank"),
@@ -633,6 +645,8 @@ def test_it_measures_fits_and_is_found_again(tmp_path):
 )
 def test_what_cannot_be_is_one_line(tmp_path, ranks, options, status, message):
     tuning.write(Profile(Fingerprint("MPICH 1", "?", (2,)), RULES, {}), tmp_path / "foreign.json")
+    here = Fingerprint(library_name(), tuning.machine(), (2,))
+    tuning.write(Profile(here, RULES, {}), tmp_path / "p.json")
     (tmp_path / "torn.json").write_text("{")
     before = sorted(tmp_path.iterdir())
     done = mpirun(ranks, ["mpicoll", "tune", *options.split()], tmp_path)
