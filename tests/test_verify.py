@@ -202,6 +202,8 @@ def test_a_table_that_promises_too_little_or_too_much_is_refused():
         verify_algorithm(replace(row, rounds=lambda p: 5), 4)
     with pytest.raises(ScheduleError, match="sends 3/2 of the vector, the table states 1"):
         verify_algorithm(replace(row, sent=lambda p: Fraction(1)), 4)
+    with pytest.raises(ScheduleError, match="adds up 3/4 of the vector, the table states 1"):
+        verify_algorithm(replace(row, added=lambda p: Fraction(1)), 4)
     with pytest.raises(ScheduleError, match="operands do not stand in rank order, the table states they do"):
         verify_algorithm(replace(row, rank_order=True), 4)
     with pytest.raises(ScheduleError, match="not those of the canonical tree, the table states they are"):

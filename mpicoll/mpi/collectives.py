@@ -18,7 +18,7 @@ from .buffers import Part, lengths, name_of, on_device, order_of, parts, specifi
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
 from .plan import Bound, Plan
-from .select import LARGE, PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared, choose, parameters
+from .select import PLAIN, SHARED, Options, Preference, Shared, choose, defaults, parameters
 from .state import (
     Handle,
     NativeHandle,
@@ -100,7 +100,6 @@ def allreduce(
         and op == "sum"
         and segments is None
         and wire is None
-        and x.nbytes < LARGE
         and x.dtype in PLAIN
         and x.flags.carray
         and isinstance(comm, MPI.Intracomm)
@@ -109,7 +108,7 @@ def allreduce(
         and not interrupted
         and comm
         and (level == "header" or level == "off")
-        and (x.nbytes < SHARED_FROM["allreduce"] or comm.size == 1 or x.nbytes < state_of(comm).native_below)
+        and (comm.size == 1 or x.nbytes < state_of(comm).limits["allreduce"].native_below)
     ):
         if level == "off" or comm.size == 1:
             MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
@@ -576,11 +575,9 @@ class Call(NamedTuple):
         """The same by messages, in the same order of additions."""
         if self.sent is not None:
             self.part.flat[:] = self.sent
-        if not self.operation.reduces:
-            return self._replace(row=None, sent=None)
-        return self._decided_again(Options(deterministic=True))
+        return self._decided_again(Options(deterministic=self.operation.reduces), "without sharing")
 
-    def _decided_again(self, options: Options) -> "Call":
+    def _decided_again(self, options: Options, prefer: Preference) -> "Call":
         return decide(
             self.comm,
             self.part,
@@ -590,7 +587,7 @@ class Call(NamedTuple):
             root=self.root,
             cuts=self.cuts,
             result=self.result,
-            prefer="ours",
+            prefer=prefer,
         )
 
     def header(self) -> Header:
@@ -635,7 +632,7 @@ class Call(NamedTuple):
 
     def ours(self) -> "Call":
         """The same by an algorithm of ours, where it is not yet."""
-        return self if isinstance(self.row, Algorithm) else self._decided_again(Options())
+        return self if isinstance(self.row, Algorithm) else self._decided_again(Options(), "ours")
 
     def bind(self, state: State) -> Iterator[Bound]:
         """Its rounds, with scratch memory of their own."""
@@ -732,11 +729,10 @@ def decide(
         check_root(comm, root)
     if options.wire is not None:
         operation = operation.on_wire(options.wire, flat.dtype)
-    state = find_state(comm) if prefer == "fastest" else None
+    state = find_state(comm)
+    rules = state.rules[collective] if state else defaults(collective, comm.size)
     shares = state is not None and state.can_share(collective, options.deterministic, operation)
-    row = choose(
-        collective, options, len(flat), flat.dtype, operation, prefer, shares, state is not None and state.spans
-    )
+    row = choose(collective, options, len(flat), flat.dtype, operation, rules, prefer, shares)
     given = parameters(row, flat.nbytes, root, options.segments)
     if isinstance(row, Algorithm) and options.segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now
