@@ -13,11 +13,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, chain, pairwise
-from math import comb, sqrt
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,18 +28,23 @@ from mpi4py import MPI
 from . import __version__
 from .algorithms import ALGORITHMS
 from .errors import UserError
+from .fit import median, median_ranks
 from .mpi.buffers import is_half
 from .mpi.collectives import cuts_of
 from .mpi.comm import Comm
 from .mpi.guard import on_all
 from .mpi.launch import cores, library_name, node_of
-from .mpi.select import SHARED
+from .mpi.operations import MOVE, operation
+from .mpi.select import SHARED, Options, choose
 from .mpi.state import state_of
+from .tuning import NATIVE, Fingerprint, machine
 
-NATIVE, NULL, SHARED_ARRAYS, SHARED_RESULT = "native", "null", "shared_arrays", "shared_result"
+NULL, SHARED_ARRAYS, SHARED_RESULT = "null", "shared_arrays", "shared_result"
 TIME = "%Y-%m-%d %H:%M:%S"
 BLOCK = 1 << 15  # elements made and compared at a time, so that what is in between stays in the cache
 ALIGNED = 4096  # bytes: where buffers begin
+PASSES = 3  # after the first, for those that have a chance
+HOPELESS = 3  # times as long as the best: no chance
 ENVIRONMENT = (
     *("MPICH_", "MPIR_CVAR_", "OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_", "I_MPI_"),
     *("UCX_", "FI_", "OMP_", "MPICOLL_"),
@@ -107,24 +112,6 @@ class Result:
 
 
 # ---- statistics
-
-
-def median_ranks(n: int) -> tuple[int, int]:
-    """Between which two of ``n`` sorted samples, counted from 0, the median lies with 95 % confidence, whatever the
-    distribution; the first and the last where not even these are enough (n < 6)."""
-    if n > 200:
-        first = int(n / 2 - 0.98 * sqrt(n))
-    else:
-        below = accumulate(comb(n, k) for k in range(n // 2))  # of 2^n cases, in which at most k lie below the median
-        first = max(sum(40 * cases <= 2**n for cases in below) - 1, 0)  # 1/40 on either side
-    return first, n - 1 - first
-
-
-def median(samples: np.ndarray) -> tuple[float, float, float]:
-    """Of independent samples, and the ends of its 95 % confidence interval."""
-    low, high = median_ranks(len(samples))
-    ordered = np.sort(samples)
-    return float(np.median(samples)), float(ordered[low]), float(ordered[high])
 
 
 def summary(us: np.ndarray) -> dict[str, float]:
@@ -310,15 +297,17 @@ def _empty(count: int, dtype: np.dtype) -> np.ndarray:
 def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check: str) -> dict[str, Implementation]:
     """``auto``, the MPI library's own (which cannot add 16-bit floats as we do), and every algorithm of the table.
 
-    Where all ranks share memory also what a ``Comm`` does there with ordinary arrays, with arrays that lie in it, and
-    in an allreduce with one result for all.
+    Where all ranks share memory also what a ``Comm`` does there with ordinary arrays (in an allreduce also where those
+    of each node do), with arrays that lie in it, and in an allreduce with one result for all.
     """
     ours = Comm(comm, check=check)
+    state = state_of(ours)
     found: dict[str, Implementation] = {"auto": partial(call_of, ours)}
     if not (is_half(dtype) and "reduce" in collective):
         found[NATIVE] = partial(call_of, MPI.Intracomm(comm))
-    if state_of(ours).shares:
+    if state.can_share(collective, False, operation("sum", dtype)):
         found[SHARED.name] = partial(call_of, ours, algorithm=SHARED.name)
+    if state.shares:
         found[SHARED_ARRAYS] = Placed(partial(call_of, ours), ours.empty)
         if collective == "allreduce":
             found[SHARED_RESULT] = Placed(partial(_shared_result, ours), ours.empty)
@@ -478,7 +467,78 @@ def _is_enough(rounds: list[np.ndarray], settings: Settings, until: float) -> bo
     return bool(np.all(np.maximum(ordered[high] - middle, middle - ordered[low]) <= settings.precision * middle))
 
 
+# ---- what auto chooses from
+
+
+def untuned(comm: MPI.Intracomm, task: Task) -> str:
+    """The algorithm that ``auto`` is there, with ordinary arrays and no profile."""
+    state, reduces = state_of(Comm(comm)), "reduce" in task.collective
+    done = operation(task.op, task.dtype) if reduces else MOVE
+    shares = reduces and state.can_share(task.collective, False, done)
+    rules = state.defaults(task.collective)
+    row = choose(task.collective, Options(), task.count, task.dtype, done, rules, shares=shares)
+    return row.name if row else NATIVE
+
+
+def compete(comm: MPI.Intracomm, tasks: Sequence[Task], settings: Settings) -> list[dict[str, np.ndarray]]:
+    """For each task the times of all that ``auto`` may choose from, with ordinary arrays; the same on all ranks.
+
+    In a first pass all take turns at each task, in several more those that have a chance there: the more take turns,
+    the less of each call is left in the caches, where a program makes one call and not seven.  Every pass has memory
+    of its own, and tasks come in an order of its own.  Repetitions are paired, and the first are those of the first
+    pass.  An allreduce is in place, as in training, others as far as they must.  A ``UserError`` for a wrong result.
+    """
+    settings = comm.bcast(settings)
+    rng = np.random.default_rng(settings.seed)
+    end = time.monotonic() + settings.max_time
+    left = (1 + PASSES) * len(tasks)
+    found: list[dict[str, np.ndarray]] = [{} for _ in tasks]
+    for n in chain.from_iterable(rng.permutation(len(tasks)) for _ in range(1 + PASSES)):
+        task = tasks[n]
+        subjects = {name: made for name, made in _choices(comm, task).items() if not _hopeless(found[n], name)}
+        if len(subjects) > 1:
+            how = replace(
+                settings,
+                in_place=(task.collective in ("allreduce", "bcast"),),
+                seed=int(rng.integers(2**32)),
+                max_time=(end - time.monotonic()) / left,  # rank 0's counts
+            )
+            for one in measure(comm, subjects, [task], how):
+                if one.wrong:
+                    raise UserError(
+                        f"{one.wrong} wrong elements: {one.name} {task.collective} of {task.count} elements"
+                    )
+                if one.name != NULL:
+                    found[n][one.name] = np.append(found[n].get(one.name, []), one.us)
+        left -= 1
+    return found
+
+
+def _hopeless(found: Mapping[str, np.ndarray], name: str) -> bool:
+    """Does it take ``HOPELESS`` times as long as the best so far, beyond noise?"""
+    if not found:
+        return False
+    best = min(found.values(), key=np.median)
+    n = min(len(best), len(found[name]))
+    return median(found[name][:n] / best[:n])[1] > HOPELESS
+
+
+def _choices(comm: MPI.Intracomm, task: Task) -> dict[str, Implementation]:
+    known = {NATIVE, *ALGORITHMS[task.collective], *([SHARED.name] if "reduce" in task.collective else [])}
+    found = implementations(comm, task.collective, task.dtype, "off")
+    return {name: made for name, made in found.items() if name in known}
+
+
 # ---- the machine
+
+
+def fingerprint(comm: MPI.Intracomm) -> Fingerprint:
+    """What a profile of this job is for; rank 0's machine counts.  A collective call."""
+    node = node_of(comm)
+    firsts = comm.allgather(node.bcast(comm.rank))
+    node.Free()
+    layout = tuple(count for _, count in sorted(Counter(firsts).items()))
+    return Fingerprint(library_name(), comm.bcast(machine()), layout)
 
 
 def last_level_cache() -> int:

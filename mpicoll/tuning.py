@@ -317,29 +317,39 @@ def _file_name(fingerprint: Fingerprint) -> str:
     return f"{name}.json"
 
 
-def find(fingerprint: Fingerprint, whole: bool = True) -> Profile | None:
-    """The profile for here, if there is one.
+def looked_for(fingerprint: Fingerprint) -> tuple[Path, bool] | None:
+    """Which file is its profile, and whether there must be one; ``None`` if none is wanted.
 
-    It is the file that ``MPICOLL_PROFILE`` names (empty or ``none``: no profile at all), or in the folder that it names
-    the one called as ``default_path`` is; else ``default_path``.  A process reads a file once.  A ``UserError`` if it
-    is wrong, or one that was named does not exist.  One that is for elsewhere warns, once, and is none; if only its
-    layout is another, not even that unless this is the ``whole`` job: parts of a job have layouts of their own.
+    ``MPICOLL_PROFILE`` names it, or a folder in which it is called as in ``default_path``, or says ``none`` or nothing.
     """
     named = os.environ.get(VARIABLE)
+    if named is None:
+        return default_path(fingerprint), False
     if named in ("", "none"):
         return None
-    path = default_path(fingerprint) if named is None else Path(named)
-    if named is not None and path.is_dir():
-        path, named = path / _file_name(fingerprint), None
-    if named is None and not path.exists():
+    path = Path(named).absolute()
+    return (path / _file_name(fingerprint), False) if path.is_dir() else (path, True)
+
+
+def find(fingerprint: Fingerprint, whole: bool = True) -> Profile | None:
+    """The profile for here, if there is one; a process reads a file once.
+
+    A ``UserError`` if it is wrong, or named and not there.  One that is for elsewhere warns, once, and is none; if only
+    its layout is another, not even that unless this is the ``whole`` job: parts of a job have layouts of their own.
+    """
+    place = looked_for(fingerprint)
+    if place is None:
         return None
-    profile = _read_once(path.absolute())
+    path, needed = place
+    if not needed and not path.exists():
+        return None
+    profile = _read_once(path)
     why = refusal(profile, fingerprint)
     if why is None:
         return profile
     moved = profile.fingerprint[:2] == fingerprint[:2]
-    if (whole or not moved) and path.absolute() not in _refused:
-        _refused.add(path.absolute())
+    if (whole or not moved) and path not in _refused:
+        _refused.add(path)
         warnings.warn(f"profile {str(path)!r} is not used: {why}", RuntimeWarning, stacklevel=2)
     return None
 

@@ -16,7 +16,7 @@ LAYERS = [
     ["graphs"],
     ["algorithms.fold", "algorithms.ring", "algorithms.circulant", "algorithms.bruck", "algorithms.chain"],
     ["algorithms.doubling", "algorithms.tree", "algorithms.mixing", "algorithms"],
-    ["cost", "tuning", "interpreter", "verify", "draw"],
+    ["cost", "tuning", "fit", "interpreter", "verify", "draw"],
     ["mpi"],
     [
         "mpi.launch",
@@ -45,7 +45,8 @@ LAYERS = [
         "train.strategies",
     ],
     ["train.checkpoint", "train.loop", "train.files", "train.run"],
-    ["cli.bench", "cli.plot", "cli.predict", "cli.report", "cli.show", "cli.train", "cli.verify", "cli.app", "cli"],
+    ["cli.bench", "cli.plot", "cli.predict", "cli.report", "cli.show", "cli.train", "cli.tune", "cli.verify"],
+    ["cli.app", "cli"],
     ["__main__"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]

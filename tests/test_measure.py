@@ -11,6 +11,7 @@ import pytest
 
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli import bench
+from mpicoll.fit import median, median_ranks
 from mpicoll.measure import (
     OPS,
     SYNC,
@@ -19,8 +20,6 @@ from mpicoll.measure import (
     Task,
     _is_enough,
     bandwidths,
-    median,
-    median_ranks,
     memory_share,
     record,
     summary,
@@ -111,7 +110,7 @@ def test_the_command_offers_what_there_is():
 
 
 def test_sizes():
-    convert = bench._Numbers().convert
+    convert = bench.Numbers().convert
     assert convert("64k:1M:4,1000,4", None, None) == [4, 1000, 65536, 262144, 1048576]
     assert convert("3:20", None, None) == [3, 6, 12]
     assert convert("0,7,7", None, None) == [0, 7]

@@ -9,6 +9,7 @@ from .predict import predict
 from .report import report
 from .show import show
 from .train import train
+from .tune import tune
 from .verify import verify
 
 CONTEXT = {"auto_envvar_prefix": "MPICOLL", "help_option_names": ["-h", "--help"]}
@@ -20,8 +21,8 @@ CONTEXT = {"auto_envvar_prefix": "MPICOLL", "help_option_names": ["-h", "--help"
 def app(context: click.Context) -> None:
     """Collective communication and distributed SGD over MPI.
 
-    Start train and bench under a launcher (mpirun -n 4 mpicoll train); the other commands need none.  Every option is
-    an environment variable too: MPICOLL_TRAIN_EPOCHS=5.  MPICOLL_TRACEBACK=1 shows where an error came from.
+    Start train, bench and tune under a launcher (mpirun -n 4 mpicoll train); the other commands need none.  Every
+    option is an environment variable too: MPICOLL_TRAIN_EPOCHS=5.  MPICOLL_TRACEBACK=1 shows where an error came from.
 
     Exit status: 0 done, 1 something is wrong with the input or a rank failed, 2 usage, 130 interrupted.
     """
@@ -29,5 +30,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, bench, plot, predict, show, verify, report):
+for command in (train, bench, tune, plot, predict, show, verify, report):
     app.add_command(command)

@@ -18,11 +18,11 @@ import numpy as np
 from ..algorithms import ALGORITHMS
 from ..errors import UserError
 from ..mpi.launch import world
+from ..tuning import COLLECTIVES, NATIVE
 
 if TYPE_CHECKING:
     from ..measure import Task
 
-COLLECTIVES = [name for name in ALGORITHMS if name != "mix"]
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
 MOST = 100  # sizes
 NEEDED = 10  # times the array, on each rank
@@ -34,12 +34,13 @@ HEAD += f"{'Iterations':>12}{'Wrong':>7}{'algbw':>9}{'busbw':>9}{'memory':>8}{'s
 Record = dict[str, Any]
 
 
-class _Numbers(click.ParamType):
+class Numbers(click.ParamType):
     """As 4,1000,64K:64M or 1K:1M:4, from to and by which factor: sorted."""
 
     name = "list"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """As click has it."""
         found: set[int] = set()
         for item in str(value).upper().split(","):
             match = re.fullmatch(r"(\d{1,12}[KMG]?)(?::(\d{1,12}[KMG]?)(?::(\d{1,6}))?)?", item.strip())
@@ -70,8 +71,8 @@ def _number(text: str) -> int:
     multiple=True,
     help="Which: auto, native, ring, ... or several, by commas; also shared_arrays, and shared_result of allreduce.",
 )
-@click.option("--sizes", type=_Numbers(), help="Bytes of the whole array, as 4,1000,64K:64M or 4:64M:4.")
-@click.option("--count", type=_Numbers(), help="The same in elements [default: 1:4M:4].")
+@click.option("--sizes", type=Numbers(), help="Bytes of the whole array, as 4,1000,64K:64M or 4:64M:4.")
+@click.option("--count", type=Numbers(), help="The same in elements [default: 1:4M:4].")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option("--op", type=click.Choice(["sum", "prod", "max", "min"]), help="If it reduces [default: sum].")
 @click.option("--root", type=click.IntRange(min=0), help="Of reduce and bcast [default: 0].")
@@ -166,8 +167,8 @@ def bench(
         if missing := [name for name in chosen if name not in available]:
             why = f"{missing[0]} has no {collective} of {dtype} that adds as ours do: leave it out"
             alone = f"{missing[0]} needs two ranks or more, all of which share memory"
-            raise UserError(why if missing[0] == m.NATIVE else alone)
-        wanted = {name: made for name, made in available.items() if not chosen or name in (*chosen, m.NATIVE)}
+            raise UserError(why if missing[0] == NATIVE else alone)
+        wanted = {name: made for name, made in available.items() if not chosen or name in (*chosen, NATIVE)}
         how["seed"] = comm.bcast(time.time_ns() % 2**32 if how["seed"] is None else how["seed"])
         settings = m.Settings((False, True) if in_place is None else (in_place,), **how)
         tasks = [m.Task(collective, size, kind, op or "sum", root or 0) for size in sorted(elements)]

@@ -20,7 +20,7 @@ from ..algorithms import find
 from ..errors import MismatchError
 from ..graphs import Graph
 from ..schedule import Schedule
-from ..tuning import COLLECTIVES, Fingerprint, Rules, machine
+from ..tuning import COLLECTIVES, Fingerprint, Rule, Rules, machine
 from ..tuning import find as find_profile
 from . import record
 from .agreement import Agreement, Comparison, Header, Headers
@@ -158,11 +158,13 @@ class State:
     def follow(self, measured: Rules) -> None:
         """From now on these are the rules, and for collectives that have none the defaults; the same on all ranks."""
         for collective in COLLECTIVES:
-            if collective in measured:
-                rules = tuned(collective, measured[collective], self.shares)
-            else:
-                rules = defaults(collective, self.p, self.shares, self.spans, self.node.whole)
+            own = measured.get(collective)
+            rules = tuned(collective, own, self.shares) if own else self.defaults(collective)
             self.rules[collective], self.limits[collective] = rules, limits(rules)
+
+    def defaults(self, collective: str) -> tuple[Rule, ...]:
+        """The rules where nobody has measured."""
+        return defaults(collective, self.p, self.shares, self.spans, self.node.whole)
 
     def _found_rules(self) -> Rules:
         """Those of the profile for here, if there is one: rank 0 looks, and all get what it has found."""

@@ -1,0 +1,211 @@
+"""``mpicoll tune``: measure, make rules of it, and say what they are worth."""
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import fit, tuning
+from ..errors import UserError
+from ..mpi.launch import launched_ranks, world
+from .bench import NEEDED, Numbers, _dtype, pretty
+
+if TYPE_CHECKING:
+    from ..measure import Task
+
+SIZES = [4**n for n in range(1, 13)]  # bytes: 4 B to 16 MiB
+BUDGET = 120.0  # seconds
+DTYPE = "float32"
+ITEM = 4  # bytes
+
+
+@click.command(short_help="Find out what auto does best here.")
+@click.option("--collective", help=f"Which, by commas [default: {','.join(tuning.COLLECTIVES)}].")
+@click.option("--sizes", type=Numbers(), help="Bytes of the whole array to make rules of [default: 4:16M:4].")
+@click.option("--budget", type=click.FloatRange(0, 1e6), help=f"Seconds to measure [default: {BUDGET:g}].")
+@click.option("--seed", type=click.IntRange(0, 2**63), help="Of the data and the order [default: the time].")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="The profile [default: where it is found]."
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path, dir_okay=False), help="The measurements [default: beside the profile]."
+)
+@click.option(
+    "--fit", "source", type=click.Path(path_type=Path), help="Measure nothing, but make rules of these measurements."
+)
+@click.option(
+    "--score",
+    is_flag=False,
+    flag_value="",
+    metavar="[PROFILE]",
+    help="Only measure what a profile is worth [default: the one in use], at sizes between those of --sizes.",
+)
+def tune(
+    collective: str | None,
+    sizes: list[int] | None,
+    budget: float | None,
+    seed: int | None,
+    out: Path | None,
+    data: Path | None,
+    source: Path | None,
+    score: str | None,
+) -> None:
+    """Measure collectives and make a profile, which auto then goes by: mpirun -n 4 mpicoll tune
+
+    The profile is for this MPI, machine and layout of ranks on nodes, and found by itself, or by MPICOLL_PROFILE.  The
+    format, and how rules are made: docs/tuning.md.
+    """
+    chosen = collective.split(",") if collective else [*tuning.COLLECTIVES]
+    if unknown := [name for name in chosen if name not in tuning.COLLECTIVES]:
+        raise click.UsageError(f"--collective {unknown[0]!r} is none of {', '.join(tuning.COLLECTIVES)}")
+    if odd := [size for size in sizes or () if size % ITEM or not size]:
+        raise click.UsageError(f"--sizes: {odd[0]} bytes are no whole number, above 0, of {DTYPE}, {ITEM} bytes each")
+    if score is not None:
+        _leave_out("--score", **{"--fit": source, "--out": out, "--data": data})
+    if source is not None:
+        measuring = {"--collective": collective, "--sizes": sizes, "--budget": budget, "--seed": seed}
+        _leave_out("--fit", **measuring, **{"--data": data})
+        _fit(source, out)
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
+    comm = world()  # before anything imports MPI, which would start it
+    from .. import measure as m
+    from ..mpi.guard import ends_job, on_root
+
+    with ends_job(comm):
+        if comm.size == 1:
+            raise UserError("tune needs two ranks or more: mpirun -n N mpicoll tune")
+        m.check_memory(comm, NEEDED * max(sizes or SIZES))
+        here = m.fingerprint(comm)
+        scored = on_root(comm, lambda: _profile(score, here)) if score is not None else None
+        files = on_root(comm, lambda: _outputs(here, out, data)) if scored is None else None
+        os.environ[tuning.VARIABLE] = "none"  # a profile that there is, right or wrong, is not to be in the way
+        budget = BUDGET if budget is None else budget
+        seed = comm.bcast(time.time_ns() % 2**32 if seed is None else seed)
+        chosen = [name for name in chosen if scored is None or name in scored.rules]
+        tasks = _tasks(chosen, sizes or SIZES, comm.size, fitted=scored is None)
+        click.echo(
+            f"# mpicoll tune: {here}\n# {len(tasks)} sizes of {', '.join(chosen)}; about {budget:g} s, seed {seed}"
+        )
+        start = time.monotonic()
+        settings = m.Settings(max_time=budget, min_reps=3, warmup=1, seed=seed)
+        times = m.compete(comm, [task for task, _ in tasks], settings)
+        rows: dict[str, list[fit.Row]] = {name: [] for name in chosen}
+        for (task, fitted), us in zip(tasks, times, strict=True):
+            rows[task.collective].append(fit.Row(task.count * ITEM, fitted, m.untuned(comm, task), us))
+        facts = {**m.environment(comm), "seconds": round(time.monotonic() - start, 1), "budget": budget, "seed": seed}
+        if scored is not None:
+            click.echo(report(scored.rules, rows), nl=False)
+        if files is not None:
+            on_root(comm, lambda: _write(fit.Measurements(here, _made(facts), rows), *files))
+
+
+def _made(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of what the measurements depend on, what is kept."""
+    kept = ("mpicoll", "git", "mpi4py", "numpy", "python", "kernel", "seconds", "budget", "seed")
+    hosts = [*dict.fromkeys(one["hostname"] for one in facts["devices"])]
+    return {"date": facts["start_time"], **{key: facts[key] for key in kept}, "dtype": DTYPE, "hosts": hosts}
+
+
+def _leave_out(command: str, **options: Any) -> None:
+    if given := [name for name, value in options.items() if value is not None]:
+        raise click.UsageError(f"{command} has no use for {given[0]}: leave it out")
+
+
+def _tasks(collectives: list[str], sizes: list[int], p: int, fitted: bool) -> list[tuple["Task", bool]]:
+    """What to measure, and whether it is to be fitted: the sizes, if so, and one between any two of them."""
+    from .. import measure as m
+
+    between = [(before + 2 * after) // (3 * ITEM) * ITEM for before, after in pairwise(sizes)]
+    found = []
+    for name in collectives:
+        parts = p if name in ("reduce_scatter", "allgather") else 1  # programs mostly have equal ones
+        wanted = {-(-size // (ITEM * parts)) * parts: False for size in between}
+        own = {-(-size // (ITEM * parts)) * parts: True for size in sizes}
+        counts = wanted | own if fitted else {count: False for count in wanted if count not in own}
+        found += [(m.Task(name, count, _dtype(DTYPE)), counts[count]) for count in sorted(counts)]
+    return found
+
+
+def _profile(name: str, here: tuning.Fingerprint) -> tuning.Profile:
+    """The one to be scored: that of this name, or if there is none the one in use."""
+    place = (Path(name), True) if name else tuning.looked_for(here)
+    if place is None:
+        raise UserError(f"{tuning.VARIABLE} says that no profile is wanted: name one, --score PROFILE")
+    profile = tuning.read(place[0])
+    if why := tuning.refusal(profile, here):
+        raise UserError(f"profile {str(place[0])!r} is not for here: {why}")
+    return profile
+
+
+def _outputs(here: tuning.Fingerprint, out: Path | None, data: Path | None) -> tuple[Path, Path]:
+    """Where to write, found out before anything is measured."""
+    if out is None:
+        out = tuning.default_path(here)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = f"the folder {str(out.parent)!r} cannot be made ({error.strerror})"
+            raise UserError(f"{why}: name the profile, --out FILE") from error
+    data = data or out.with_name(f"{out.stem}.measured.json")
+    if out == data:
+        raise UserError(f"{str(out)!r} is named twice: the profile and the measurements need a file each")
+    for path in (out, data):
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise UserError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r} to write to")
+    return out, data
+
+
+def _fit(source: Path, out: Path | None) -> None:
+    if launched_ranks() > 1:
+        raise UserError("tune --fit runs on one process: start it without mpirun")
+    measured = fit.read(source)
+    out, _ = _outputs(measured.fingerprint, out, source)
+    _write(measured, out, None)
+
+
+def _write(measured: fit.Measurements, out: Path, data: Path | None) -> None:
+    """The measurements, if they are new, and the rules that they make; and tell of both."""
+    profile = fit.profile(measured)
+    if data:
+        fit.write(measured, data)
+    tuning.write(profile, out)
+    click.echo(table(profile.rules) + report(profile.rules, measured.rows), nl=False)
+    click.echo(f"{'measurements in ' + str(data) + ', ' if data else ''}profile in {out}")
+
+
+# ---- what is printed
+
+
+def table(rules: tuning.Rules) -> str:
+    """The rules, a line each."""
+    lines = []
+    for collective, own in rules.items():
+        for n, rule in enumerate(own):
+            bound = "any length" if rule.up_to is None else f"up to {pretty(rule.up_to)}"
+            lines.append(f"{'' if n else collective:15}{bound:>18}   {', else '.join(rule.algorithms)}\n")
+    return "".join(lines)
+
+
+def report(rules: tuning.Rules, rows: Mapping[str, Sequence[fit.Row]]) -> str:
+    """What the rules are worth at the sizes that were not fitted: for each collective, and in all."""
+    trials = {name: [fit.trial(rules[name], row) for row in own if not row.fitted] for name, own in rows.items()}
+    trials = {name: own for name, own in trials.items() if own}
+    if not trials:
+        return ""
+    if len(trials) > 1:
+        trials["all"] = [one for own in trials.values() for one in own]
+    lines = [f"# slower than the best by, and how fast, at {len([*trials.values()][-1])} sizes that were not fitted\n"]
+    lines.append(f"# {'':13}{'mean':>7}{'worst':>8}{'untuned=1':>11}{'native=1':>10}{'least':>7}\n")
+    for name, own in trials.items():
+        found = fit.worth(own)
+        worst, least = found.worst, found.least
+        numbers = f"{found.penalty:7.1%}{worst.penalty:8.1%}{found.over_default:11.2f}{found.over_native:10.2f}"
+        where = f"worst {pretty(worst.nbytes)}: {worst.choice} for {worst.best}; least {pretty(least.nbytes)}"
+        lines.append(f"{name:15}{numbers}{least.over_native:7.2f}   {where}\n")
+    return "".join(lines)

@@ -1,0 +1,262 @@
+"""From measurements to rules, and what rules are worth where nothing was fitted; no MPI here.
+
+Compared are always repetitions in which both took their turn: the median of the ratio, and its 95 % interval.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import comb, inf, isqrt, sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .algorithms import ALGORITHMS
+from .tuning import (
+    NATIVE,
+    SHARED,
+    Fingerprint,
+    Profile,
+    Rule,
+    WrongError,
+    can_do_all,
+    described,
+    fingerprint_in,
+    header,
+    known_algorithm,
+    known_collective,
+    members_of,
+    parsed,
+    replace,
+    shown,
+)
+
+LIMIT = 256 << 20  # bytes of a file of measurements
+
+# ---- statistics
+
+
+def median_ranks(n: int) -> tuple[int, int]:
+    """Between which two of ``n`` sorted samples, counted from 0, the median lies with 95 % confidence, whatever the
+    distribution; the first and the last where not even these are enough (n < 6)."""
+    if n > 200:
+        first = int(n / 2 - 0.98 * sqrt(n))
+    else:
+        below = accumulate(comb(n, k) for k in range(n // 2))  # of 2^n cases, in which at most k lie below the median
+        first = max(sum(40 * cases <= 2**n for cases in below) - 1, 0)  # 1/40 on either side
+    return first, n - 1 - first
+
+
+def median(samples: np.ndarray) -> tuple[float, float, float]:
+    """Of independent samples, and the ends of its 95 % confidence interval."""
+    low, high = median_ranks(len(samples))
+    ordered = np.sort(samples)
+    return float(np.median(samples)), float(ordered[low]), float(ordered[high])
+
+
+# ---- measurements
+
+
+class Row(NamedTuple):
+    """A collective at one size: for each algorithm the microseconds of the slowest rank in each repetition.
+
+    Where one has fewer than others, it took part in the first of them only.  Rules are made of what is ``fitted``, and
+    tried on the rest; ``default`` is what would be done without any.
+    """
+
+    nbytes: int
+    fitted: bool
+    default: str
+    us: dict[str, np.ndarray]
+
+    def ratio(self, name: str, other: str) -> tuple[float, float, float]:
+        """How many times as long as the other it takes: median, and 95 % interval."""
+        n = min(len(self.us[name]), len(self.us[other]))
+        return median(self.us[name][:n] / self.us[other][:n])
+
+    def fastest(self, names: set[str]) -> str | None:
+        """Of these, the one whose median is the least; ``None`` if none was measured."""
+        return min((name for name in self.us if name in names), key=lambda name: np.median(self.us[name]), default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """By collective, the shortest array first; where, and how they were ``made``: plain values by any names."""
+
+    fingerprint: Fingerprint
+    made: dict[str, Any]
+    rows: Mapping[str, Sequence[Row]]
+
+
+def read(path: str | os.PathLike[str]) -> Measurements:
+    """What is in a file; a ``UserError`` naming the place in it that is not as it must be."""
+    return parsed(path, "measurements", LIMIT, _measurements)
+
+
+def write(measured: Measurements, path: str | os.PathLike[str]) -> None:
+    """Make them the file at ``path``, whole or not at all; a line for each row."""
+    head = {"version": 1, **described(measured.fingerprint), "made": measured.made}
+    replace(path, "measurements", head, "rows", {name: [*map(_line, rows)] for name, rows in measured.rows.items()})
+
+
+def _line(row: Row) -> str:
+    us = {name: np.round(times, 2).tolist() for name, times in row.us.items()}
+    return json.dumps({"bytes": row.nbytes, "fitted": row.fitted, "default": row.default, "us": us})
+
+
+def _measurements(value: Any) -> Measurements:
+    found = header(value, "rows")
+    given = found["rows"]
+    if not isinstance(given, dict) or not given:
+        raise WrongError(f"rows is {shown(given)}: expected an object, of lists by collective")
+    rows: dict[str, list[Row]] = {}
+    for name, ones in given.items():
+        collective, place = known_collective(name, "a key of rows"), f"rows.{name}"
+        if not isinstance(ones, list):
+            raise WrongError(f"{place} is {shown(ones)}: expected a list")
+        made = [_row(collective, one, f"{place}, row {n}") for n, one in enumerate(ones, 1)]
+        sizes = [row.nbytes for row in made]
+        if sizes != sorted({*sizes}):
+            raise WrongError(f"{place} is in no order: expected bytes that grow")
+        if not any(row.fitted for row in made):
+            raise WrongError(f"{place} has no row that is fitted: there is nothing to make rules of")
+        rows[name] = made
+    return Measurements(fingerprint_in(found), found["made"], rows)
+
+
+def _row(collective: str, given: Any, place: str) -> Row:
+    nbytes, fitted, default, us = members_of(given, place, ("bytes", "fitted", "default", "us")).values()
+    if type(nbytes) is not int or nbytes < 0:
+        raise WrongError(f"{place}, bytes is {shown(nbytes)}: expected a number, 0 or more")
+    if type(fitted) is not bool:
+        raise WrongError(f"{place}, fitted is {shown(fitted)}: expected true or false")
+    if not isinstance(us, dict) or not isinstance(default, str) or not {NATIVE, default} <= {*us}:
+        raise WrongError(f"{place}, us is {shown(us)}: expected times by algorithm, with native and {shown(default)}")
+    for name, times in us.items():
+        known_algorithm(collective, name, f"{place}, us")
+        numbers = isinstance(times, list) and all(type(one) in (int, float) and 0 < one < inf for one in times)
+        if not numbers or not times:
+            raise WrongError(f"{place}, us.{name} is {shown(times)}: expected a list of microseconds above 0")
+    if not any(can_do_all(collective, name) for name in us):
+        raise WrongError(f"{place} has no algorithm that can do every call")
+    return Row(nbytes, fitted, default, {name: np.array(times, float) for name, times in us.items()})
+
+
+# ---- the fit
+
+
+def profile(measured: Measurements) -> Profile:
+    """The rules that measurements make, for where they were made."""
+    rules = {name: fit(name, [row for row in rows if row.fitted]) for name, rows in measured.rows.items()}
+    counts = [len(times) for rows in measured.rows.values() for row in rows if row.fitted for times in row.us.values()]
+    made = {**measured.made, "repetitions": [min(counts), max(counts)]}
+    return Profile(measured.fingerprint, rules, made)
+
+
+def fit(collective: str, rows: Sequence[Row]) -> tuple[Rule, ...]:
+    """Rules from rows of growing size.
+
+    For each kind of call that not every algorithm can do there is a race of its own among those that can, and a rule
+    names the winners of all, the widest race first, up to one that can do every call.  Between two sizes at which the
+    winners differ the bound is the geometric mean.
+    """
+    races = [_winners(rows, names) for names in _races(collective)]
+    lists = [
+        _shortest(collective, [*dict.fromkeys(name for name in found if name)]) for found in zip(*races, strict=True)
+    ]
+    rules = []
+    for n, (row, names) in enumerate(zip(rows, lists, strict=True)):
+        if n + 1 == len(rows):
+            rules.append(Rule(None, names))
+        elif lists[n + 1] != names:
+            rules.append(Rule(isqrt(row.nbytes * rows[n + 1].nbytes), names))
+    return tuple(rules)
+
+
+def _races(collective: str) -> list[set[str]]:
+    """Who may take part in which, from the widest to the narrowest.
+
+    All; 16-bit floats, which the MPI library cannot add as we do; calls that do not wait, and so cannot share memory;
+    operations that do not commute, and deterministic calls, both with shared memory and without.
+    """
+    table = ALGORITHMS[collective]
+    ordered = {name for name, row in table.items() if row.rank_order}
+    canonical = {name for name, row in table.items() if row.canonical}
+    narrow = [ordered | {SHARED}, ordered, canonical | {SHARED}, canonical]
+    return [{NATIVE, SHARED, *table}, {SHARED, *table}, {*table}, *narrow]
+
+
+def _winners(rows: Sequence[Row], names: set[str]) -> list[str | None]:
+    """For each size the fastest, but the one of the size below unless another is faster beyond noise."""
+    held: str | None = None
+    found = []
+    for row in rows:
+        best = row.fastest(names)
+        if held not in row.us or (best is not None and row.ratio(held, best)[1] > 1):
+            held = best
+        found.append(held)
+    return found
+
+
+def _shortest(collective: str, names: list[str]) -> tuple[str, ...]:
+    """Up to the first that can do every call: no call comes to what is behind it."""
+    last = next(n for n, name in enumerate(names) if can_do_all(collective, name))
+    return tuple(names[: last + 1])
+
+
+# ---- what they are worth
+
+
+class Trial(NamedTuple):
+    """Rules at a size: what they choose, which takes ``penalty`` longer than the best there, as a share of its time.
+
+    ``over_default`` and ``over_native`` are how many times as fast the choice is as these.
+    """
+
+    nbytes: int
+    choice: str
+    best: str
+    penalty: float
+    default: str
+    over_default: float
+    over_native: float
+
+
+class Worth(NamedTuple):
+    """Of several trials; ``worst`` is the one of the greatest penalty, ``least`` that which gains least over native.
+
+    Penalties are averaged as they are, gains as ratios are, by the geometric mean.
+    """
+
+    penalty: float
+    worst: Trial
+    over_default: float
+    over_native: float
+    least: Trial
+
+
+def choice(rules: Sequence[Rule], row: Row) -> str:
+    """What the rules take there for a call that every algorithm can do: the first that was measured."""
+    names = next(rule.algorithms for rule in rules if rule.up_to is None or row.nbytes <= rule.up_to)
+    return next(name for name in names if name in row.us)
+
+
+def trial(rules: Sequence[Rule], row: Row) -> Trial:
+    """The rules at that size."""
+    name = choice(rules, row)
+    lost, best = max((row.ratio(name, other)[0] - 1, other) for other in row.us if other != name)
+    lost, best = (lost, best) if lost > 0 else (0.0, name)
+    over = [row.ratio(other, name)[0] for other in (row.default, NATIVE)]
+    return Trial(row.nbytes, name, best, lost, row.default, *over)
+
+
+def worth(trials: Sequence[Trial]) -> Worth:
+    """Of at least one."""
+    penalty = float(np.mean([one.penalty for one in trials]))
+    over_default, over_native = (
+        float(np.exp(np.mean(np.log([getattr(one, of) for one in trials])))) for of in ("over_default", "over_native")
+    )
+    worst, least = max(trials, key=lambda one: one.penalty), min(trials, key=lambda one: one.over_native)
+    return Worth(penalty, worst, over_default, over_native, least)
