@@ -108,13 +108,17 @@ def allreduce(
         and not interrupted
         and comm
         and (level == "header" or level == "off")
-        and (comm.size == 1 or x.nbytes < state_of(comm).limits["allreduce"].native_below)
+        and (
+            comm.size == 1
+            or x.nbytes
+            < (state := getattr(comm, "_state", None) or find_state(comm) or state_of(comm)).limits["allreduce"][0]
+        )
     ):
         if level == "off" or comm.size == 1:
             MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
         else:
             header = native("allreduce", "sum", PLAIN[x.dtype], x.size)
-            compared(state_of(comm), header, MPI.Intracomm.Allreduce, comm, MPI.IN_PLACE, x)
+            compared(state, header, MPI.Intracomm.Allreduce, comm, MPI.IN_PLACE, x)
         return x
     if isinstance(x, (Number, np.generic)):
         scalar = _number(x, op)

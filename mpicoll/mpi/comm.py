@@ -397,7 +397,8 @@ class Comm(MPI.Intracomm):
     def _is_native_best(self, collective: str, measure: Callable[[], int | None]) -> bool:
         """Is the MPI library's own the first choice for so many bytes?  It is where nobody knows how many."""
         state = self._state or state_of(self)
-        if state.limits[collective].native_always or (nbytes := measure()) is None:
+        limits = state.limits[collective]
+        if limits.native_always or (nbytes := measure()) is None or nbytes < limits.native_below:
             return True
         return preferred(state.rules[collective], nbytes)[0] == NATIVE
 
