@@ -6,8 +6,10 @@
 
 Each of several launches takes every implementation in turn, in random order, at every repetition, on fresh data
 that differ by rank, and checks every result exactly.  A repetition begins with a barrier and lasts as long as its
-slowest rank.  Compared is the ratio within a repetition: a machine that is slow for a while is slow for all.  Our calls
-are not compared between the ranks (check="off"); bench/overhead.py says what the default costs.
+slowest rank.  It is one call, as a program makes it that does something else in between; and, measured by itself, ten
+back to back, as the OSU benchmarks make them.  Compared is the ratio within a repetition: a machine that is slow for a
+while is slow for all.  Our calls are not compared between the ranks (check="off"); bench/overhead.py says what the
+default costs.  No profile is used: these are the defaults.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,10 @@ SIZES = [4**n for n in range(1, 14)]  # bytes of float32: 4 B to 64 MiB
 COMPARED = ("native", "auto", "shared_arrays", "shared_result", "recursive_doubling", "circulant")
 """Of what mpicoll bench measures: the more take turns, the less of each call is left in the caches."""
 
-SECONDS = 2  # for each size, checks included, all implementations together, but at least MINIMUM repetitions
+CALLS = (1, 10)  # in a repetition
+SECONDS = 1.5  # for each size, checks included, all implementations together, but at least MINIMUM repetitions
 MINIMUM = 11
+HOW = ("one call at a time", "back to back")
 RESULTS = Path(__file__).parent / "results"
 TORCH = importlib.util.find_spec("torch") is not None
 PICTURE = Path(__file__).parents[1] / "docs" / "allreduce.png"
@@ -93,21 +98,20 @@ def measure() -> dict:
 
         subjects["gloo"] = lambda task, send, recv: partial(dist.all_reduce, from_numpy(recv))
     tasks = [m.Task("allreduce", size // 4, f4) for size in SIZES]
-    settings = m.Settings((True,), max_time=SECONDS * len(SIZES), min_reps=MINIMUM, precision=0, seed=time.time_ns())
     memory = m.memory_bandwidth(comm)
-    found = [one for one in m.measure(comm, subjects, tasks, settings) if one.name != m.NULL]
+    rows, wrong = [], 0
+    for calls in CALLS:
+        seconds = SECONDS * len(SIZES)
+        how = m.Settings((True,), calls, max_time=seconds, min_reps=MINIMUM, precision=0, seed=time.time_ns())
+        found = m.measure(comm, subjects, tasks, how)
+        wrong += sum(one.wrong for one in found)
+        for size in SIZES:
+            here = [one for one in found if one.name != m.NULL and one.task.count * 4 == size]
+            us = {one.name: np.round(one.us, 2).tolist() for one in here}
+            share = {one.name: m.record(one, comm.size, memory)["memory_share"] for one in here}
+            rows.append({"calls": calls, "bytes": size, "us": us, "memory_share": share})
     if dist:
         dist.destroy_process_group()
-    rows = [
-        {
-            "bytes": size,
-            "us": {one.name: np.round(one.us, 2).tolist() for one in here},
-            "memory_share": {one.name: m.record(one, comm.size, memory)["memory_share"] for one in here},
-        }
-        for size in SIZES
-        for here in [[one for one in found if one.task.count * 4 == size]]
-    ]
-    wrong = sum(one.wrong for one in found)
     facts = {"ranks": comm.size, "mpi": library_name(), "memory": memory}
     return {"rank": comm.rank, **facts, "wrong": wrong, "rows": rows}
 
@@ -133,17 +137,23 @@ def machine() -> dict:
 
 
 def summarize(launches: list[dict]) -> list[dict]:
-    """For each number of ranks and size: the native time, and for each other how often its repetitions fit into it.
+    """For each number of ranks, calls in a repetition, and size: the native time, and for each other how often its
+    repetitions fit into it.
 
     The ratio of a launch is the median over its repetitions; given are the launches' median, least and most.  Beside
     it the share of the memory's bandwidth that the median time comes to, the launches' median.
     """
     table = []
     for ranks in sorted({launch["ranks"] for launch in launches}):
-        runs = [{row["bytes"]: row for row in launch["rows"]} for launch in launches if launch["ranks"] == ranks]
-        for size in SIZES:
-            times, shares = ([run[size][what] for run in runs] for what in ("us", "memory_share"))
-            row = {"ranks": ranks, "bytes": size, "repetitions": sum(len(us["native"]) for us in times)}
+        runs = [
+            {(row["calls"], row["bytes"]): row for row in launch["rows"]}
+            for launch in launches
+            if launch["ranks"] == ranks
+        ]
+        for at in product(CALLS, SIZES):
+            times, shares = ([run[at][what] for run in runs] for what in ("us", "memory_share"))
+            row = {"ranks": ranks, "calls": at[0], "bytes": at[1]}
+            row["repetitions"] = sum(len(us["native"]) for us in times)
             row["native_us"] = round(float(np.median([np.median(us["native"]) for us in times])), 2)
             for name in [name for name in times[0] if name != "native"]:
                 ratios = [np.median(np.array(us["native"]) / np.array(us[name])) for us in times]
@@ -166,10 +176,11 @@ def show(record: dict, only: list[str] | None = None) -> None:
     print(f"{', '.join([record['mpi'], *versions])}, mpicoll {m['mpicoll']}, {m['date']}")
     print(f"{m['cpu']}, {m['cores']} cores; {record['launches']} launches each; wrong results: {record['wrong']}")
     print("Speed as a multiple of the MPI library's own (above 1: faster), median of launches (least to most).")
-    for ranks in sorted({row["ranks"] for row in record["table"]}):
-        rows = [row for row in record["table"] if row["ranks"] == ranks]
+    for ranks, calls in sorted({(row["ranks"], row["calls"]) for row in record["table"]}):
+        rows = [row for row in record["table"] if (row["ranks"], row["calls"]) == (ranks, calls)]
         crowded = ", more than cores" if ranks > m["cores"] else ""
-        print(f"\n| {ranks} ranks{crowded} | native us | {' | '.join(names)} |")
+        how = HOW[calls > 1]
+        print(f"\n| {ranks} ranks{crowded}, {how} | native us | {' | '.join(names)} |")
         print("|---:|---:|" + "---|" * len(names))
         for row in rows:
             cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in names]
@@ -180,14 +191,15 @@ def show(record: dict, only: list[str] | None = None) -> None:
 
 
 def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
-    """Speed against size, in log scales, a panel for each record: the median of launches, and from least to most."""
+    """Speed against size, in log scales, a column for each record, a row for each way of calling: the median of
+    launches, and from least to most."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(3.7 * len(records), 6), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(max(3.7 * len(records), 6), 7.6), layout="constrained")
+    axes = figure.subplots(2, len(records), sharex=True, sharey=True, squeeze=False)
     lines = {}
-    for axis, record in zip(axes, records, strict=True):
-        rows = [row for row in record["table"] if row["ranks"] == ranks]
+    for axis, (several, record) in zip(axes.flat, product((True, False), records), strict=True):
+        rows = [row for row in record["table"] if row["ranks"] == ranks and (row["calls"] > 1) == several]
         sizes = [row["bytes"] for row in rows]
         lines["the MPI library's own"] = axis.axhline(1, color="black", lw=1.5)
         for name, (label, color, width) in DRAWN.items():
@@ -203,10 +215,13 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
         axis.yaxis.set_major_formatter(lambda speed, _: f"{speed:g}×" if speed >= 1 else f"1/{1 / speed:g}")
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(record["mpi"], fontsize=11)
-        axis.set_xlabel("size of the array")
+        if several:
+            axis.set_title(record["mpi"], fontsize=11)
+        else:
+            axis.set_xlabel("size of the array")
     m = records[0]["machine"]
-    axes[0].set_ylabel("speed, the MPI library's own = 1")
+    for axis, how in zip(axes[:, 0], reversed(HOW), strict=True):
+        axis.set_ylabel(f"{how}: speed, the MPI library's own = 1")
     figure.suptitle(f"Allreduce of float32, {ranks} ranks on {m['cores']} cores ({m['cpu']})", fontsize=12)
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
@@ -219,7 +234,8 @@ def launched(script: str, ranks: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "launch.json")  # of long output some was lost, under MPICH, twice
         worker = [sys.executable, "-m", "mpi4py", script, "--worker", str(found)]  # one rank failing ends the job
-        subprocess.run([*launcher, *worker], stdout=sys.stderr, check=True, timeout=600)
+        env = {**os.environ, "MPICOLL_PROFILE": "none"}
+        subprocess.run([*launcher, *worker], stdout=sys.stderr, check=True, timeout=600, env=env)
         return json.loads(found.read_text())
 
 

@@ -26,7 +26,7 @@ def test_a_launch_measures_and_checks_every_result(tmp_path):
     assert done.status == 0, done.err
     launch = json.loads((tmp_path / "found.json").read_text())
     assert (launch["ranks"], launch["wrong"]) == (2, 0)
-    assert sorted(row["bytes"] for row in launch["rows"]) == [4, 4096]
+    assert [(row["calls"], row["bytes"]) for row in launch["rows"]] == [(1, 4), (1, 4096), (10, 4), (10, 4096)]
     for row in launch["rows"]:
         names = {"mpi4py ring", "native", "auto", *SHARED, "recursive_doubling", "circulant", *GLOO}
         assert set(row["us"]) == names
@@ -43,7 +43,7 @@ def test_a_wrong_result_is_counted(tmp_path):
     )
     done = mpirun(2, [sys.executable, "-c", broken, REPOSITORY / "bench", "--worker", "found.json"], tmp_path)
     assert done.status == 0, done.err
-    assert json.loads((tmp_path / "found.json").read_text())["wrong"] >= 2 * 11
+    assert json.loads((tmp_path / "found.json").read_text())["wrong"] >= 2 * 2 * 11
 
 
 @pytest.fixture
@@ -51,6 +51,7 @@ def allreduce(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "bench")
     module = importlib.import_module("allreduce")
     monkeypatch.setattr(module, "SIZES", [4, 1 << 20])
+    monkeypatch.setattr(module, "CALLS", (1,))
     return module
 
 
@@ -58,7 +59,7 @@ def launch(slow=1.0, ranks=2):
     """Of ring three times as fast as native at 4 B, and half as fast at 1 MiB; the machine is slow for a while."""
     while_ = np.array([1.0, 1, 1, 10, 10, 10, 10]) * slow
     rows = [
-        {"bytes": size, "us": {"native": (native * while_).tolist(), "ring": (ring * while_).tolist()}}
+        {"calls": 1, "bytes": size, "us": {"native": (native * while_).tolist(), "ring": (ring * while_).tolist()}}
         for size, native, ring in ((4, 3, 1), (1 << 20, 100, 200))
     ]
     return {"ranks": ranks, "rows": [{**row, "memory_share": {"native": 0.25, "ring": 0.5 * slow}} for row in rows]}
@@ -84,8 +85,11 @@ def test_a_record_is_shown_and_drawn(allreduce, tmp_path, capsys):
     record["memory"] = {"2": [20.0, 19.0, 21.0], "4": [10.0, 9.0, 11.0]}
     allreduce.show(record)
     out = capsys.readouterr().out
-    assert "| 2 ranks | native us | ring |\n|---:|---:|---|\n| 4 B | 30.0 | 3.00 (3.00 to 3.00) |" in out
-    assert "| 4 ranks, more than cores |" in out
+    assert (
+        "| 2 ranks, one call at a time | native us | ring |\n|---:|---:|---|\n| 4 B | 30.0 | 3.00 (3.00 to 3.00) |"
+        in out
+    )
+    assert "| 4 ranks, more than cores, one call at a time |" in out
     assert "bandwidth, 20.0 GB/s a rank (19.0 to 21.0), at 1 MiB: native 0.25, ring 0.50" in out
     for row in table:
         row["auto"] = row["ring"]
