@@ -102,7 +102,7 @@ def write(measured: Measurements, path: str | os.PathLike[str]) -> None:
 
 
 def _line(row: Row) -> str:
-    us = {name: np.round(times, 2).tolist() for name, times in row.us.items()}
+    us = {name: times.tolist() for name, times in row.us.items()}
     return json.dumps({"bytes": row.nbytes, "fitted": row.fitted, "default": row.default, "us": us})
 
 
@@ -178,19 +178,21 @@ def fit(collective: str, rows: Sequence[Row]) -> tuple[Rule, ...]:
 def _races(collective: str) -> list[set[str]]:
     """Who may take part in which, from the widest to the narrowest.
 
-    All; 16-bit floats, which the MPI library cannot add as we do; calls that do not wait, and so cannot share memory;
-    operations that do not commute, and deterministic calls, both with shared memory and without.
+    A call may go to the MPI library, but not if it is to add 16-bit floats as we do, or to be deterministic; to shared
+    memory, but not if it does not wait, or the operation is the program's own; and to all rows of the table, or those
+    that add in the order of ranks, or in the canonical one.
     """
     table = ALGORITHMS[collective]
     ordered = {name for name, row in table.items() if row.rank_order}
     canonical = {name for name, row in table.items() if row.canonical}
-    narrow = [ordered | {SHARED}, ordered, canonical | {SHARED}, canonical]
-    return [{NATIVE, SHARED, *table}, {SHARED, *table}, {*table}, *narrow]
+    besides = [{NATIVE, SHARED}, {NATIVE}, {SHARED}, set()]
+    return [more | rows for rows in ({*table}, ordered) for more in besides] + [{SHARED} | canonical, canonical]
 
 
 def _winners(rows: Sequence[Row], names: set[str]) -> list[str | None]:
-    """For each size the fastest, but the one of the size below unless another is faster beyond noise."""
-    held: str | None = None
+    """For each size the fastest, but the one of the size below, and at first the default, unless another is faster
+    beyond noise."""
+    held: str | None = rows[0].default if rows[0].default in names else None
     found = []
     for row in rows:
         best = row.fastest(names)

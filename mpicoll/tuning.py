@@ -295,12 +295,11 @@ def _rule(collective: str, given: Any, place: str) -> Rule:
 def refusal(profile: Profile, fingerprint: Fingerprint) -> str | None:
     """Why the profile is not for here, in one line; ``None`` if it is."""
     theirs, ours = profile.fingerprint, fingerprint
-    layouts = nodes(theirs.layout), nodes(ours.layout)
-    pairs = [(theirs.mpi, ours.mpi), (theirs.machine, ours.machine), layouts]
-    if theirs == ours:
-        return None
-    said = "; ".join(f"it is of {one}, here is {other}" for one, other in pairs if one != other)
-    return f"{said}: tune again, mpirun -n {sum(ours.layout)} mpicoll tune"
+    pairs = [(theirs.mpi, ours.mpi), (theirs.machine, ours.machine)]
+    said = [f"it is of {one}, here is {other}" for one, other in pairs if one != other]
+    if theirs.layout != ours.layout:
+        said.append(f"it is of {nodes(theirs.layout)}, here is {nodes(ours.layout)}")
+    return f"{'; '.join(said)}: tune again, mpirun -n {sum(ours.layout)} mpicoll tune" if said else None
 
 
 def default_path(fingerprint: Fingerprint) -> Path:

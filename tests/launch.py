@@ -44,7 +44,7 @@ def run(
     """
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     full = {**os.environ, **OPEN_MPI, "PATH": path, "PYTHONPATH": str(REPOSITORY)}
-    full |= {"PYTHONWARNINGS": f"ignore:{CROWDED}", **(env or {})}
+    full |= {"PYTHONWARNINGS": f"ignore:{CROWDED}", "MPICOLL_PROFILE": "none", **(env or {})}
     start = time.monotonic()
     process = subprocess.Popen(
         [str(part) for part in command],

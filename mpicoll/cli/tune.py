@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 from .. import fit, tuning
 from ..errors import UserError
@@ -94,10 +95,11 @@ def tune(
         )
         start = time.monotonic()
         settings = m.Settings(max_time=budget, min_reps=3, warmup=1, seed=seed)
-        times = m.compete(comm, [task for task, _ in tasks], settings)
+        found = m.compete(comm, [task for task, _ in tasks], settings)
         rows: dict[str, list[fit.Row]] = {name: [] for name in chosen}
-        for (task, fitted), us in zip(tasks, times, strict=True):
-            rows[task.collective].append(fit.Row(task.count * ITEM, fitted, m.untuned(comm, task), us))
+        for (task, fitted), us in zip(tasks, found, strict=True):
+            kept = {name: np.round(times, 2) for name, times in us.items()}  # as in the file
+            rows[task.collective].append(fit.Row(task.count * ITEM, fitted, m.untuned(comm, task), kept))
         facts = {**m.environment(comm), "seconds": round(time.monotonic() - start, 1), "budget": budget, "seed": seed}
         if scored is not None:
             click.echo(report(scored.rules, rows), nl=False)
@@ -206,6 +208,7 @@ def report(rules: tuning.Rules, rows: Mapping[str, Sequence[fit.Row]]) -> str:
         found = fit.worth(own)
         worst, least = found.worst, found.least
         numbers = f"{found.penalty:7.1%}{worst.penalty:8.1%}{found.over_default:11.2f}{found.over_native:10.2f}"
-        where = f"worst {pretty(worst.nbytes)}: {worst.choice} for {worst.best}; least {pretty(least.nbytes)}"
+        where = f"worst {pretty(worst.nbytes)}: {worst.choice} for {worst.best}; " if worst.penalty else ""
+        where += f"least {pretty(least.nbytes)}"
         lines.append(f"{name:15}{numbers}{least.over_native:7.2f}   {where}\n")
     return "".join(lines)
