@@ -195,11 +195,12 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
     launches, and from least to most."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(3.7 * len(records), 6), 7.6), layout="constrained")
-    axes = figure.subplots(2, len(records), sharex=True, sharey=True, squeeze=False)
+    ways = sorted({row["calls"] for row in records[0]["table"]}, reverse=True)
+    figure = Figure(figsize=(max(3.7 * len(records), 6), 1 + 3.5 * len(ways)), layout="constrained")
+    axes = figure.subplots(len(ways), len(records), sharex=True, sharey=True, squeeze=False)
     lines = {}
-    for axis, (several, record) in zip(axes.flat, product((True, False), records), strict=True):
-        rows = [row for row in record["table"] if row["ranks"] == ranks and (row["calls"] > 1) == several]
+    for axis, (calls, record) in zip(axes.flat, product(ways, records), strict=True):
+        rows = [row for row in record["table"] if (row["ranks"], row["calls"]) == (ranks, calls)]
         sizes = [row["bytes"] for row in rows]
         lines["the MPI library's own"] = axis.axhline(1, color="black", lw=1.5)
         for name, (label, color, width) in DRAWN.items():
@@ -215,13 +216,13 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
         axis.yaxis.set_major_formatter(lambda speed, _: f"{speed:g}×" if speed >= 1 else f"1/{1 / speed:g}")
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        if several:
-            axis.set_title(record["mpi"], fontsize=11)
-        else:
-            axis.set_xlabel("size of the array")
+    for axis, record in zip(axes[0], records, strict=True):
+        axis.set_title(record["mpi"], fontsize=11)
+    for axis in axes[-1]:
+        axis.set_xlabel("size of the array")
+    for axis, calls in zip(axes[:, 0], ways, strict=True):
+        axis.set_ylabel(f"{HOW[calls > 1]}: speed, the MPI library's own = 1")
     m = records[0]["machine"]
-    for axis, how in zip(axes[:, 0], reversed(HOW), strict=True):
-        axis.set_ylabel(f"{how}: speed, the MPI library's own = 1")
     figure.suptitle(f"Allreduce of float32, {ranks} ranks on {m['cores']} cores ({m['cpu']})", fontsize=12)
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
