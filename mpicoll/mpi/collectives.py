@@ -13,7 +13,7 @@ from ..algorithms import Algorithm
 from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
 from . import operations, record
-from .agreement import Header, Headers, check_level, level_of, native
+from .agreement import Header, Headers, check_level, header_of, level_of
 from .buffers import Part, lengths, name_of, on_device, order_of, parts, specification, vector
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
@@ -117,7 +117,7 @@ def allreduce(
         if level == "off" or comm.size == 1:
             MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
         else:
-            header = native("allreduce", "sum", PLAIN[x.dtype], x.size)
+            header = header_of("allreduce", "sum", PLAIN[x.dtype], x.size)
             compared(state, header, MPI.Intracomm.Allreduce, comm, MPI.IN_PLACE, x)
         return x
     if isinstance(x, (Number, np.generic)):
@@ -496,7 +496,7 @@ def on_node(
     """A reduction in memory that all ranks share, of arrays that nothing is wrong with, as ``compared`` has it."""
     flat, at = recv.reshape(-1), root or 0
     args = collective, (flat if send is recv else send.reshape(-1)), flat, operation, at
-    header = native(collective, operation.name, PLAIN[recv.dtype], recv.size, root, SHARED.name)
+    header = header_of(collective, operation.name, PLAIN[recv.dtype], recv.size, root, SHARED.name)
     if not (recorded if level == "off" else compared)(state, header, state.on_node, state.node.run, *args):
         part = Part(flat)
         Call(collective, comm, state.p, part, operation, SHARED, {}, root, sent=args[1]).without_sharing().run()

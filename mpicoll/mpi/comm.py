@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from ..tuning import NATIVE
 from . import operations, record
-from .agreement import Header, check_level, level_of, native
+from .agreement import Header, check_level, header_of, level_of
 from .buffers import (
     REFUSALS,
     Part,
@@ -175,7 +175,7 @@ class Comm(MPI.Intracomm):
                 if value is not None:
                     made[0][...] = value
 
-            return [Native(native(name, "", "", None), make)]
+            return [Native(header_of(name, "", "", None), make)]
 
         with whole(self):
             run(agreed(self, None, name, None, calls))
@@ -212,7 +212,7 @@ class Comm(MPI.Intracomm):
             and not interrupted
         ):
             state, flat = self._state, x.reshape(-1)
-            header = native("allreduce_shared", quick.name, PLAIN[x.dtype], x.size, algorithm=SHARED.name)
+            header = header_of("allreduce_shared", quick.name, PLAIN[x.dtype], x.size, algorithm=SHARED.name)
             how = recorded if level == "off" else compared
             result = how(state, header, state.on_node, state.node.allreduce, flat, quick)
             if result is not None:
@@ -228,7 +228,7 @@ class Comm(MPI.Intracomm):
             def call() -> None:
                 reduced.append(self._reduced(flat, found))
 
-            header = native("allreduce_shared", found.name, dtype_name(flat.dtype), len(flat), algorithm=SHARED.name)
+            header = header_of("allreduce_shared", found.name, dtype_name(flat.dtype), len(flat), algorithm=SHARED.name)
             return [Native(header, call)]
 
         with whole(self):
@@ -379,7 +379,7 @@ class Comm(MPI.Intracomm):
         def calls() -> list[Any]:
             check_root(self, root)
             if unseen:
-                header = native("bcast", "", *payload(buf, receives), int(index(root)))
+                header = header_of("bcast", "", *payload(buf, receives), int(index(root)))
                 return [Native(header, self._natively("Bcast", buf, root))]
             if untold:
                 part = as_bytes(buf, not receives, receives)
@@ -433,7 +433,7 @@ class Comm(MPI.Intracomm):
                     count //= self.size
                 elif count is not None and count * self.size != described(sendbuf)[1]:
                     dtype, count = f"{described(sendbuf)} to send and {described(recvbuf)} to receive", None
-                header = native("reduce_scatter_block", name_of(op), f"{dtype} a rank", count)
+                header = header_of("reduce_scatter_block", name_of(op), f"{dtype} a rank", count)
                 return [Native(header, self._natively("Reduce_scatter_block", sendbuf, recvbuf, op))]
             received = vector(recvbuf)
             count = len(received) // self.size if sendbuf is MPI.IN_PLACE else len(received)
@@ -560,7 +560,7 @@ class Comm(MPI.Intracomm):
                     )
                 if untold and each is not None:
                     return [self._gathering_bytes(sendbuf, recvbuf, each)]
-                header = native("allgather", "", f"{dtype} a rank", each)
+                header = header_of("allgather", "", f"{dtype} a rank", each)
                 return [Native(header, self._natively("Allgather", sendbuf, recvbuf))]
             received = vector(of_blocks(recvbuf, self.size))
             sent = None if is_in_place(sendbuf) else vector(sendbuf, writable=False)
@@ -629,7 +629,7 @@ class Comm(MPI.Intracomm):
         try:
             received, counts, _ = blocks(recvbuf, self.size)
         except (TypeError, ValueError, BufferError, KeyError) as error:
-            return native("allgatherv", "", str(error), None)
+            return header_of("allgatherv", "", str(error), None)
         size = received.dtype.itemsize
         cuts = cuts_of([count * size for count in counts], None, self.size)
         sent = None if is_in_place(sendbuf) else payload(sendbuf)
@@ -661,7 +661,7 @@ class Comm(MPI.Intracomm):
             if count is not None and receives and not in_place and look(sendbuf) != (what, count):
                 what, count = f"{look(sendbuf)} to send and {look(target)} to receive", None
             at = None if root is None else int(index(root))
-            header = native(collective, name_of(cast(MPI.Op, op)), what if count != 0 else "", count, at)
+            header = header_of(collective, name_of(cast(MPI.Op, op)), what if count != 0 else "", count, at)
             return [Native(header, self._natively(method, sendbuf, recvbuf, op, *ending))]
 
         def calls() -> list[Any]:
@@ -730,8 +730,8 @@ def _header(collective: str, x: np.ndarray, op: MPI.Op, root: int | None = None)
     """Of a small call, as any other way to make it has it: what a user-defined operation takes is told by its bytes."""
     name = name_of(op)
     if name == "user-defined":
-        return native(collective, name, "bytes", x.nbytes, root)
-    return native(collective, name, PLAIN[x.dtype], x.size, root)
+        return header_of(collective, name, "bytes", x.nbytes, root)
+    return header_of(collective, name, PLAIN[x.dtype], x.size, root)
 
 
 def _are_alike(x: Any, other: np.ndarray, level: str) -> bool:
