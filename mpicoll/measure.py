@@ -43,7 +43,7 @@ NULL, SHARED_ARRAYS, SHARED_RESULT = "null", "shared_arrays", "shared_result"
 TIME = "%Y-%m-%d %H:%M:%S"
 BLOCK = 1 << 15  # elements made and compared at a time, so that what is in between stays in the cache
 ALIGNED = 4096  # bytes: where buffers begin
-PASSES = 3  # after the first, for those that have a chance
+PASSES = 4  # over all sizes; in the first two all take part, in the others those that have a chance
 HOPELESS = 3  # times as long as the best: no chance
 ENVIRONMENT = (
     *("MPICH_", "MPIR_CVAR_", "OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_", "I_MPI_"),
@@ -488,25 +488,28 @@ def untuned(comm: MPI.Intracomm, task: Task) -> str:
 def compete(comm: MPI.Intracomm, tasks: Sequence[Task], settings: Settings) -> list[dict[str, np.ndarray]]:
     """For each task the times of all that ``auto`` may choose from, with ordinary arrays; the same on all ranks.
 
-    In a first pass all take turns at each task, in several more those that have a chance there: the more take turns,
-    the less of each call is left in the caches, where a program makes one call and not seven.  Every pass has memory
-    of its own, and tasks come in an order of its own.  Repetitions are paired, and the first are those of the first
-    pass.  An allreduce is in place, as in training, others as far as they must.  A ``UserError`` for a wrong result.
+    In two passes all take turns at each task, in two more those that have a chance there: the more take turns, the less
+    of each call is left in the caches, where a program makes one call and not seven.  Every pass has memory of its own,
+    and tasks come in an order of its own; a neighbor on the machine seldom spoils two of them at a task.  Repetitions
+    are paired, and the first are those of all.  An allreduce is in place, as in training, others as far as they must.
+    A ``UserError`` for a wrong result.
     """
     settings = comm.bcast(settings)
     rng = np.random.default_rng(settings.seed)
     end = time.monotonic() + settings.max_time
-    left = (1 + PASSES) * len(tasks)
+    turns = [(again, n) for again in range(PASSES) for n in rng.permutation(len(tasks))]
     found: list[dict[str, np.ndarray]] = [{} for _ in tasks]
-    for n in chain.from_iterable(rng.permutation(len(tasks)) for _ in range(1 + PASSES)):
+    for done, (again, n) in enumerate(turns):
         task = tasks[n]
-        subjects = {name: made for name, made in _choices(comm, task).items() if not _hopeless(found[n], name)}
+        subjects = _choices(comm, task)
+        if again >= PASSES // 2:
+            subjects = {name: made for name, made in subjects.items() if not _hopeless(found[n], name)}
         if len(subjects) > 1:
             how = replace(
                 settings,
                 in_place=(task.collective in ("allreduce", "bcast"),),
                 seed=int(rng.integers(2**32)),
-                max_time=(end - time.monotonic()) / left,  # rank 0's counts
+                max_time=(end - time.monotonic()) / (len(turns) - done),  # rank 0's counts
             )
             for one in measure(comm, subjects, [task], how):
                 if one.wrong:
@@ -515,14 +518,11 @@ def compete(comm: MPI.Intracomm, tasks: Sequence[Task], settings: Settings) -> l
                     )
                 if one.name != NULL:
                     found[n][one.name] = np.append(found[n].get(one.name, []), one.us)
-        left -= 1
     return found
 
 
 def _hopeless(found: Mapping[str, np.ndarray], name: str) -> bool:
     """Does it take ``HOPELESS`` times as long as the best so far, beyond noise?"""
-    if not found:
-        return False
     best = min(found.values(), key=np.median)
     n = min(len(best), len(found[name]))
     return median(found[name][:n] / best[:n])[1] > HOPELESS

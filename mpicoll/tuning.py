@@ -105,8 +105,8 @@ def read(path: str | os.PathLike[str]) -> Profile:
 
 def write(profile: Profile, path: str | os.PathLike[str]) -> None:
     """Make it the file at ``path``, which at any moment is the one that was there, or the new one, whole."""
-    head = {"version": VERSION, **described(profile.fingerprint), "made": profile.made}
-    replace(path, "profile", head, "rules", {name: [*map(_line, rules)] for name, rules in profile.rules.items()})
+    lines = {name: [*map(_line, rules)] for name, rules in profile.rules.items()}
+    replace(path, "profile", profile.fingerprint, profile.made, "rules", lines)
 
 
 def _line(rule: Rule) -> str:
@@ -114,11 +114,17 @@ def _line(rule: Rule) -> str:
 
 
 def replace(
-    path: str | os.PathLike[str], what: str, head: dict[str, Any], key: str, lines: dict[str, list[str]]
+    path: str | os.PathLike[str],
+    what: str,
+    fingerprint: Fingerprint,
+    made: dict[str, Any],
+    key: str,
+    lines: dict[str, list[str]],
 ) -> None:
-    """Write JSON that people can read: ``head``, and under ``key`` lists, a line for each item; whole or not at all."""
-    lists = [f"  {json.dumps(name)}: [\n   " + ",\n   ".join(items) + "\n  ]" for name, items in lines.items()]
+    """Write JSON that people can read, with lists under ``key`` that have a line for each item; whole or not at all."""
+    head = {"version": VERSION, **fingerprint._asdict(), "made": made}
     members = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    lists = [f"  {json.dumps(name)}: [\n   " + ",\n   ".join(items) + "\n  ]" for name, items in lines.items()]
     members.append(f" {json.dumps(key)}: {{\n" + ",\n".join(lists) + "\n }")
     text = "{\n" + ",\n".join(members) + "\n}\n"
     real = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
@@ -217,11 +223,6 @@ def header(value: Any, *keys: str) -> dict[str, Any]:
     if not isinstance(found["made"], dict):
         raise WrongError(f"made is {shown(found['made'])}: expected an object")
     return found
-
-
-def described(fingerprint: Fingerprint) -> dict[str, Any]:
-    """Its part of a file."""
-    return {**fingerprint._asdict(), "layout": [*fingerprint.layout]}
 
 
 def fingerprint_in(found: dict[str, Any]) -> Fingerprint:

@@ -19,7 +19,7 @@ from .bench import NEEDED, Numbers, _dtype, pretty
 if TYPE_CHECKING:
     from ..measure import Task
 
-SIZES = [4**n for n in range(1, 13)]  # bytes: 4 B to 16 MiB
+SIZES = [4**n for n in range(1, 12)]  # bytes: 4 B to 4 MiB
 BUDGET = 120.0  # seconds
 DTYPE = "float32"
 ITEM = 4  # bytes
@@ -27,7 +27,7 @@ ITEM = 4  # bytes
 
 @click.command(short_help="Find out what auto does best here.")
 @click.option("--collective", help=f"Which, by commas [default: {','.join(tuning.COLLECTIVES)}].")
-@click.option("--sizes", type=Numbers(), help="Bytes of the whole array to make rules of [default: 4:16M:4].")
+@click.option("--sizes", type=Numbers(), help="Bytes of the whole array to make rules of [default: 4:4M:4].")
 @click.option("--budget", type=click.FloatRange(0, 1e6), help=f"Seconds to measure [default: {BUDGET:g}].")
 @click.option("--seed", type=click.IntRange(0, 2**63), help="Of the data and the order [default: the time].")
 @click.option(
@@ -61,7 +61,7 @@ def tune(
     The profile is for this MPI, machine and layout of ranks on nodes, and found by itself, or by MPICOLL_PROFILE.  The
     format, and how rules are made: docs/tuning.md.
     """
-    chosen = collective.split(",") if collective else [*tuning.COLLECTIVES]
+    chosen = [*dict.fromkeys(collective.split(",") if collective else tuning.COLLECTIVES)]
     if unknown := [name for name in chosen if name not in tuning.COLLECTIVES]:
         raise click.UsageError(f"--collective {unknown[0]!r} is none of {', '.join(tuning.COLLECTIVES)}")
     if odd := [size for size in sizes or () if size % ITEM or not size]:
@@ -88,15 +88,14 @@ def tune(
         os.environ[tuning.VARIABLE] = "none"  # a profile that there is, right or wrong, is not to be in the way
         budget = BUDGET if budget is None else budget
         seed = comm.bcast(time.time_ns() % 2**32 if seed is None else seed)
-        chosen = [name for name in chosen if scored is None or name in scored.rules]
-        tasks = _tasks(chosen, sizes or SIZES, comm.size, fitted=scored is None)
+        tasks = _tasks(chosen, sizes or SIZES, comm.size, scored.rules if scored else None)
+        rows: dict[str, list[fit.Row]] = {task.collective: [] for task, _ in tasks}
         click.echo(
-            f"# mpicoll tune: {here}\n# {len(tasks)} sizes of {', '.join(chosen)}; about {budget:g} s, seed {seed}"
+            f"# mpicoll tune: {here}\n# {len(tasks)} sizes of {', '.join(rows)}; about {budget:g} s, seed {seed}"
         )
         start = time.monotonic()
-        settings = m.Settings(max_time=budget, min_reps=3, warmup=1, seed=seed)
+        settings = m.Settings(max_time=budget, min_reps=5, warmup=1, precision=0.05, seed=seed)
         found = m.compete(comm, [task for task, _ in tasks], settings)
-        rows: dict[str, list[fit.Row]] = {name: [] for name in chosen}
         for (task, fitted), us in zip(tasks, found, strict=True):
             kept = {name: np.round(times, 2) for name, times in us.items()}  # as in the file
             rows[task.collective].append(fit.Row(task.count * ITEM, fitted, m.untuned(comm, task), kept))
@@ -119,18 +118,23 @@ def _leave_out(command: str, **options: Any) -> None:
         raise click.UsageError(f"{command} has no use for {given[0]}: leave it out")
 
 
-def _tasks(collectives: list[str], sizes: list[int], p: int, fitted: bool) -> list[tuple["Task", bool]]:
-    """What to measure, and whether it is to be fitted: the sizes, if so, and one between any two of them."""
+def _tasks(collectives: list[str], sizes: list[int], p: int, scored: tuning.Rules | None) -> list[tuple["Task", bool]]:
+    """What to measure, and whether it is to be fitted: the sizes, and one between any two of them, which is not.
+
+    If rules are scored only the latter, of collectives that they are for.
+    """
     from .. import measure as m
 
     between = [(before + 2 * after) // (3 * ITEM) * ITEM for before, after in pairwise(sizes)]
     found = []
     for name in collectives:
         parts = p if name in ("reduce_scatter", "allgather") else 1  # programs mostly have equal ones
-        wanted = {-(-size // (ITEM * parts)) * parts: False for size in between}
-        own = {-(-size // (ITEM * parts)) * parts: True for size in sizes}
-        counts = wanted | own if fitted else {count: False for count in wanted if count not in own}
-        found += [(m.Task(name, count, _dtype(DTYPE)), counts[count]) for count in sorted(counts)]
+        counts = {-(-size // (ITEM * parts)) * parts: size in sizes for size in (*between, *sizes)}
+        for count, fitted in sorted(counts.items()):
+            if scored is None or (name in scored and not fitted):
+                found.append((m.Task(name, count, _dtype(DTYPE)), fitted))
+    if not found:
+        raise UserError("nothing to score: no size between two of --sizes, or no collective that the profile is for")
     return found
 
 

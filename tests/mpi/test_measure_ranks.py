@@ -1,5 +1,6 @@
 """The engine of mpicoll bench: what is right is found right, what is wrong is counted, and all ranks agree."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -7,21 +8,30 @@ import pytest
 from ml_dtypes import bfloat16
 from mpi4py import MPI
 
+from mpicoll import Comm
+from mpicoll import measure as m
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.errors import UserError
 from mpicoll.measure import (
     OPS,
+    PASSES,
     SYNC,
     Placed,
     Settings,
     Task,
     check_memory,
+    compete,
     environment,
+    fingerprint,
     implementations,
     measure,
     memory_bandwidth,
     placements,
+    untuned,
 )
+from mpicoll.mpi.collectives import account
+from mpicoll.mpi.launch import library_name
+from mpicoll.tuning import machine
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 4, reason="four ranks show what more would, and sooner")]
@@ -341,3 +351,57 @@ def test_the_machine(comm):
     if facts:
         assert [device["rank"] for device in facts["devices"]] == [*range(P)]
         assert all(device["cpus"] for device in facts["devices"])
+
+
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_all_that_auto_chooses_from_competes_and_who_has_no_chance_drops_out(comm, collective, monkeypatch):
+    def known(*args):
+        """What was measured, with times that do not depend on how busy this machine is."""
+        times = {"native": 10.0, last: 31.0} if args[2][0].count == 7 else {"native": 10.0}
+        return [replace(one, us=np.full(len(one.us), times.get(one.name, 29.0))) for one in measure(*args)]
+
+    *others, last = ALGORITHMS[collective]
+    others += ["native", *(["shared"] if P > 1 and "reduce" in collective else [])]
+    monkeypatch.setattr(m, "measure", known)
+    tasks = [Task(collective, count, np.dtype("f4")) for count in (7, 1000)]
+    settings = Settings(max_time=0, min_reps=2, warmup=0, seed=comm.rank)
+    found = compete(comm, tasks, settings)
+    everywhere = dict.fromkeys(others, 2 * PASSES)
+    assert [{name: len(us) for name, us in times.items()} for times in found] == [
+        {**everywhere, last: PASSES},
+        {**everywhere, last: 2 * PASSES},
+    ]
+    monkeypatch.setattr(m, "HOPELESS", 2)  # and nobody runs alone
+    assert {len(us) for us in compete(comm, tasks, settings)[1].values()} == {PASSES}
+
+
+def test_competitors_are_measured_and_all_ranks_know(comm):
+    (found,) = compete(comm, [Task("reduce", 1000, np.dtype("f4"))], QUICK)
+    plain = {name: us.tolist() for name, us in found.items()}
+    assert comm.allgather(plain) == [plain] * P
+    assert min(min(times) for times in plain.values()) > 0
+
+
+@several
+def test_a_wrong_result_ends_the_competition_on_all_ranks(comm, monkeypatch):
+    made = m.implementations
+    nothing = {"native": lambda task, send, recv: lambda: None}
+    monkeypatch.setattr(m, "implementations", lambda *args: made(*args) | nothing)
+    with pytest.raises(UserError, match=r"^\d+ wrong elements: native allreduce of 10 elements$"):
+        compete(comm, [Task("allreduce", 10, np.dtype("f4"))], QUICK)
+
+
+def test_what_is_done_without_a_profile(comm):
+    ours, f4 = Comm(comm), np.dtype("f4")
+    for count in (1, 1 << 15, 1 << 19, 1 << 22):
+        assert untuned(comm, Task("allreduce", count, f4)) == account(np.zeros(count, "f4"), ours).algorithm
+        assert untuned(comm, Task("bcast", count, f4)) == untuned(comm, Task("allgather", count, f4)) == "native"
+    assert untuned(comm, Task("reduce", 1 << 22, f4)) == ("shared" if P > 1 else "native")
+
+
+def test_what_a_profile_of_this_job_is_for(comm, monkeypatch):
+    assert fingerprint(comm) == (library_name(), machine(), (P,))
+    for layout in (lambda rank: rank // 2, lambda rank: -rank % 2, lambda rank: -(rank > 0)):
+        nodes = [layout(rank) for rank in range(P)]
+        monkeypatch.setattr(m, "node_of", lambda comm, nodes=nodes: comm.Split(nodes[comm.rank], comm.rank))
+        assert fingerprint(comm).layout == tuple(map(nodes.count, dict.fromkeys(nodes)))

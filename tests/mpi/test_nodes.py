@@ -6,6 +6,7 @@ from mpi4py import MPI
 
 import mpicoll
 from contract import own_data
+from mpicoll.measure import Settings, Task, implementations, measure
 from mpicoll.mpi import select, shared
 
 P, WORLD_RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
@@ -109,6 +110,16 @@ def test_other_collectives_go_by_messages(ours):
     ours.Reduce(x, y, root=P - 1)
     assert ours.rank < P - 1 or (y == P * (P + 1) / 2).all()
     np.testing.assert_array_equal(mpicoll.allgather(x[:50_000], ours)[:, 0], np.arange(P) + 1.0)
+
+
+def test_it_is_measured_beside_the_others(ours):
+    f4 = np.dtype("f4")
+    calls = implementations(ours, "allreduce", f4, "off")
+    tasks = [Task("allreduce", count, f4) for count in (1, 5000)]
+    settings = Settings(max_time=0, min_reps=2, warmup=0)
+    found = measure(ours, {name: calls[name] for name in ("native", "shared")}, tasks, settings)
+    assert {(one.name, one.wrong) for one in found} == {("native", 0), ("shared", 0), ("null", 0)}
+    assert "shared" not in implementations(ours, "reduce", f4, "off")
 
 
 def test_it_can_fail(ours, monkeypatch):
