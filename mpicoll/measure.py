@@ -43,7 +43,7 @@ NULL, SHARED_ARRAYS, SHARED_RESULT = "null", "shared_arrays", "shared_result"
 TIME = "%Y-%m-%d %H:%M:%S"
 BLOCK = 1 << 15  # elements made and compared at a time, so that what is in between stays in the cache
 ALIGNED = 4096  # bytes: where buffers begin
-PASSES = 4  # over all sizes; in the first two all take part, in the others those that have a chance
+PASSES = 4  # at least, over all sizes; in the first two all take part, in the others those that have a chance
 HOPELESS = 3  # times as long as the best: no chance
 ENVIRONMENT = (
     *("MPICH_", "MPIR_CVAR_", "OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_", "I_MPI_"),
@@ -488,44 +488,44 @@ def untuned(comm: MPI.Intracomm, task: Task) -> str:
 def compete(comm: MPI.Intracomm, tasks: Sequence[Task], settings: Settings) -> list[dict[str, np.ndarray]]:
     """For each task the times of all that ``auto`` may choose from, with ordinary arrays; the same on all ranks.
 
-    In two passes all take turns at each task, in two more those that have a chance there: the more take turns, the less
-    of each call is left in the caches, where a program makes one call and not seven.  Every pass has memory of its own,
-    and tasks come in an order of its own; a neighbor on the machine seldom spoils two of them at a task.  Repetitions
-    are paired, and the first are those of all.  An allreduce is in place, as in training, others as far as they must.
-    A ``UserError`` for a wrong result.
+    Passes over all tasks are made until the time is over, at least ``PASSES``.  In the first two all take turns at each
+    task, then those that have a chance there: the more take turns, the less of each call is left in the caches, where
+    a program makes one call and not seven.  Every pass has memory of its own, and tasks come in an order of its own; a
+    neighbor on the machine seldom spoils two of them at a task.  Repetitions are paired, and the first are those of
+    all.  An allreduce is in place, as in training, others as far as they must.  A ``UserError`` for a wrong result.
     """
     settings = comm.bcast(settings)
     rng = np.random.default_rng(settings.seed)
-    end = time.monotonic() + settings.max_time
-    turns = [(again, n) for again in range(PASSES) for n in rng.permutation(len(tasks))]
-    found: list[dict[str, np.ndarray]] = [{} for _ in tasks]
-    for done, (again, n) in enumerate(turns):
-        task = tasks[n]
-        subjects = _choices(comm, task)
-        if again >= PASSES // 2:
-            subjects = {name: made for name, made in subjects.items() if not _hopeless(found[n], name)}
-        if len(subjects) > 1:
-            how = replace(
-                settings,
-                in_place=(task.collective in ("allreduce", "bcast"),),
-                seed=int(rng.integers(2**32)),
-                max_time=(end - time.monotonic()) / (len(turns) - done),  # rank 0's counts
-            )
-            for one in measure(comm, subjects, [task], how):
+    start = time.monotonic()
+    share = settings.max_time / len(tasks) / (2 * PASSES)  # seconds of a turn: more passes rather than longer ones
+    found = [{name: np.empty(0) for name in _choices(comm, task)} for task in tasks]
+    rivals = [[*times] for times in found]
+    done = 0
+    while True:
+        if done >= 2:
+            rivals = [_with_a_chance(times, names) for times, names in zip(found, rivals, strict=True)]
+        left = [n for n, names in enumerate(rivals) if len(names) > 1]  # nobody runs alone
+        spent = time.monotonic() - start
+        if not left or comm.bcast(done >= PASSES and spent + spent / done / 2 > settings.max_time):
+            return found
+        for n in rng.permutation(left):
+            where = (tasks[n].collective in ("allreduce", "bcast"),)
+            how = replace(settings, in_place=where, max_time=share, seed=int(rng.integers(2**32)))
+            choices = _choices(comm, tasks[n])
+            for one in measure(comm, {name: choices[name] for name in rivals[n]}, [tasks[n]], how):
                 if one.wrong:
-                    raise UserError(
-                        f"{one.wrong} wrong elements: {one.name} {task.collective} of {task.count} elements"
-                    )
+                    what = f"{one.name} {one.task.collective} of {one.task.count} elements"
+                    raise UserError(f"{one.wrong} wrong elements: {what}")
                 if one.name != NULL:
-                    found[n][one.name] = np.append(found[n].get(one.name, []), one.us)
-    return found
+                    found[n][one.name] = np.append(found[n][one.name], one.us)
+        done += 1
 
 
-def _hopeless(found: Mapping[str, np.ndarray], name: str) -> bool:
-    """Does it take ``HOPELESS`` times as long as the best so far, beyond noise?"""
-    best = min(found.values(), key=np.median)
-    n = min(len(best), len(found[name]))
-    return median(found[name][:n] / best[:n])[1] > HOPELESS
+def _with_a_chance(times: Mapping[str, np.ndarray], names: list[str]) -> list[str]:
+    """Of these, who took part in everything so far, those who do not take ``HOPELESS`` times as long as the best of
+    them, beyond noise."""
+    best = min((times[name] for name in names), key=np.median)
+    return [name for name in names if median(times[name] / best)[1] <= HOPELESS]
 
 
 def _choices(comm: MPI.Intracomm, task: Task) -> dict[str, Implementation]:

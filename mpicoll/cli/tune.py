@@ -94,7 +94,7 @@ def tune(
             f"# mpicoll tune: {here}\n# {len(tasks)} sizes of {', '.join(rows)}; about {budget:g} s, seed {seed}"
         )
         start = time.monotonic()
-        settings = m.Settings(max_time=budget, min_reps=5, warmup=1, precision=0.05, seed=seed)
+        settings = m.Settings(max_time=budget, min_reps=3, warmup=1, precision=0.05, seed=seed)
         found = m.compete(comm, [task for task, _ in tasks], settings)
         for (task, fitted), us in zip(tasks, found, strict=True):
             kept = {name: np.round(times, 2) for name, times in us.items()}  # as in the file

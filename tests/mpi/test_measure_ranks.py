@@ -17,6 +17,7 @@ from mpicoll.measure import (
     PASSES,
     SYNC,
     Placed,
+    Result,
     Settings,
     Task,
     check_memory,
@@ -368,11 +369,22 @@ def test_all_that_auto_chooses_from_competes_and_who_has_no_chance_drops_out(com
     found = compete(comm, tasks, settings)
     everywhere = dict.fromkeys(others, 2 * PASSES)
     assert [{name: len(us) for name, us in times.items()} for times in found] == [
-        {**everywhere, last: PASSES},
+        {**everywhere, last: 2 * 2},
         {**everywhere, last: 2 * PASSES},
     ]
     monkeypatch.setattr(m, "HOPELESS", 2)  # and nobody runs alone
-    assert {len(us) for us in compete(comm, tasks, settings)[1].values()} == {PASSES}
+    assert {len(us) for us in compete(comm, tasks, settings)[1].values()} == {2 * 2}
+
+
+def test_more_passes_are_made_while_there_is_time(comm, monkeypatch):
+    def at_once(comm, subjects, tasks, settings):
+        return [Result(name, True, tasks[0], np.ones(2), None, 0) for name in subjects]
+
+    monkeypatch.setattr(m, "measure", at_once)
+    (found,) = compete(comm, [Task("bcast", 10, np.dtype("f4"))], replace(QUICK, max_time=0.5))
+    (counts,) = {len(us) for us in found.values()}
+    assert counts > 2 * PASSES
+    assert comm.allgather(counts) == [counts] * P
 
 
 def test_competitors_are_measured_and_all_ranks_know(comm):
