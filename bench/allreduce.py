@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from itertools import product
@@ -65,53 +65,65 @@ def plain_ring(comm, x: np.ndarray) -> None:
         comm.Sendrecv(chunks[(rank - t + 1) % p], after, 0, chunks[(rank - t) % p], before, 0)
 
 
-def gloo(comm) -> Any:
+def gloo(comm, first: str = "127.0.0.1") -> Any:
     """``torch.distributed``, one thread a rank, with a process group of all ranks; a collective call.
 
-    They meet at a port that is free on this machine.
+    They meet at a port that is free on the host of the first rank, whose address others know as ``first``.
     """
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
+    meeting = dist.TCPStore(first, 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
     port = comm.bcast(meeting and meeting.port)
-    store = meeting or dist.TCPStore("127.0.0.1", port)
+    store = meeting or dist.TCPStore(first, port)
     dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
     return dist
 
 
+def in_turn(comm, subjects: dict, sizes: Sequence[int], settings: Any, first: str = "127.0.0.1") -> list:
+    """What ``measure.measure`` finds of allreduces of float32 at these sizes in bytes, of gloo too if there is one."""
+    from mpicoll import measure as m
+
+    dist = gloo(comm, first) if TORCH else None
+    if dist:
+        from torch import from_numpy
+
+        subjects = {**subjects, "gloo": lambda task, send, recv: partial(dist.all_reduce, from_numpy(recv))}
+    tasks = [m.Task("allreduce", size // 4, np.dtype("f4")) for size in sizes]
+    found = [one for one in m.measure(comm, subjects, tasks, settings) if one.name != m.NULL]
+    if dist:
+        dist.destroy_process_group()
+    return found
+
+
+def times(found: list, size: int) -> dict[str, list[float]]:
+    """The microseconds of every repetition on the slowest rank, by implementation, at this size."""
+    return {one.name: np.round(one.us, 2).tolist() for one in found if one.task.count * 4 == size}
+
+
 def measure() -> dict:
-    """One launch, on all ranks; the microseconds of every repetition on the slowest rank."""
+    """One launch, on all ranks."""
     from mpi4py import MPI
 
     from mpicoll import measure as m
     from mpicoll.mpi.launch import library_name
 
-    comm, f4 = MPI.COMM_WORLD, np.dtype("f4")
+    comm = MPI.COMM_WORLD
     subjects: dict[str, m.Implementation] = {"mpi4py ring": lambda task, send, recv: partial(plain_ring, comm, recv)}
-    ours = m.implementations(comm, "allreduce", f4, "off")
+    ours = m.implementations(comm, "allreduce", np.dtype("f4"), "off")
     subjects |= {name: ours[name] for name in COMPARED}
-    dist = gloo(comm) if TORCH else None
-    if dist:
-        from torch import from_numpy
-
-        subjects["gloo"] = lambda task, send, recv: partial(dist.all_reduce, from_numpy(recv))
-    tasks = [m.Task("allreduce", size // 4, f4) for size in SIZES]
     memory = m.memory_bandwidth(comm)
     rows, wrong = [], 0
     for calls in CALLS:
         seconds = SECONDS * len(SIZES)
         how = m.Settings((True,), calls, max_time=seconds, min_reps=MINIMUM, precision=0, seed=time.time_ns())
-        found = m.measure(comm, subjects, tasks, how)
+        found = in_turn(comm, subjects, SIZES, how)
         wrong += sum(one.wrong for one in found)
+        shares = [(one.task.count * 4, one.name, m.record(one, comm.size, memory)["memory_share"]) for one in found]
         for size in SIZES:
-            here = [one for one in found if one.name != m.NULL and one.task.count * 4 == size]
-            us = {one.name: np.round(one.us, 2).tolist() for one in here}
-            share = {one.name: m.record(one, comm.size, memory)["memory_share"] for one in here}
-            rows.append({"calls": calls, "bytes": size, "us": us, "memory_share": share})
-    if dist:
-        dist.destroy_process_group()
+            share = {name: share for at, name, share in shares if at == size}
+            rows.append({"calls": calls, "bytes": size, "us": times(found, size), "memory_share": share})
     facts = {"ranks": comm.size, "mpi": library_name(), "memory": memory}
     return {"rank": comm.rank, **facts, "wrong": wrong, "rows": rows}
 
@@ -145,22 +157,28 @@ def summarize(launches: list[dict]) -> list[dict]:
     """
     table = []
     for ranks in sorted({launch["ranks"] for launch in launches}):
-        runs = [
-            {(row["calls"], row["bytes"]): row for row in launch["rows"]}
-            for launch in launches
-            if launch["ranks"] == ranks
-        ]
-        for at in product(CALLS, SIZES):
-            times, shares = ([run[at][what] for run in runs] for what in ("us", "memory_share"))
-            row = {"ranks": ranks, "calls": at[0], "bytes": at[1]}
-            row["repetitions"] = sum(len(us["native"]) for us in times)
-            row["native_us"] = round(float(np.median([np.median(us["native"]) for us in times])), 2)
-            for name in [name for name in times[0] if name != "native"]:
-                ratios = [np.median(np.array(us["native"]) / np.array(us[name])) for us in times]
-                row[name] = [round(float(f(ratios)), 3) for f in (np.median, np.min, np.max)]
-            row["memory_share"] = {name: round(float(np.median([one[name] for one in shares])), 3) for name in times[0]}
+        own = [launch["rows"] for launch in launches if launch["ranks"] == ranks]
+        runs = [{(row["calls"], row["bytes"]): row for row in rows} for rows in own]
+        for calls, size in product(CALLS, SIZES):
+            taken, shares = ([run[calls, size][what] for run in runs] for what in ("us", "memory_share"))
+            row = {"ranks": ranks, "calls": calls, "bytes": size, **speeds(taken)}
+            row["memory_share"] = {name: round(float(np.median([one[name] for one in shares])), 3) for name in taken[0]}
             table.append(row)
     return table
+
+
+def speeds(taken: list[dict[str, list[float]]]) -> dict:
+    """The part of ``summarize`` that is about times, from those of each launch."""
+    row: dict = {"repetitions": sum(len(us["native"]) for us in taken)}
+    row["native_us"] = round(float(np.median([np.median(us["native"]) for us in taken])), 2)
+    for name in [name for name in taken[0] if name != "native"]:
+        row[name] = spread([float(np.median(np.array(us["native"]) / np.array(us[name]))) for us in taken])
+    return row
+
+
+def spread(values: list[float]) -> list[float]:
+    """The median, the least and the most."""
+    return [round(float(f(values)), 3) for f in (np.median, np.min, np.max)]
 
 
 def columns(record: dict) -> list[str]:
@@ -179,8 +197,7 @@ def show(record: dict, only: list[str] | None = None) -> None:
     for ranks, calls in sorted({(row["ranks"], row["calls"]) for row in record["table"]}):
         rows = [row for row in record["table"] if (row["ranks"], row["calls"]) == (ranks, calls)]
         crowded = ", more than cores" if ranks > m["cores"] else ""
-        how = HOW[calls > 1]
-        print(f"\n| {ranks} ranks{crowded}, {how} | native us | {' | '.join(names)} |")
+        print(f"\n| {ranks} ranks{crowded}, {HOW[calls > 1]} | native us | {' | '.join(names)} |")
         print("|---:|---:|" + "---|" * len(names))
         for row in rows:
             cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in names]
@@ -229,15 +246,34 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
 
 
 def launched(script: str, ranks: int) -> dict:
-    """What one launch of ``script --worker FILE`` measures: the JSON that rank 0 writes there."""
+    """What one launch of ``script --worker FILE`` on this machine measures: the JSON that rank 0 writes there."""
     mpirun = Path(sys.prefix, "bin", "mpirun")
-    launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]
+    return written(script, [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)], MPICOLL_PROFILE="none")
+
+
+def written(script: str, launcher: Sequence[str], *options: str, **environment: str) -> dict:
+    """The same by any launcher, with options and an environment for the worker."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "launch.json")  # of long output some was lost, under MPICH, twice
-        worker = [sys.executable, "-m", "mpi4py", script, "--worker", str(found)]  # one rank failing ends the job
-        env = {**os.environ, "MPICOLL_PROFILE": "none"}
+        worker = [sys.executable, "-m", "mpi4py", script, *options, "--worker", str(found)]  # one rank failing ends it
+        env = {**os.environ, **environment}
         subprocess.run([*launcher, *worker], stdout=sys.stderr, check=True, timeout=600, env=env)
         return json.loads(found.read_text())
+
+
+def save(record: dict, name: str) -> None:
+    """Write it to ``RESULTS``, a line for each row of its table."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    text = json.dumps({**record, "table": None}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row) for row in record["table"])
+    path.write_text(text.replace('"table": null', f'"table": [\n{rows}\n ]') + "\n")
+    print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
+
+
+def library(mpi: str) -> str:
+    """Without the version, as part of the name of a file."""
+    return mpi.rsplit(" ", 1)[0].lower().replace(" ", "-")
 
 
 def command(parser: argparse.ArgumentParser, measure: Callable[[], dict]) -> argparse.Namespace | None:
@@ -288,14 +324,8 @@ def main() -> None:
         "wrong": sum(launch["wrong"] for launch in launches),
         "table": summarize(launches),
     }
-    RESULTS.mkdir(exist_ok=True)
-    beside = "-gloo" if TORCH else ""
-    path = RESULTS / f"allreduce-{record['mpi'].rsplit(' ', 1)[0].lower().replace(' ', '-')}{beside}.json"
-    text = json.dumps({**record, "table": None}, indent=1)
-    rows = ",\n".join("  " + json.dumps(row) for row in record["table"])
-    path.write_text(text.replace('"table": null', f'"table": [\n{rows}\n ]') + "\n")
     show(record)
-    print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
+    save(record, f"allreduce-{library(record['mpi'])}{'-gloo' if TORCH else ''}")
     sys.exit(1 if record["wrong"] else 0)
 
 

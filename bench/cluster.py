@@ -63,6 +63,7 @@ MPIS = {  # by which option mpirun takes which hostfile, and the environment tha
             # UCX, its default, gets over too, but takes turns in sending and receiving what is large: twice as slow.
             "MPIR_CVAR_CH4_NETMOD": "ofi",
             "FI_PROVIDER": "tcp",
+            "FI_TCP_MAX_INJECT": "65536",  # bytes that go without an answer first, which takes two delays
             # Hosts share cores: ranks that wait sleep a little, instead of keeping others from working.
             "MPIR_CVAR_CH4_PROGRESS_THROTTLE": "1",
             "MPIR_CVAR_CH4_PROGRESS_THROTTLE_NO_PROGRESS_COUNT": "16",
@@ -242,8 +243,8 @@ def limit(link: str, args: argparse.Namespace, where: Sequence[str] = ()) -> Non
         do(*where, "tc", "qdisc", "add", "dev", link, "root", "tbf", *how)
 
 
-def traffic(pid: int) -> Traffic:
-    """What has passed by a host's link so far."""
+def traffic(pid: int | str) -> Traffic:
+    """What has passed so far by the link of the host that a process is on; ``"self"`` is the one that asks."""
     (line,) = re.findall(r"eth0: *(.*)", Path(f"/proc/{pid}/net/dev").read_text())
     numbers = line.split()
     return Traffic(sent=int(numbers[8]), received=int(numbers[0]))

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from mpi4py import MPI
 
 import mpicoll
 from contract import own_data
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+traffic = import_module("cluster").traffic
 
 COUNTS = (1, 7, 1009, 50_000)  # of float64
 MANY = 1 << 20  # float32, where bytes are counted
@@ -46,22 +50,16 @@ def wrong(comm: mpicoll.Comm) -> list[str]:
     ]
 
 
-def sent() -> int:
-    """Bytes, by this host so far."""
-    fields = Path("/proc/net/dev").read_text().split("eth0:")[1].split()
-    return int(fields[8])
-
-
 def counted(comm: mpicoll.Comm, name: str) -> tuple[float, int]:
     """The seconds of an allreduce of ``MANY``, and the bytes that this host sent meanwhile."""
     comm.Allreduce(MPI.IN_PLACE, np.zeros(MANY >> 4, np.float32), algorithm=name)  # connections are made
     x = np.full(MANY, comm.rank, np.float32)
-    before = sent()
+    before = traffic("self").sent
     comm.Barrier()
     start = time.monotonic()
     comm.Allreduce(MPI.IN_PLACE, x, algorithm=name)
     comm.Barrier()
-    seconds, after = time.monotonic() - start, sent()
+    seconds, after = time.monotonic() - start, traffic("self").sent
     assert (x == sum(range(comm.size))).all()
     comm.Barrier()
     return seconds, after - before
