@@ -22,7 +22,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 PYTEST := python -m pytest
 
-.PHONY: train tune test lint test-serial test-mpi bench bench-gloo clean
+.PHONY: train tune test lint test-serial test-mpi bench bench-gloo cluster clean
 
 train: $(VENV)/.train-installed
 	mpirun -n $(NP) mpicoll train
@@ -55,6 +55,10 @@ bench: $(VENV)/.dev-installed
 bench-gloo:
 	$(MAKE) MPI=mpich VENV=.venv-gloo .venv-gloo/.gloo-installed bench
 	$(CURDIR)/.venv-gloo/bin/python bench/ddp.py
+
+# Hosts of their own on this machine, on an emulated network: docs/clusters.md
+cluster: $(VENV)/.dev-installed
+	python bench/network.py
 
 $(VENV)/.train-installed: pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

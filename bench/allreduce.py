@@ -6,8 +6,10 @@
 
 Each of several launches takes every implementation in turn, in random order, at every repetition, on fresh data
 that differ by rank, and checks every result exactly.  A repetition begins with a barrier and lasts as long as its
-slowest rank.  Compared is the ratio within a repetition: a machine that is slow for a while is slow for all.  Our calls
-are not compared between the ranks (check="off"); bench/overhead.py says what the default costs.
+slowest rank.  It is one call, as a program makes it that does something else in between; and, measured by itself, ten
+back to back, as the OSU benchmarks make them.  Compared is the ratio within a repetition: a machine that is slow for a
+while is slow for all.  Our calls are not compared between the ranks (check="off"); bench/overhead.py says what the
+default costs.  No profile is used: these are the defaults.
 """
 
 import argparse
@@ -19,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,10 @@ SIZES = [4**n for n in range(1, 14)]  # bytes of float32: 4 B to 64 MiB
 COMPARED = ("native", "auto", "shared_arrays", "shared_result", "recursive_doubling", "circulant")
 """Of what mpicoll bench measures: the more take turns, the less of each call is left in the caches."""
 
-SECONDS = 2  # for each size, checks included, all implementations together, but at least MINIMUM repetitions
+CALLS = (1, 10)  # in a repetition
+SECONDS = 1.5  # for each size, checks included, all implementations together, but at least MINIMUM repetitions
 MINIMUM = 11
+HOW = ("one call at a time", "back to back")
 RESULTS = Path(__file__).parent / "results"
 TORCH = importlib.util.find_spec("torch") is not None
 PICTURE = Path(__file__).parents[1] / "docs" / "allreduce.png"
@@ -60,54 +65,65 @@ def plain_ring(comm, x: np.ndarray) -> None:
         comm.Sendrecv(chunks[(rank - t + 1) % p], after, 0, chunks[(rank - t) % p], before, 0)
 
 
-def gloo(comm) -> Any:
+def gloo(comm, first: str = "127.0.0.1") -> Any:
     """``torch.distributed``, one thread a rank, with a process group of all ranks; a collective call.
 
-    They meet at a port that is free on this machine.
+    They meet at a port that is free on the host of the first rank, whose address others know as ``first``.
     """
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
+    meeting = dist.TCPStore(first, 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
     port = comm.bcast(meeting and meeting.port)
-    store = meeting or dist.TCPStore("127.0.0.1", port)
+    store = meeting or dist.TCPStore(first, port)
     dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
     return dist
 
 
+def in_turn(comm, subjects: dict, sizes: Sequence[int], settings: Any, first: str = "127.0.0.1") -> list:
+    """What ``measure.measure`` finds of allreduces of float32 at these sizes in bytes, of gloo too if there is one."""
+    from mpicoll import measure as m
+
+    dist = gloo(comm, first) if TORCH else None
+    if dist:
+        from torch import from_numpy
+
+        subjects = {**subjects, "gloo": lambda task, send, recv: partial(dist.all_reduce, from_numpy(recv))}
+    tasks = [m.Task("allreduce", size // 4, np.dtype("f4")) for size in sizes]
+    found = [one for one in m.measure(comm, subjects, tasks, settings) if one.name != m.NULL]
+    if dist:
+        dist.destroy_process_group()
+    return found
+
+
+def times(found: list, size: int) -> dict[str, list[float]]:
+    """The microseconds of every repetition on the slowest rank, by implementation, at this size."""
+    return {one.name: np.round(one.us, 2).tolist() for one in found if one.task.count * 4 == size}
+
+
 def measure() -> dict:
-    """One launch, on all ranks; the microseconds of every repetition on the slowest rank."""
+    """One launch, on all ranks."""
     from mpi4py import MPI
 
     from mpicoll import measure as m
     from mpicoll.mpi.launch import library_name
 
-    comm, f4 = MPI.COMM_WORLD, np.dtype("f4")
+    comm = MPI.COMM_WORLD
     subjects: dict[str, m.Implementation] = {"mpi4py ring": lambda task, send, recv: partial(plain_ring, comm, recv)}
-    ours = m.implementations(comm, "allreduce", f4, "off")
+    ours = m.implementations(comm, "allreduce", np.dtype("f4"), "off")
     subjects |= {name: ours[name] for name in COMPARED}
-    dist = gloo(comm) if TORCH else None
-    if dist:
-        from torch import from_numpy
-
-        subjects["gloo"] = lambda task, send, recv: partial(dist.all_reduce, from_numpy(recv))
-    tasks = [m.Task("allreduce", size // 4, f4) for size in SIZES]
-    settings = m.Settings((True,), max_time=SECONDS * len(SIZES), min_reps=MINIMUM, precision=0, seed=time.time_ns())
     memory = m.memory_bandwidth(comm)
-    found = [one for one in m.measure(comm, subjects, tasks, settings) if one.name != m.NULL]
-    if dist:
-        dist.destroy_process_group()
-    rows = [
-        {
-            "bytes": size,
-            "us": {one.name: np.round(one.us, 2).tolist() for one in here},
-            "memory_share": {one.name: m.record(one, comm.size, memory)["memory_share"] for one in here},
-        }
-        for size in SIZES
-        for here in [[one for one in found if one.task.count * 4 == size]]
-    ]
-    wrong = sum(one.wrong for one in found)
+    rows, wrong = [], 0
+    for calls in CALLS:
+        seconds = SECONDS * len(SIZES)
+        how = m.Settings((True,), calls, max_time=seconds, min_reps=MINIMUM, precision=0, seed=time.time_ns())
+        found = in_turn(comm, subjects, SIZES, how)
+        wrong += sum(one.wrong for one in found)
+        shares = [(one.task.count * 4, one.name, m.record(one, comm.size, memory)["memory_share"]) for one in found]
+        for size in SIZES:
+            share = {name: share for at, name, share in shares if at == size}
+            rows.append({"calls": calls, "bytes": size, "us": times(found, size), "memory_share": share})
     facts = {"ranks": comm.size, "mpi": library_name(), "memory": memory}
     return {"rank": comm.rank, **facts, "wrong": wrong, "rows": rows}
 
@@ -133,24 +149,36 @@ def machine() -> dict:
 
 
 def summarize(launches: list[dict]) -> list[dict]:
-    """For each number of ranks and size: the native time, and for each other how often its repetitions fit into it.
+    """For each number of ranks, calls in a repetition, and size: the native time, and for each other how often its
+    repetitions fit into it.
 
     The ratio of a launch is the median over its repetitions; given are the launches' median, least and most.  Beside
     it the share of the memory's bandwidth that the median time comes to, the launches' median.
     """
     table = []
     for ranks in sorted({launch["ranks"] for launch in launches}):
-        runs = [{row["bytes"]: row for row in launch["rows"]} for launch in launches if launch["ranks"] == ranks]
-        for size in SIZES:
-            times, shares = ([run[size][what] for run in runs] for what in ("us", "memory_share"))
-            row = {"ranks": ranks, "bytes": size, "repetitions": sum(len(us["native"]) for us in times)}
-            row["native_us"] = round(float(np.median([np.median(us["native"]) for us in times])), 2)
-            for name in [name for name in times[0] if name != "native"]:
-                ratios = [np.median(np.array(us["native"]) / np.array(us[name])) for us in times]
-                row[name] = [round(float(f(ratios)), 3) for f in (np.median, np.min, np.max)]
-            row["memory_share"] = {name: round(float(np.median([one[name] for one in shares])), 3) for name in times[0]}
+        own = [launch["rows"] for launch in launches if launch["ranks"] == ranks]
+        runs = [{(row["calls"], row["bytes"]): row for row in rows} for rows in own]
+        for calls, size in product(CALLS, SIZES):
+            taken, shares = ([run[calls, size][what] for run in runs] for what in ("us", "memory_share"))
+            row = {"ranks": ranks, "calls": calls, "bytes": size, **speeds(taken)}
+            row["memory_share"] = {name: round(float(np.median([one[name] for one in shares])), 3) for name in taken[0]}
             table.append(row)
     return table
+
+
+def speeds(taken: list[dict[str, list[float]]]) -> dict:
+    """The part of ``summarize`` that is about times, from those of each launch."""
+    row: dict = {"repetitions": sum(len(us["native"]) for us in taken)}
+    row["native_us"] = round(float(np.median([np.median(us["native"]) for us in taken])), 2)
+    for name in [name for name in taken[0] if name != "native"]:
+        row[name] = spread([float(np.median(np.array(us["native"]) / np.array(us[name]))) for us in taken])
+    return row
+
+
+def spread(values: list[float]) -> list[float]:
+    """The median, the least and the most."""
+    return [round(float(f(values)), 3) for f in (np.median, np.min, np.max)]
 
 
 def columns(record: dict) -> list[str]:
@@ -166,10 +194,10 @@ def show(record: dict, only: list[str] | None = None) -> None:
     print(f"{', '.join([record['mpi'], *versions])}, mpicoll {m['mpicoll']}, {m['date']}")
     print(f"{m['cpu']}, {m['cores']} cores; {record['launches']} launches each; wrong results: {record['wrong']}")
     print("Speed as a multiple of the MPI library's own (above 1: faster), median of launches (least to most).")
-    for ranks in sorted({row["ranks"] for row in record["table"]}):
-        rows = [row for row in record["table"] if row["ranks"] == ranks]
+    for ranks, calls in sorted({(row["ranks"], row["calls"]) for row in record["table"]}):
+        rows = [row for row in record["table"] if (row["ranks"], row["calls"]) == (ranks, calls)]
         crowded = ", more than cores" if ranks > m["cores"] else ""
-        print(f"\n| {ranks} ranks{crowded} | native us | {' | '.join(names)} |")
+        print(f"\n| {ranks} ranks{crowded}, {HOW[calls > 1]} | native us | {' | '.join(names)} |")
         print("|---:|---:|" + "---|" * len(names))
         for row in rows:
             cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in names]
@@ -180,14 +208,16 @@ def show(record: dict, only: list[str] | None = None) -> None:
 
 
 def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
-    """Speed against size, in log scales, a panel for each record: the median of launches, and from least to most."""
+    """Speed against size, in log scales, a column for each record, a row for each way of calling: the median of
+    launches, and from least to most."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(3.7 * len(records), 6), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
+    ways = sorted({row["calls"] for row in records[0]["table"]}, reverse=True)
+    figure = Figure(figsize=(max(3.7 * len(records), 6), 1 + 3.5 * len(ways)), layout="constrained")
+    axes = figure.subplots(len(ways), len(records), sharex=True, sharey=True, squeeze=False)
     lines = {}
-    for axis, record in zip(axes, records, strict=True):
-        rows = [row for row in record["table"] if row["ranks"] == ranks]
+    for axis, (calls, record) in zip(axes.flat, product(ways, records), strict=True):
+        rows = [row for row in record["table"] if (row["ranks"], row["calls"]) == (ranks, calls)]
         sizes = [row["bytes"] for row in rows]
         lines["the MPI library's own"] = axis.axhline(1, color="black", lw=1.5)
         for name, (label, color, width) in DRAWN.items():
@@ -203,24 +233,47 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
         axis.yaxis.set_major_formatter(lambda speed, _: f"{speed:g}×" if speed >= 1 else f"1/{1 / speed:g}")
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
+    for axis, record in zip(axes[0], records, strict=True):
         axis.set_title(record["mpi"], fontsize=11)
+    for axis in axes[-1]:
         axis.set_xlabel("size of the array")
+    for axis, calls in zip(axes[:, 0], ways, strict=True):
+        axis.set_ylabel(f"{HOW[calls > 1]}: speed, the MPI library's own = 1")
     m = records[0]["machine"]
-    axes[0].set_ylabel("speed, the MPI library's own = 1")
     figure.suptitle(f"Allreduce of float32, {ranks} ranks on {m['cores']} cores ({m['cpu']})", fontsize=12)
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
 
 
 def launched(script: str, ranks: int) -> dict:
-    """What one launch of ``script --worker FILE`` measures: the JSON that rank 0 writes there."""
+    """What one launch of ``script --worker FILE`` on this machine measures: the JSON that rank 0 writes there."""
     mpirun = Path(sys.prefix, "bin", "mpirun")
-    launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]
+    return written(script, [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)], MPICOLL_PROFILE="none")
+
+
+def written(script: str, launcher: Sequence[str], *options: str, **environment: str) -> dict:
+    """The same by any launcher, with options and an environment for the worker."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "launch.json")  # of long output some was lost, under MPICH, twice
-        worker = [sys.executable, "-m", "mpi4py", script, "--worker", str(found)]  # one rank failing ends the job
-        subprocess.run([*launcher, *worker], stdout=sys.stderr, check=True, timeout=600)
+        worker = [sys.executable, "-m", "mpi4py", script, *options, "--worker", str(found)]  # one rank failing ends it
+        env = {**os.environ, **environment}
+        subprocess.run([*launcher, *worker], stdout=sys.stderr, check=True, timeout=600, env=env)
         return json.loads(found.read_text())
+
+
+def save(record: dict, name: str) -> None:
+    """Write it to ``RESULTS``, a line for each row of its table."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    text = json.dumps({**record, "table": None}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row) for row in record["table"])
+    path.write_text(text.replace('"table": null', f'"table": [\n{rows}\n ]') + "\n")
+    print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
+
+
+def library(mpi: str) -> str:
+    """Without the version, as part of the name of a file."""
+    return mpi.rsplit(" ", 1)[0].lower().replace(" ", "-")
 
 
 def command(parser: argparse.ArgumentParser, measure: Callable[[], dict]) -> argparse.Namespace | None:
@@ -271,14 +324,8 @@ def main() -> None:
         "wrong": sum(launch["wrong"] for launch in launches),
         "table": summarize(launches),
     }
-    RESULTS.mkdir(exist_ok=True)
-    beside = "-gloo" if TORCH else ""
-    path = RESULTS / f"allreduce-{record['mpi'].rsplit(' ', 1)[0].lower().replace(' ', '-')}{beside}.json"
-    text = json.dumps({**record, "table": None}, indent=1)
-    rows = ",\n".join("  " + json.dumps(row) for row in record["table"])
-    path.write_text(text.replace('"table": null', f'"table": [\n{rows}\n ]') + "\n")
     show(record)
-    print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
+    save(record, f"allreduce-{library(record['mpi'])}{'-gloo' if TORCH else ''}")
     sys.exit(1 if record["wrong"] else 0)
 
 

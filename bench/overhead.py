@@ -51,7 +51,7 @@ def calls() -> dict:
 
     import mpicoll
     from mpicoll.mpi import record
-    from mpicoll.mpi.agreement import native
+    from mpicoll.mpi.agreement import header_of
     from mpicoll.mpi.launch import library_name
     from mpicoll.mpi.state import state_of
 
@@ -72,7 +72,7 @@ def calls() -> dict:
         "native Bcast": lambda: comm.Bcast(x),
         "Comm.Bcast, check=header": lambda: ours.Bcast(x, check="header"),
     }
-    headers = (native("allreduce", "sum", "float32", 1),)
+    headers = (header_of("allreduce", "sum", "float32", 1),)
 
     def recorded() -> None:
         record.begin(state_of(ours).entry(headers))

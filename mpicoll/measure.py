@@ -1,9 +1,9 @@
 """Collectives side by side: a synchronised start, the slowest rank, checked results, paired statistics.
 
-A repetition is a round in which every implementation is called once, in random order, each on data that no call before
-had and from a start of its own that all ranks wait for.  Its time is that of the slowest rank, and compared is the
-ratio within a round: a machine that is slow for a while is slow for all.  Nothing is decided by a rank's own clock but
-by rank 0's.
+A repetition is a round in which every implementation is called once (or several times, back to back), in random order,
+each on data that no call before had and from a start of its own that all ranks wait for.  Its time is that of the
+slowest rank, and compared is the ratio within a round: a machine that is slow for a while is slow for all.  Nothing is
+decided by a rank's own clock but by rank 0's.
 """
 
 import gc
@@ -89,6 +89,7 @@ class Settings:
     """How it is measured; times in seconds."""
 
     in_place: tuple[bool, ...] = (False, True)
+    calls: int = 1  # back to back, of which a repetition's time is the mean
     sync: str = "barrier"
     max_time: float = 60.0  # of all sizes together, but at least min_reps repetitions of each
     min_reps: int = 10
@@ -437,8 +438,12 @@ def _at(
             np.add(elsewhere, 1, out=elsewhere)
             synchronise()
             start = time.perf_counter_ns()
-            returned = call()
-            us[n] = (time.perf_counter_ns() - start) / 1e3
+            for _ in range(settings.calls):
+                returned = call()
+            us[n] = (time.perf_counter_ns() - start) / 1e3 / settings.calls
+            if settings.calls > 1:  # in place, the last has reduced what the one before it had: check one more
+                used.fill(order, turn)
+                returned = call()
             wrong[n] += used.wrong(returned) if keys[n][0] != NULL else 0
         comm.Allreduce(MPI.IN_PLACE, us, MPI.MAX)
         if repetition >= 0:
@@ -475,7 +480,8 @@ def untuned(comm: MPI.Intracomm, task: Task) -> str:
     state, reduces = state_of(Comm(comm)), "reduce" in task.collective
     done = operation(task.op, task.dtype) if reduces else MOVE
     shares = reduces and state.can_share(task.collective, False, done)
-    row = choose(task.collective, Options(), task.count, task.dtype, done, shares=shares, spans=state.spans)
+    rules = state.defaults(task.collective)
+    row = choose(task.collective, Options(), task.count, task.dtype, done, rules, shares=shares)
     return row.name if row else NATIVE
 
 

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -313,6 +312,8 @@ def _file_name(fingerprint: Fingerprint) -> str:
     layout = "-".join(f"{len([*same])}x{ranks}" for ranks, same in groupby(fingerprint.layout))
     name = re.sub(r"[^a-z0-9.]+", "-", f"{fingerprint.mpi} {fingerprint.machine} {layout}".lower())
     if len(name) > NAME:
+        from hashlib import sha256  # takes 2 ms to import
+
         name = f"{name[: NAME - 9]}-{sha256(repr(fingerprint).encode()).hexdigest()[:8]}"
     return f"{name}.json"
 

@@ -69,7 +69,8 @@ class Proof:
 
     rounds: int
     sent: Fraction  # the most any rank sends, as a fraction of the vector
-    scratch: Fraction  # the most any rank needs beside the vector, likewise
+    added: Fraction  # the most any rank adds up, likewise
+    scratch: Fraction  # the most any rank needs beside the vector
     rank_order: bool  # the operands stand in rank order: the operation need not commute
     canonical: bool  # the additions are those of the canonical tree
     exact: bool = False  # mixing ends with the mean itself
@@ -196,6 +197,8 @@ def verify_algorithm(algorithm: Algorithm, p: int, **parameters: int) -> Proof:
         raise ScheduleError(f"{schedule}: {proof.rounds} rounds, the table states {rounds}")
     if proof.sent != sent:
         raise ScheduleError(f"{schedule}: sends {proof.sent} of the vector, the table states {sent}")
+    if proof.added != (added := algorithm.added(p, **given)):
+        raise ScheduleError(f"{schedule}: adds up {proof.added} of the vector, the table states {added}")
     if algorithm.rank_order and not proof.rank_order:
         raise ScheduleError(f"{schedule}: operands do not stand in rank order, the table states they do")
     if algorithm.canonical and not proof.canonical:
@@ -243,7 +246,7 @@ def _places(schedule: Schedule, part: Send | Recv) -> list[tuple[int, int]]:
 
 def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool, canonical: bool) -> Proof:
     """Rounds with a message, and the largest chunk counts of any rank; chunks count as equally long."""
-    sent, scratch = [0] * schedule.p, [0] * schedule.p
+    sent, added, scratch = ([0] * schedule.p for _ in range(3))
     busy = 0
     for rank in range(schedule.p):
         own = {place for rounds in table for recv in rounds[rank].recvs for place in _places(schedule, recv)}
@@ -254,8 +257,12 @@ def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool, can
         busy += bool(messages)
         for rank, send in messages:
             sent[rank] += send.hi - send.lo
-    n = schedule.chunks
-    return Proof(busy, Fraction(max(sent), n), Fraction(max(scratch), n), rank_order, canonical)
+        for rank, round_ in enumerate(rounds):
+            added[rank] += sum(
+                recv.hi - recv.lo for recv in round_.recvs if recv.verb in (Verb.REDUCE_BELOW, Verb.REDUCE_ABOVE)
+            )
+    most = [Fraction(max(chunks), schedule.chunks) for chunks in (sent, added, scratch)]
+    return Proof(busy, most[0], most[1], most[2], rank_order, canonical)
 
 
 def _landing(rank: int, round_: Round) -> int:

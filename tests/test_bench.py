@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from launch import REPOSITORY, mpirun
+from launch import REPOSITORY, mpirun, run
 
 GLOO = ["gloo"] if find_spec("torch") else []
 
@@ -26,7 +26,7 @@ def test_a_launch_measures_and_checks_every_result(tmp_path):
     assert done.status == 0, done.err
     launch = json.loads((tmp_path / "found.json").read_text())
     assert (launch["ranks"], launch["wrong"]) == (2, 0)
-    assert sorted(row["bytes"] for row in launch["rows"]) == [4, 4096]
+    assert [(row["calls"], row["bytes"]) for row in launch["rows"]] == [(1, 4), (1, 4096), (10, 4), (10, 4096)]
     for row in launch["rows"]:
         names = {"mpi4py ring", "native", "auto", *SHARED, "recursive_doubling", "circulant", *GLOO}
         assert set(row["us"]) == names
@@ -43,7 +43,7 @@ def test_a_wrong_result_is_counted(tmp_path):
     )
     done = mpirun(2, [sys.executable, "-c", broken, REPOSITORY / "bench", "--worker", "found.json"], tmp_path)
     assert done.status == 0, done.err
-    assert json.loads((tmp_path / "found.json").read_text())["wrong"] >= 2 * 11
+    assert json.loads((tmp_path / "found.json").read_text())["wrong"] >= 2 * 2 * 11
 
 
 @pytest.fixture
@@ -51,6 +51,7 @@ def allreduce(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "bench")
     module = importlib.import_module("allreduce")
     monkeypatch.setattr(module, "SIZES", [4, 1 << 20])
+    monkeypatch.setattr(module, "CALLS", (1,))
     return module
 
 
@@ -58,7 +59,7 @@ def launch(slow=1.0, ranks=2):
     """Of ring three times as fast as native at 4 B, and half as fast at 1 MiB; the machine is slow for a while."""
     while_ = np.array([1.0, 1, 1, 10, 10, 10, 10]) * slow
     rows = [
-        {"bytes": size, "us": {"native": (native * while_).tolist(), "ring": (ring * while_).tolist()}}
+        {"calls": 1, "bytes": size, "us": {"native": (native * while_).tolist(), "ring": (ring * while_).tolist()}}
         for size, native, ring in ((4, 3, 1), (1 << 20, 100, 200))
     ]
     return {"ranks": ranks, "rows": [{**row, "memory_share": {"native": 0.25, "ring": 0.5 * slow}} for row in rows]}
@@ -84,8 +85,11 @@ def test_a_record_is_shown_and_drawn(allreduce, tmp_path, capsys):
     record["memory"] = {"2": [20.0, 19.0, 21.0], "4": [10.0, 9.0, 11.0]}
     allreduce.show(record)
     out = capsys.readouterr().out
-    assert "| 2 ranks | native us | ring |\n|---:|---:|---|\n| 4 B | 30.0 | 3.00 (3.00 to 3.00) |" in out
-    assert "| 4 ranks, more than cores |" in out
+    assert (
+        "| 2 ranks, one call at a time | native us | ring |\n|---:|---:|---|\n| 4 B | 30.0 | 3.00 (3.00 to 3.00) |"
+        in out
+    )
+    assert "| 4 ranks, more than cores, one call at a time |" in out
     assert "bandwidth, 20.0 GB/s a rank (19.0 to 21.0), at 1 MiB: native 0.25, ring 0.50" in out
     for row in table:
         row["auto"] = row["ring"]
@@ -155,3 +159,76 @@ def test_the_ratio_of_steps_is_that_within_a_round(monkeypatch):
     assert row["ratio"] == {ddp.OURS: [1, 1, 1], ddp.THEIRS: [3, 3, 3], ddp.TUNED: [2, 2, 2]}
     assert row["agreement"][ddp.TUNED] == [0.75, 0.75, 0.75]
     assert row["seconds"][ddp.OURS] == [2, 2, 6]
+
+
+@pytest.fixture
+def network(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    module = importlib.import_module("network")
+    near = module.Experiment(4, (1 << 20, 4 << 20), ("native", "auto"), rate="200mbit")
+    far = module.Experiment(8, (4, 64), ("native", "auto"), delay=1)
+    hosts = module.Experiment(4, (4 << 20,), ("native", "auto"), 2, "200mbit")
+    monkeypatch.setattr(module, "EXPERIMENTS", {"near": near, "far": far, "hosts": hosts})
+    return module
+
+
+def on_network(module, slow=1.0):
+    """Native at half of the links' rate of 25 MB/s, and as much too slow; auto twice as fast, sending a tenth more."""
+    launches = {}
+    for name, experiment in module.EXPERIMENTS.items():
+        rows = []
+        for size in experiment.sizes:
+            least = 2 * size * (experiment.hosts - 1) / experiment.hosts
+            us = least / 25 * 2 * slow
+            sent = {"native": 2 * least, "auto": 1.1 * least} if experiment.rate else {}
+            rows.append({"bytes": size, "us": {"native": [us, us, 9 * us], "auto": [us / 2, us / 2, us]}, "sent": sent})
+        launches[name] = {"mpi": "MPI 1", "rows": rows}
+    return launches
+
+
+def test_the_share_of_the_wire_is_that_of_the_least_bytes(network):
+    slowly, quickly = on_network(network, 2), on_network(network)
+    table = network.summarize({name: [quickly[name], quickly[name], slowly[name]] for name in quickly})
+    assert [(row["experiment"], row["bytes"]) for row in table] == [
+        *(("near", 1 << 20), ("near", 4 << 20), ("far", 4), ("far", 64), ("hosts", 4 << 20))
+    ]
+    for row in table:
+        assert row["auto"] == [2, 2, 2]
+        assert ("wire" in row) == (row["experiment"] != "far")
+        if "wire" in row:
+            assert row["wire"] == {"native": [0.5, 0.25, 0.5], "auto": [1, 0.5, 1]}
+            assert row["sent"] == {"native": [2, 2, 2], "auto": [1.1, 1.1, 1.1]}
+
+
+def test_a_record_of_the_network_is_shown_and_drawn(network, tmp_path, capsys):
+    table = network.summarize({name: [launch] for name, launch in on_network(network).items()})
+    machine = {"cpu": "CPU", "cores": 2, "mpi4py": "4", "mpicoll": "1", "date": "today"}
+    record = {"mpi": "MPI 1", "machine": machine, "launches": 1, "wrong": 0, "table": table}
+    network.show(record)
+    out = capsys.readouterr().out
+    assert "near: share of the links' rate" in out
+    assert "| 1 MiB | 125.83 | 50% (50% to 50%) | 100% (100% to 100%) |" in out
+    assert "at 4 MiB: native 200% (200% to 200%), auto 110% (110% to 110%)" in out
+    assert "| 64 B | 0.01 | 2.00 (2.00 to 2.00) |" in out
+    network.draw(record, tmp_path / "network.png")
+    assert (tmp_path / "network.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_launch_on_the_cluster_measures_and_checks_every_result(tmp_path):
+    quick = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import network as b; b.SECONDS, b.MINIMUM = 0, 2\n"
+        "b.EXPERIMENTS['tiny'] = b.Experiment(4, (4 << 10,), ('native', 'auto', 'ring'), 2, '1gbit'); b.main()"
+    )
+    worker = [sys.executable, "-m", "mpi4py", "-c", quick, REPOSITORY / "bench", "--experiment", "tiny"]
+    cluster = [sys.executable, REPOSITORY / "bench" / "cluster.py", "--rate", "1gbit", "--"]
+    done = run([*cluster, *worker, "--worker", "found.json"], tmp_path)
+    if done.status == 77:
+        pytest.skip(done.err.strip())
+    assert done.status == 0, done.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["wrong"] == 0
+    assert found["environment"]
+    (row,) = found["rows"]
+    assert {*row["us"]} == {"native", "auto", "ring", *GLOO}
+    assert all(len(us) >= 2 and min(us) > 0 for us in row["us"].values())
+    assert 1.75 * 4096 < row["sent"]["ring"] < 20_000

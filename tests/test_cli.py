@@ -645,9 +645,9 @@ def test_the_command_is_installed_beside_this_python():
 
 def test_hostfiles_say_what_they_model_and_the_one_for_this_machine_works(tmp_path):
     files = sorted((REPOSITORY / "hostfiles").iterdir())
-    assert len(files) == 4
+    assert len(files) == 14
     for file in files:
-        assert re.match(r"# \w+ nodes?, \w+ ranks", file.read_text())
+        assert re.match(r"# \w+ nodes?, \w+ ranks?", file.read_text())
     flag, kind = ("--hostfile", "openmpi") if IS_OPEN_MPI else ("-f", "mpich")
     hosts = REPOSITORY / "hostfiles" / f"one-node.{kind}"
     done = run(["mpirun", flag, hosts, "-n", "4", *QUICK], tmp_path)

@@ -16,7 +16,7 @@ LAYERS = [
     ["graphs"],
     ["algorithms.fold", "algorithms.ring", "algorithms.circulant", "algorithms.bruck", "algorithms.chain"],
     ["algorithms.doubling", "algorithms.tree", "algorithms.mixing", "algorithms"],
-    ["interpreter", "verify", "draw", "tuning", "fit"],
+    ["cost", "tuning", "fit", "interpreter", "verify", "draw"],
     ["mpi"],
     [
         "mpi.launch",

@@ -178,7 +178,7 @@ FACTS = {
     "devices": [{"hostname": "a", "cpus": [0, 1]}, {"hostname": "b", "cpus": [2]}, {"hostname": "a", "cpus": [0, 1]}],
     "config": {
         **{"ranks": 4, "sync": "barrier", "check": "off", "seed": 1, "max_time": 1.0, "min_reps": 2},
-        **{"off_cache": True, "unaligned": False},
+        **{"off_cache": True, "unaligned": False, "calls": 10},
     },
     "memory": MEMORY,
     "resolution": 0.03,
@@ -188,6 +188,7 @@ FACTS = {
 def test_text_is_what_parsers_of_the_osu_benchmarks_read():
     records = made()
     text = bench.header(FACTS, Task("allreduce", 1, np.dtype("f4"))) + bench.body(records)
+    assert "seed 1, 10 calls back to back, off cache;" in text
     mean = f"{records[7]['mean']:.2f}"
     assert records[7]["bytes"] == 8
     assert re.search(r"^8\s+(\S+)", text, re.MULTILINE)[1] == mean  # the first block is auto, out of place

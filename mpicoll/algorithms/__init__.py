@@ -15,8 +15,9 @@ from .fold import power_below
 class Algorithm:
     """One row: the generator of one rank's rounds, and what it is held to.
 
-    ``rounds(p)`` and ``sent(p)`` (the most any rank sends, as a fraction of the vector) are the textbook's numbers,
-    stated independently of the generator; the verifier compares them with what the generator does.  It proves as well
+    ``rounds(p)``, ``sent(p)`` and ``added(p)`` (the most any rank sends, and adds up, as fractions of the vector) are
+    the textbook's numbers, stated independently of the generator; the verifier compares them with what the generator
+    does, and ``cost`` makes seconds of them.  The verifier proves as well
     that the operands stand in rank order if ``rank_order`` says so (the operation then need not commute), and that
     the additions are those of the canonical tree if ``canonical`` does: all such rows give the same bits.
 
@@ -32,6 +33,7 @@ class Algorithm:
     chunks: Callable[..., int]
     rounds: Callable[..., int]
     sent: Callable[..., Fraction]
+    added: Callable[..., Fraction] = lambda p, **parameters: Fraction(0)
     rank_order: bool = False
     canonical: bool = False
     exact: Callable[[int], bool] = lambda p: False
@@ -93,6 +95,17 @@ def _doubling_sent(p: int) -> Fraction:
     return Fraction(doubled + (p if pairs else 0), p)
 
 
+def _halving_added(p: int) -> Fraction:
+    """The first rank keeps most: the chunks of 1, 2, 4, ... members, pairs having two, after all of the one folded."""
+    pairs = p - power_below(p)
+    return Fraction(sum((1 << n) + min(1 << n, pairs) for n in range(_log(p))), p) + _folded(p)
+
+
+def _double_tree_added(p: int) -> Fraction:
+    """A half from each of two children in the one tree where a rank has any."""
+    return Fraction(min(p - 1, 2), 2)
+
+
 def _base_rounds(p: int) -> int:
     """log2 of the power of two in p; and up and down the largest one in the rest, with a meeting between."""
     odd = p // (p & -p)
@@ -135,6 +148,7 @@ _ROWS = [
         chunks=lambda p: p,
         rounds=lambda p: 2 * (p - 1),
         sent=lambda p: Fraction(2 * (p - 1), p),
+        added=lambda p: Fraction(p - 1, p),
     ),
     Algorithm(
         "allreduce",
@@ -143,6 +157,7 @@ _ROWS = [
         chunks=lambda p: 1,
         rounds=lambda p: _log(p) + 2 * _folded(p),
         sent=lambda p: Fraction(_log(p) + _folded(p)),
+        added=lambda p: Fraction(_log(p) + _folded(p)),
         rank_order=True,
         canonical=True,
     ),
@@ -153,6 +168,7 @@ _ROWS = [
         chunks=power_below,
         rounds=lambda p: 2 * _log(p) + 2 * _folded(p),
         sent=lambda p: 2 - Fraction(2, power_below(p)) + _folded(p),
+        added=lambda p: 1 - Fraction(1, power_below(p)) + _folded(p),
         rank_order=True,
         canonical=True,
     ),
@@ -163,6 +179,7 @@ _ROWS = [
         chunks=lambda p: p,
         rounds=lambda p: 2 * (p - 1).bit_length(),
         sent=lambda p: Fraction(2 * (p - 1), p),
+        added=lambda p: Fraction(p - 1, p),
     ),
     Algorithm(
         "allreduce",
@@ -171,6 +188,7 @@ _ROWS = [
         chunks=lambda p: 1,
         rounds=lambda p: 2 * _log(p) + 2 * _folded(p),
         sent=lambda p: Fraction(_log(p) + _folded(p)),
+        added=lambda p: Fraction(_log(p) + _folded(p)),
         rank_order=True,
         canonical=True,
     ),
@@ -181,6 +199,7 @@ _ROWS = [
         chunks=lambda p, segments: 2 * segments,
         rounds=lambda p, segments: 2 * (p - 1).bit_length() - 1 + segments if p > 1 else 0,
         sent=lambda p, segments: Fraction(min(p, 4), 2) if p > 1 else Fraction(0),
+        added=lambda p, segments: _double_tree_added(p),
         rank_order=True,
         parameters={"segments": 4},
     ),
@@ -191,6 +210,7 @@ _ROWS = [
         chunks=lambda p, root: 1,
         rounds=lambda p, root: _log(p) + _folded(p) + (root > 0),
         sent=lambda p, root: Fraction(p > 1),
+        added=lambda p, root: Fraction(_log(p) + _folded(p)),
         rank_order=True,
         canonical=True,
         parameters={"root": 0},
@@ -202,6 +222,7 @@ _ROWS = [
         chunks=lambda p, root, segments: segments,
         rounds=lambda p, root, segments: p - 2 + segments if p > 1 else 0,
         sent=lambda p, root, segments: Fraction(p > 1),
+        added=lambda p, root, segments: Fraction(p > 1),
         parameters={"root": 0, "segments": 4},
     ),
     Algorithm(
@@ -211,6 +232,7 @@ _ROWS = [
         chunks=lambda p, root, segments: 2 * segments,
         rounds=lambda p, root, segments: (p - 1).bit_length() + segments if p > 1 else 0,
         sent=lambda p, root, segments: Fraction(p > 1),
+        added=lambda p, root, segments: _double_tree_added(p),
         rank_order=True,
         parameters={"root": 0, "segments": 4},
     ),
@@ -257,6 +279,7 @@ _ROWS = [
         chunks=lambda p: p,
         rounds=lambda p: p - 1,
         sent=lambda p: Fraction(p - 1, p),
+        added=lambda p: Fraction(p - 1, p),
     ),
     Algorithm(
         "reduce_scatter",
@@ -265,6 +288,7 @@ _ROWS = [
         chunks=lambda p: p,
         rounds=lambda p: _log(p) + 1 + _folded(p) if p > 2 else p - 1,
         sent=_halving_sent,
+        added=_halving_added,
         rank_order=True,
         canonical=True,
     ),
@@ -275,6 +299,7 @@ _ROWS = [
         chunks=lambda p: p,
         rounds=lambda p: (p - 1).bit_length(),
         sent=lambda p: Fraction(p - 1, p),
+        added=lambda p: Fraction(p - 1, p),
     ),
     Algorithm(
         "allgather",

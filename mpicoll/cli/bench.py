@@ -93,6 +93,13 @@ def _number(text: str) -> int:
     show_default=True,
     help="Whether our calls are compared between the ranks, as header is the default elsewhere.",
 )
+@click.option(
+    "--calls",
+    type=click.IntRange(1, 10**6),
+    default=1,
+    show_default=True,
+    help="Calls back to back in a repetition, whose time is their mean.",
+)
 @click.option("--max-time", type=click.FloatRange(0, 1e6), default=60, show_default=True, help="Seconds to measure.")
 @click.option("--min-reps", type=click.IntRange(1, 10**6), default=10, show_default=True, help="At least, of a size.")
 @click.option("--warmup", type=click.IntRange(0, 10**6), default=2, show_default=True, help="More, not counted.")
@@ -248,6 +255,7 @@ def header(facts: Record, task: "Task") -> str:
     op = f", {task.op}" if "reduce" in task.collective else ""
     root = f", root {task.root}" if task.collective in ("reduce", "bcast") else ""
     how = f"sync {config['sync']}, check {config['check']}, seed {config['seed']}"
+    how += f", {config['calls']} calls back to back" if config["calls"] > 1 else ""
     how += "".join(f", {name.replace('_', ' ')}" for name in ("off_cache", "unaligned") if config[name])
     lines = [
         f"mpicoll {task.collective.capitalize()} Latency Test v{facts['mpicoll']}",

@@ -79,7 +79,7 @@ def check_level(level: str) -> None:
 
 
 @lru_cache(maxsize=KEPT)
-def native(
+def header_of(
     collective: str,
     operation: str,
     dtype: str,

@@ -13,12 +13,12 @@ from ..algorithms import Algorithm
 from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
 from . import operations, record
-from .agreement import Header, Headers, check_level, level_of, native
+from .agreement import Header, Headers, check_level, header_of, level_of
 from .buffers import Part, lengths, name_of, on_device, order_of, parts, specification, vector
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
 from .plan import Bound, Plan
-from .select import LARGE, PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared, choose, parameters
+from .select import PLAIN, SHARED, Options, Preference, Shared, choose, defaults, parameters
 from .state import (
     Handle,
     NativeHandle,
@@ -100,7 +100,6 @@ def allreduce(
         and op == "sum"
         and segments is None
         and wire is None
-        and x.nbytes < LARGE
         and x.dtype in PLAIN
         and x.flags.carray
         and isinstance(comm, MPI.Intracomm)
@@ -109,13 +108,17 @@ def allreduce(
         and not interrupted
         and comm
         and (level == "header" or level == "off")
-        and (x.nbytes < SHARED_FROM["allreduce"] or comm.size == 1 or x.nbytes < state_of(comm).native_below)
+        and (
+            comm.size == 1
+            or x.nbytes
+            < (state := getattr(comm, "_state", None) or find_state(comm) or state_of(comm)).limits["allreduce"][0]
+        )
     ):
         if level == "off" or comm.size == 1:
             MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
         else:
-            header = native("allreduce", "sum", PLAIN[x.dtype], x.size)
-            compared(state_of(comm), header, MPI.Intracomm.Allreduce, comm, MPI.IN_PLACE, x)
+            header = header_of("allreduce", "sum", PLAIN[x.dtype], x.size)
+            compared(state, header, MPI.Intracomm.Allreduce, comm, MPI.IN_PLACE, x)
         return x
     if isinstance(x, (Number, np.generic)):
         scalar = _number(x, op)
@@ -493,7 +496,7 @@ def on_node(
     """A reduction in memory that all ranks share, of arrays that nothing is wrong with, as ``compared`` has it."""
     flat, at = recv.reshape(-1), root or 0
     args = collective, (flat if send is recv else send.reshape(-1)), flat, operation, at
-    header = native(collective, operation.name, PLAIN[recv.dtype], recv.size, root, SHARED.name)
+    header = header_of(collective, operation.name, PLAIN[recv.dtype], recv.size, root, SHARED.name)
     if not (recorded if level == "off" else compared)(state, header, state.on_node, state.node.run, *args):
         part = Part(flat)
         Call(collective, comm, state.p, part, operation, SHARED, {}, root, sent=args[1]).without_sharing().run()
@@ -576,11 +579,9 @@ class Call(NamedTuple):
         """The same by messages, in the same order of additions."""
         if self.sent is not None:
             self.part.flat[:] = self.sent
-        if not self.operation.reduces:
-            return self._replace(row=None, sent=None)
-        return self._decided_again(Options(deterministic=True))
+        return self._decided_again(Options(deterministic=self.operation.reduces), "without sharing")
 
-    def _decided_again(self, options: Options) -> "Call":
+    def _decided_again(self, options: Options, prefer: Preference) -> "Call":
         return decide(
             self.comm,
             self.part,
@@ -590,7 +591,7 @@ class Call(NamedTuple):
             root=self.root,
             cuts=self.cuts,
             result=self.result,
-            prefer="ours",
+            prefer=prefer,
         )
 
     def header(self) -> Header:
@@ -635,7 +636,7 @@ class Call(NamedTuple):
 
     def ours(self) -> "Call":
         """The same by an algorithm of ours, where it is not yet."""
-        return self if isinstance(self.row, Algorithm) else self._decided_again(Options())
+        return self if isinstance(self.row, Algorithm) else self._decided_again(Options(), "ours")
 
     def bind(self, state: State) -> Iterator[Bound]:
         """Its rounds, with scratch memory of their own."""
@@ -732,11 +733,10 @@ def decide(
         check_root(comm, root)
     if options.wire is not None:
         operation = operation.on_wire(options.wire, flat.dtype)
-    state = find_state(comm) if prefer == "fastest" else None
+    state = find_state(comm)
+    rules = state.rules[collective] if state else defaults(collective, comm.size)
     shares = state is not None and state.can_share(collective, options.deterministic, operation)
-    row = choose(
-        collective, options, len(flat), flat.dtype, operation, prefer, shares, state is not None and state.spans
-    )
+    row = choose(collective, options, len(flat), flat.dtype, operation, rules, prefer, shares)
     given = parameters(row, flat.nbytes, root, options.segments)
     if isinstance(row, Algorithm) and options.segments is not None:
         row.schedule(comm.size, **given)  # so that a wrong parameter is refused now

@@ -10,8 +10,9 @@ from typing import Any, SupportsIndex, TypeVar, cast
 import numpy as np
 from mpi4py import MPI
 
+from ..tuning import NATIVE
 from . import operations, record
-from .agreement import Header, check_level, level_of, native
+from .agreement import Header, check_level, header_of, level_of
 from .buffers import (
     REFUSALS,
     Part,
@@ -44,7 +45,7 @@ from .collectives import (
     run,
 )
 from .operations import MOVE, Operation, name_of, operation, predefined
-from .select import LARGE, PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared
+from .select import PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared, preferred
 from .state import State, check_comm, driving, interrupted, state_of, under_way, whole
 
 C = TypeVar("C", bound=MPI.Intracomm)
@@ -174,7 +175,7 @@ class Comm(MPI.Intracomm):
                 if value is not None:
                     made[0][...] = value
 
-            return [Native(native(name, "", "", None), make)]
+            return [Native(header_of(name, "", "", None), make)]
 
         with whole(self):
             run(agreed(self, None, name, None, calls))
@@ -187,27 +188,31 @@ class Comm(MPI.Intracomm):
         ``empty``): then this is the fastest there is.  It is the same memory again at the next such call but one; until
         then ranks may read on.
 
-        ``op`` and ``check`` are those of ``mpicoll.allreduce``; 16-bit floats are added as float32, and the order of
-        additions is always the canonical one.
+        ``op`` and ``check`` are those of ``mpicoll.allreduce``; 16-bit floats are added as float32.  The order of
+        additions is the canonical one if the ``Comm`` is ``deterministic``.
 
-        If ranks do not share memory, each has a result of its own.
+        If ranks do not share memory, or the array is so small that the MPI library's own is faster, each has a result
+        of its own.
         """
         level = self.check if check is None else level_of(self, check)
+        plain = type(x) is np.ndarray and type(op) is MPI.Op and x.dtype in PLAIN and x.flags.c_contiguous
+        if plain and self._is_small(x) and x.size:
+            result = np.empty_like(x)
+            self.Allreduce(x, result, op, check=check)
+            result.flags.writeable = False
+            return result
         if (
-            type(x) is np.ndarray
+            plain
             and self._state is not None
             and self._shares
-            and x.dtype in PLAIN
-            and x.flags.c_contiguous
             and x.size
-            and type(op) is MPI.Op
-            and (quick := predefined(op, x.dtype))
+            and (quick := predefined(cast(MPI.Op, op), x.dtype))
             and (level == "header" or level == "off")
             and not under_way
             and not interrupted
         ):
             state, flat = self._state, x.reshape(-1)
-            header = native("allreduce_shared", quick.name, PLAIN[x.dtype], x.size, algorithm=SHARED.name)
+            header = header_of("allreduce_shared", quick.name, PLAIN[x.dtype], x.size, algorithm=SHARED.name)
             how = recorded if level == "off" else compared
             result = how(state, header, state.on_node, state.node.allreduce, flat, quick)
             if result is not None:
@@ -223,12 +228,8 @@ class Comm(MPI.Intracomm):
             def call() -> None:
                 reduced.append(self._reduced(flat, found))
 
-            return [
-                Native(
-                    native("allreduce_shared", found.name, dtype_name(flat.dtype), len(flat), algorithm=SHARED.name),
-                    call,
-                )
-            ]
+            header = header_of("allreduce_shared", found.name, dtype_name(flat.dtype), len(flat), algorithm=SHARED.name)
+            return [Native(header, call)]
 
         with whole(self):
             run(agreed(self, check, "allreduce_shared", x, calls))
@@ -236,14 +237,18 @@ class Comm(MPI.Intracomm):
 
     def _reduced(self, flat: np.ndarray, found: Operation) -> np.ndarray:
         state = state_of(self)
-        if state.can_share("allreduce_shared", True, found) and len(flat):
+        if not self._is_small(flat) and state.can_share("allreduce_shared", True, found) and len(flat):
             state.join_nodes()
             result = state.on_node(state.node.allreduce, flat, found)
             if result is not None:
                 return result
         part = Part(flat.copy())
-        decide(self, part, found, Options()).run()
+        decide(self, part, found, Options(deterministic=self.deterministic)).run()
         return part.flat
+
+    def _is_small(self, x: np.ndarray) -> bool:
+        """Is the MPI library's own faster than one result for all?"""
+        return x.nbytes < SHARED_FROM["allreduce_shared"] and not self.deterministic
 
     def Allreduce(  # noqa: N802
         self,
@@ -269,9 +274,8 @@ class Comm(MPI.Intracomm):
             and type(op) is MPI.Op
             and recvbuf.dtype in PLAIN
             and (
-                recvbuf.nbytes
-                < (SHARED_FROM["allreduce"] if self._shares else (self._state or state_of(self)).native_below)
-                or (found := self._on_node(op, recvbuf)) is not None
+                recvbuf.nbytes < (limits := (self._state or state_of(self)).limits["allreduce"]).native_below
+                or (recvbuf.nbytes >= limits.shared_from and (found := self._on_node(op, recvbuf)) is not None)
             )
             and recvbuf.flags.carray
             and (sendbuf is MPI.IN_PLACE or _are_alike(sendbuf, recvbuf, "" if found else level))
@@ -322,8 +326,8 @@ class Comm(MPI.Intracomm):
             and type(op) is MPI.Op
             and data.dtype in PLAIN
             and (
-                data.nbytes < (SHARED_FROM["reduce"] if self._shares else LARGE)
-                or (found := self._on_node(op, data)) is not None
+                data.nbytes < (limits := (self._state or state_of(self)).limits["reduce"]).native_below
+                or (data.nbytes >= limits.shared_from and (found := self._on_node(op, data)) is not None)
             )
             and data.flags.carray
             and (
@@ -364,19 +368,20 @@ class Comm(MPI.Intracomm):
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.bcast``."""
         options = options_of(self, algorithm, False, segments, None)
-        receives, unseen = self.rank != root, options in (Options(), Options("native")) and not on_device(buf)
-        shared = (
-            unseen and algorithm == "auto" and self._shares and self._moves_on_node("bcast", payload(buf, receives)[1])
+        receives = self.rank != root
+        untold = options == Options() and not on_device(buf)
+        unseen = (untold and self._is_native_best("bcast", lambda: payload(buf, receives)[1])) or (
+            options == Options("native") and not on_device(buf)
         )
-        if level_of(self, check) == "off" and unseen and not shared:
+        if level_of(self, check) == "off" and unseen:
             return self._natively("Bcast", buf, root)()
 
         def calls() -> list[Any]:
             check_root(self, root)
-            if unseen and not shared:
-                header = native("bcast", "", *payload(buf, receives), int(index(root)))
+            if unseen:
+                header = header_of("bcast", "", *payload(buf, receives), int(index(root)))
                 return [Native(header, self._natively("Bcast", buf, root))]
-            if shared:
+            if untold:
                 part = as_bytes(buf, not receives, receives)
             elif on_device(buf):
                 part = staged(buf, load=not receives)
@@ -389,9 +394,13 @@ class Comm(MPI.Intracomm):
         with whole(self):
             return run(agreed(self, check, "bcast", buf, calls))
 
-    def _moves_on_node(self, collective: str, nbytes: int | None) -> bool:
-        """Is it done in shared memory, unless told otherwise?"""
-        return self._shares and nbytes is not None and nbytes >= SHARED_FROM[collective]
+    def _is_native_best(self, collective: str, measure: Callable[[], int | None]) -> bool:
+        """Is the MPI library's own the first choice for so many bytes?  It is where nobody knows how many."""
+        state = self._state or state_of(self)
+        limits = state.limits[collective]
+        if limits.native_always or (nbytes := measure()) is None or nbytes < limits.native_below:
+            return True
+        return preferred(state.rules[collective], nbytes)[0] == NATIVE
 
     def _natively(self, name: str, *args: Any) -> Callable[[], None]:
         """mpi4py's method of that name."""
@@ -424,7 +433,7 @@ class Comm(MPI.Intracomm):
                     count //= self.size
                 elif count is not None and count * self.size != described(sendbuf)[1]:
                     dtype, count = f"{described(sendbuf)} to send and {described(recvbuf)} to receive", None
-                header = native("reduce_scatter_block", name_of(op), f"{dtype} a rank", count)
+                header = header_of("reduce_scatter_block", name_of(op), f"{dtype} a rank", count)
                 return [Native(header, self._natively("Reduce_scatter_block", sendbuf, recvbuf, op))]
             received = vector(recvbuf)
             count = len(received) // self.size if sendbuf is MPI.IN_PLACE else len(received)
@@ -502,8 +511,8 @@ class Comm(MPI.Intracomm):
         if options.algorithm == "native":
             return True
         nbytes = (len(flat) * blocks if blocks else sum(counts or ())) * flat.itemsize
-        shared = self._moves_on_node("reduce_scatter", nbytes) and predefined(op, flat.dtype) is not None
-        return not shared and not is_half(flat.dtype)
+        usual = predefined(op, flat.dtype) is not None
+        return not is_half(flat.dtype) and (not usual or self._is_native_best("reduce_scatter", lambda: nbytes))
 
     def _reduce_scatter(
         self,
@@ -532,10 +541,8 @@ class Comm(MPI.Intracomm):
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
     ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
-        shared = (
-            algorithm == "auto" and self._shares and self._moves_on_node("allgather", self._gathered_bytes(recvbuf))
-        )
-        if level_of(self, check) == "off" and algorithm in ("auto", "native") and not shared:
+        untold = algorithm == "auto" and not self._is_native_best("allgather", lambda: self._gathered_bytes(recvbuf))
+        if level_of(self, check) == "off" and algorithm in ("auto", "native") and not untold:
             return self._natively("Allgather", sendbuf, recvbuf)()
 
         def calls() -> list[Any]:
@@ -551,9 +558,9 @@ class Comm(MPI.Intracomm):
                     raise ValueError(
                         f"expected {self.size} times what is sent, got room for {space[1]} {space[0]}, and {each} bytes"
                     )
-                if shared and each is not None:
-                    return [self._gathering_on_node(sendbuf, recvbuf, each)]
-                header = native("allgather", "", f"{dtype} a rank", each)
+                if untold and each is not None:
+                    return [self._gathering_bytes(sendbuf, recvbuf, each)]
+                header = header_of("allgather", "", f"{dtype} a rank", each)
                 return [Native(header, self._natively("Allgather", sendbuf, recvbuf))]
             received = vector(of_blocks(recvbuf, self.size))
             sent = None if is_in_place(sendbuf) else vector(sendbuf, writable=False)
@@ -576,11 +583,11 @@ class Comm(MPI.Intracomm):
         each = block(recvbuf, self.size)[1]
         return None if each is None else each * self.size
 
-    def _gathering_on_node(self, sendbuf: Any, recvbuf: Any, each: int) -> Call:
+    def _gathering_bytes(self, sendbuf: Any, recvbuf: Any, each: int) -> Call:
         in_place = is_in_place(sendbuf)
         part = as_bytes(of_blocks(recvbuf, self.size), load=in_place, store=True)
         sent = None if in_place else as_bytes(sendbuf, load=True, store=False).flat
-        cuts = tuple(range(0, each * self.size + 1, each))
+        cuts = tuple(each * rank for rank in range(self.size + 1))
         return gathering(self, sent, part.flat, cuts, Options())._replace(part=part)
 
     def Allgatherv(  # noqa: N802
@@ -622,7 +629,7 @@ class Comm(MPI.Intracomm):
         try:
             received, counts, _ = blocks(recvbuf, self.size)
         except (TypeError, ValueError, BufferError, KeyError) as error:
-            return native("allgatherv", "", str(error), None)
+            return header_of("allgatherv", "", str(error), None)
         size = received.dtype.itemsize
         cuts = cuts_of([count * size for count in counts], None, self.size)
         sent = None if is_in_place(sendbuf) else payload(sendbuf)
@@ -654,7 +661,7 @@ class Comm(MPI.Intracomm):
             if count is not None and receives and not in_place and look(sendbuf) != (what, count):
                 what, count = f"{look(sendbuf)} to send and {look(target)} to receive", None
             at = None if root is None else int(index(root))
-            header = native(collective, name_of(cast(MPI.Op, op)), what if count != 0 else "", count, at)
+            header = header_of(collective, name_of(cast(MPI.Op, op)), what if count != 0 else "", count, at)
             return [Native(header, self._natively(method, sendbuf, recvbuf, op, *ending))]
 
         def calls() -> list[Any]:
@@ -723,8 +730,8 @@ def _header(collective: str, x: np.ndarray, op: MPI.Op, root: int | None = None)
     """Of a small call, as any other way to make it has it: what a user-defined operation takes is told by its bytes."""
     name = name_of(op)
     if name == "user-defined":
-        return native(collective, name, "bytes", x.nbytes, root)
-    return native(collective, name, PLAIN[x.dtype], x.size, root)
+        return header_of(collective, name, "bytes", x.nbytes, root)
+    return header_of(collective, name, PLAIN[x.dtype], x.size, root)
 
 
 def _are_alike(x: Any, other: np.ndarray, level: str) -> bool:

@@ -20,11 +20,14 @@ from ..algorithms import find
 from ..errors import MismatchError
 from ..graphs import Graph
 from ..schedule import Schedule
+from ..tuning import COLLECTIVES, Fingerprint, Rule, Rules, machine
+from ..tuning import find as find_profile
 from . import record
 from .agreement import Agreement, Comparison, Header, Headers
+from .launch import library_name
 from .operations import Operation
 from .plan import Bound, Plan
-from .select import ACROSS_FROM, LARGE, SHARED_FROM
+from .select import Limits, defaults, limits, tuned
 from .shared import Node
 
 T = TypeVar("T")
@@ -60,8 +63,14 @@ class State:
         self.node = Node(self.comm, self._pause)
         self.shares = self.node.whole and self.node.shares
         """Do all ranks share memory?"""
+        self.layout: tuple[int, ...] = (self.p,)
+        """How many ranks each node has, in the order of nodes' first ranks."""
         self.spans = not self.node.whole and self._spans()
         """Are there several nodes, on each of which several do?"""
+        self.rules: Rules = {}
+        """What ``"auto"`` goes by, for each collective."""
+        self.limits: dict[str, Limits] = {}
+        self.follow(self._found_rules())
         self._owners: State | None = None  # of the same pieces on all nodes
         self.agreement = Agreement(self.comm, self.node if self.shares else None)
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
@@ -126,10 +135,11 @@ class State:
     def _spans(self) -> bool:
         node = self.node
         first = node.comm.bcast(self.rank)
-        found = self.comm.allgather((first, node.size if node.shares else 1))
-        sizes = dict(found)
+        found = self.comm.allgather((first, node.size, node.shares))
+        self.layout = tuple(size for _, size in sorted({(first, size) for first, size, _ in found}))
+        sizes = {first: size if shares else 1 for first, size, shares in found}
         fewest = min(sizes.values())
-        firsts = [first for first, _ in found]
+        firsts = [first for first, *_ in found]
         self._in_order = firsts == sorted(firsts)  # nodes, one after another
         powers = {len(sizes), *sizes.values()}
         self._canonical = self._in_order and len({*sizes.values()}) == 1 and all(n & (n - 1) == 0 for n in powers)
@@ -145,10 +155,33 @@ class State:
         order = self._canonical if deterministic else operation.commutes or self._in_order
         return collective in ("allreduce", "allreduce_shared") and order
 
-    @property
-    def native_below(self) -> int:
-        """Bytes from which on the MPI library's own allreduce may not be the fastest."""
-        return SHARED_FROM["allreduce"] if self.shares else ACROSS_FROM if self.spans else LARGE
+    def follow(self, measured: Rules) -> None:
+        """From now on these are the rules, and for collectives that have none the defaults; the same on all ranks."""
+        for collective in COLLECTIVES:
+            own = measured.get(collective)
+            rules = tuned(collective, own, self.shares) if own else self.defaults(collective)
+            self.rules[collective], self.limits[collective] = rules, limits(rules)
+
+    def defaults(self, collective: str) -> tuple[Rule, ...]:
+        """The rules where nobody has measured."""
+        return defaults(collective, self.p, self.shares, self.spans, self.node.whole)
+
+    def _found_rules(self) -> Rules:
+        """Those of the profile for here, if there is one: rank 0 looks, and all get what it has found."""
+        if self.p == 1:
+            return {}
+        found: Rules | Exception = {}
+        if self.rank == 0:
+            try:
+                here = Fingerprint(library_name(), machine(), self.layout)
+                profile = find_profile(here, self.p == MPI.COMM_WORLD.size)
+                found = profile.rules if profile else {}
+            except Exception as error:
+                found = error
+        found = self.comm.bcast(found)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def join_nodes(self) -> None:
         """Make ready what nodes need to add up with each other.  A collective call."""

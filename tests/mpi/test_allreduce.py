@@ -12,6 +12,7 @@ from mpi4py import MPI
 import mpicoll
 from contract import assert_untouched, composition, guarded, maps, own_data
 from mpicoll.algorithms import ALGORITHMS, Algorithm, find
+from mpicoll.cost import NODE, Network
 from mpicoll.interpreter import interpret_arrays
 from mpicoll.mpi import collectives, operations, plan, select, state
 from mpicoll.mpi.collectives import account
@@ -242,10 +243,10 @@ def test_deterministic_sums_do_not_depend_on_algorithm_length_pieces_or_fusion(c
     data = (rng.normal(size=1200) * 10.0 ** rng.integers(-3, 3, size=1200)).astype(dtype)
     ours = mpicoll.Comm(comm, deterministic=True)
 
-    def bits(algorithm: str, cuts: tuple[int, ...], length: int = plan.MAX_MESSAGE, small: int = select.SMALL) -> bytes:
+    def bits(algorithm: str, cuts: tuple[int, ...], length: int = plan.MAX_MESSAGE, network: Network = NODE) -> bytes:
         with monkeypatch.context() as patch:
             patch.setattr(plan, "MAX_MESSAGE", length)
-            patch.setattr(select, "SMALL", small)
+            patch.setattr(select, "NODE", network)
             own = comm.Dup()  # plans are kept with the communicator
             pieces = [piece.copy() for piece in np.split(data, cuts)]
             for piece in pieces:
@@ -258,7 +259,7 @@ def test_deterministic_sums_do_not_depend_on_algorithm_length_pieces_or_fusion(c
     for algorithm in [*CANONICAL, "auto"]:
         for cuts in ((), (1,), (3, 700)):
             assert bits(algorithm, cuts) == expected
-            assert bits(algorithm, cuts, length=40, small=0) == expected
+            assert bits(algorithm, cuts, length=40, network=Network(0, 1, 1)) == expected
     x, fused = data.copy(), [part.copy() for part in np.split(data, (5, 600))]
     ours.Allreduce(MPI.IN_PLACE, x)
     assert x.tobytes() == expected
@@ -558,25 +559,23 @@ def test_auto_is_native_below_and_ours_above(comm, monkeypatch):
     assert account(x, comm) == ("native", None, None)
     for bound in select.SHARED_FROM:
         monkeypatch.setitem(select.SHARED_FROM, bound, 1 << 14)
+    monkeypatch.setattr(select, "LARGE", {True: 8000, False: 0})
     ours = mpicoll.Comm(comm)
     if P > 1:  # one node
         assert account(np.zeros(2047), ours) == ("native", None, None)
         assert account(np.zeros(2048), ours) == account(x, ours, deterministic=True) == ("shared", 0, 0)
         assert account(np.zeros(10, "e"), ours) == ("shared", 0, 0)
-    monkeypatch.setattr(ours._state, "shares", False)
-    comm = ours
-    assert account(x, ours, deterministic=True)[0] == "recursive_doubling"
-    assert account(x, comm, deterministic=True)[0] == "recursive_doubling"
-    assert account(np.zeros(10000), comm, deterministic=True)[0] == "halving_doubling"
-    assert account(np.zeros(10, "e"), comm)[0] == "recursive_doubling"
-    assert account(np.zeros(10000, "e"), comm)[0] == "circulant"
-    for module in (select, collectives):
-        monkeypatch.setattr(module, "LARGE", 8000)
-    monkeypatch.setattr(select, "SMALL", 100)
-    assert account(x, comm)[0] == "circulant"
-    assert account(x[1:], comm)[0] == "native"
+    monkeypatch.setattr(ours._state, "shares", False)  # by messages
+    ours._state.follow({})
+    assert account(x[1:], ours, deterministic=True)[0] == "recursive_doubling"
+    assert account(np.zeros(1 << 17), ours, deterministic=True)[0] == "halving_doubling"
+    assert account(np.zeros(10, "e"), ours)[0] == "recursive_doubling"
+    long = account(np.zeros(1 << 18, "e"), ours)[0]
+    assert ROWS[long].added(P) < ROWS["recursive_doubling"].added(P) or P == 1
+    assert account(x, ours)[0] != "native"
+    assert account(x[1:], ours)[0] == "native"
     y = own_data(1000, comm.rank)
-    mpicoll.allreduce(y, comm)
+    mpicoll.allreduce(y, ours)
     np.testing.assert_array_equal(y, sum(own_data(1000, rank) for rank in range(P)))
 
 

@@ -14,7 +14,6 @@ from mpi4py import MPI
 
 import mpicoll
 from mpicoll.mpi import collectives, select, state
-from mpicoll.mpi import comm as comm_module
 
 pytestmark = pytest.mark.mpi
 P = MPI.COMM_WORLD.size
@@ -30,8 +29,7 @@ def ours(comm: MPI.Intracomm) -> mpicoll.Comm:
 @pytest.fixture(params=["small calls are native", "all calls are ours"])
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "all calls are ours":
-        for module in (select, collectives, comm_module):
-            monkeypatch.setattr(module, "LARGE", 0)
+        monkeypatch.setattr(select, "LARGE", dict.fromkeys(select.LARGE, 0))
         for collective in select.SHARED_FROM:
             monkeypatch.setitem(select.SHARED_FROM, collective, 0)
 

@@ -98,6 +98,22 @@ def test_however_ranks_are_synchronised_and_buffers_lie(comm, sync):
         assert set(starts) == {8 if unaligned else 0}
 
 
+def test_calls_back_to_back_are_checked_by_one_more(comm):
+    calls = []
+
+    def counted(task, send, recv):
+        once = native(task, send, recv)
+        return lambda: (calls.append(1), once())[1]
+
+    native = implementations(comm, "allreduce", np.dtype("f4"), "off")["native"]
+    settings = Settings((True,), calls=7, max_time=0, min_reps=2, warmup=1)
+    task = Task("allreduce", 1000, np.dtype("f4"))
+    found = measure(comm, {"native": counted}, [task], settings)
+    assert sum(one.wrong for one in found) == 0
+    assert len(calls) == 3 * (7 + 1)
+    assert P == 1 or measure(comm, {"wrong": nothing(comm)}, [task], settings)[0].wrong >= 3 * 900 * P
+
+
 def nothing(comm):
     return lambda task, send, recv: lambda: None
 

@@ -32,6 +32,7 @@ def ours(request, comm, monkeypatch):
     layout = LAYOUTS[request.param]
     monkeypatch.setattr(shared, "node_of", lambda comm: MPI.Intracomm(comm.Split(layout(WORLD_RANK), comm.rank)))
     monkeypatch.setattr(shared, "BOX_ACROSS", 4096)
+    monkeypatch.setitem(select.SHARED_FROM, "allreduce_shared", 0)
     made = mpicoll.Comm(comm)
     assert made._state is not None
     assert made._state.spans == (smallest(request.param) > 1)
@@ -92,7 +93,7 @@ def test_the_canonical_order_where_it_can_be(ours):
 
 def test_auto_goes_that_way_from_a_size_on_however_the_array_is_passed(ours, monkeypatch):
     monkeypatch.setattr(select, "ACROSS_FROM", 1 << 12)
-    monkeypatch.setattr("mpicoll.mpi.state.ACROSS_FROM", 1 << 12)
+    ours._state.follow({})
     for count in (511, 512, 513):
         x = np.full(count, ours.rank + 1.0)
         ours.Allreduce(MPI.IN_PLACE, x if ours.rank else [x, count, MPI.DOUBLE])

@@ -57,11 +57,11 @@ class Sync(Strategy):
         if self._state is None:
             self.allreduce([self.sums], "sum")
             return 1
-        from ...mpi.agreement import native
+        from ...mpi.agreement import header_of
         from ...mpi.collectives import compared
 
         state, grad = self._state, self.sums[:-2]
-        header = native("reduce_scatter", "sum", grad.dtype.name, len(grad), algorithm="shared")
+        header = header_of("reduce_scatter", "sum", grad.dtype.name, len(grad), algorithm="shared")
         with self.agreeing():
             args = "reduce_scatter", grad, grad[self.optimizer.part], self._sum, 0, self._cuts
             compared(state, header, state.on_node, state.node.run, *args)

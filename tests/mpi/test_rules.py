@@ -1,0 +1,248 @@
+"""``auto`` does what the rules say, the same on all ranks, and rules come from a profile where there is one."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import mpicoll
+from contract import own_data
+from mpicoll import tuning
+from mpicoll.algorithms import ALGORITHMS
+from mpicoll.errors import UserError
+from mpicoll.mpi.launch import library_name
+from mpicoll.mpi.shared import Node
+from mpicoll.mpi.state import State
+from mpicoll.tuning import COLLECTIVES, Fingerprint, Profile, Rule
+
+P, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
+SMALL, LONG = 96, 300  # elements of float64: in each of the rules
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P in (6, 7), reason="five ranks and eight show it")]
+several = pytest.mark.skipif(P == 1, reason="one rank has no choice")
+
+
+@pytest.fixture
+def ours(comm: MPI.Intracomm) -> mpicoll.Comm:
+    return mpicoll.Comm(comm)
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The algorithms that ran, but for the MPI library's own."""
+    names: list[str] = []
+    run, plan = Node.run, State.plan
+
+    def planned(self: State, name: tuple[str, ...], *args, **kwargs):
+        names.append(name[1])
+        return plan(self, name, *args, **kwargs)
+
+    def shared(self: Node, *args, **kwargs) -> bool:
+        names.append("shared")
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(State, "plan", planned)
+    monkeypatch.setattr(Node, "run", shared)
+    return names
+
+
+def two(first: str, second: str, last: str, at: int = SMALL * P * 8) -> tuple[Rule, Rule]:
+    """Up to so many bytes the first, beyond it the second, and one that can do what these cannot."""
+    return Rule(at, tuple(dict.fromkeys((first, last)))), Rule(None, tuple(dict.fromkeys((second, last))))
+
+
+def calls(comm: mpicoll.Comm, count: int) -> dict[str, Callable[[], None]]:
+    """Each collective with ``count`` elements a rank, and the look at what it gives."""
+    everyones = [own_data(count * P, rank) for rank in range(P)]
+    total, mine, root = np.sum(everyones, 0), everyones[RANK], P - 1
+    part = slice(RANK * count, (RANK + 1) * count)
+
+    def allreduce() -> None:
+        x = mine.copy()
+        comm.Allreduce(MPI.IN_PLACE, x)
+        np.testing.assert_array_equal(x, total)
+        np.testing.assert_array_equal(mpicoll.allreduce(mine.copy(), comm), total)
+
+    def reduce() -> None:
+        x = np.empty_like(mine) if root == RANK else None
+        comm.Reduce(mine, x, root=root)
+        assert x is None or (x == total).all()
+
+    def bcast() -> None:
+        x = everyones[root].copy() if root == RANK else np.empty_like(mine)
+        comm.Bcast(x, root)
+        np.testing.assert_array_equal(x, everyones[root])
+
+    def reduce_scatter() -> None:
+        x = np.empty(count)
+        comm.Reduce_scatter_block(mine, x)
+        np.testing.assert_array_equal(x, total[part])
+        comm.Reduce_scatter(mine, x, [count] * P)
+        np.testing.assert_array_equal(x, total[part])
+
+    def allgather() -> None:
+        x = np.empty(count * P)
+        comm.Allgather(mine[:count], x)
+        np.testing.assert_array_equal(x, np.concatenate([one[:count] for one in everyones]))
+
+    return {call.__name__: call for call in (allreduce, reduce, bcast, reduce_scatter, allgather)}
+
+
+@several
+@pytest.mark.parametrize("check", ["header", "off"])
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_every_collective_goes_by_them(comm, collective, check, done):
+    ours = mpicoll.Comm(comm, check=check)
+    state = ours._state
+    last = next(name for name, row in ALGORITHMS[collective].items() if row.canonical or not row.reduces)
+    names = [*ALGORITHMS[collective], "native", *(["shared"] if "reduce" in collective and state.shares else [])]
+    for first, second in zip(names, [*names[1:], names[0]], strict=True):
+        state.follow({collective: two(first, second, last)})
+        for count, expected in ((SMALL, first), (SMALL + 1, second), (LONG, second), (0, first)):
+            done.clear()
+            calls(ours, count)[collective]()
+            ran = {*done} or {"native"}
+            assert ran == {expected} or (count == 0 and ran == {"native"}), (first, second, count)
+
+
+@several
+def test_others_keep_the_defaults(ours, done):
+    ours._state.follow({"reduce": (Rule(None, ("tree",)),)})
+    calls(ours, SMALL)["allreduce"]()
+    assert not done
+    calls(ours, SMALL)["reduce"]()
+    assert done == ["tree"]
+
+
+@several
+def test_deterministic_calls_only_get_what_is(ours, done):
+    rules = (Rule(800, ("native", "ring", "recursive_doubling")), Rule(None, ("circulant", "halving_doubling")))
+    ours._state.follow({"allreduce": rules})
+    everyones = [np.random.default_rng(rank).normal(size=101) for rank in range(P)]
+    for x in (everyones[RANK][:100].copy(), everyones[RANK].copy()):
+        mpicoll.allreduce(x, ours, deterministic=True)
+        y = everyones[RANK][: len(x)].copy()
+        mpicoll.allreduce(y, ours, algorithm="tree")
+        assert x.tobytes() == y.tobytes()
+    assert done == ["recursive_doubling", "tree", "halving_doubling", "tree"]
+
+
+@several
+def test_a_call_that_the_first_cannot_do_gets_the_next(ours, done):
+    """Operations that do not commute, 16-bit floats, and what must not be the MPI library's own."""
+    ours._state.follow({"allreduce": (Rule(None, ("native", "ring", "recursive_doubling")),)})
+    x = np.ones(5, "f2")
+    ours.Allreduce(MPI.IN_PLACE, x)
+    assert done == ["ring"]
+    assert (x == P).all()
+    handle = mpicoll.allreduce_init(np.ones(5), ours)
+    assert done == ["ring", "ring"]
+    handle.free()
+
+    def first(a: MPI.buffer, b: MPI.buffer, datatype: MPI.Datatype) -> None:
+        b[:] = a
+
+    op = MPI.Op.Create(first, commute=False)
+    y = np.full(5, RANK + 1.0)
+    ours.Allreduce(MPI.IN_PLACE, y, op)
+    assert (y == 1).all()
+    mpicoll.allreduce_init(y, ours, op).free()
+    assert done == ["ring", "ring", "recursive_doubling"]
+    op.Free()
+
+
+@several
+def test_one_result_for_all_is_the_librarys_while_small(ours, done):
+    small, large = np.full(7, RANK + 1.0), np.full((3, 1 << 16), RANK + 1.0)
+    for x, how in ((small, []), (large, ["shared"])):
+        result = ours.allreduce_shared(x)
+        assert (result == P * (P + 1) / 2).all()
+        assert not result.flags.writeable
+        assert done == how
+    for x in (small.reshape(7, 1).T, small[::1], np.asfortranarray(np.ones((2, 3)))):
+        result = ours.allreduce_shared(x, "max")
+        assert result.shape == x.shape
+        assert (result == ours.allreduce(x.max(), MPI.MAX)).all()
+    with pytest.raises((TypeError, ValueError)):
+        ours.allreduce_shared(small, "none")
+
+
+@several
+def test_one_result_is_in_the_canonical_order_if_asked(comm, done):
+    ours = mpicoll.Comm(comm, deterministic=True)
+    x = np.random.default_rng(RANK).normal(size=13)
+    y = x.copy()
+    mpicoll.allreduce(y, ours, algorithm="recursive_doubling")
+    assert ours.allreduce_shared(x).tobytes() == y.tobytes()
+    assert done == ["recursive_doubling", "shared"]
+
+
+# ---- where they come from
+
+
+def profile(comm: MPI.Intracomm, rules: tuple[Rule, ...], **other: Any) -> Profile:
+    here = Fingerprint(library_name(), tuning.machine(), mpicoll.Comm(comm)._state.layout)  # type: ignore[union-attr]
+    return Profile(here._replace(**other), {"allreduce": rules}, {})
+
+
+@pytest.fixture
+def named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that only rank 0 is told of: others have a wrong one."""
+    path = folder / ("profile.json" if RANK == 0 else "none.json")
+    monkeypatch.setenv("MPICOLL_PROFILE", str(path))
+    return path
+
+
+RULES = (Rule(40, ("recursive_doubling",)), Rule(None, ("tree",)))
+
+
+@several
+def test_rank_0_reads_it_and_all_follow(comm, named, done, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("MPICOLL_PROFILE", "none")
+        made = profile(comm, RULES)
+    if RANK == 0:
+        tuning.write(made, named)
+    ours = mpicoll.Comm(comm.Dup())
+    assert ours._state.rules["allreduce"] == RULES
+    for count in (5, 6):
+        x = np.full(count, RANK + 1.0)
+        ours.Allreduce(MPI.IN_PLACE, x)
+        assert (x == P * (P + 1) / 2).all()
+    assert done == ["recursive_doubling", "tree"]
+    alone = ours.Split(RANK)  # of another layout, as parts of a job are: without a word
+    assert alone._state.rules["allreduce"][0].algorithms[0] == "native"
+    ours.Free()
+
+
+@several
+@pytest.mark.parametrize("other", [{"mpi": "MPI 0.1"}, {"machine": "abacus"}, {"layout": (1,) * 77}])
+def test_one_from_elsewhere_is_refused_in_a_line(comm, named, other, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("MPICOLL_PROFILE", "none")
+        made = profile(comm, RULES, **other)
+    if RANK == 0:
+        tuning.write(made, named)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ours = mpicoll.Comm(comm.Dup())
+    assert ours._state.rules["allreduce"] != RULES
+    said = [str(one.message) for one in told]
+    assert [len(said), *("\n" in line for line in said)] == ([1, False] if RANK == 0 else [0])
+    assert RANK or ("tune" in said[0] and str(named) in said[0])
+    ours.Free()
+
+
+@several
+@pytest.mark.parametrize("text", [None, "", "{", '{"version": 1}'], ids=["missing", "empty", "torn", "wrong"])
+def test_a_wrong_one_is_the_same_error_on_all_ranks(comm, named, text):
+    if RANK == 0 and text is not None:
+        named.write_text(text)
+    own = comm.Dup()
+    with pytest.raises(UserError, match=r"profile.json") as caught:
+        mpicoll.Comm(own)
+    assert len({*comm.allgather(str(caught.value))}) == 1
+    own.Free()
