@@ -32,6 +32,7 @@ from mpicoll.measure import (
 )
 from mpicoll.mpi.collectives import account
 from mpicoll.mpi.launch import library_name
+from mpicoll.mpi.state import state_of
 from mpicoll.tuning import machine
 
 P = MPI.COMM_WORLD.size
@@ -413,6 +414,7 @@ def test_what_is_done_without_a_profile(comm):
 
 def test_what_a_profile_of_this_job_is_for(comm, monkeypatch):
     assert fingerprint(comm) == (library_name(), machine(), (P,))
+    assert state_of(comm).layout == (P,)  # where a profile is looked for
     for layout in (lambda rank: rank // 2, lambda rank: -rank % 2, lambda rank: -(rank > 0)):
         nodes = [layout(rank) for rank in range(P)]
         monkeypatch.setattr(m, "node_of", lambda comm, nodes=nodes: comm.Split(nodes[comm.rank], comm.rank))
