@@ -3,13 +3,13 @@
     python bench/network.py              measures (ten minutes), prints tables, records them in bench/results/
     python bench/network.py --show FILE  prints a recorded one
     python bench/network.py --plot FILE  draws a recorded one in docs/network.png
-    python bench/network.py --tune 60    first lets mpicoll tune measure for so many seconds on each of the clusters,
-                                         and auto follow what it finds (--only NAMES: some of the experiments)
+    python bench/network.py --only NAMES only some of the experiments, not recorded
 
 It is measured as in bench/allreduce.py: implementations take turns, in random order, on fresh data, every result is
-checked, compared is the ratio within a repetition, ours are unchecked calls (check="off"), of several launches.  Where
-links have a rate, the least time is that of 2n(h - 1)/h bytes on each host's link, for n bytes on h hosts, without any
-headers: no allreduce sends less.  Given is its share of the time taken, and how many bytes the links counted.
+checked, compared is the ratio within a repetition, ours are unchecked calls (check="off"), of several launches.  All
+ranks start at one time by the clock, which is the same on all hosts.  Where links have a rate, the least time is what
+2n(h - 1)/h bytes take on each host's link, for n bytes on h hosts, without any headers: no allreduce sends less.  Given
+is its share of the time taken, and how many bytes the links counted.
 """
 
 import argparse
@@ -47,6 +47,7 @@ class Experiment(NamedTuple):
     ranks_per_host: int = 1
     rate: str | None = None
     delay: float = 0  # milliseconds
+    tuned: float = 0  # seconds of mpicoll tune before each launch, whose profile auto then follows
 
 
 FULL = ("native", "auto", "ring", "halving_doubling", "circulant")
@@ -54,7 +55,7 @@ FAR = ("native", "auto", "recursive_doubling", "halving_doubling", "circulant")
 EXPERIMENTS = {
     "4 hosts, 200 Mbit/s": Experiment(4, LARGE, FULL, rate=RATE),
     "8 hosts, 200 Mbit/s": Experiment(8, LARGE, FULL, rate=RATE),
-    "8 hosts, 1 ms apart": Experiment(8, SMALL, FAR, delay=1),
+    "8 hosts, 1 ms apart, tuned": Experiment(8, SMALL, FAR, delay=1, tuned=60),
     "4 hosts of 2 ranks, 200 Mbit/s": Experiment(4, LARGE[1:2], (*FULL, "recursive_doubling"), 2, RATE),
 }
 COLORS = {
@@ -83,9 +84,10 @@ def measure(experiment: Experiment) -> dict:
     comm = MPI.COMM_WORLD
     ours = m.implementations(comm, "allreduce", np.dtype("f4"), "off")
     subjects = {name: ours[name] for name in experiment.compared}
-    seconds = SECONDS * len(experiment.sizes)
-    settings = m.Settings((True,), max_time=seconds, min_reps=MINIMUM, warmup=1, precision=0, seed=time.time_ns())
-    found = in_turn(comm, subjects, experiment.sizes, settings, "node1")
+    m.SYNC["clock"] = partial(start, ahead=0.01 + 5e-3 * experiment.delay)
+    seconds, seed = SECONDS * len(experiment.sizes), time.time_ns()
+    how = m.Settings((True,), sync="clock", max_time=seconds, min_reps=MINIMUM, warmup=1, precision=0, seed=seed)
+    found = in_turn(comm, subjects, experiment.sizes, how, "node1")
     rows = [
         {"bytes": size, "us": times(found, size), "sent": sent(comm, subjects, size) if experiment.rate else {}}
         for size in experiment.sizes
@@ -93,6 +95,19 @@ def measure(experiment: Experiment) -> dict:
     variables = [name for name in os.environ if name.startswith(m.ENVIRONMENT)]
     facts = {"mpi": library_name(), "environment": {name: os.environ[name] for name in sorted(variables)}}
     return {"rank": comm.rank, **facts, "wrong": sum(one.wrong for one in found), "rows": rows}
+
+
+def start(comm: Any, ahead: float) -> Callable[[], None]:
+    """How ranks wait for each other: until a time, ``ahead`` seconds from now, by the clock that these hosts share.
+
+    A barrier would let some go a delay before the others, and count that.
+    """
+
+    def wait() -> None:
+        comm.Barrier()
+        time.sleep(max(comm.bcast(time.monotonic() + ahead) - time.monotonic(), 0))
+
+    return wait
 
 
 def sent(comm: Any, subjects: dict[str, Callable], nbytes: int) -> dict[str, int]:
@@ -112,20 +127,20 @@ def sent(comm: Any, subjects: dict[str, Callable], nbytes: int) -> dict[str, int
     return found
 
 
-def launch(name: str, tuning: float | None) -> dict:
+def launch(name: str) -> dict:
     """One launch of an experiment, tuned before if it is to be."""
     at = EXPERIMENTS[name]
     cluster = [sys.executable, str(CLUSTER), "--hosts", str(at.hosts), "--ranks-per-host", str(at.ranks_per_host)]
     cluster += ["--delay", str(at.delay), *(["--rate", at.rate] if at.rate else []), "--"]
     ours = partial(written, __file__, cluster, "--experiment", name, GLOO_SOCKET_IFNAME="eth0")
-    if tuning is None:
+    if not at.tuned:
         return ours(MPICOLL_PROFILE="none")
     with tempfile.TemporaryDirectory() as folder:
         profile = str(Path(folder, "profile.json"))
         sizes = ",".join(map(str, at.sizes))
-        tune = ["mpicoll", "tune", "--collective", "allreduce", "--sizes", sizes, "--budget", str(tuning)]
+        tune = ["mpicoll", "tune", "--collective", "allreduce", "--sizes", sizes, "--budget", str(at.tuned)]
         files = ["--out", profile, "--data", str(Path(folder, "data.json"))]
-        subprocess.run([*cluster, *tune, *files], stdout=sys.stderr, check=True, timeout=600 + 2 * tuning)
+        subprocess.run([*cluster, *tune, *files], stdout=sys.stderr, check=True, timeout=600)
         return ours(MPICOLL_PROFILE=profile)
 
 
@@ -237,7 +252,6 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", default=[*EXPERIMENTS], metavar="NAME")
     parser.add_argument("--experiment", choices=EXPERIMENTS, help=argparse.SUPPRESS)  # of a worker
-    parser.add_argument("--tune", type=float, metavar="SECONDS")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     args = command(parser, lambda: measure(EXPERIMENTS[parser.parse_args().experiment]))
     if args is None:
@@ -253,7 +267,7 @@ def main() -> None:
         for name, found in launches.items():
             print(f"launch {n + 1} of {args.launches}: {name}", file=sys.stderr, flush=True)
             try:
-                found.append(launch(name, args.tune))
+                found.append(launch(name))
             except subprocess.CalledProcessError as error:
                 sys.exit(error.returncode if error.returncode == SKIPPED else str(error))
     runs = [run for found in launches.values() for run in found]
@@ -262,7 +276,6 @@ def main() -> None:
         "machine": machine(),
         "environment": runs[0]["environment"],
         "launches": args.launches,
-        "tuned_seconds": args.tune,
         "wrong": sum(run["wrong"] for run in runs),
         "table": summarize(launches),
     }

@@ -502,6 +502,19 @@ def on_node(
         Call(collective, comm, state.p, part, operation, SHARED, {}, root, sent=args[1]).without_sharing().run()
 
 
+def by_messages(state: State, level: str, send: np.ndarray, recv: np.ndarray, operation: Operation) -> bool:
+    """An allreduce by one of our algorithms, likewise, if that is what rules have for it."""
+    found = state.direct(operation, recv)
+    if found is None:
+        return False
+    plan, header = found
+    flat = recv.reshape(-1)
+    if send is not recv:
+        flat[:] = send.reshape(-1)
+    (recorded if level == "off" else compared)(state, header, state.run, plan, flat, operation)
+    return True
+
+
 def run(calls: "Iterable[Call | Native]") -> None:
     """All of them, one after another."""
     for call in calls:

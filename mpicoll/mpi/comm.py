@@ -34,6 +34,7 @@ from .collectives import (
     Call,
     Native,
     agreed,
+    by_messages,
     check_root,
     compared,
     cuts_of,
@@ -274,8 +275,8 @@ class Comm(MPI.Intracomm):
             and type(op) is MPI.Op
             and recvbuf.dtype in PLAIN
             and (
-                recvbuf.nbytes < (limits := (self._state or state_of(self)).limits["allreduce"]).native_below
-                or (recvbuf.nbytes >= limits.shared_from and (found := self._on_node(op, recvbuf)) is not None)
+                recvbuf.nbytes < (limits := (state := self._state or state_of(self)).limits["allreduce"]).native_below
+                or (found := predefined(op, recvbuf.dtype)) is not None
             )
             and recvbuf.flags.carray
             and (sendbuf is MPI.IN_PLACE or _are_alike(sendbuf, recvbuf, "" if found else level))
@@ -286,18 +287,19 @@ class Comm(MPI.Intracomm):
             and not under_way
             and not interrupted
         ):
-            if found is not None:
-                send = recvbuf if sendbuf is MPI.IN_PLACE else sendbuf
-                on_node(self, self._state or state_of(self), level, "allreduce", send, recvbuf, found)
-            elif level == "off" or self.size == 1:
-                MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
-            else:
+            send = recvbuf if sendbuf is MPI.IN_PLACE else sendbuf
+            if found is None and (level == "off" or self.size == 1):
+                return MPI.Intracomm.Allreduce(self, sendbuf, recvbuf, op)
+            if found is None:
                 header = _header("allreduce", recvbuf, op)
-                compared(self._state or state_of(self), header, MPI.Intracomm.Allreduce, self, sendbuf, recvbuf, op)
-        else:
-            options = options_of(self, algorithm, deterministic, segments, wire)
-            with whole(self):
-                self._reduction("allreduce", sendbuf, recvbuf, op, None, options, check)
+                return compared(state, header, MPI.Intracomm.Allreduce, self, sendbuf, recvbuf, op)
+            if self._shares and recvbuf.nbytes >= limits.shared_from:
+                return on_node(self, state, level, "allreduce", send, recvbuf, found)
+            if by_messages(state, level, send, recvbuf, found):
+                return None
+        options = options_of(self, algorithm, deterministic, segments, wire)
+        with whole(self):
+            return self._reduction("allreduce", sendbuf, recvbuf, op, None, options, check)
 
     def _on_node(self, op: MPI.Op, x: np.ndarray) -> Operation | None:
         """The operation, if it is one for shared memory."""

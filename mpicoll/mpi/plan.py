@@ -121,6 +121,14 @@ class Plan:
         self.scratch_bytes = end
         self.bytes_sent = sum(message.hi - message.lo for step in self._steps for message in step.sends)
         self.messages = sum(len(step.sends) for step in self._steps)
+        self._kept: tuple[Operation, list[Bound], np.ndarray] | None = None
+
+    def kept(self, operation: Operation) -> tuple[list[Bound], np.ndarray]:
+        """The rounds of ``operation`` on a vector that is the plan's own, bound when they are first asked for."""
+        if self._kept is None or self._kept[0] is not operation:
+            vector, scratch = np.empty(self._count, self._dtype), np.empty(self.scratch_bytes, np.uint8)
+            self._kept = operation, list(self.bind(vector, scratch, operation)), vector
+        return self._kept[1:]
 
     def bind(self, vector: np.ndarray, scratch: np.ndarray, operation: Operation) -> Iterator[Bound]:
         """The rounds of ``operation`` on ``vector`` (one-dimensional, contiguous), which ends with the result.

@@ -16,24 +16,27 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from ..algorithms import find
+from ..algorithms import Algorithm, find
 from ..errors import MismatchError
 from ..graphs import Graph
 from ..schedule import Schedule
 from ..tuning import COLLECTIVES, Fingerprint, Rule, Rules, machine
 from ..tuning import find as find_profile
 from . import record
-from .agreement import Agreement, Comparison, Header, Headers
+from .agreement import Agreement, Comparison, Header, Headers, header_of
 from .launch import library_name
 from .operations import Operation
 from .plan import Bound, Plan
-from .select import Limits, defaults, limits, tuned
+from .select import PLAIN, Limits, Options, choose, defaults, limits, tuned
 from .shared import Node
 
 T = TypeVar("T")
 
 ACROSS_WHOLE = 32 << 10
 """Bytes of a piece up to which nodes send it whole to each other."""
+
+COPIED = 16 << 10
+"""Bytes of a vector up to which it is copied to memory for which the rounds are bound already, and back."""
 
 MAX_PLANS = 64
 """Plans kept per communicator; the one not used for longest goes first."""
@@ -59,6 +62,7 @@ class State:
         self.p, self.rank = self.comm.size, self.comm.rank
         self.name, self.world = _named(self.comm)
         self.plans: dict[tuple[Any, ...], Plan] = {}
+        self._direct: dict[tuple[Any, ...], tuple[Plan, Header] | None] = {}
         group.Free()
         self.node = Node(self.comm, self._pause)
         self.shares = self.node.whole and self.node.shares
@@ -101,22 +105,45 @@ class State:
         self.plans[key] = plan  # the newest last
         return plan
 
+    def direct(self, operation: Operation, x: np.ndarray) -> tuple[Plan, Header] | None:
+        """What ``"auto"`` does in an allreduce of an array like this one, if that is an algorithm of ours: looked up,
+        since between nodes a small call costs what Python costs."""
+        key = operation.name, x.size, x.dtype
+        if key not in self._direct:
+            shares = self.can_share("allreduce", False, operation)
+            row = choose("allreduce", Options(), x.size, x.dtype, operation, self.rules["allreduce"], shares=shares)
+            if len(self._direct) >= MAX_PLANS:
+                self._direct.clear()
+            self._direct[key] = None
+            if isinstance(row, Algorithm) and not row.parameters:
+                plan = self.plan(("allreduce", row.name), lambda: row.schedule(self.p), x.size, x.dtype, operation)
+                self._direct[key] = plan, header_of("allreduce", operation.name, PLAIN[x.dtype], x.size, None, row.name)
+        return self._direct[key]
+
     def run(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int = BLOCKING_TAG) -> None:
         """Do it now, on memory that belongs to the caller."""
         # Handles under way: other ranks may need them to go on before they join this.
         self._in_turn(self._run_driving if under_way else self._run, plan, vector, operation, tag)
 
     def _run(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int) -> None:
-        if len(self._scratch) < plan.scratch_bytes:
-            self._scratch = np.empty(plan.scratch_bytes, np.uint8)
+        rounds: Iterable[Bound]
+        if vector.nbytes <= COPIED:
+            rounds, copy = plan.kept(operation)
+            copy[:] = vector
+        else:
+            if len(self._scratch) < plan.scratch_bytes:
+                self._scratch = np.empty(plan.scratch_bytes, np.uint8)
+            rounds, copy = plan.bind(vector, self._scratch, operation), None
         with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
             entry = record.inside.get(get_ident())
-            for n, bound in enumerate(plan.bind(vector, self._scratch, operation)):
+            for n, bound in enumerate(rounds):
                 if entry is not None:
                     entry.round = n
                 bound.before()
                 _exchange(self.comm, bound, tag)
                 bound.after()
+        if copy is not None:
+            vector[:] = copy
 
     def _in_turn(self, call: Callable[..., T], *args: Any) -> T:
         """The only one on this communicator; if it is broken off, the last."""
@@ -157,6 +184,7 @@ class State:
 
     def follow(self, measured: Rules) -> None:
         """From now on these are the rules, and for collectives that have none the defaults; the same on all ranks."""
+        self._direct.clear()
         for collective in COLLECTIVES:
             own = measured.get(collective)
             rules = tuned(collective, own, self.shares) if own else self.defaults(collective)

@@ -493,7 +493,7 @@ def test_after_an_interrupted_call_the_communicator_refuses(comm, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Plan, "bind", interrupted)
+        patch.setattr(Plan, "kept", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mpicoll.allreduce(np.ones(3), broken, algorithm="ring")
     for call in (mpicoll.allreduce, mpicoll.iallreduce, mpicoll.allreduce_init):

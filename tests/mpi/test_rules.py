@@ -109,6 +109,27 @@ def test_every_collective_goes_by_them(comm, collective, check, done):
 
 
 @several
+@pytest.mark.parametrize("check", ["header", "off"])
+def test_the_short_way_to_our_algorithms_is_the_same_call(comm, check, done):
+    """Ranks may describe the array in ways that go the long way; out of place, by several operations, after others."""
+    ours = mpicoll.Comm(comm, check=check)
+    ours._state.follow({"allreduce": (Rule(None, ("recursive_doubling",)),)})
+    operations = (MPI.SUM, np.add), (MPI.MAX, np.maximum), (MPI.SUM, np.add), (MPI.PROD, np.multiply)
+    for n, (op, ufunc) in enumerate(operations):
+        for count in (0, 1, 7, 3000):  # copied, and not
+            everyones = [own_data(count, rank) % 3 + 1 for rank in range(P)]
+            x, y = everyones[RANK].copy(), np.zeros(count)
+            ours.Allreduce(MPI.IN_PLACE, [x, count, MPI.DOUBLE] if n % P == RANK else x, op)
+            ours.Allreduce([everyones[RANK], MPI.DOUBLE] if n % P == RANK else everyones[RANK], y, op)
+            np.testing.assert_array_equal(x, ufunc.reduce(everyones))
+            np.testing.assert_array_equal(y, x)
+    assert {*done} == {"recursive_doubling"}
+    if check == "header":
+        with pytest.raises(mpicoll.MismatchError):
+            ours.Allreduce(MPI.IN_PLACE, np.ones(3 if RANK else 4))
+
+
+@several
 def test_others_keep_the_defaults(ours, done):
     ours._state.follow({"reduce": (Rule(None, ("tree",)),)})
     calls(ours, SMALL)["allreduce"]()
