@@ -7,9 +7,10 @@
                                          and auto follow what it finds (--only NAMES: some of the experiments)
 
 It is measured as in bench/allreduce.py: implementations take turns, in random order, on fresh data, every result is
-checked, compared is the ratio within a repetition, ours are unchecked calls (check="off"), of several launches.  Where
-links have a rate, the least time is that of 2n(h - 1)/h bytes on each host's link, for n bytes on h hosts, without any
-headers: no allreduce sends less.  Given is its share of the time taken, and how many bytes the links counted.
+checked, compared is the ratio within a repetition, ours are unchecked calls (check="off"), of several launches.  All
+ranks start at one time by the clock, which is the same on all hosts.  Where links have a rate, the least time is what
+2n(h - 1)/h bytes take on each host's link, for n bytes on h hosts, without any headers: no allreduce sends less.  Given
+is its share of the time taken, and how many bytes the links counted.
 """
 
 import argparse
@@ -83,8 +84,9 @@ def measure(experiment: Experiment) -> dict:
     comm = MPI.COMM_WORLD
     ours = m.implementations(comm, "allreduce", np.dtype("f4"), "off")
     subjects = {name: ours[name] for name in experiment.compared}
-    seconds = SECONDS * len(experiment.sizes)
-    settings = m.Settings((True,), max_time=seconds, min_reps=MINIMUM, warmup=1, precision=0, seed=time.time_ns())
+    m.SYNC["clock"] = partial(start, ahead=0.01 + 5e-3 * experiment.delay)
+    whole = SECONDS * len(experiment.sizes)
+    settings = m.Settings((True,), "clock", whole, MINIMUM, warmup=1, precision=0, seed=time.time_ns())
     found = in_turn(comm, subjects, experiment.sizes, settings, "node1")
     rows = [
         {"bytes": size, "us": times(found, size), "sent": sent(comm, subjects, size) if experiment.rate else {}}
@@ -93,6 +95,19 @@ def measure(experiment: Experiment) -> dict:
     variables = [name for name in os.environ if name.startswith(m.ENVIRONMENT)]
     facts = {"mpi": library_name(), "environment": {name: os.environ[name] for name in sorted(variables)}}
     return {"rank": comm.rank, **facts, "wrong": sum(one.wrong for one in found), "rows": rows}
+
+
+def start(comm: Any, ahead: float) -> Callable[[], None]:
+    """How ranks wait for each other: until a time, ``ahead`` seconds from now, by the clock that these hosts share.
+
+    A barrier would let some go a delay before the others, and count that.
+    """
+
+    def wait() -> None:
+        comm.Barrier()
+        time.sleep(max(comm.bcast(time.monotonic() + ahead) - time.monotonic(), 0))
+
+    return wait
 
 
 def sent(comm: Any, subjects: dict[str, Callable], nbytes: int) -> dict[str, int]:
