@@ -721,3 +721,18 @@ def test_ctrl_c_leaves_no_file(tmp_path):
     assert done.status != 0
     assert IS_OPEN_MPI or "mpicoll: interrupted" in done.err
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_job_says_in_a_line_that_it_does_not_use_a_profile_and_ends_in_one_with_a_wrong_one(path, tmp_path):
+    command = ["mpicoll", "train", "--model", "softmax", "--epochs", "1", "--json"]
+    tuning.write(PROFILE, path)
+    done = mpirun(3, command, tmp_path, env={"MPICOLL_PROFILE": str(path)})
+    assert done.status == 0, done.err
+    (line,) = done.err.splitlines()
+    assert line.startswith(f"mpicoll: profile {str(path)!r} is not used: it is of ")
+    assert line.endswith("tune again, mpirun -n 3 mpicoll tune")
+    path.write_text(path.read_text()[:-20])
+    done = mpirun(3, command, tmp_path, env={"MPICOLL_PROFILE": str(path)})
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith(f"mpicoll: profile {str(path)!r}: ")
+    assert len(done.err.splitlines()) == 1

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from contextlib import suppress
 from typing import TextIO
 
@@ -20,6 +21,7 @@ def main(args: list[str] | None = None) -> int:
         sys.stdout = _nowhere()  # rank 0 speaks
     if sys.stderr is None:
         sys.stderr = _nowhere()
+    warnings.showwarning = _warn
     try:
         status = _run(args)
         sys.stdout.flush()
@@ -58,6 +60,11 @@ def _run(args: list[str] | None) -> int:
         if os.environ.get("MPICOLL_TRACEBACK"):
             traceback.print_exc()
         return _fail(str(error), 1)
+
+
+def _warn(message: Warning | str, *where: object) -> None:
+    """A line for the user, to whom it is the same where in the code it comes from."""
+    print(f"mpicoll: {message}", file=sys.stderr, flush=True)
 
 
 def _nowhere() -> TextIO:
