@@ -329,20 +329,21 @@ def looked_for(fingerprint: Fingerprint) -> tuple[Path, bool] | None:
     if named in ("", "none"):
         return None
     path = Path(named).absolute()
-    return (path / _file_name(fingerprint), False) if path.is_dir() else (path, True)
+    return (path / _file_name(fingerprint), False) if os.path.isdir(path) else (path, True)
 
 
 def find(fingerprint: Fingerprint, whole: bool = True) -> Profile | None:
     """The profile for here, if there is one; a process reads a file once.
 
     A ``UserError`` if it is wrong, or named and not there.  One that is for elsewhere warns, once, and is none; if only
-    its layout is another, not even that unless this is the ``whole`` job: parts of a job have layouts of their own.
+    its layout is another, not even that unless this is the ``whole`` job: parts of a job have layouts of their own, and
+    may look on another node, where a file that was named for the job need not be.
     """
     place = looked_for(fingerprint)
     if place is None:
         return None
     path, needed = place
-    if not needed and not path.exists():
+    if not (needed and whole) and not os.path.exists(path):  # which never raises, as pathlib's does
         return None
     profile = _read_once(path)
     why = refusal(profile, fingerprint)

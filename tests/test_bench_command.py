@@ -148,6 +148,7 @@ def test_what_cannot_be_is_one_line(tmp_path, options, status, message):
         ("--plot a.gif", "--plot must end with .png, .svg, .pdf, got 'a.gif'"),
         ("--plot a.png --count 0", "--plot shows sizes above 0"),
         ("--max-time -1", "-1.0 is not in the range"),
+        ("--max-time nan", "--max-time nan is no number"),
     ],
 )
 def test_wrong_usage(options, message):

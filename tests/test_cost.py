@@ -110,7 +110,7 @@ def test_limits_say_what_rules_say():
     assert limits((Rule(9, ours), Rule(None, native))) == Limits(0, float("inf"), False)
     assert limits((Rule(9, native), Rule(None, shared))) == Limits(10, 10, False)
     assert limits((Rule(9, shared), Rule(19, native), Rule(29, shared), Rule(None, shared))) == Limits(0, 20, False)
-    assert limits((Rule(None, shared),)) == Limits(0, 0, False)
+    assert limits((Rule(None, shared),)) == Limits(0, 1, False)
 
 
 def test_measured_moves_leave_arrays_in_shared_memory_their_way():

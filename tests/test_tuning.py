@@ -304,6 +304,22 @@ def test_a_profile_is_found_where_it_is_looked_for(path, tmp_path, monkeypatch):
     assert tuning.find(HERE) == PROFILE
 
 
+def test_a_folder_that_may_not_be_entered_holds_no_profile(tmp_path, monkeypatch):
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "stat", refused)
+    assert tuning.find(HERE) is None
+
+
+def test_a_part_of_the_job_need_not_have_the_file_that_was_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPICOLL_PROFILE", str(tmp_path / "gone.json"))
+    assert tuning.find(HERE, whole=False) is None
+    with pytest.raises(UserError, match=r"gone\.json"):
+        tuning.find(HERE)
+
+
 def test_a_process_reads_a_file_once(path, monkeypatch):
     monkeypatch.setenv(tuning.VARIABLE, str(path))
     assert tuning.find(HERE) == PROFILE
@@ -598,10 +614,8 @@ def test_it_measures_fits_and_is_found_again(tmp_path):
     (tmp_path / "wrong.json").write_text("{")  # one that is there already is not in the way
     done = mpirun(2, [*TINY, "--seed", "5"], tmp_path, env=config)
     assert (done.status, done.err) == (0, "")
-    profile, measured = sorted((tmp_path / "mpicoll").iterdir())
-    assert profile.name == measured.name.replace(".measured", "")
+    profile, measured = tmp_path / "wrong.json", tmp_path / "wrong.measured.json"
     made, data = tuning.read(profile), fit.read(measured)
-    assert profile.name == tuning.default_path(made.fingerprint).name
     assert made.fingerprint.layout == (2,)
     assert [*made.rules] == [*data.rows] == ["allreduce", "allgather"]
     for name, rows in data.rows.items():
@@ -620,12 +634,27 @@ def test_it_measures_fits_and_is_found_again(tmp_path):
     assert tuning.read(tmp_path / "again.json") == made
     assert again.out.splitlines()[:-1] == done.out.splitlines()[2:-1]
 
-    config["MPICOLL_PROFILE"] = str(tmp_path / "mpicoll")
     for named in ([], ["again.json"]):
         scored = mpirun(2, [*TINY, "--score", *named], tmp_path, env=config)
         assert (scored.status, scored.err) == (0, "")
         assert re.search(r"\nall +\d+\.\d% +\d+\.\d% ", scored.out)
-    assert len([*tmp_path.rglob("*.json")]) == 4
+    assert len([*tmp_path.rglob("*.json")]) == 3
+
+
+def test_a_profile_is_written_where_it_will_be_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    name = tuning.default_path(HERE).name
+    for variable, expected in (
+        (None, tmp_path / "config" / "mpicoll" / name),
+        ("none", tmp_path / "config" / "mpicoll" / name),
+        (str(tmp_path), tmp_path / name),
+        (str(tmp_path / "mine.json"), tmp_path / "mine.json"),
+    ):
+        monkeypatch.delenv("MPICOLL_PROFILE", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("MPICOLL_PROFILE", variable)
+        out, data = command._outputs(HERE, None, None)
+        assert (out, data) == (expected, expected.with_name(f"{expected.stem}.measured.json"))
 
 
 @pytest.mark.parametrize(
@@ -675,6 +704,7 @@ def test_what_cannot_be_fitted_or_scored_is_one_line(tmp_path):
         ("--sizes 6", "--sizes: 6 bytes are no whole number, above 0, of float32, 4 bytes each"),
         ("--sizes 0,4", "--sizes: 0 bytes are no whole number, above 0"),
         ("--budget -1", "-1.0 is not in the range"),
+        ("--budget nan", "--budget nan is no number of seconds"),
         ("--fit a --budget 5", "--fit has no use for --budget: leave it out"),
         ("--fit a --data b", "--fit has no use for --data: leave it out"),
         ("--score a --out b", "--score has no use for --out: leave it out"),

@@ -7,7 +7,7 @@ import time
 import traceback
 import warnings
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..errors import UserError
 from ..mpi.launch import launched_rank, launched_ranks
@@ -21,7 +21,7 @@ def main(args: list[str] | None = None) -> int:
         sys.stdout = _nowhere()  # rank 0 speaks
     if sys.stderr is None:
         sys.stderr = _nowhere()
-    warnings.showwarning = _warn
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         status = _run(args)
         sys.stdout.flush()
@@ -62,7 +62,7 @@ def _run(args: list[str] | None) -> int:
         return _fail(str(error), 1)
 
 
-def _warn(message: Warning | str, *where: object) -> None:
+def _warn(message: Warning | str, *where: Any) -> None:
     """A line for the user, to whom it is the same where in the code it comes from."""
     print(f"mpicoll: {message}", file=sys.stderr, flush=True)
 

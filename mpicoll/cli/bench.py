@@ -144,6 +144,8 @@ def bench(
     Results are checked, element by element: exit status 1 if any is wrong.  What the numbers mean, and how to make a
     claim of them: docs/benchmarks.md.
     """
+    if nan := [name for name in ("max_time", "precision") if how[name] != how[name]]:
+        raise click.UsageError(f"--{nan[0].replace('_', '-')} nan is no number")
     shared = ["shared", "shared_arrays", *(["shared_result"] if collective == "allreduce" else [])]
     known = ["auto", "native", *shared, *ALGORITHMS[collective]]
     chosen = [name for given in algorithms for name in given.split(",")]

@@ -61,6 +61,8 @@ def tune(
     The profile is for this MPI, machine and layout of ranks on nodes, and found by itself, or by MPICOLL_PROFILE.  The
     format, and how rules are made: docs/tuning.md.
     """
+    if budget != budget:
+        raise click.UsageError("--budget nan is no number of seconds")
     chosen = [*dict.fromkeys(collective.split(",") if collective else tuning.COLLECTIVES)]
     if unknown := [name for name in chosen if name not in tuning.COLLECTIVES]:
         raise click.UsageError(f"--collective {unknown[0]!r} is none of {', '.join(tuning.COLLECTIVES)}")
@@ -152,7 +154,8 @@ def _profile(name: str, here: tuning.Fingerprint) -> tuning.Profile:
 def _outputs(here: tuning.Fingerprint, out: Path | None, data: Path | None) -> tuple[Path, Path]:
     """Where to write, found out before anything is measured."""
     if out is None:
-        out = tuning.default_path(here)
+        place = tuning.looked_for(here)
+        out = place[0] if place else tuning.default_path(here)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -171,7 +174,9 @@ def _fit(source: Path, out: Path | None) -> None:
     if launched_ranks() > 1:
         raise UserError("tune --fit runs on one process: start it without mpirun")
     measured = fit.read(source)
-    out, _ = _outputs(measured.fingerprint, out, source)
+    out, _ = _outputs(measured.fingerprint, out, None)
+    if out == source:
+        raise UserError(f"{str(out)!r} is named twice: the profile and the measurements need a file each")
     _write(measured, out, None)
 
 

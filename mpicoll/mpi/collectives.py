@@ -108,11 +108,7 @@ def allreduce(
         and not interrupted
         and comm
         and (level == "header" or level == "off")
-        and (
-            comm.size == 1
-            or x.nbytes
-            < (state := getattr(comm, "_state", None) or find_state(comm) or state_of(comm)).limits["allreduce"][0]
-        )
+        and (comm.size == 1 or x.nbytes < (state := _state(comm)).limits["allreduce"].native_below)
     ):
         if level == "off" or comm.size == 1:
             MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)
@@ -129,6 +125,11 @@ def allreduce(
     with whole(comm):
         run(agreed(comm, check, "allreduce", x, lambda: _calls(x, comm, op, options)))
     return x
+
+
+def _state(comm: MPI.Intracomm) -> State:
+    """The communicator's, which a ``Comm`` has at hand; made now if need be, a collective call."""
+    return getattr(comm, "_state", None) or find_state(comm) or state_of(comm)
 
 
 def _number(x: Any, op: str | MPI.Op) -> np.ndarray:
@@ -508,10 +509,13 @@ def by_messages(state: State, level: str, send: np.ndarray, recv: np.ndarray, op
     if found is None:
         return False
     plan, header = found
-    flat = recv.reshape(-1)
-    if send is not recv:
-        flat[:] = send.reshape(-1)
-    (recorded if level == "off" else compared)(state, header, state.run, plan, flat, operation)
+
+    def run() -> None:
+        if send is not recv:
+            recv[...] = send
+        state.run(plan, recv.reshape(-1), operation)
+
+    (recorded if level == "off" else compared)(state, header, run)
     return True
 
 

@@ -196,18 +196,15 @@ class Comm(MPI.Intracomm):
         of its own.
         """
         level = self.check if check is None else level_of(self, check)
-        plain = type(x) is np.ndarray and type(op) is MPI.Op and x.dtype in PLAIN and x.flags.c_contiguous
-        if plain and self._is_small(x) and x.size:
-            result = np.empty_like(x)
-            self.Allreduce(x, result, op, check=check)
-            result.flags.writeable = False
-            return result
         if (
-            plain
+            type(x) is np.ndarray
             and self._state is not None
             and self._shares
+            and x.dtype in PLAIN
+            and x.flags.c_contiguous
             and x.size
-            and (quick := predefined(cast(MPI.Op, op), x.dtype))
+            and type(op) is MPI.Op
+            and (quick := predefined(op, x.dtype))
             and (level == "header" or level == "off")
             and not under_way
             and not interrupted
@@ -215,7 +212,13 @@ class Comm(MPI.Intracomm):
             state, flat = self._state, x.reshape(-1)
             header = header_of("allreduce_shared", quick.name, PLAIN[x.dtype], x.size, algorithm=SHARED.name)
             how = recorded if level == "off" else compared
-            result = how(state, header, state.on_node, state.node.allreduce, flat, quick)
+            if not self._is_small(x):
+                result = how(state, header, state.on_node, state.node.allreduce, flat, quick)
+            elif x.nbytes < state.limits["allreduce"].native_below:
+                result = np.empty_like(flat)
+                how(state, header, MPI.Intracomm.Allreduce, self, flat, result, op)
+            else:
+                result = None
             if result is not None:
                 result = result.reshape(x.shape)
                 result.flags.writeable = False
@@ -385,6 +388,8 @@ class Comm(MPI.Intracomm):
                 return [Native(header, self._natively("Bcast", buf, root))]
             if untold:
                 part = as_bytes(buf, not receives, receives)
+                if not part.flat.flags.writeable:  # at the root; algorithms may write to it what it holds
+                    part = Part(part.flat.copy())
             elif on_device(buf):
                 part = staged(buf, load=not receives)
             else:
@@ -512,6 +517,8 @@ class Comm(MPI.Intracomm):
             return True  # the MPI library takes it, or says what is wrong
         if options.algorithm == "native":
             return True
+        if blocks is None and counts is None:
+            return not is_half(flat.dtype)  # nobody knows how much there is
         nbytes = (len(flat) * blocks if blocks else sum(counts or ())) * flat.itemsize
         usual = predefined(op, flat.dtype) is not None
         return not is_half(flat.dtype) and (not usual or self._is_native_best("reduce_scatter", lambda: nbytes))

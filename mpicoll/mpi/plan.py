@@ -1,7 +1,8 @@
 """A schedule compiled for one rank, one length and one dtype: binds to any vector of that kind.
 
 Compiling turns chunks into ranges, once; binding makes views of the caller's vector and of scratch memory, a round at a
-time.  A plan holds no memory proportional to the vector, and no pointer to anything of the caller's.
+time.  A plan holds no pointer to anything of the caller's, and no memory proportional to the vector, but for a small
+one (``State.run``).
 """
 
 from collections.abc import Iterator
@@ -121,13 +122,14 @@ class Plan:
         self.scratch_bytes = end
         self.bytes_sent = sum(message.hi - message.lo for step in self._steps for message in step.sends)
         self.messages = sum(len(step.sends) for step in self._steps)
-        self._kept: tuple[Operation, list[Bound], np.ndarray] | None = None
+        self._kept: tuple[tuple[object, object], list[Bound], np.ndarray] | None = None
 
     def kept(self, operation: Operation) -> tuple[list[Bound], np.ndarray]:
         """The rounds of ``operation`` on a vector that is the plan's own, bound when they are first asked for."""
-        if self._kept is None or self._kept[0] is not operation:
+        does = operation.combine, operation.finish
+        if self._kept is None or self._kept[0] != does:
             vector, scratch = np.empty(self._count, self._dtype), np.empty(self.scratch_bytes, np.uint8)
-            self._kept = operation, list(self.bind(vector, scratch, operation)), vector
+            self._kept = does, list(self.bind(vector, scratch, operation)), vector
         return self._kept[1:]
 
     def bind(self, vector: np.ndarray, scratch: np.ndarray, operation: Operation) -> Iterator[Bound]:

@@ -159,7 +159,8 @@ def limits(rules: tuple[Rule, ...]) -> Limits:
     firsts = [(inf if rule.up_to is None else rule.up_to, rule.algorithms[0]) for rule in rules]
     native = max((up_to for up_to, _ in takewhile(lambda first: first[1] == NATIVE, firsts)), default=-1) + 1
     other = max((up_to for up_to, name in firsts if name != SHARED.name), default=-1)
-    return Limits(min(native, operations.MAX_COUNT), other + 1, native == inf)
+    # No elements at all never come to shared memory: there would be nobody to wait for.
+    return Limits(min(native, operations.MAX_COUNT), max(other + 1, 1), native == inf)
 
 
 def choose(

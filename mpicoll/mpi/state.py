@@ -56,7 +56,8 @@ class State:
     """A private duplicate of the communicator, so that our messages never meet the user's; the plans made so far; and
     scratch memory for whichever blocking call runs, as large as the largest that ran."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, measured: Rules | None = None) -> None:
+        """A collective call.  The rules are those ``measured``, or if none are given those of the profile for here."""
         group = comm.Get_group()
         self.comm = MPI.Intracomm(MPI.Intracomm(comm).Create(group))  # a duplicate, but for the user's attributes
         self.p, self.rank = self.comm.size, self.comm.rank
@@ -74,7 +75,12 @@ class State:
         self.rules: Rules = {}
         """What ``"auto"`` goes by, for each collective."""
         self.limits: dict[str, Limits] = {}
-        self.follow(self._found_rules())
+        try:
+            self.follow(self._found_rules() if measured is None else measured)
+        except BaseException:
+            self.node.release()
+            self.comm.Free()
+            raise
         self._owners: State | None = None  # of the same pieces on all nodes
         self.agreement = Agreement(self.comm, self.node if self.shares else None)
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
@@ -218,7 +224,7 @@ class State:
             with driving(self.comm):
                 across = self.comm.Split(mine, self.rank)
             if across != MPI.COMM_NULL:
-                self._owners = State(MPI.Intracomm(across))
+                self._owners = State(MPI.Intracomm(across), {})  # whose algorithms are named
                 across.Free()
             else:
                 self._owners = self  # nothing to own, and so never asked

@@ -192,6 +192,61 @@ def test_one_result_for_all_is_the_librarys_while_small(ours, done):
 
 
 @several
+@pytest.mark.parametrize("rules", [None, (Rule(None, ("recursive_doubling",)),)], ids=["defaults", "ours"])
+def test_one_result_is_the_same_call_in_whatever_form(ours, rules):
+    if rules:
+        ours._state.follow({"allreduce": rules})
+    x = np.arange(6.0).reshape(2, 3) + RANK
+    total = sum(np.arange(6.0).reshape(2, 3) + rank for rank in range(P))
+    for other in (lambda: ours.allreduce_shared(x, "sum"), lambda: ours.allreduce_shared(np.asfortranarray(x.T).T)):
+        result = other() if RANK else ours.allreduce_shared(x)
+        np.testing.assert_array_equal(result, total)
+
+
+@several
+@pytest.mark.parametrize("name", ["tree", "chain", "scatter_allgather"])
+def test_what_is_only_read_is_broadcast_by_our_algorithms_too(ours, name):
+    ours._state.follow({"bcast": (Rule(None, (name,)),)})
+    for count in (0, 3, 10_000):
+        sent = own_data(count, P - 1)
+        x = np.zeros(count)
+        sent.flags.writeable = False
+        ours.Bcast(sent if RANK == P - 1 else x, P - 1)
+        ours.Bcast(bytes(sent) if RANK == P - 1 else x.view("u1"), P - 1)
+        assert RANK == P - 1 or (x == sent).all()
+
+
+@several
+def test_reduce_scatter_without_counts_is_the_librarys(ours, done):
+    ours._state.follow({"reduce_scatter": (Rule(None, ("halving",)),)})
+    mine, part = own_data(3 * P, RANK), np.zeros(3)
+    ours.Reduce_scatter(mine, part)
+    np.testing.assert_array_equal(part, sum(own_data(3 * P, rank) for rank in range(P))[3 * RANK :][:3])
+    assert not done
+
+
+@several
+def test_nothing_at_all_in_whatever_form(ours):
+    ours._state.follow({name: (Rule(None, ("shared", "tree")),) for name in ("reduce",)})
+    ours._state.follow({"allreduce": (Rule(None, ("shared", "recursive_doubling")),)})
+    for _ in range(3):
+        ours.Allreduce(MPI.IN_PLACE, np.zeros(0), MPI.SUM if RANK else "sum")
+        ours.Reduce(np.zeros(0), np.zeros(0), MPI.SUM if RANK else "sum", root=P - 1)
+    x = np.ones(3)
+    ours.Allreduce(MPI.IN_PLACE, x)
+    assert (x == P).all()
+
+
+@several
+def test_a_mismatch_leaves_the_result_as_it_was(ours):
+    ours._state.follow({"allreduce": (Rule(None, ("recursive_doubling",)),)})
+    result = np.full(4 - min(RANK, 1), -1.0)
+    with pytest.raises(mpicoll.MismatchError):
+        ours.Allreduce(np.ones(len(result)), result)
+    assert (result == -1).all()
+
+
+@several
 def test_one_result_is_in_the_canonical_order_if_asked(comm, done):
     ours = mpicoll.Comm(comm, deterministic=True)
     x = np.random.default_rng(RANK).normal(size=13)
