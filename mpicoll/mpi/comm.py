@@ -388,13 +388,10 @@ class Comm(MPI.Intracomm):
                 return [Native(header, self._natively("Bcast", buf, root))]
             if untold:
                 part = as_bytes(buf, not receives, receives)
-                if not part.flat.flags.writeable:  # at the root; algorithms may write to it what it holds
-                    part = Part(part.flat.copy())
             elif on_device(buf):
                 part = staged(buf, load=not receives)
             else:
-                flat = vector(buf, writable=receives)
-                part = Part(flat if flat.flags.writeable else flat.copy())  # algorithms may write to it what it holds
+                part = Part(vector(buf, writable=receives))
             raw = Part(part.flat.view(np.uint8), part.deliver if receives else None)
             return [decide(self, raw, MOVE, options, collective="bcast", root=root)]
 
