@@ -238,7 +238,8 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("size of the array")
     for axis, calls in zip(axes[:, 0], ways, strict=True):
-        axis.set_ylabel(f"{HOW[calls > 1]}: speed, the MPI library's own = 1")
+        axis.set_ylabel(HOW[calls > 1])
+    figure.supylabel("speed, the MPI library's own = 1", fontsize=10)
     m = records[0]["machine"]
     figure.suptitle(f"Allreduce of float32, {ranks} ranks on {m['cores']} cores ({m['cpu']})", fontsize=12)
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
