@@ -415,7 +415,7 @@ def test_what_is_done_without_a_profile(comm):
 def test_what_a_profile_of_this_job_is_for(comm, monkeypatch):
     assert fingerprint(comm) == (library_name(), machine(), (P,))
     assert state_of(comm).layout == (P,)  # where a profile is looked for
-    for layout in (lambda rank: rank // 2, lambda rank: -rank % 2, lambda rank: -(rank > 0)):
+    for layout in (lambda rank: rank // 2, lambda rank: (rank + 1) % 2, lambda rank: int(rank == 0)):
         nodes = [layout(rank) for rank in range(P)]
         monkeypatch.setattr(m, "node_of", lambda comm, nodes=nodes: comm.Split(nodes[comm.rank], comm.rank))
         assert fingerprint(comm).layout == tuple(map(nodes.count, dict.fromkeys(nodes)))
