@@ -509,11 +509,12 @@ def by_messages(state: State, level: str, send: np.ndarray, recv: np.ndarray, op
     if found is None:
         return False
     plan, header = found
+    flat = recv.reshape(-1)
 
     def run() -> None:
         if send is not recv:
-            recv[...] = send
-        state.run(plan, recv.reshape(-1), operation)
+            flat[:] = send.reshape(-1)  # of whatever shape
+        state.run(plan, flat, operation)
 
     (recorded if level == "off" else compared)(state, header, run)
     return True

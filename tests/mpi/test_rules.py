@@ -121,6 +121,7 @@ def test_the_short_way_to_our_algorithms_is_the_same_call(comm, check, done):
             x, y = everyones[RANK].copy(), np.zeros(count)
             ours.Allreduce(MPI.IN_PLACE, [x, count, MPI.DOUBLE] if n % P == RANK else x, op)
             ours.Allreduce([everyones[RANK], MPI.DOUBLE] if n % P == RANK else everyones[RANK], y, op)
+            ours.Allreduce(everyones[RANK], y.reshape(-1, 1), op)  # of another shape
             np.testing.assert_array_equal(x, ufunc.reduce(everyones))
             np.testing.assert_array_equal(y, x)
     assert {*done} == {"recursive_doubling"}
