@@ -28,6 +28,7 @@ from .tuning import (
     known_collective,
     members_of,
     parsed,
+    preferred,
     replace,
     shown,
 )
@@ -255,8 +256,7 @@ class Worth(NamedTuple):
 
 def choice(rules: Sequence[Rule], row: Row) -> str:
     """What the rules take there for a call that every algorithm can do: the first that was measured."""
-    names = next(rule.algorithms for rule in rules if rule.up_to is None or row.nbytes <= rule.up_to)
-    return next(name for name in names if name in row.us)
+    return next(name for name in preferred(rules, row.nbytes) if name in row.us)
 
 
 def trial(rules: Sequence[Rule], row: Row) -> Trial:

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, pairwise
@@ -42,6 +42,11 @@ class Rule(NamedTuple):
 
 Rules = dict[str, tuple[Rule, ...]]
 """By collective: the first rule that an array is not too long for is the one."""
+
+
+def preferred(rules: Sequence[Rule], nbytes: int) -> tuple[str, ...]:
+    """The algorithms for an array of so many bytes, the first best."""
+    return next(rule.algorithms for rule in rules if rule.up_to is None or nbytes <= rule.up_to)
 
 
 class Fingerprint(NamedTuple):

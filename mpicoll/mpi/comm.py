@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex, TypeVar, cast
 import numpy as np
 from mpi4py import MPI
 
-from ..tuning import NATIVE
+from ..tuning import NATIVE, preferred
 from . import operations, record
 from .agreement import Header, check_level, header_of, level_of
 from .buffers import (
@@ -46,7 +46,7 @@ from .collectives import (
     run,
 )
 from .operations import MOVE, Operation, name_of, operation, predefined
-from .select import PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared, preferred
+from .select import PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared
 from .state import State, check_comm, driving, interrupted, state_of, under_way, whole
 
 C = TypeVar("C", bound=MPI.Intracomm)

@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from ..algorithms import ALGORITHMS, Algorithm, find
 from ..cost import CLUSTER, NODE, Network, seconds
-from ..tuning import NATIVE, Rule
+from ..tuning import NATIVE, Rule, preferred
 from . import operations
 from .buffers import PAIRS, is_half
 from .operations import Operation
@@ -138,11 +138,6 @@ def tuned(collective: str, rules: tuple[Rule, ...], shares: bool) -> tuple[Rule,
 def _shared_first(collective: str) -> tuple[str, ...]:
     """Where nothing is reduced, the MPI library's own is for arrays that do not lie in shared memory."""
     return (SHARED.name,) if "reduce" in collective else (SHARED.name, NATIVE)
-
-
-def preferred(rules: tuple[Rule, ...], nbytes: int) -> tuple[str, ...]:
-    """The algorithms for an array of so many bytes, the first best."""
-    return next(rule.algorithms for rule in rules if rule.up_to is None or nbytes <= rule.up_to)
 
 
 class Limits(NamedTuple):
