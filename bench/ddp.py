@@ -88,13 +88,15 @@ class Theirs:
         """See ``Block``; samples are drawn as ours are, and their losses added up."""
         import torch
 
-        from mpicoll.train.data import batches
+        from mpicoll.train.data import Batches
 
         self.epoch += 1
         x, y = self.data.train.x, self.data.train.y
         total = 0.0
         start = time.perf_counter()
-        for mine, _ in batches(self.data, self.comm.size, self.comm.rank, BATCH * self.comm.size, 0, self.epoch):
+        batches = Batches(self.data, self.comm.size, BATCH * self.comm.size, 0, self.epoch)
+        for step in range(batches.steps):
+            mine, _ = batches.share(step, self.comm.rank)
             self.optimizer.zero_grad()
             loss = self.loss(self.call(torch.from_numpy(x[mine])), torch.from_numpy(y[mine]))
             loss.backward()

@@ -234,12 +234,17 @@ def test_a_configuration_file_goes_behind_options_and_the_environment(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [3, 4, 5])
-@pytest.mark.parametrize("strategy", ["average", "butterfly", "gossip"])
+@pytest.mark.parametrize("strategy", ["average", "butterfly", "gossip", "async"])
 def test_every_strategy_reaches_95_percent(tmp_path, strategy, ranks):
     done = mpirun(ranks, ["mpicoll", "train", "--strategy", strategy, "--json"], tmp_path)
     assert (done.status, done.err) == (0, "")
-    assert json.loads(done.out.splitlines()[-1])["test_accuracy"] >= 0.95
-    assert re.search("ranks were .* apart", done.out)
+    summary = json.loads(done.out.splitlines()[-1])
+    assert summary["test_accuracy"] >= 0.95
+    if strategy == "async":
+        assert len(summary["staleness"]) <= 5
+        assert sum(summary["staleness"]) == summary["steps"] * ranks
+    else:
+        assert re.search("ranks were .* apart", done.out)
 
 
 def test_the_slowest_rank_of_many_is_in_the_account(tmp_path):
@@ -478,6 +483,12 @@ def test_bad_data(tmp_path, message):
             1,
             "--graph is not for the butterfly strategy, but for gossip",
         ),
+        (
+            ["--strategy", "async", "--staleness", "1.5"],
+            1,
+            "--staleness must be a whole number of steps, or inf, got '1.5'",
+        ),
+        (["--strategy", "async", "--backups", "1"], 1, "--backups 1 is for synchronous steps"),
         (["--strategy", "gossip", "--graph", "rign"], 1, "graph 'rign': unknown graph 'rign'"),
         (["--strategy", "gossip", "--graph", "gone.npy"], 1, "graph 'gone.npy' cannot be read as an .npy file"),
         (["--model", "mlp", "--hidden", "3,,4"], 2, "'--hidden': '3,,4' is not a list of widths like 256 or 256,128"),

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from datafiles import BAD, FORMATS, SPARSE, csv, idx, samples, svm, write
 from mpicoll import UserError
 from mpicoll.train import formats
-from mpicoll.train.data import Dataset, Part, Scaling, batches, load, read
+from mpicoll.train.data import Batches, Dataset, Part, Scaling, load, read
 from mpicoll.train.formats import Raw, divisible
 
 F8 = np.dtype("f8")
@@ -452,11 +452,15 @@ def dataset(counts: tuple[int, ...], rank: int, sharded: bool = True) -> Dataset
     return Dataset(train, none, none, 2, 2, Scaling(np.zeros(2), np.ones(2)), np.arange(2), sharded, counts)
 
 
+def taken(data, ranks, rank, batch_size, seed, epoch):
+    """Of a rank, in all steps of an epoch."""
+    made = Batches(data, ranks, batch_size, seed, epoch)
+    return [made.share(step, rank) for step in range(made.steps)]
+
+
 def epoch_of(counts, batch_size, epoch=1, seed=3):
     """For each rank, the steps of its epoch."""
-    return [
-        list(batches(dataset(counts, rank), len(counts), rank, batch_size, seed, epoch)) for rank in range(len(counts))
-    ]
+    return [taken(dataset(counts, rank), len(counts), rank, batch_size, seed, epoch) for rank in range(len(counts))]
 
 
 SHARDS = [(7,), (5, 5), (4, 9, 3), (0, 1, 0, 20), (1, 1, 1, 1, 1), (0, 0, 3), (100, 101), (13, 0, 2, 8, 1)]
@@ -490,16 +494,16 @@ def test_every_epoch_is_shuffled_anew_and_can_be_repeated():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 30, 100])
 def test_batches_of_data_that_all_ranks_hold_do_not_depend_on_their_number(batch_size):
-    alone = list(batches(dataset((30,), 0, sharded=False), 1, 0, batch_size, 3, 1))
+    alone = taken(dataset((30,), 0, sharded=False), 1, 0, batch_size, 3, 1)
     np.testing.assert_array_equal(np.sort(np.concatenate([mine for mine, _ in alone])), np.arange(30))
     for ranks in (2, 3, 7, 40):
         data = dataset((30,) * ranks, 0, sharded=False)
-        steps = list(zip(*(batches(data, ranks, rank, batch_size, 3, 1) for rank in range(ranks)), strict=True))
+        steps = list(zip(*(taken(data, ranks, rank, batch_size, 3, 1) for rank in range(ranks)), strict=True))
         assert len(steps) == len(alone)
         for (whole, length), shares in zip(alone, steps, strict=True):
             np.testing.assert_array_equal(np.sort(np.concatenate([mine for mine, _ in shares])), np.sort(whole))
             assert {size for _, size in shares} == {length} == {len(whole)}
         visited = [sum(len(step[rank][0]) for step in steps) for rank in range(ranks)]  # surpluses go round
         assert batch_size > 1 or max(visited) - min(visited) <= 1
-    other = np.concatenate([mine for mine, _ in batches(dataset((30,), 0, sharded=False), 1, 0, batch_size, 3, 2)])
+    other = np.concatenate([mine for mine, _ in taken(dataset((30,), 0, sharded=False), 1, 0, batch_size, 3, 2)])
     assert other.tolist() != np.concatenate([mine for mine, _ in alone]).tolist()

@@ -62,8 +62,8 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "How ranks agree": {
         "strategy": (
             click.Choice(list(STRATEGIES)),
-            "On gradients in every step (sync), on a mean of models now and then (average), or in every step with "
-            "one peer or a few (butterfly, gossip).",
+            "On gradients in every step (sync), on a mean of models now and then (average), in every step with one "
+            "peer or a few (butterfly, gossip), or by a parameter server that does not wait for all (async).",
         ),
         "algorithm": (
             click.Choice(["auto", *ALGORITHMS["allreduce"], "native"]),
@@ -86,6 +86,20 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             click.Choice(MOMENTA),
             "average, butterfly, gossip: what becomes of the optimizer's state at an agreement [default: keep].",
         ),
+    },
+    "How far ranks may run apart": {
+        "staleness": (str, "async: steps, at most, of one rank before another; inf for any number [default: 4]."),
+        "backups": (
+            click.IntRange(min=LEAST["backups"]),
+            "async, --staleness 0: gradients of a step that need not be waited for [default: 0].",
+        ),
+        "compensate": (_Number(min=0), "async: correct stale gradients by so much, as DC-ASGD does [default: 0]."),
+        "slow_down": (bool, "async: the staler a gradient, the smaller its learning rate."),
+        "delays": (
+            click.IntRange(min=LEAST["delays"]),
+            "async: simulate, with delays drawn from this seed, to have the same run again.",
+        ),
+        "workers": (click.IntRange(min=LEAST["workers"]), "async, --delays: so many [default: as there are ranks]."),
     },
     "How a rank steps": {
         "optimizer": (click.Choice(list(OPTIMIZERS)), "The rule."),
@@ -236,7 +250,9 @@ class _Progress:
                 "validation_loss": ("valid. loss", "12.4f"),
                 "validation_accuracy": ("valid. acc.", "12.2%"),
             }
-        if settings.strategy != "sync":
+        if settings.strategy == "async":
+            self._columns |= {"staleness": ("stale", "6.2f")}
+        elif settings.strategy != "sync":
             self._columns |= {"consensus": ("apart", "9.2g")}
 
     def start(self, facts: dict[str, Any]) -> None:
@@ -279,7 +295,8 @@ class _Progress:
 
     def _line(self, epoch: "Epoch") -> None:
         self._kept = None
-        _say(" ".join(format(getattr(epoch, name) or 0, spec) for name, (_, spec) in self._columns.items()))
+        shown = epoch._asdict() | {"staleness": _mean(epoch.staleness or [1])}
+        _say(" ".join(format(shown[name] or 0, spec) for name, (_, spec) in self._columns.items()))
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self._bar is not None:
@@ -298,6 +315,10 @@ class _Progress:
         _say("".join(f"{name:>14}  {value}\n" for name, value in rows.items()), nl=False)
         _say("\n".join(_table(summary["per_rank"])))
         _say(f"{'written to':>14}  {summary['out']}")
+
+
+def _mean(histogram: list[int]) -> float:
+    return sum(n * count for n, count in enumerate(histogram)) / sum(histogram)
 
 
 def _table(ranks: list[dict[str, Any]]) -> list[str]:

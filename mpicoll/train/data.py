@@ -2,7 +2,7 @@
 
 import pickle
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -184,29 +184,35 @@ def read(source: str, features: int | None = None, labels: np.ndarray | None = N
     return raw._replace(y=_classes(raw.y, labels), verbatim=False), labels
 
 
-def batches(
-    data: Dataset, comm_size: int, rank: int, batch_size: int, seed: int, epoch: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """For each step of the epoch: which samples of ``data.train`` are this rank's share of the batch, and how many
-    samples the batch has on all ranks together.  Every sample comes once an epoch, in an order drawn anew from ``seed``
-    and ``epoch``.
+class Batches:
+    """The steps of an epoch, and who has which samples in them.  Every sample comes once, in an order drawn anew from
+    ``seed`` and ``epoch``; the last batch may be shorter.
 
     Where every rank holds all samples, ranks take slices of batches that do not depend on their number.  A rank with a
     shard of its own deals it out, shuffled, to all the steps in turn, the first to the step after the one where the
     rank below it ended: steps are those of unsharded data, and their batches as large as each other but for one sample.
     """
-    total = data.train.total
-    if not data.sharded:
-        order = np.random.default_rng([seed, epoch]).permutation(total)
-        for first in range(0, total, batch_size):
-            batch = order[first : first + batch_size]
-            turn = (rank + first // batch_size) % comm_size  # no rank is always the one with a sample more, or fewer
-            yield batch[share(len(batch), turn, comm_size)], len(batch)
-        return
-    order = np.random.default_rng([seed, epoch, rank]).permutation(len(data.train.y))
-    steps = -(-total // batch_size)
-    for step in range(steps):
-        yield order[(step - data.train.start) % steps :: steps], -(-(total - step) // steps)
+
+    def __init__(self, data: Dataset, ranks: int, batch_size: int, seed: int, epoch: int) -> None:
+        self.steps = -(-data.train.total // batch_size)
+        self._data, self._ranks, self._batch_size = data, ranks, batch_size
+        self._order: dict[int, np.ndarray] = {}  # by rank, where each has its own
+        self._seed = [seed, epoch]
+
+    def share(self, step: int, rank: int) -> tuple[np.ndarray, int]:
+        """Which samples of ``data.train`` are the share of a rank in a step, counted from 0, and how many samples the
+        batch has on all ranks together.  Of sharded data a rank knows its own share only."""
+        total = self._data.train.total
+        if not self._data.sharded:
+            if not self._order:
+                self._order[0] = np.random.default_rng(self._seed).permutation(total)
+            batch = self._order[0][step * self._batch_size :][: self._batch_size]
+            turn = (rank + step) % self._ranks  # no rank is always the one with a sample more, or fewer
+            return batch[share(len(batch), turn, self._ranks)], len(batch)
+        if rank not in self._order:
+            self._order[rank] = np.random.default_rng([*self._seed, rank]).permutation(len(self._data.train.y))
+        length = -(-(total - step) // self.steps)
+        return self._order[rank][(step - self._data.train.start) % self.steps :: self.steps], length
 
 
 def _own_share(source: str, comm: MPI.Intracomm) -> Raw:

@@ -1,6 +1,7 @@
 """The training loop, top to bottom."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ from ..errors import UserError
 from ..mpi.collectives import allreduce, bcast
 from ..mpi.guard import on_all, on_root
 from .checkpoint import Checkpoint, save
-from .data import Dataset, Part, batches
+from .data import Batches, Dataset, Part
 from .models import Batch, Model
-from .optimizers import OPTIMIZERS, SCHEDULES, clip, learning_rate
+from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from .settings import DTYPES, LEAST, MOMENTA, Settings, flag
 from .strategies import STRATEGIES, Now
 from .strategies.average import OUTER
@@ -55,7 +56,8 @@ class Epoch(NamedTuple):
     ``train_loss`` and ``train_accuracy`` are means over its samples, as they were seen; ``consensus`` is the root mean
     square distance of the ranks' models from their mean, ``None`` where they are the same by construction; those of
     the validation set are of the model that ranks agree on.  ``communicating`` is this rank's share of time in
-    agreement, ``bytes_sent`` what it sent, as far as that can be known.
+    agreement, ``bytes_sent`` what it sent, as far as that can be known.  ``staleness`` says how many gradients, of all
+    ranks, were taken at parameters 0, 1, 2, ... steps behind.
     """
 
     epoch: int
@@ -66,6 +68,7 @@ class Epoch(NamedTuple):
     samples_per_s: float
     communicating: float
     bytes_sent: int | None
+    staleness: list[int] | None = None
     consensus: float | None = None
     validation_loss: float | None = None
     validation_accuracy: float | None = None
@@ -153,35 +156,30 @@ class Training:
     def _epoch(self, max_steps: int | None) -> Epoch:
         self.epoch += 1
         s, strategy, x, y = self.settings, self.strategy, self.data.train.x, self.data.train.y
-        grad, totals, seen = self.sums[:-2], np.zeros(2), 0
-        part = grad[self.optimizer.part]
+        grad, totals = self.sums[:-2], np.zeros(3)
         total_steps, sent = s.epochs * self.steps_per_epoch, strategy.bytes_sent
         start = perf_counter()
-        for mine, length in batches(self.data, self.comm.size, self.comm.rank, s.batch_size, s.seed, self.epoch):
+        batches = Batches(self.data, strategy.workers, s.batch_size, s.seed, self.epoch)
+        first = self.step
+        last = first + batches.steps if max_steps is None else min(first + batches.steps, max_steps)
+        for self.step, rank in strategy.shares(first, last):
+            mine, length = batches.share(self.step - first, rank)
             lr = learning_rate(s.schedule, s.lr, self.step, total_steps, s.warmup)
             now = Now(self.epoch, self.step, lr)
             own = self.model.loss_and_grad(strategy.point(), Batch(x[mine], y[mine]), grad)
             self.sums[-2:] = own
-            part *= strategy.agree_on_gradient(now) / length
-            if strategy.replicated and not np.isfinite(self.sums[-2]):
-                raise self._diverged(f"the loss became {self.sums[-2]}", self.step + 1)
-            if s.clip is not None:
-                clip(grad, s.clip)
-            self.optimizer.step(self.params, grad, lr)
-            strategy.agree_on_parameters(now)
-            totals += own
-            seen += length
-            self.step += 1
-            if self.step == max_steps:
-                break
+            strategy.step(now, len(mine), length)
+            totals += *own, len(mine)
+        self.step = last
         took = perf_counter() - start
         self.seconds += took
         agreeing = self._account()
-        loss, correct = allreduce(totals, self.comm, deterministic=True) / seen
+        loss, correct, seen = allreduce(totals, self.comm, deterministic=True)
+        loss, correct = loss / seen, correct / seen
         if not np.isfinite(loss):
-            raise self._diverged(f"the loss became {loss}", self.step)
+            raise strategy.diverged(f"the loss became {loss}", self.epoch, self.step)
         if not self.comm.allreduce(bool(np.isfinite(self.params).all()), MPI.LAND):
-            raise self._diverged("parameters became infinite or nan", self.step)
+            raise strategy.diverged("parameters became infinite or nan", self.epoch, self.step)
         return self._evaluated(
             Epoch(
                 self.epoch,
@@ -189,9 +187,10 @@ class Training:
                 self.seconds,
                 float(loss),
                 float(correct),
-                seen / took,
+                float(seen) / took,
                 agreeing / took,
                 None if strategy.bytes_sent is None or sent is None else strategy.bytes_sent - sent,
+                self._staleness(),
             )
         )
 
@@ -205,9 +204,10 @@ class Training:
         self.waiting += float(np.sum(seconds - fastest))
         return float(np.sum(seconds))
 
-    def _diverged(self, what: str, step: int) -> UserError:
-        lr = self.settings.lr
-        return UserError(f"{what} at step {step} (epoch {self.epoch}): try a smaller learning rate than {lr}")
+    def _staleness(self) -> list[int] | None:
+        if self.strategy.histogram is None:
+            return None
+        return added(self.comm.allgather(self.strategy.histogram))
 
     def _evaluated(self, epoch: Epoch) -> Epoch:
         """With what is known of the model that ranks agree on; a new best one is kept."""
@@ -304,6 +304,11 @@ class Training:
         self.best = np.inf, self.epoch  # if patience is new, it begins here
         if facts["best"] is not None:
             self.best, self.best_params = tuple(facts["best"]), tensors["best"]
+
+
+def added(histograms: Iterable[list[int]]) -> list[int]:
+    """Of one length or several."""
+    return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from ..mpi.threads import limit_threads
 from . import files
 from .checkpoint import Checkpoint, latest
 from .data import fingerprint, load
-from .loop import Epoch, Training, check, evaluate
+from .loop import Epoch, Training, added, check, evaluate
 from .models import MODELS
 from .settings import MAY_CHANGE, NOT_SAVED, Settings, flag
 
@@ -129,7 +129,8 @@ def run(
         where = folder
 
         def finish() -> dict[str, Any]:
-            last = files.read_metrics(where)[-1]
+            lines = files.read_metrics(where)
+            last = lines[-1]
             sent = [rank.bytes_sent for rank in result.ranks if rank.bytes_sent is not None]
             spent = sum(rank.seconds for rank in result.ranks) or 1.0
             summary = {
@@ -142,6 +143,7 @@ def run(
                 **{name: last.get(name) for name in ("validation_loss", "validation_accuracy")},
                 "best_epoch": training.best[1] if training.best_params is not None else None,
                 "consensus": result.consensus,
+                "staleness": added(line.get("staleness", []) for line in lines) or None,
                 "epochs_done": training.epoch,
                 "steps": result.steps,
                 "seconds": training.seconds,

@@ -29,6 +29,12 @@ class Settings:
     graph: str | None = None
     mix_first: bool | None = None
     momenta: str | None = None
+    staleness: str | None = None
+    backups: int | None = None
+    compensate: float | None = None
+    slow_down: bool | None = None
+    delays: int | None = None
+    workers: int | None = None
     # how a rank steps
     optimizer: str = "sgd"
     lr: float = 0.1
@@ -59,6 +65,10 @@ LEAST = {
     "batch_size": 1,
     "every": 1,
     "sync_epochs": 0,
+    "backups": 0,
+    "compensate": 0,
+    "delays": 0,
+    "workers": 1,
     "warmup": 0,
     "patience": 1,
     "checkpoint": 0,

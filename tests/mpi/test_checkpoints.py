@@ -31,6 +31,9 @@ RUNS: list[dict[str, Any]] = [
     {"strategy": "gossip", "graph": "base", "mix_first": True},
     {"strategy": "gossip", "graph": "matching", "momenta": "average"},
     {"strategy": "gossip", "graph": "directed.npy"},
+    {"strategy": "async", "staleness": "2", "delays": 3, "optimizer": "adam"},
+    {"strategy": "async", "staleness": "inf", "delays": 3, "compensate": 0.1},
+    {"strategy": "async", "staleness": "0", "optimizer": "nesterov"},
 ]
 
 

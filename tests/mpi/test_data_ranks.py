@@ -12,7 +12,7 @@ from mpicoll import Comm, UserError
 from mpicoll.mpi.guard import on_all
 from mpicoll.train import data as data_module
 from mpicoll.train import formats
-from mpicoll.train.data import Dataset, batches, load
+from mpicoll.train.data import Batches, Dataset, load
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
@@ -95,7 +95,8 @@ def test_shards_are_the_samples_of_the_whole(comm, folder, kind, count, monkeypa
     same(comm, whole, mine)
     assert P == 1 or len(mine.train.y) < mine.train.total
     assert whole.labels.tolist() == ([-1, 0, 1] if kind.startswith(("csv", "svm")) else list(range(whole.classes)))
-    taken = [mine.train.start + each for each, _ in batches(mine, P, comm.rank, 7, 0, 1)]
+    batches = Batches(mine, P, 7, 0, 1)
+    taken = [mine.train.start + batches.share(step, comm.rank)[0] for step in range(batches.steps)]
     everybody = np.concatenate([np.concatenate(each) for each in comm.allgather(taken)])
     np.testing.assert_array_equal(np.sort(everybody), np.arange(mine.train.total))
 

@@ -1,5 +1,6 @@
 """How ranks agree, and nothing else: a file and a row for each strategy."""
 
+from .asynchronous import Async
 from .average import Average
 from .base import Now, Strategy
 from .mixing import Butterfly, Gossip
@@ -10,6 +11,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "average": Average,
     "butterfly": Butterfly,
     "gossip": Gossip,
+    "async": Async,
 }
 
 __all__ = ["STRATEGIES", "Now", "Strategy"]

@@ -1,11 +1,14 @@
 """What the training loop asks of a strategy, and what strategies have in common."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
+
+from ...errors import UserError
+from ..optimizers import clip
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
     from mpi4py import MPI
@@ -25,20 +28,24 @@ class Now(NamedTuple):
 class Strategy:
     """How ranks agree: on what, when, and with whom.
 
-    In every step the loop takes the gradient at ``point()``, lets ranks agree on it, has the optimizer change
-    ``params``, and lets them agree on those.  ``sums`` is what ``agree_on_gradient`` finds there: the gradient,
-    summed over this rank's samples, and two numbers more, which add up likewise.
+    For every step the loop takes the gradient at ``point()`` and calls ``step``, which lets ranks agree on it, has the
+    optimizer change ``params``, and lets them agree on those.  ``sums`` is what it finds there: the gradient, summed
+    over this rank's samples, and two numbers more, which add up likewise: the loss, and the correct predictions.
 
     ``seconds`` holds the time of each agreement of this rank, waiting for others included, until the loop takes them
     out; ``bytes_sent`` and ``messages`` count up, and are ``None`` where the MPI library does the sending and it cannot
-    be known.  ``digest`` stands for what bits depend on beside settings.
+    be known.  ``digest`` stands for what bits depend on beside settings.  ``workers`` have a share of each batch: as
+    many as there are ranks, unless some are simulated.
     """
 
     options: ClassVar[dict[str, Any]] = {}
     """Settings that are this strategy's, and what they are by default."""
 
     replicated = False
-    """Do all ranks hold the same parameters, and add up the same sums, at every step?"""
+    """Do all ranks hold the same parameters, and optimizers, at the end of an epoch?"""
+
+    histogram: list[int] | None = None
+    """Of this rank's gradients in an epoch, where they may be stale: how many were so by 0, 1, ... steps."""
 
     def __init__(
         self,
@@ -50,6 +57,7 @@ class Strategy:
         steps_per_epoch: int,
     ) -> None:
         self.comm, self.p = comm, comm.size
+        self.workers = self.p
         self.sums, self.params, self.optimizer = sums, params, optimizer
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
         self.seconds: list[float] = []
@@ -64,9 +72,31 @@ class Strategy:
         given = getattr(self.settings, name)
         return self.options[name] if given is None else given
 
+    def shares(self, first: int, last: int) -> Iterable[tuple[int, int]]:
+        """Of the steps from ``first`` to before ``last``, all in one epoch: those in which this rank takes a share of
+        the batch, and whose it is.  There are ``workers`` shares of each."""
+        return ((step, self.comm.rank) for step in range(first, last))
+
     def point(self) -> np.ndarray:
         """Where to take the gradient, shape (size,)."""
         return self.params
+
+    def step(self, now: Now, samples: int, length: int) -> None:
+        """A step of training, from the sums over this rank's ``samples`` of a batch of ``length`` on all ranks."""
+        grad = self.sums[:-2]
+        part = grad[self.optimizer.part]
+        part *= self.agree_on_gradient(now) / length
+        if self.replicated and not np.isfinite(self.sums[-2]):
+            raise self.diverged(f"the loss became {self.sums[-2]}", now.epoch, now.step + 1)
+        if self.settings.clip is not None:
+            clip(grad, self.settings.clip)
+        self.optimizer.step(self.params, grad, now.lr)
+        self.agree_on_parameters(now)
+
+    def diverged(self, what: str, epoch: int, step: int) -> UserError:
+        """The error that ends training when numbers are not finite."""
+        lr = self.settings.lr
+        return UserError(f"{what} at step {step} (epoch {epoch}): try a smaller learning rate than {lr}")
 
     def agree_on_gradient(self, now: Now) -> int:
         """Returns by what to multiply the sums, beside dividing them by the length of the whole batch, to have a mean:

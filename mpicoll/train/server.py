@@ -1,0 +1,166 @@
+"""A parameter server, as far as it is arithmetic: what becomes of gradients in the order in which they arrive.
+
+No messages are sent here; who carries gradients in and answers out is ``strategies.asynchronous``.
+"""
+
+import math
+
+import numpy as np
+
+from ..mpi.shared import additions
+from .optimizers import Optimizer
+
+HEAD = ("step", "samples", "length", "lr", "clock", "number", "share")
+"""Numbers that go with a vector, in a message's first bytes."""
+
+
+class Packet:
+    """A message: numbers, and a vector behind them.
+
+    With a gradient, summed over ``samples``: the ``step``, whose batch has the ``length`` on all ranks together, its
+    learning rate, and the ``number`` of the answer at which it was taken.  No samples at all, -1, says that the worker
+    has finished.  With an answer, which holds parameters: its ``number``, from 1; the ``clock``, gradients that every
+    worker has brought into them at least; the ``step`` that synchronous workers do next; and the ``share`` to take
+    after the next, where workers take what is left.
+    """
+
+    def __init__(self, count: int, dtype: np.dtype) -> None:
+        size = 8 * len(HEAD)
+        self.raw = np.zeros(size + count * dtype.itemsize, np.uint8)
+        self._head, self.body = self.raw[:size].view(np.float64), self.raw[size:].view(dtype)
+
+    def say(self, **numbers: float) -> None:
+        """Set some of the numbers."""
+        for name, number in numbers.items():
+            self._head[HEAD.index(name)] = number
+
+    def __getattr__(self, name: str) -> float:
+        if name in HEAD:
+            return float(self._head[HEAD.index(name)])
+        raise AttributeError(name)
+
+
+class Server:
+    """A part of the parameters, ``params[optimizer.part]``, and ``workers`` who send gradients of it.
+
+    With a finite ``staleness`` s, a worker that has sent c gradients is answered when every other has sent c - s
+    (stale-synchronous: Ho et al. 2013); one that has ``finish``-ed is not waited for.  With 0 all gradients of a step
+    are added up, in the canonical order, and the optimizer steps once: synchronous SGD.  It waits for all but
+    ``backups`` of them, the first to arrive, and drops those that come later (Chen et al. 2016).
+
+    Otherwise each gradient is a step of its own when it arrives, and as large as its share of a synchronous one: with p
+    workers, the gradient is p times the sum over the worker's samples, divided by the length of the batch, and the
+    learning rate a p-th.  So p of them make a synchronous step, if there is no momentum, but for the points at which
+    they were taken.  If others came in between, ``delay`` p of them, ``slow_down`` divides the learning rate by
+    1 + delay (as in Zhang et al. 2016), and ``compensate`` times g g (w - v) is added to the gradient g, elementwise,
+    where w are the parameters now and v those at which it was taken (DC-ASGD: Zheng et al. 2017).
+    """
+
+    def __init__(
+        self,
+        params: np.ndarray,
+        optimizer: Optimizer,
+        workers: int,
+        staleness: float,
+        *,
+        backups: int = 0,
+        compensate: float = 0.0,
+        slow_down: bool = False,
+    ) -> None:
+        self.params, self.optimizer, self.workers = params, optimizer, workers
+        self.staleness, self.backups = staleness, backups
+        self.compensate, self.slow_down = compensate, slow_down
+        self._part = params[optimizer.part]
+        self._grad, self._scratch = np.empty_like(params), np.empty_like(self._part)
+        self._order = additions(workers) if workers > 1 else ()
+        last = max((out for *_, out in self._order), default=workers)
+        self._sums = [np.empty_like(self._part) for _ in range(workers, last)]
+        self._zero = np.zeros_like(self._part)
+        # Two answers of each worker: one that it may still compute with, and the one to be sent next.
+        self._answers = [[Packet(len(self._part), params.dtype) for _ in range(2)] for _ in range(workers)]
+        self.begin(0)
+
+    def begin(self, step: int, share: float = math.inf) -> None:
+        """From now on gradients come that were taken at ``params``, for steps from this one on."""
+        self.step, self.share = step, share
+        self.updates = 0
+        self.clocks = [0] * self.workers
+        self.finished = [False] * self.workers
+        self._seen = [[0, 0] for _ in range(self.workers)]  # updates, in those answers
+        self._numbers = [0] * self.workers
+        self._held: dict[int, Packet] = {}  # gradients, not used yet
+        self._waiting: set[int] = set()
+        for answers in self._answers:
+            answers[0].body[:] = self._part
+
+    @property
+    def clock(self) -> float:
+        """Gradients that have come of every worker, at least, but for those who have finished."""
+        running = (clock for clock, done in zip(self.clocks, self.finished, strict=True) if not done)
+        return min(running, default=math.inf)
+
+    def finish(self, worker: int) -> list[int]:
+        """It sends no more; returns who is to be answered now."""
+        self.finished[worker] = True
+        return self._due()
+
+    def take(self, worker: int, gradient: Packet) -> list[int]:
+        """A gradient has arrived, and stays as it is until the answer; returns who is to be answered now."""
+        self.clocks[worker] += 1
+        if self.staleness == 0:
+            self._held[worker] = gradient
+            return self._synchronous()
+        if gradient.samples > 0:
+            self._apply(worker, gradient)
+        self._waiting.add(worker)
+        return self._due()
+
+    def answer(self, worker: int) -> Packet:
+        """The parameters as they are now, and good until the next answer but one to this worker."""
+        number = self._numbers[worker] = self._numbers[worker] + 1
+        self._seen[worker][number % 2] = self.updates
+        packet = self._answers[worker][number % 2]
+        packet.body[:] = self._part
+        packet.say(number=number, clock=self.clock, step=self.step, share=self.share)
+        self.share += 1
+        return packet
+
+    def _due(self) -> list[int]:
+        due = sorted(worker for worker in self._waiting if self.clock >= self.clocks[worker] - self.staleness)
+        self._waiting.difference_update(due)
+        return due
+
+    def _apply(self, worker: int, gradient: Packet) -> None:
+        grad, slot = self._grad[self.optimizer.part], int(gradient.number) % 2
+        np.multiply(gradient.body, self.workers / gradient.length, out=grad)
+        if self.compensate:
+            np.subtract(self._part, self._answers[worker][slot].body, out=self._scratch)
+            self._scratch *= self.compensate
+            self._scratch *= grad
+            self._scratch *= grad
+            grad += self._scratch
+        lr = gradient.lr / self.workers
+        if self.slow_down:
+            lr /= 1 + (self.updates - self._seen[worker][slot]) / self.workers
+        self.optimizer.step(self.params, self._grad, lr)
+        self.updates += 1
+
+    def _synchronous(self) -> list[int]:
+        """Do the steps for which there are gradients enough; all whose step is done are answered."""
+        while True:
+            now = {worker: held for worker, held in self._held.items() if held.step == self.step}
+            if len(now) < self.workers - self.backups:
+                break
+            grad, samples = self._grad[self.optimizer.part], sum(held.samples for held in now.values())
+            operands = [now[worker].body if worker in now else self._zero for worker in range(self.workers)]
+            operands += [grad, *self._sums]
+            for lower, higher, out in self._order:
+                np.add(operands[lower], operands[higher], out=operands[out])
+            if samples:
+                np.multiply(operands[self.workers if self._order else 0], 1 / samples, out=grad)
+                self.optimizer.step(self.params, self._grad, next(iter(now.values())).lr)
+            self.step += 1
+        due = sorted(worker for worker, held in self._held.items() if held.step < self.step)
+        for worker in due:
+            del self._held[worker]
+        return due

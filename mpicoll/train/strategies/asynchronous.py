@@ -1,0 +1,370 @@
+"""Asynchronous SGD with a bound on how far ranks run apart.
+
+Every rank trains, and every rank is the parameter server of a part of the parameters.  A step's gradient goes to all of
+them, and what comes back is used from the next step on, or from the one after: so messages are on their way while ranks
+compute.  All messages are ordinary ones between two ranks; those for the server are answered by a thread while its rank
+computes.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from heapq import heappop, heappush
+from itertools import count, pairwise
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ...errors import UserError
+from ..optimizers import clip
+from .base import Now, Strategy
+
+if TYPE_CHECKING:
+    from ..server import Packet
+
+POLL = 1e-3
+"""Seconds from one look for messages to the next while a rank computes."""
+
+
+class Async(Strategy):
+    """No rank runs more than ``staleness`` steps ahead of any other, and all of their gradients up to then are in the
+    parameters at which it takes its own; with ``inf`` there is no bound.  ``server.Server`` says what becomes of them.
+
+    With 0 it is synchronous, bit for bit but for clipping, which here is of each rank's own gradient; ``backups`` are
+    how many gradients of a step need not be waited for.  With ``inf`` ranks take shares of batches as they are ready
+    for them, unless data are sharded: a faster one takes more.  All wait for each other at the end of an epoch.
+
+    ``delays`` is the seed of a simulation, in which ``workers``, of which each rank plays some, take times that are
+    drawn, messages none, and everything happens in the order that follows: the same bits on any number of ranks, if
+    they compute the same gradients.
+    """
+
+    options: ClassVar = {
+        "staleness": "4",
+        "backups": 0,
+        "compensate": 0.0,
+        "slow_down": False,
+        "delays": None,
+        "workers": None,
+    }
+    replicated = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        from ..server import Server
+
+        self.bound = self._bound()
+        self.seed = self.option("delays")
+        if self.seed is not None:
+            self.workers = self.option("workers") or self.p
+        backups, compensate, slow_down = (self.option(name) for name in ("backups", "compensate", "slow_down"))
+        self._check(backups, compensate, slow_down)
+        self.pooled = self.bound == math.inf and not self.settings.shards
+        self.histogram: list[int] = []
+        self.held = self.params.copy()  # what the server has
+        self._run: _Messages | _Simulated = _Messages(self) if self.seed is None else _Simulated(self)
+        rules = {"backups": backups, "compensate": compensate, "slow_down": slow_down}
+        self.server = Server(self.held, self.optimizer, self.workers, self.bound, **rules)
+        self.algorithm = f"{'simulated ' if self.seed is not None else ''}parameter server, staleness {self.bound:g}"
+
+    def _bound(self) -> float:
+        given = self.option("staleness")
+        if given != "inf" and not (given.isascii() and given.isdigit()):
+            raise UserError(f"--staleness must be a whole number of steps, or inf, got {given!r}")
+        return float(given)
+
+    def _check(self, backups: int, compensate: float, slow_down: bool) -> None:
+        if backups and self.bound:
+            raise UserError(
+                f"--backups {backups} is for synchronous steps, of which late gradients are dropped: take --staleness 0"
+            )
+        if backups >= self.workers:
+            raise UserError(f"--backups must be fewer than the {self.workers} worker(s), got {backups}")
+        if self.bound == 0 and (compensate or slow_down):
+            name = "compensate" if compensate else "slow-down"
+            raise UserError(f"--{name} is for gradients that are late, and with --staleness 0 none is: leave it out")
+        if self.seed is None and self.option("workers") is not None:
+            raise UserError("--workers is for simulated ones: give --delays as well, or more ranks")
+        if self.settings.shards and self.workers != self.p:
+            raise UserError(f"--shards gives each of {self.p} rank(s) data of its own: --workers must be as many")
+
+    def point(self) -> np.ndarray:
+        """See ``Strategy``."""
+        return self._run.point
+
+    def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """See ``Strategy``."""
+        self.held[:] = self.params
+        self._steps = range(first, last)
+        self.histogram.clear()
+        self.server.begin(first, 2 * self.workers)
+        yield from self._run.shares(first, last)
+        self.params[:] = self.held
+
+    def step(self, now: Now, samples: int, length: int) -> None:
+        """See ``Strategy``."""
+        grad = self.sums[:-2]
+        if self.settings.clip is not None and samples:
+            clip(grad, self.settings.clip * samples)
+        self._run.step(grad, step=now.step, samples=samples, length=length, lr=now.lr)
+
+    def record(self, staleness: float) -> None:
+        """A gradient was taken at parameters so many steps behind."""
+        if staleness > self.bound:
+            raise RuntimeError(f"a gradient is {staleness:g} steps stale, and the bound is {self.bound:g}")
+        behind = int(staleness)
+        self.histogram += [0] * (behind + 1 - len(self.histogram))
+        self.histogram[behind] += 1
+
+    def share_of(self, number: int) -> tuple[int, int] | None:
+        """Where workers take what is left: the step and the rank of a share, by its number; none if all are taken."""
+        step, rank = divmod(number, self.workers)
+        return (self._steps[step], rank) if step < len(self._steps) else None
+
+
+class _Messages:
+    """Between ranks: gradients to the servers of all parts, and parameters back.
+
+    A rank has at most one gradient under way to each server, and sends the next when that has been answered; so there
+    is a buffer for each.  Answers come at any time, but the parameters here change in ``step`` only.
+    """
+
+    def __init__(self, strategy: "Async") -> None:
+        from mpi4py import MPI
+
+        from ...mpi.collectives import cuts_of
+        from ...mpi.state import state_of
+        from ..server import Packet
+
+        self.strategy, self.point = strategy, strategy.params
+        self.p, self.rank, self.state = strategy.p, strategy.comm.rank, state_of(strategy.comm)
+        self.cuts = cuts_of(None, len(self.point), self.p)
+        parts, dtype = [hi - lo for lo, hi in pairwise(self.cuts)], self.point.dtype
+        strategy.optimizer.part = slice(*self.cuts[self.rank :][:2])
+        self.others = [(self.rank + n) % self.p for n in range(1, self.p)]
+        self._out = [Packet(part, dtype) for part in parts]  # gradients to each server
+        self._in = [Packet(parts[self.rank], dtype) for _ in parts]  # gradients from each rank
+        self._back = [Packet(part, dtype) for part in parts]  # answers of each server
+        self._wire = self.state.comm
+        self._tags = self.state.persistent_tag(), self.state.persistent_tag()  # of gradients, of answers
+        self._receiving: list[Any] = 2 * self.p * [MPI.REQUEST_NULL]  # gradients, answers
+        self._sending: dict[Any, MPI.Request] = {}
+        self._some, self._some_now, self._in_place = MPI.Request.Waitsome, MPI.Request.Testsome, MPI.IN_PLACE
+        self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED
+        self._lock, self._stop = Lock(), Event()
+
+    def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """See ``Strategy``."""
+        s = self.strategy
+        self._pushed, self._answered = 0, [0] * self.p  # gradients, and how many of them by each server
+        self._fresh: dict[int, Packet] = {}  # answers that are not read yet, by server
+        self._clock, self._number = [0.0] * self.p, [0.0] * self.p  # of the parameters here, by server
+        self._step = self._ahead = first  # the next, and that of the server which is furthest
+        self._pool = [self.rank, self.p + self.rank]  # numbers of shares that are this rank's to take
+        self._failed: BaseException | None = None
+        for rank in self.others:
+            self._receiving[rank] = self._wire.Recv_init(self._in[rank].raw, rank, self._tags[0])
+            self._receiving[self.p + rank] = self._wire.Recv_init(self._back[rank].raw, rank, self._tags[1])
+            self._receiving[rank].Start()
+        with self._attended():
+            if s.pooled:
+                while (share := s.share_of(self._pool.pop(0))) is not None:  # of the one or two that are there
+                    yield share
+            else:
+                while self._step < last:
+                    yield self._step, self.rank
+            with s.agreeing(), self._lock:
+                self._finish()
+        with s.agreeing():
+            for vector in (s.held, *s.optimizer.state.values()):
+                s.comm.Allgatherv(self._in_place, [vector, np.diff(self.cuts)])
+
+    def step(self, grad: np.ndarray, **numbers: float) -> None:
+        """Send a gradient, and go on to parameters that are new enough."""
+        s = self.strategy
+        with s.agreeing(), self._lock:
+            taken_at = list(self._number)
+            s.record(self._pushed - min(*self._clock, self._pushed))
+            self._until("all servers to answer", self._is_answered)
+            for packet, (lo, hi), number in zip(self._out, pairwise(self.cuts), taken_at, strict=True):
+                packet.body[:] = grad[lo:hi]
+                packet.say(**numbers, number=number)
+            self._pushed += 1
+            for server in self.others:
+                self._receiving[self.p + server].Start()  # its answer
+                self._send(self._out[server].raw, server, self._tags[0])
+            self._answer(s.server.take(self.rank, self._out[self.rank]))
+            self._handle(self._some_now(self._receiving))
+            self._read()
+            self._until("parameters that are new enough", self._is_answered if s.bound == 0 else self._is_new_enough)
+            self._step = max(self._step + 1, self._ahead)
+
+    def _is_answered(self) -> bool:
+        return min(self._answered) == self._pushed
+
+    def _is_new_enough(self) -> bool:
+        return min(self._clock) >= self._pushed - self.strategy.bound
+
+    def _until(self, what: str, done: Callable[[], bool]) -> None:
+        """Wait, and meanwhile look after the server."""
+        from ...mpi import record
+
+        if self._failed is not None:
+            raise self._failed
+        if done():
+            return
+        with record.during(f"waiting for {what}", self.state):
+            while not done():
+                self._handle(self._some(self._receiving))
+                self._read()
+
+    def _send(self, message: np.ndarray, rank: int, tag: int, slot: int = 0) -> None:
+        before = self._sending.pop((rank, tag, slot), None)
+        if before is not None:
+            before.Wait()  # at once: it has been answered, or a gradient taken at it
+        self._sending[rank, tag, slot] = self._wire.Isend(message, rank, tag)
+        self.strategy.count(message.nbytes, 1)
+
+    def _handle(self, indices: list[int] | None) -> None:
+        """Messages that have come."""
+        for n in indices or ():
+            if n < self.p:
+                self._arrived(n, self._in[n])
+            else:
+                self._came(n - self.p, self._back[n - self.p])
+
+    def _arrived(self, rank: int, gradient: "Packet") -> None:
+        server = self.strategy.server
+        self._answer(server.finish(rank) if gradient.samples < 0 else server.take(rank, gradient))
+
+    def _answer(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            packet = self.strategy.server.answer(rank)
+            if rank == self.rank:
+                self._came(rank, packet)
+            else:
+                self._receiving[rank].Start()  # the next gradient
+                self._send(packet.raw, rank, self._tags[1], int(packet.number) % 2)
+
+    def _came(self, server: int, answer: "Packet") -> None:
+        self._answered[server] += 1
+        self._fresh[server] = answer
+
+    def _read(self) -> None:
+        """Go on to the parameters that have come."""
+        for server, answer in self._fresh.items():
+            self.point[slice(*self.cuts[server:][:2])] = answer.body
+            self._clock[server], self._number[server] = answer.clock, answer.number
+            self._ahead = max(self._ahead, int(answer.step))
+            if server == 0:
+                self._pool.append(int(answer.share))
+        self._fresh.clear()
+
+    def _finish(self) -> None:
+        """Of an epoch: when all have, no message is under way."""
+        server = self.strategy.server
+        self._until("all servers to answer", self._is_answered)
+        self._out[self.rank].say(samples=-1)
+        for rank in self.others:
+            self._out[rank].say(samples=-1)
+            self._send(self._out[rank].raw, rank, self._tags[0])
+        self._answer(server.finish(self.rank))
+        self._until("all ranks to finish the epoch", lambda: all(server.finished))
+        for request in self._sending.values():
+            request.Wait()
+        self._sending.clear()
+        for request in self._receiving:
+            if request:
+                request.Free()
+
+    @contextmanager
+    def _attended(self) -> Iterator[None]:
+        """With a thread that looks for messages while this rank computes, where MPI allows it."""
+        self._stop.clear()
+        thread = Thread(target=self._attend, name="mpicoll server", daemon=True)
+        if self._threads and self.others:
+            thread.start()
+        try:
+            yield
+        except BaseException:
+            self.state.interrupt()  # messages may still be under way
+            raise
+        finally:
+            self._stop.set()
+            if thread.is_alive():
+                thread.join()
+
+    def _attend(self) -> None:
+        while not self._stop.wait(POLL):
+            if self._lock.acquire(blocking=False):  # else the other thread is at it
+                try:
+                    self._handle(self._some_now(self._receiving))
+                except BaseException as error:  # which is for the other thread to raise
+                    self._failed = error
+                    return
+                finally:
+                    self._lock.release()
+
+
+class _Simulated:
+    """On any number of ranks, all of which are the server of all parameters, while each plays some of the workers.
+
+    A step takes a worker half a second, and half a second more on average, exponentially distributed; messages none.
+    """
+
+    def __init__(self, strategy: "Async") -> None:
+        from ..server import Packet
+
+        self.strategy, self.point = strategy, strategy.params
+        self._packets = [Packet(len(strategy.params), strategy.params.dtype) for _ in range(strategy.workers)]
+
+    def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """See ``Strategy``."""
+        s, rank = self.strategy, self.strategy.comm.rank
+        times = [np.random.default_rng([s.seed, first, worker]) for worker in range(s.workers)]
+        views, numbers, clocks = [s.held.copy() for _ in times], [0] * s.workers, [0.0] * s.workers
+        pool, done = count(), [0] * s.workers
+        running: list[tuple[float, int, tuple[int, int]]] = []  # a heap: when who is done with which share
+
+        def begin(now: float, worker: int, step: int) -> None:
+            share = s.share_of(next(pool)) if s.pooled else (step, worker) if step < last else None
+            if share is None:
+                answer(now, s.server.finish(worker))
+            else:
+                heappush(running, (now + 0.5 + times[worker].exponential(0.5), worker, share))
+
+        def answer(now: float, workers: list[int]) -> None:
+            for worker in workers:
+                packet = s.server.answer(worker)
+                views[worker], numbers[worker], clocks[worker] = packet.body, int(packet.number), packet.clock
+                begin(now, worker, max(shares[worker][0] + 1, int(packet.step)))
+
+        shares = [(first, worker) for worker in range(s.workers)]
+        for worker in range(s.workers):
+            begin(0.0, worker, first)
+        while running:
+            now, worker, shares[worker] = heappop(running)
+            self._worker, packet = worker, self._packets[worker]
+            if worker % s.p == rank:
+                packet.say(number=numbers[worker])
+                self.point = views[worker]
+                s.record(done[worker] - min(clocks[worker], done[worker]))
+                yield shares[worker]
+            else:
+                self._exchange()
+            done[worker] += 1
+            answer(now, s.server.take(worker, packet))
+
+    def step(self, grad: np.ndarray, **numbers: float) -> None:
+        """Give a gradient to all ranks."""
+        packet = self._packets[self._worker]
+        packet.body[:] = grad
+        packet.say(**numbers)
+        self._exchange()
+
+    def _exchange(self) -> None:
+        s = self.strategy
+        with s.agreeing():
+            s.comm.Bcast(self._packets[self._worker].raw, root=self._worker % s.p)
+        s.count(None, None)  # by the MPI library

@@ -1,0 +1,180 @@
+"""Asynchronous SGD: with no staleness it is synchronous, otherwise within its bound, and it always ends."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpicoll import UserError
+from mpicoll.train.loop import Result, Training
+from training import blobs, trained, training
+
+P = MPI.COMM_WORLD.size
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P in (6, 7), reason="five ranks and eight show it")]
+
+
+class Slow:
+    """A model that takes its time."""
+
+    def __init__(self, model: Any, seconds: Any) -> None:
+        self._model, self._seconds, self.size = model, seconds, model.size
+        self.calls = 0
+
+    def loss_and_grad(self, *args: Any) -> Any:
+        self.calls += 1
+        time.sleep(self._seconds())
+        return self._model.loss_and_grad(*args)
+
+
+def slowed(made: Training, seconds: Any, **options: Any) -> tuple[Result, int]:
+    """Train, and how many gradients this rank took."""
+    made.model = Slow(made.model, seconds)  # type: ignore[assignment]
+    result = made.run(**options)
+    return result, made.model.calls  # type: ignore[attr-defined]
+
+
+def same_everywhere(comm: MPI.Intracomm, params: np.ndarray) -> bool:
+    return len({held.tobytes() for held in comm.allgather(params)}) == 1
+
+
+@pytest.mark.parametrize("staleness", ["0", "1", "inf"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_one_rank_is_plain_sgd(staleness, optimizer):
+    given = {"optimizer": optimizer, "lr": 0.01}
+    plain = trained(MPI.COMM_SELF, blobs(101), strategy="sync", **given)
+    other = trained(MPI.COMM_SELF, blobs(101), strategy="async", staleness=staleness, **given)
+    np.testing.assert_array_equal(other.params, plain.params)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_without_staleness_it_is_sync_bit_for_bit(comm, optimizer, batch_size):
+    given = {"optimizer": optimizer, "lr": 0.01, "weight_decay": 0.01, "schedule": "cosine", "batch_size": batch_size}
+    together = trained(comm, blobs(101, "f4"), strategy="sync", **given)
+    for simulated in ({}, {"delays": 4}):
+        other = trained(comm, blobs(101, "f4"), strategy="async", staleness="0", **simulated, **given)
+        np.testing.assert_array_equal(other.params, together.params)
+        assert [epoch.staleness for epoch in other.epochs] == 3 * [[-(-101 // batch_size) * P]]
+    stale = trained(comm, blobs(101, "f4"), strategy="async", staleness="2", delays=4, **given)
+    assert P == 1 or not np.array_equal(stale.params, together.params)
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_staleness_stays_within_its_bound(comm, staleness):
+    pauses = np.random.default_rng([3, comm.rank])
+    made = training(comm, blobs(200), strategy="async", staleness=str(staleness), batch_size=10)
+    result, calls = slowed(made, lambda: pauses.exponential(0.002))
+    assert calls == 60
+    assert same_everywhere(comm, result.params)
+    for epoch in result.epochs:
+        assert epoch.staleness is not None
+        assert len(epoch.staleness) <= staleness + 1
+        assert sum(epoch.staleness) == 20 * P
+    assert P == 1 or sum(sum(epoch.staleness[1:]) for epoch in result.epochs) > 0
+    assert result.epochs[-1].train_loss < result.epochs[0].train_loss
+
+
+def test_a_bound_that_is_broken_is_noticed(comm):
+    made = training(comm, blobs(50), strategy="async", staleness="2")
+    with pytest.raises(RuntimeError, match="3 steps stale, and the bound is 2"):
+        made.strategy.record(3)
+
+
+@pytest.mark.skipif(P == 1, reason="nobody to be slower than")
+def test_without_a_bound_the_slow_take_less(comm):
+    made = training(comm, blobs(400), strategy="async", staleness="inf", batch_size=4, epochs=1)
+    result, calls = slowed(made, lambda: 0.02 if comm.rank == P - 1 else 0.001)
+    everyones = comm.allgather(calls)
+    assert sum(everyones) == 100 * P
+    assert everyones[-1] < min(everyones[:-1]) / 2
+    assert same_everywhere(comm, result.params)
+    assert result.steps == 100
+
+
+@pytest.mark.parametrize("staleness", ["2", "inf"])
+@pytest.mark.parametrize("careful", [{}, {"compensate": 0.1}, {"slow_down": True}])
+def test_it_learns_about_as_well(comm, staleness, careful):
+    given = {"epochs": 12, "momentum": 0.0, "batch_size": 16}
+    together = trained(comm, blobs(300), strategy="sync", **given)
+    other = trained(comm, blobs(300), strategy="async", staleness=staleness, **careful, **given)
+    assert other.epochs[-1].train_loss == pytest.approx(together.epochs[-1].train_loss, rel=0.1)
+
+
+@pytest.mark.skipif(P < 3, reason="needs some to wait for, and one not to")
+def test_backups_are_not_waited_for(comm):
+    made = training(comm, blobs(200), strategy="async", staleness="0", backups=1, batch_size=10, epochs=2)
+    result, calls = slowed(made, lambda: 0.03 if comm.rank == 1 else 0.001)
+    everyones = comm.allgather(calls)
+    assert everyones[1] < 20
+    assert result.steps == 40
+    assert made.optimizer.steps == 40
+    assert same_everywhere(comm, result.params)
+    assert result.epochs[-1].train_loss < result.epochs[0].train_loss
+
+
+# Simulated delays.
+
+
+@pytest.mark.parametrize("staleness", ["1", "inf"])
+@pytest.mark.parametrize("workers", [1, 3, 6])
+def test_a_simulated_run_is_the_same_on_any_number_of_ranks(comm, staleness, workers):
+    given = {"strategy": "async", "staleness": staleness, "delays": 7, "workers": workers, "optimizer": "adam"}
+    careful = {"compensate": 0.1, "slow_down": True, "clip": 0.5}
+    alone = trained(MPI.COMM_SELF, blobs(101), **given, **careful)
+    together = trained(comm, blobs(101), **given, **careful)
+    np.testing.assert_array_equal(together.params, alone.params)
+    assert [epoch.staleness for epoch in together.epochs] == [epoch.staleness for epoch in alone.epochs]
+    assert same_everywhere(comm, together.params)
+    other = trained(comm, blobs(101), **{**given, "delays": 8}, **careful)
+    assert workers == 1 or not np.array_equal(other.params, together.params)
+
+
+def test_simulated_backups(comm):
+    given = {"strategy": "async", "staleness": "0", "delays": 7, "workers": 5, "backups": 2}
+    alone, together = trained(MPI.COMM_SELF, blobs(101), **given), trained(comm, blobs(101), **given)
+    np.testing.assert_array_equal(together.params, alone.params)
+    full = trained(comm, blobs(101), **{**given, "backups": 0})
+    assert not np.array_equal(full.params, together.params)
+
+
+# It ends.
+
+
+def test_it_ends_a_hundred_times(comm):
+    """With pauses, ends in the midst of an epoch, parts without parameters, batches smaller than the ranks."""
+    common = np.random.default_rng(11)
+    pauses = np.random.default_rng([11, comm.rank])
+    for _ in range(100):
+        staleness = str(common.choice(["0", "1", "4", "inf"]))
+        made = training(
+            comm,
+            blobs(int(common.integers(5, 40))),
+            strategy="async",
+            staleness=staleness,
+            batch_size=int(common.integers(1, 12)),
+            epochs=2,
+            backups=1 if staleness == "0" and P > 1 and common.integers(2) else None,
+        )
+        longest = common.choice([0, 0, 2e-4, 2e-3])
+        result, _ = slowed(
+            made, lambda longest=longest: pauses.uniform(0, longest), max_steps=int(common.integers(1, 9))
+        )
+        assert same_everywhere(comm, result.params)
+
+
+def test_what_is_asked_for_wrongly(comm):
+    for wrong, message in {
+        "staleness=-1": "--staleness must be a whole number of steps, or inf, got '-1'",
+        "staleness=2 backups=1": "--backups 1 is for synchronous steps",
+        f"staleness=0 backups={P}": f"--backups must be fewer than the {P} worker",
+        "staleness=0 compensate=1": "--compensate is for gradients that are late",
+        "staleness=0 slow_down=1": "--slow-down is for gradients that are late",
+        "workers=3": "--workers is for simulated ones",
+        f"delays=1 workers={P + 1} shards=1": f"--shards gives each of {P} rank",
+    }.items():
+        given = dict(option.split("=") for option in wrong.split())
+        numbers = {name: value if name == "staleness" else int(value) for name, value in given.items()}
+        with pytest.raises(UserError, match=message):
+            training(comm, blobs(20), strategy="async", **numbers)
