@@ -78,7 +78,7 @@ class Rank(NamedTuple):
     """What a rank did since the run was started or resumed: seconds of training, of agreement, and of waiting.
 
     Waiting is the part of an agreement that goes beyond the time of the rank that got through it fastest: the last to
-    arrive, which waits for nobody.
+    arrive, which waits for nobody.  Where ranks agree with servers, it is waiting for messages.
     """
 
     seconds: float
@@ -196,12 +196,16 @@ class Training:
 
     def _account(self) -> float:
         """Add up the times of the epoch's agreements; returns this rank's seconds in them."""
-        seconds = np.array(self.strategy.seconds)
-        self.strategy.seconds.clear()
-        fastest = seconds.copy()
-        self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
+        strategy, seconds = self.strategy, np.array(self.strategy.seconds)
+        strategy.seconds.clear()
         self.agreeing += float(np.sum(seconds))
-        self.waiting += float(np.sum(seconds - fastest))
+        if strategy.waited is None:
+            fastest = seconds.copy()
+            self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
+            self.waiting += float(np.sum(seconds - fastest))
+        else:
+            self.waiting += strategy.waited
+            strategy.waited = 0.0
         return float(np.sum(seconds))
 
     def _staleness(self) -> list[int] | None:

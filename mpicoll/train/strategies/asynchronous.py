@@ -7,6 +7,8 @@ computes.
 """
 
 import math
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from heapq import heappop, heappush
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 POLL = 1e-3
 """Seconds from one look for messages to the next while a rank computes."""
+
+LOOKS, PAUSE = 1000, 5e-5
+"""So often a rank that waits looks for messages in a row, and then after so many seconds each."""
 
 
 class Async(Strategy):
@@ -109,8 +114,9 @@ class Async(Strategy):
             clip(grad, self.settings.clip * samples)
         self._run.step(grad, step=now.step, samples=samples, length=length, lr=now.lr)
 
-    def record(self, staleness: float) -> None:
-        """A gradient was taken at parameters so many steps behind."""
+    def record(self, steps: int, clock: float) -> None:
+        """A gradient was taken after so many others of its worker, at parameters that have ``clock`` of each."""
+        staleness = max(steps - clock, 0) if self.bound else 0  # synchronous servers drop what is late
         if staleness > self.bound:
             raise RuntimeError(f"a gradient is {staleness:g} steps stale, and the bound is {self.bound:g}")
         behind = int(staleness)
@@ -150,7 +156,7 @@ class _Messages:
         self._tags = self.state.persistent_tag(), self.state.persistent_tag()  # of gradients, of answers
         self._receiving: list[Any] = 2 * self.p * [MPI.REQUEST_NULL]  # gradients, answers
         self._sending: dict[Any, MPI.Request] = {}
-        self._some, self._some_now, self._in_place = MPI.Request.Waitsome, MPI.Request.Testsome, MPI.IN_PLACE
+        self._some, self._in_place = MPI.Request.Testsome, MPI.IN_PLACE
         self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED
         self._lock, self._stop = Lock(), Event()
 
@@ -163,6 +169,7 @@ class _Messages:
         self._step = self._ahead = first  # the next, and that of the server which is furthest
         self._pool = [self.rank, self.p + self.rank]  # numbers of shares that are this rank's to take
         self._failed: BaseException | None = None
+        s.waited = s.waited or 0.0
         for rank in self.others:
             self._receiving[rank] = self._wire.Recv_init(self._in[rank].raw, rank, self._tags[0])
             self._receiving[self.p + rank] = self._wire.Recv_init(self._back[rank].raw, rank, self._tags[1])
@@ -185,7 +192,7 @@ class _Messages:
         s = self.strategy
         with s.agreeing(), self._lock:
             taken_at = list(self._number)
-            s.record(self._pushed - min(*self._clock, self._pushed))
+            s.record(self._pushed, min(self._clock))
             self._until("all servers to answer", self._is_answered)
             for packet, (lo, hi), number in zip(self._out, pairwise(self.cuts), taken_at, strict=True):
                 packet.body[:] = grad[lo:hi]
@@ -195,7 +202,7 @@ class _Messages:
                 self._receiving[self.p + server].Start()  # its answer
                 self._send(self._out[server].raw, server, self._tags[0])
             self._answer(s.server.take(self.rank, self._out[self.rank]))
-            self._handle(self._some_now(self._receiving))
+            self._handle(self._some(self._receiving))
             self._read()
             self._until("parameters that are new enough", self._is_answered if s.bound == 0 else self._is_new_enough)
             self._step = max(self._step + 1, self._ahead)
@@ -214,10 +221,19 @@ class _Messages:
             raise self._failed
         if done():
             return
+        start = time.perf_counter()
         with record.during(f"waiting for {what}", self.state):
+            looks = 0
             while not done():
-                self._handle(self._some(self._receiving))
-                self._read()
+                if came := self._some(self._receiving):
+                    self._handle(came)
+                    self._read()
+                    looks = 0
+                elif (looks := looks + 1) < LOOKS:
+                    os.sched_yield()  # MPI itself would not, and others may need this core to send
+                else:
+                    time.sleep(PAUSE)
+        self.strategy.waited = (self.strategy.waited or 0.0) + time.perf_counter() - start
 
     def _send(self, message: np.ndarray, rank: int, tag: int, slot: int = 0) -> None:
         before = self._sending.pop((rank, tag, slot), None)
@@ -299,7 +315,7 @@ class _Messages:
         while not self._stop.wait(POLL):
             if self._lock.acquire(blocking=False):  # else the other thread is at it
                 try:
-                    self._handle(self._some_now(self._receiving))
+                    self._handle(self._some(self._receiving))
                 except BaseException as error:  # which is for the other thread to raise
                     self._failed = error
                     return
@@ -349,7 +365,7 @@ class _Simulated:
             if worker % s.p == rank:
                 packet.say(number=numbers[worker])
                 self.point = views[worker]
-                s.record(done[worker] - min(clocks[worker], done[worker]))
+                s.record(done[worker], clocks[worker])
                 yield shares[worker]
             else:
                 self._exchange()

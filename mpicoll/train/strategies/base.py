@@ -33,9 +33,10 @@ class Strategy:
     over this rank's samples, and two numbers more, which add up likewise: the loss, and the correct predictions.
 
     ``seconds`` holds the time of each agreement of this rank, waiting for others included, until the loop takes them
-    out; ``bytes_sent`` and ``messages`` count up, and are ``None`` where the MPI library does the sending and it cannot
-    be known.  ``digest`` stands for what bits depend on beside settings.  ``workers`` have a share of each batch: as
-    many as there are ranks, unless some are simulated.
+    out; ``waited`` adds up the waiting where a rank can tell it by itself, which it must if not all ranks agree equally
+    often; ``bytes_sent`` and ``messages`` count up, and are ``None`` where the MPI library does the sending and it
+    cannot be known.  ``digest`` stands for what bits depend on beside settings.  ``workers`` have a share of each
+    batch: as many as there are ranks, unless some are simulated.
     """
 
     options: ClassVar[dict[str, Any]] = {}
@@ -61,6 +62,7 @@ class Strategy:
         self.sums, self.params, self.optimizer = sums, params, optimizer
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
         self.seconds: list[float] = []
+        self.waited: float | None = None
         self.digest = ""
         self.bytes_sent: int | None = 0
         self.messages: int | None = 0
