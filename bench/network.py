@@ -1,9 +1,9 @@
 """Allreduce across the hosts of an emulated cluster (cluster.py), beside the MPI library's own, and gloo with PyTorch.
 
-    python bench/network.py              measures (ten minutes), prints tables, records them in bench/results/
+    python bench/network.py              measures (half an hour), prints tables, records them in bench/results/
     python bench/network.py --show FILE  prints a recorded one
     python bench/network.py --plot FILE  draws a recorded one in docs/network.png
-    python bench/network.py --only NAMES only some of the experiments, not recorded
+    python bench/network.py --only NAMES only some of the experiments; the record keeps what it has of the others
 
 It is measured as in bench/allreduce.py: implementations take turns, in random order, on fresh data, every result is
 checked, compared is the ratio within a repetition, ours are unchecked calls (check="off"), of several launches.  All
@@ -19,13 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from allreduce import columns, command, in_turn, library, machine, save, speeds, spread, times, written
+from allreduce import RESULTS, columns, command, in_turn, library, machine, save, speeds, spread, times, written
 from cluster import SKIPPED, bits, traffic
 
 from mpicoll.cli.bench import pretty
@@ -48,6 +48,7 @@ class Experiment(NamedTuple):
     rate: str | None = None
     delay: float = 0  # milliseconds
     tuned: float = 0  # seconds of mpicoll tune before each launch, whose profile auto then follows
+    environment: Mapping[str, str] = {}  # instead of what cluster.py sets
 
 
 FULL = ("native", "auto", "ring", "halving_doubling", "circulant")
@@ -56,6 +57,9 @@ EXPERIMENTS = {
     "4 hosts, 200 Mbit/s": Experiment(4, LARGE, FULL, rate=RATE),
     "8 hosts, 200 Mbit/s": Experiment(8, LARGE, FULL, rate=RATE),
     "8 hosts, 1 ms apart, tuned": Experiment(8, SMALL, FAR, delay=1, tuned=60),
+    "8 hosts, 200 Mbit/s, UCX, tuned": Experiment(
+        8, LARGE[1:], FULL, rate=RATE, tuned=200, environment={"MPIR_CVAR_CH4_NETMOD": "ucx"}
+    ),
     "4 hosts of 2 ranks, 200 Mbit/s": Experiment(4, LARGE[1:2], (*FULL, "recursive_doubling"), 2, RATE),
 }
 COLORS = {
@@ -132,7 +136,7 @@ def launch(name: str) -> dict:
     at = EXPERIMENTS[name]
     cluster = [sys.executable, str(CLUSTER), "--hosts", str(at.hosts), "--ranks-per-host", str(at.ranks_per_host)]
     cluster += ["--delay", str(at.delay), *(["--rate", at.rate] if at.rate else []), "--"]
-    ours = partial(written, __file__, cluster, "--experiment", name, GLOO_SOCKET_IFNAME="eth0")
+    ours = partial(written, __file__, cluster, "--experiment", name, GLOO_SOCKET_IFNAME="eth0", **at.environment)
     if not at.tuned:
         return ours(MPICOLL_PROFILE="none")
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +144,8 @@ def launch(name: str) -> dict:
         sizes = ",".join(map(str, at.sizes))
         tune = ["mpicoll", "tune", "--collective", "allreduce", "--sizes", sizes, "--budget", str(at.tuned)]
         files = ["--out", profile, "--data", str(Path(folder, "data.json"))]
-        subprocess.run([*cluster, *tune, *files], stdout=sys.stderr, check=True, timeout=600)
+        environment = {**os.environ, **at.environment}
+        subprocess.run([*cluster, *tune, *files], stdout=sys.stderr, check=True, timeout=600, env=environment)
         return ours(MPICOLL_PROFILE=profile)
 
 
@@ -152,7 +157,7 @@ def summarize(launches: dict[str, list[dict]]) -> list[dict]:
         for n, size in enumerate(experiment.sizes):
             rows = [run["rows"][n] for run in runs]
             taken = [row["us"] for row in rows]
-            row = {"experiment": name, "bytes": size, **speeds(taken)}
+            row = {"experiment": name, "date": time.strftime("%Y-%m-%d"), "bytes": size, **speeds(taken)}
             if experiment.rate:
                 us = least(experiment, size) * 8 / bits(experiment.rate) * 1e6
                 row["wire"] = {one: spread([us / float(np.median(at[one])) for at in taken]) for one in taken[0]}
@@ -160,6 +165,13 @@ def summarize(launches: dict[str, list[dict]]) -> list[dict]:
                 row["sent"] = {one: spread(found) for one, found in of.items()}
             table.append(row)
     return table
+
+
+def _first(rows: list[dict], name: str) -> list[dict]:
+    """Those of an experiment that were measured together, the first ones."""
+    found = [row for row in rows if row["experiment"] == name]
+    sizes = [row["bytes"] for row in found]
+    return found[: len(set(sizes))]
 
 
 def show(record: dict) -> None:
@@ -197,7 +209,7 @@ def draw(record: dict, path: Path) -> None:
     """A panel for each experiment: share of the rate, or time, against size; bytes where hosts have several ranks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    figure = Figure(figsize=(18, 4.4), layout="constrained")
     lines = {}
     for axis, (name, experiment) in zip(figure.subplots(1, len(EXPERIMENTS)), EXPERIMENTS.items(), strict=True):
         rows = [row for row in record["table"] if row["experiment"] == name]
@@ -280,8 +292,11 @@ def main() -> None:
         "table": summarize(launches),
     }
     show(record)
-    if args.only == [*EXPERIMENTS]:
-        save(record, f"network-{library(record['mpi'])}")
+    name = f"network-{library(record['mpi'])}"
+    if (recorded := RESULTS / f"{name}.json").exists():
+        rows = record["table"] + json.loads(recorded.read_text())["table"]
+        record["table"] = [row for one in EXPERIMENTS for row in _first(rows, one)]
+    save(record, name)
     sys.exit(1 if record["wrong"] else 0)
 
 
