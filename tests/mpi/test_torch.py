@@ -113,6 +113,20 @@ def test_samples_of_ones_own_choice_count_alike(comm):
     assert P == 1 or not np.allclose(vector(wrong), vector(plain), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["sync", "butterfly"])
+def test_the_gradient_of_no_samples_is_none(comm, strategy):
+    """Not a number, as the mean over none is."""
+    model = nn.Linear(1, 1)
+    replica = Replica(model, sgd(model), comm, strategy=strategy)
+    x, bias = torch.ones(1), float(model.bias.detach())
+    for mine in replica.batches(1, 1):
+        ((model.bias - x[mine].mean()) ** 2).sum().backward()
+        assert bool(model.bias.grad.isnan()) == (len(mine) == 0)
+        replica.step()
+    with replica.consensus():
+        assert float(model.bias.detach()) == pytest.approx(bias - 0.1 * 2 * (bias - 1), rel=1e-5)
+
+
 @pytest.mark.parametrize("to_none", [None, True, False])
 def test_gradients_are_zero_after_a_step_and_may_be_made_so(comm, to_none):
     x, y = samples(40)
@@ -215,7 +229,7 @@ def test_all_begin_as_rank_0_does(comm):
 
 
 def test_nothing_is_copied(comm):
-    """Nor after the gradient has been taken away."""
+    """Nor after the gradient has been taken away; and nothing piles up."""
     x, y = samples(40, torch.float32)
     model = Odd()
     replica = Replica(model, sgd(model), comm, strategy="butterfly")
@@ -228,6 +242,7 @@ def test_nothing_is_copied(comm):
             if param.requires_grad:
                 assert np.shares_memory(param.detach().numpy(), replica._params)
                 assert np.shares_memory(param.grad.numpy(), replica._sums)
+        assert not replica.strategy.seconds
 
 
 def test_frozen_parameters_stay_and_buffers_are_each_ranks_own(comm):
