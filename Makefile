@@ -22,7 +22,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 PYTEST := python -m pytest
 
-.PHONY: train tune test lint test-serial test-mpi bench bench-gloo cluster clean
+.PHONY: train tune test lint test-serial test-mpi test-torch bench bench-gloo cluster clean
 
 train: $(VENV)/.train-installed
 	mpirun -n $(NP) mpicoll train
@@ -48,10 +48,17 @@ test-mpi: test-mpi-1 test-mpi-2 test-mpi-3 test-mpi-4 test-mpi-5 test-mpi-6 test
 test-mpi-%: $(VENV)/.dev-installed
 	mpirun -n $* $(PYTEST) -x --color=no --only-mpi tests/mpi
 
+# mpicoll.torch; PyTorch, a gigabyte, has an environment of its own, which is that of bench-gloo.
+test-torch:
+	$(MAKE) MPI=mpich VENV=.venv-gloo test-torch-2 test-torch-3
+
+test-torch-%: $(VENV)/.gloo-installed
+	timeout --kill-after=5 300 mpirun -n $* $(PYTEST) -x --color=no --only-mpi tests/mpi/test_torch.py
+
 bench: $(VENV)/.dev-installed
 	python bench/allreduce.py
 
-# The same with MPICH and gloo, and training beside PyTorch's; torch, a gigabyte, has an environment of its own.
+# The same with MPICH and gloo, and training beside PyTorch's.
 bench-gloo:
 	$(MAKE) MPI=mpich VENV=.venv-gloo .venv-gloo/.gloo-installed bench
 	$(CURDIR)/.venv-gloo/bin/python bench/ddp.py

@@ -46,17 +46,19 @@ LAYERS = [
         "train.strategies",
     ],
     ["train.checkpoint", "train.loop", "train.files", "train.run"],
+    ["torch"],
     ["cli.bench", "cli.plot", "cli.predict", "cli.report", "cli.show", "cli.train", "cli.tune", "cli.verify"],
     ["cli.app", "cli"],
     ["__main__"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
-    "mpi4py": ("mpi.", "measure", "train."),
+    "mpi4py": ("mpi.", "measure", "train.", "torch"),
     "scipy": ("train.formats", "train.data", "train.models"),
     "sklearn": ("train.formats",),
     "safetensors": ("train.files", "train.checkpoint"),
     "threadpoolctl": ("mpi.threads",),
+    "torch": ("torch",),
     "ml_dtypes": ("mpi.buffers", "cli.bench"),
     "click": ("cli",),
     "tqdm": ("cli.train",),
@@ -140,3 +142,10 @@ def test_importing_mpicoll_is_light():
     loaded = loaded_by("import mpicoll; mpicoll.allreduce; mpicoll.ALGORITHMS")
     assert "mpicoll.mpi.plan" in loaded
     assert not heavy & loaded
+
+
+def test_torch_is_asked_for_in_one_line_where_it_is_missing():
+    code = "import sys; sys.modules['torch'] = None; import mpicoll; import mpicoll.torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    wanted = "ImportError: mpicoll.torch needs PyTorch, which is missing: pip install 'mpicoll[torch]'"
+    assert done.stderr.splitlines()[-1] == wanted

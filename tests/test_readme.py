@@ -11,6 +11,7 @@ from launch import REPOSITORY, run
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     (command, shown)
     for block in BLOCKS
@@ -33,8 +34,7 @@ def assert_shown(shown: str, printed: str) -> None:
 
 @pytest.mark.timeout(300)
 def test_every_command_runs_and_prints_what_the_readme_shows(tmp_path):
-    (job,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "job.py").write_text(job)
+    (tmp_path / "job.py").write_text(PROGRAMS[0])
     ci = (REPOSITORY / ".ci" / "run").read_text().splitlines()
     assert len(COMMANDS) >= 8
     for command, shown in COMMANDS:

@@ -30,6 +30,7 @@ class Optimizer:
 
     vectors: tuple[str, ...] = ()  # names of the state; a velocity is kept only if there is momentum
     decoupled = False  # weight decay apart from the gradient
+    in_parts = True  # whether it can update a part of the parameters, and leave the rest to others
 
     def __init__(
         self,

@@ -25,7 +25,8 @@ class Sync(Strategy):
 
         super().__init__(*args, **kwargs)
         self._state: State | None = None
-        in_parts = self.algorithm in ("auto", "shared") and self.settings.clip is None  # a norm is one of all parts
+        in_parts = self.optimizer.in_parts and self.settings.clip is None  # a norm is one of all parts
+        in_parts = in_parts and self.algorithm in ("auto", "shared")
         if in_parts and self.p > 1 and state_of(self.comm).shares:
             self._share(state_of(self.comm))
 

@@ -1,0 +1,420 @@
+"""PyTorch's modules and optimizers on all ranks: against one process, and against the loop of ``mpicoll train``."""
+
+import re
+import runpy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+torch = pytest.importorskip("torch", reason="needs torch: make test-torch")
+
+from torch import nn  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+
+from launch import REPOSITORY  # noqa: E402
+from mpicoll import UserError  # noqa: E402
+from mpicoll.torch import Replica  # noqa: E402
+from training import blobs, training  # noqa: E402
+
+P, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
+pytestmark = pytest.mark.mpi
+torch.set_num_threads(1)
+
+
+def network(seed: int = 0, dtype: Any = torch.float64) -> Any:
+    """As ``training`` has it, but for its initial parameters."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+
+
+def sgd(model: Any, lr: float = 0.1, momentum: float = 0.9) -> Any:
+    return torch.optim.SGD(model.parameters(), lr, momentum)
+
+
+def samples(count: int, dtype: Any = torch.float64) -> tuple[Any, Any]:
+    data = blobs(count).train
+    return torch.from_numpy(data.x).to(dtype), torch.from_numpy(data.y)
+
+
+def train(replica: Replica, x: Any, y: Any, batch_size: int, epochs: int = 2, **given: Any) -> None:
+    """The loop of the documentation."""
+    for epoch in range(epochs):
+        for mine in replica.batches(len(x), batch_size, epoch, **given):
+            cross_entropy(replica.model(x[mine]), y[mine]).backward()
+            replica.step()
+
+
+def vector(model: Any) -> np.ndarray:
+    return np.concatenate([param.detach().numpy().reshape(-1) for param in model.parameters()])
+
+
+# One process on whole batches is what sync comes to.
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "sgd": sgd,
+    "adamw": lambda params: torch.optim.AdamW(params.parameters(), 0.01),
+    "two groups": lambda model: torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.02}], weight_decay=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(8 * P + 1, 4 * P), (41, 7), (5, 2 * P)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sync_is_one_process_on_whole_batches(comm, optimizer, count, batch_size):
+    """With a last batch of 1, of which only one rank has a sample; and batches that no number of ranks divides."""
+    x, y = samples(count)
+    alone, together = network(), network(comm.rank)  # rank 0's counts
+    train(Replica(alone, OPTIMIZERS[optimizer](alone), MPI.COMM_SELF), x, y, batch_size)
+    train(Replica(together, OPTIMIZERS[optimizer](together), comm), x, y, batch_size)
+    np.testing.assert_allclose(vector(together), vector(alone), rtol=0, atol=1e-12)
+    assert len({one.tobytes() for one in comm.allgather(vector(together))}) == 1
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_one_process_is_plain_torch(comm, dtype, error):
+    """Of whose loop nothing of ours has any part, with the batches that ranks have together."""
+    x, y = samples(8 * P + 1, dtype)
+    plain, model = network(0, dtype), network(comm.rank, dtype)
+    own, replica = sgd(plain), Replica(model, sgd(model), comm)
+    lengths = []
+    for epoch in range(2):
+        for mine in replica.batches(len(x), 4 * P, epoch):
+            whole = torch.cat([torch.from_numpy(share) for share in comm.allgather(mine.numpy())])
+            own.zero_grad()
+            cross_entropy(plain(x[whole]), y[whole]).backward()
+            own.step()
+            if len(mine):  # or not, as above
+                cross_entropy(model(x[mine]), y[mine]).backward()
+            replica.step()
+            lengths.append((len(mine), len(whole)))
+    assert [whole for _, whole in lengths] == 2 * [4 * P, 4 * P, 1]
+    assert P == 1 or min(comm.allgather(min(mine for mine, _ in lengths))) == 0
+    np.testing.assert_allclose(vector(model), vector(plain), rtol=0, atol=error)
+
+
+def test_samples_of_ones_own_choice_count_alike(comm):
+    """Ranks have 0, 1, 2, ... of them; without their numbers the result is another one."""
+    x, y = samples(P * (P - 1) // 2 + 1)
+    start = comm.rank * (comm.rank - 1) // 2
+    mine = slice(start, start + comm.rank) if comm.rank < P - 1 else slice(start, len(x))
+    plain, model, wrong = network(), network(), network()
+    cross_entropy(plain(x), y).backward()
+    sgd(plain).step()
+    for one, given in ((model, (len(x[mine]), len(x))), (wrong, (1, P))):
+        replica = Replica(one, sgd(one), comm)
+        if len(x[mine]):
+            cross_entropy(one(x[mine]), y[mine]).backward()
+        replica.step(*given)
+    np.testing.assert_allclose(vector(model), vector(plain), rtol=0, atol=1e-12)
+    assert P == 1 or not np.allclose(vector(wrong), vector(plain), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["sync", "butterfly"])
+def test_the_gradient_of_no_samples_is_none(comm, strategy):
+    """Not a number, as the mean over none is."""
+    model = nn.Linear(1, 1)
+    replica = Replica(model, sgd(model), comm, strategy=strategy)
+    x, bias = torch.ones(1), float(model.bias.detach())
+    for mine in replica.batches(1, 1):
+        ((model.bias - x[mine].mean()) ** 2).sum().backward()
+        assert bool(model.bias.grad.isnan()) == (len(mine) == 0)
+        replica.step()
+    with replica.consensus():
+        assert float(model.bias.detach()) == pytest.approx(bias - 0.1 * 2 * (bias - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("to_none", [None, True, False])
+def test_gradients_are_zero_after_a_step_and_may_be_made_so(comm, to_none):
+    x, y = samples(40)
+    models = network(), network()
+    for model, is_first in zip(models, (True, False), strict=True):
+        replica = Replica(model, sgd(model), comm)
+        for mine in replica.batches(len(x), 16):
+            if not is_first and to_none is not None:
+                cross_entropy(model(x[mine]), 0 * y[mine]).backward()  # thrown away
+                replica.optimizer.zero_grad(set_to_none=to_none)
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            replica.step()
+    np.testing.assert_array_equal(*map(vector, models))
+    assert all(not param.grad.any() for model in models for param in model.parameters())
+
+
+# The loop of mpicoll train does the same, by any strategy.
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"strategy": "sync"},
+        {"strategy": "sync", "clip": 0.05},
+        *({"strategy": "average", "every": 3, "outer": outer} for outer in ("mean", "bmuf", "bmuf-classical")),
+        *({"strategy": "average", "every": 3, "outer": outer} for outer in ("slowmo", "diloco", "easgd")),
+        {"strategy": "butterfly"},
+        {"strategy": "gossip", "graph": "ring", "mix_first": True},
+        {"strategy": "gossip", "graph": "columns.npy"},
+    ],
+    ids=lambda given: " ".join(map(str, given.values())),
+)
+def test_strategies_are_those_of_the_loop(comm, folder, given):
+    """Of the same steps: batches that are no multiple of p, and a schedule of learning rates, which slowmo looks at."""
+    if given.get("graph") == "columns.npy":  # only columns add up to 1: push-sum
+        if P < 3:
+            pytest.skip("every connected graph of two ranks is doubly stochastic")
+        matrix = (np.eye(P) + np.roll(np.eye(P), 1, axis=0)) / 2
+        matrix[:, 0] = 1 / P
+        if comm.rank == 0:
+            np.save(folder / "columns.npy", matrix)
+        given = {**given, "graph": str(folder / "columns.npy")}
+    data = blobs(101)
+    reference = training(comm, data, schedule="linear", **given)
+    model = network(comm.rank)
+    starts = list(reference.model.tensors(reference.params).values())
+    with torch.no_grad():
+        for param, start in zip(model.parameters(), starts, strict=True):
+            param.copy_(torch.from_numpy(start.T))
+    optimizer = sgd(model)
+    replica = Replica(model, optimizer, comm, **given)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (3 * reference.steps_per_epoch))
+    x, y = samples(101)
+    for epoch in (1, 2, 3):
+        for mine in replica.batches(len(x), 32, epoch, seed=3):
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            replica.step()
+            schedule.step()
+    final, own = reference.run().params, vector(model)
+    wanted = np.concatenate([tensor.T.reshape(-1) for tensor in reference.model.tensors(final).values()])
+    with replica.consensus():
+        np.testing.assert_allclose(vector(model), wanted, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(vector(model), own)
+    at = reference.model.tensors(reference.strategy.point()).values()
+    np.testing.assert_allclose(own, np.concatenate([tensor.T.reshape(-1) for tensor in at]), rtol=0, atol=1e-12)
+    if P > 1 and (given.get("outer") == "easgd" or "graph" in given):  # the others agreed in the last step
+        assert not np.allclose(own, wanted, rtol=0, atol=1e-6)
+
+
+# What begins, what stays, what is shared.
+
+
+class Odd(nn.Module):
+    """Tied, frozen and unused parameters, buffers of several dtypes, one without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6, bias=False)
+        self.tied = nn.Linear(6, 6)
+        self.tied.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(6)
+        self.unused = nn.Parameter(torch.randn(2, 3))
+        self.frozen = nn.Parameter(torch.randn(4).half(), requires_grad=False)
+        self.register_buffer("mask", torch.rand(6) < 0.5)
+        self.register_buffer("scalar", torch.rand(()))
+
+    def forward(self, x: Any) -> Any:
+        return self.tied(self.norm(self.first(x)) * self.mask)
+
+
+def test_all_begin_as_rank_0_does(comm):
+    torch.manual_seed(comm.rank)
+    model = Odd()
+    replica = Replica(model, sgd(model), comm)
+    assert len(replica._params) == 6 * 6 + 6 + 2 * 6 + 2 * 3  # the tied weight once, the frozen one not at all
+    torch.manual_seed(0)
+    for (name, own), first in zip(model.state_dict().items(), Odd().state_dict().values(), strict=True):
+        assert torch.equal(own, first), name
+    assert model.tied.weight is model.first.weight
+
+
+def test_nothing_is_copied(comm):
+    """Nor after the gradient has been taken away; and nothing piles up."""
+    x, y = samples(40, torch.float32)
+    model = Odd()
+    replica = Replica(model, sgd(model), comm, strategy="butterfly")
+    for step, mine in enumerate(replica.batches(len(x), 20)):
+        if step:
+            replica.optimizer.zero_grad()
+        cross_entropy(model(x[mine]), y[mine]).backward()
+        replica.step()
+        for param in model.parameters():
+            if param.requires_grad:
+                assert np.shares_memory(param.detach().numpy(), replica._params)
+                assert np.shares_memory(param.grad.numpy(), replica._sums)
+        assert not replica.strategy.seconds
+
+
+def test_frozen_parameters_stay_and_buffers_are_each_ranks_own(comm):
+    x, y = samples(30 * P, torch.float32)
+    torch.manual_seed(0)
+    model = Odd()
+    frozen, unused = model.frozen.clone(), model.unused.detach().clone()
+    replica = Replica(model, sgd(model), comm, strategy="average")
+    train(replica, x, y, 10 * P)
+    model.scalar += comm.rank
+    assert torch.equal(model.frozen, frozen)
+    assert torch.equal(model.unused, unused)
+    own, scalar = model.norm.running_mean.clone(), model.scalar.clone()
+    everyones = np.array(comm.allgather(own.numpy()))
+    assert P == 1 or np.ptp(everyones, axis=0).min() > 0
+    with replica.consensus():
+        np.testing.assert_allclose(model.norm.running_mean, everyones.mean(axis=0), rtol=1e-6)
+        assert float(model.scalar) == pytest.approx(float(scalar) - comm.rank + (P - 1) / 2)
+        assert model.norm.num_batches_tracked == 6
+    assert torch.equal(model.scalar, scalar)
+    assert torch.equal(model.norm.running_mean, own)
+
+
+def test_the_state_of_the_optimizer_is_that_of_rank_0(comm):
+    """As after a checkpoint that rank 0 alone has read: momentum goes on."""
+    x, y = samples(40)
+    model, begun = network(), network()
+    optimizer, other = sgd(model), sgd(begun)
+    for one, own in ((model, optimizer), (begun, other)):
+        if comm.rank == 0 or one is begun:
+            cross_entropy(one(x), y).backward()
+            own.step()
+    train(Replica(model, optimizer, comm), x, y, 16)
+    train(Replica(begun, other, MPI.COMM_SELF), x, y, 16)
+    np.testing.assert_allclose(vector(model), vector(begun), rtol=0, atol=1e-12)
+
+
+# Shares of batches.
+
+
+@pytest.mark.parametrize("count", [1, P, 5 * P + 1])
+def test_every_sample_comes_once(comm, count):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    seen = comm.allgather([mine.tolist() for mine in replica.batches(count, 4, epoch=2)])
+    assert {len(batches) for batches in seen} == {-(-count // 4)}
+    assert sorted(sample for batches in seen for mine in batches for sample in mine) == list(range(count))
+    assert all(max(map(len, step)) - min(map(len, step)) <= 1 for step in zip(*seen, strict=True))
+    again = [mine.tolist() for mine in replica.batches(count, 4, epoch=2)]
+    assert again == seen[comm.rank]
+    others = comm.allgather([mine.tolist() for mine in replica.batches(count, 4, epoch=3)])
+    assert count < 6 or others != seen
+
+
+@pytest.mark.skipif(P == 1, reason="one rank is like itself")
+@pytest.mark.parametrize("what", ["number of samples", "batch size", "epoch", "seed"])
+def test_batches_that_are_not_the_same_are_refused_by_all_ranks(comm, what):
+    """They would not be as many, and some ranks wait for ever, or samples come twice."""
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    other = int(comm.rank == P - 1)
+    names = ("number of samples", "batch size", "epoch")
+    given = [number + other * (what == name) for number, name in zip((20, 4, 0), names, strict=True)]
+    with pytest.raises(UserError, match=f"rank {P - 1} has another {what} than rank 0"):
+        next(replica.batches(*given, seed=other * (what == "seed")))
+
+
+def test_shards_are_each_ranks_own(comm):
+    """Ranks hold 0, 3, 6, ... samples, and the steps are those of all of them together."""
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    own = 3 * (comm.rank if P > 1 else 2)
+    total = comm.allreduce(own)
+    mine = [share.tolist() for share in replica.batches(own, 4, sharded=True)]
+    assert sorted(sample for share in mine for sample in share) == list(range(own))
+    lengths = comm.allgather(list(map(len, mine)))
+    assert len(mine) == -(-total // 4)
+    assert max(map(sum, zip(*lengths, strict=True))) <= 4
+    x, y = samples(own)
+    train(replica, x, y, 4, sharded=True)
+    assert len({one.tobytes() for one in comm.allgather(vector(model))}) == 1
+
+
+# What cannot be: one line, on all ranks.
+
+
+def _mixed() -> Any:
+    model = network()
+    model[2].float()
+    return model
+
+
+def _elsewhere() -> Any:
+    return network().to("meta") if RANK == P - 1 else network()
+
+
+def _frozen() -> Any:
+    return network().requires_grad_(False)
+
+
+def _other() -> Any:
+    return nn.Sequential(nn.Linear(6, 8 + (RANK == P - 1)), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "wanted"),
+    [
+        (network, {"strategy": "async"}, "strategy async .* cannot run torch's: choose sync, average, butterfly, gos"),
+        (network, {"strategy": "none"}, "--strategy must be one of"),
+        (network, {"every": 8}, "--every is not for the sync strategy, but for average"),
+        (network, {"strategy": "average", "every": 0}, "--every must be at least 1"),
+        (network, {"lr": 0.1}, "^lr is no setting of a Replica; expected one of algorithm, clip, every, "),
+        (network, {"strategy": "average", "momenta": "average"}, "^momenta is no setting"),
+        (network, {"strategy": "average", "sync_epochs": 1}, "^sync_epochs is no setting"),
+        (network, {"clip": 1.0 + (RANK == P - 1)}, "rank .* has another strategy than rank 0"),
+        (_mixed, {}, "parameters are torch.float32 and torch.float64; expected all"),
+        (lambda: network().half(), {}, "parameters are torch.float16; expected all torch.float32 or all torch.float64"),
+        (_elsewhere, {}, f"0.weight is on meta; .* model.cpu.*{f'.on rank {P - 1}.' if P > 1 else ''}$"),
+        (_frozen, {}, "no parameter that requires a gradient"),
+        (_other, {}, f"rank {P - 1} has another model than rank 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_all_ranks(comm, make, given, wanted):
+    if P == 1 and "rank 0" in wanted:
+        pytest.skip("one rank is like itself")
+    model = make()
+    told = None
+    try:
+        Replica(model, sgd(model), comm, **given)
+    except UserError as error:
+        told = str(error)
+    assert len(set(comm.allgather(told))) == 1
+    assert told is not None
+    assert re.search(wanted, told)
+    assert "\n" not in told
+
+
+def test_an_optimizer_of_another_model_is_refused(comm):
+    with pytest.raises(UserError, match="has parameters that are not the model's"):
+        Replica(network(), sgd(network()), comm)
+
+
+def test_a_step_of_nothing_known_is_refused(comm):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    for given, wanted in (((), "0 .* of 0"), ((3,), "3 .* of 0"), ((3, 2), "3 .* of 2")):
+        with pytest.raises(UserError, match=f"step of {wanted}: take them from batches"):
+            replica.step(*given)
+    model.float()
+    with pytest.raises(UserError, match="convert or move it before"):
+        replica.step(1, P)
+
+
+def test_the_example_runs(comm, capfd, monkeypatch):
+    strategies = ("sync", "average")
+    for strategy in strategies:
+        monkeypatch.setattr("sys.argv", ["torch_ranks.py", strategy])
+        runpy.run_path(str(REPOSITORY / "examples" / "torch_ranks.py"), run_name="__main__")
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == (0 if comm.rank else 2)
+    for strategy, line in zip(strategies, lines, strict=False):
+        found = re.fullmatch(rf"{P} rank\(s\), {strategy}: ([\d.]+)% of 359 read right", line)
+        assert found, line
+        assert float(found[1]) > 90
+
+
+def test_the_program_of_the_readme_runs(comm, capfd):
+    _, program = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    torch.manual_seed(comm.rank)
+    exec(program, {})
+    out = capfd.readouterr().out
+    found = re.fullmatch(rf"rank {comm.rank}: ([\d.]+)\n", out)
+    assert len(set(comm.allgather(found and found[1]))) == 1
+    assert found, out
+    assert float(found[1]) < 0.05
