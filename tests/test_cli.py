@@ -488,6 +488,11 @@ def test_bad_data(tmp_path, message):
             1,
             "--staleness must be a whole number of steps, or inf, got '1.5'",
         ),
+        (
+            ["--balance", "2,1"],
+            1,
+            "--balance must be auto, or 3 positive number.s., one for each rank, as 2,1,1; got '2,1'",
+        ),
         (["--strategy", "async", "--backups", "1"], 1, "--backups 1 is for synchronous steps"),
         (["--strategy", "gossip", "--graph", "rign"], 1, "graph 'rign': unknown graph 'rign'"),
         (["--strategy", "gossip", "--graph", "gone.npy"], 1, "graph 'gone.npy' cannot be read as an .npy file"),

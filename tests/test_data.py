@@ -12,7 +12,7 @@ from mpi4py import MPI
 from datafiles import BAD, FORMATS, SPARSE, csv, idx, samples, svm, write
 from mpicoll import UserError
 from mpicoll.train import formats
-from mpicoll.train.data import Batches, Dataset, Part, Scaling, load, read
+from mpicoll.train.data import Batches, Dataset, Part, Scaling, load, normalized, read, rebalanced
 from mpicoll.train.formats import Raw, divisible
 
 F8 = np.dtype("f8")
@@ -452,9 +452,9 @@ def dataset(counts: tuple[int, ...], rank: int, sharded: bool = True) -> Dataset
     return Dataset(train, none, none, 2, 2, Scaling(np.zeros(2), np.ones(2)), np.arange(2), sharded, counts)
 
 
-def taken(data, ranks, rank, batch_size, seed, epoch):
+def taken(data, ranks, rank, batch_size, seed, epoch, weights=None):
     """Of a rank, in all steps of an epoch."""
-    made = Batches(data, ranks, batch_size, seed, epoch)
+    made = Batches(data, ranks, batch_size, seed, epoch, weights)
     return [made.share(step, rank) for step in range(made.steps)]
 
 
@@ -507,3 +507,108 @@ def test_batches_of_data_that_all_ranks_hold_do_not_depend_on_their_number(batch
         assert batch_size > 1 or max(visited) - min(visited) <= 1
     other = np.concatenate([mine for mine, _ in taken(dataset((30,), 0, sharded=False), 1, 0, batch_size, 3, 2)])
     assert other.tolist() != np.concatenate([mine for mine, _ in alone]).tolist()
+
+
+WEIGHTS = [
+    (1, 2),
+    (1000, 1),
+    (1, 1000),
+    (2, 1, 1, 1),
+    (1, 1e-9, 1e300),
+    (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
+    (3, 5) * 20,
+]
+
+
+def weighted(weights, samples, batch_size, epoch=1):
+    """For each step, the parts of all ranks."""
+    ranks = len(weights)
+    data = dataset((samples,) * ranks, 0, sharded=False)
+    return list(zip(*(taken(data, ranks, rank, batch_size, 3, epoch, weights) for rank in range(ranks)), strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 64, 1000])
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_weighted_shares_are_the_whole_batch_and_in_proportion(weights, batch_size):
+    alone = taken(dataset((203,), 0, sharded=False), 1, 0, batch_size, 3, 1)
+    steps, share = weighted(weights, 203, batch_size), np.array(normalized(weights))
+    done = np.zeros(len(weights))
+    for (whole, length), shares in zip(alone, steps, strict=True):
+        np.testing.assert_array_equal(np.concatenate([mine for mine, _ in shares]), whole)
+        assert {size for _, size in shares} == {length} == {len(whole)}
+        lengths = np.array([len(mine) for mine, _ in shares])
+        assert abs(lengths - share * length).max() < 1 + 1e-9
+        done += lengths
+    # What is rounded goes round: at random a rank would be off by about sqrt(steps) / 2, always down by steps / 2.
+    assert abs(done - share * 203).max() < 3
+
+
+def test_over_epochs_of_one_step_rounding_goes_round_as_well():
+    """Of 10 samples rank 0 is to have 2.5, in each of 400 epochs."""
+    lengths = [[len(mine) for mine, _ in weighted((1, 3), 10, 10, epoch)[0]] for epoch in range(400)]
+    assert {length for length, _ in lengths} == {2, 3}
+    assert np.mean([length for length, _ in lengths]) == pytest.approx(2.5, abs=0.1)
+
+
+def test_a_share_may_be_empty():
+    lengths = [len(shares[1][0]) for shares in weighted((1000, 1), 6000, 3)]
+    assert set(lengths) == {0, 1}
+    assert sum(lengths) == pytest.approx(6, abs=2)
+
+
+def test_weights_may_be_large():
+    assert normalized([1e308, 1e308, 5e307]) == pytest.approx([0.4, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("weight", [0.1, 7.0])
+def test_equal_weights_are_even_shares(weight):
+    data = dataset((100,) * 3, 0, sharded=False)
+    for rank in range(3):
+        even, other = taken(data, 3, rank, 7, 3, 1), taken(data, 3, rank, 7, 3, 1, [weight] * 3)
+        for (mine, _), (same, _) in zip(even, other, strict=True):
+            np.testing.assert_array_equal(mine, same)
+
+
+# Shares by speed.
+
+
+def balanced(seconds, total=1000, epochs=30):
+    """Shares in the end, if ranks take so many ``seconds`` for so many of ``total`` samples."""
+    weights = [1 / len(seconds)] * len(seconds)
+    for _ in range(epochs):
+        samples = [int(weight * total) for weight in weights]
+        weights = rebalanced(weights, [(n, took(n)) for n, took in zip(samples, seconds, strict=True)], total)
+        assert sum(weights) == pytest.approx(1)
+    return weights
+
+
+def test_a_rank_twice_as_slow_gets_half_the_work():
+    def linear(n):
+        return 0.001 * n
+
+    def slow(n):
+        return 0.002 * n
+
+    assert balanced([linear, slow]) == pytest.approx([2 / 3, 1 / 3], rel=0.01)
+    assert balanced([slow, linear, linear]) == pytest.approx([1 / 5, 2 / 5, 2 / 5], rel=0.01)
+    first = balanced([linear, slow], epochs=1)  # half of the way
+    assert first == pytest.approx([7 / 12, 5 / 12])
+    assert balanced([linear] * 4) == pytest.approx([1 / 4] * 4)
+
+
+def test_time_that_does_not_depend_on_samples_is_time_all_the_same():
+    """All take equally long in the end: 1 + n ms and 1 + 3 n ms."""
+    fast, slow = balanced([lambda n: 1 + n, lambda n: 1 + 3 * n])
+    assert fast * 1000 == pytest.approx(3 * slow * 1000, rel=0.02)
+    fast, slow = balanced([lambda n: 100 + n, lambda n: 300 + n], epochs=100)
+    assert 100 + fast * 1000 == pytest.approx(300 + slow * 1000, rel=0.02)
+
+
+def test_none_is_left_without_samples_or_judged_by_too_few():
+    _, slow = balanced([lambda n: 1e-6 * n, lambda n: 1.0 * n])
+    assert slow * 1000 == pytest.approx(16, rel=0.05)
+    assert rebalanced([0.7, 0.2, 0.1], [(700, 1.0), (7, 1.0), (0, 0.0)], 1000) == pytest.approx([0.7, 0.2, 0.1])
+    assert rebalanced([0.5, 0.3, 0.2], [(500, 1.0), (7, 1.0), (200, 2.0)], 1000) == pytest.approx(
+        [(0.5 + 0.7 * 5 / 6) / 2, 0.3, (0.2 + 0.7 / 6) / 2]
+    )
+    assert balanced([lambda n: n, lambda n: 9 * n, lambda n: n], total=20) == [1 / 3] * 3  # nothing can be told

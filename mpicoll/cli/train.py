@@ -69,6 +69,10 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             click.Choice(["auto", *ALGORITHMS["allreduce"], "native"]),
             "The allreduce that adds up; auto adds in the canonical order.",
         ),
+        "balance": (
+            str,
+            "Shares of each batch: auto, by measured speed, or a weight for each rank, as 2,1,1 [default: even].",
+        ),
         "every": (click.IntRange(min=LEAST["every"]), "average: steps from one mean to the next [default: 8]."),
         "sync_epochs": (
             click.IntRange(min=LEAST["sync_epochs"]),

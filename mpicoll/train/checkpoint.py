@@ -34,6 +34,7 @@ FACTS: dict[str, tuple[type, ...]] = {
     "seconds": (float, int),
     "optimizer_steps": (int,),
     "best": (list, type(None)),  # validation loss, epoch
+    "weights": (list, type(None)),  # of ranks' shares, if they are not even
     "ranks": (int,),
     "settings": (dict,),
     "environment": (dict,),

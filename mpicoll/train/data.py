@@ -2,8 +2,9 @@
 
 import pickle
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,6 +25,12 @@ TEST_EVERY = 5
 
 MANY = 20
 """More different labels than this are no classes if they are not integers, or if most samples have one of their own."""
+
+MEASURED = 8
+"""Fewer samples than this in an epoch do not tell how fast a rank is."""
+
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples, modulo 1, are spread as evenly as those of any number."""
 
 BROADCAST_BYTES = 2**28  # a message; counts past 2^31 fail on some MPIs
 
@@ -184,17 +191,53 @@ def read(source: str, features: int | None = None, labels: np.ndarray | None = N
     return raw._replace(y=_classes(raw.y, labels), verbatim=False), labels
 
 
+def rebalanced(weights: Sequence[float], measured: Sequence[tuple[int, float]], total: int) -> list[float]:
+    """The weights of ranks in the next epoch, adding up to 1 as they did in the last, of ``total`` samples; of each
+    rank it is known on how many of them it has spent how many seconds.
+
+    Half of the way to their speeds.  Weights that stay as they are give all ranks the same time a step, even if some of
+    it does not depend on the number of samples.  A rank that has done too few samples to tell keeps its weight, and
+    none falls so low that it would have too few.
+    """
+    known = [rank for rank, (samples, seconds) in enumerate(measured) if samples >= MEASURED and seconds > 0]
+    speeds = {rank: measured[rank][0] / measured[rank][1] for rank in known}
+    theirs, whole = sum(weights[rank] for rank in known), sum(speeds.values())  # NumPy's sums depend on the machine
+    new = [(w + speeds[rank] / whole * theirs) / 2 if rank in speeds else w for rank, w in enumerate(weights)]
+    least = min(2 * MEASURED / total, 1 / len(weights))
+    return normalized([max(weight, least) for weight in new])
+
+
+def normalized(weights: Sequence[float]) -> list[float]:
+    """The same but for a factor, and adding up to 1."""
+    largest = max(weights)
+    scaled = [weight / largest for weight in weights]  # of which the sum is finite
+    return [weight / sum(scaled) for weight in scaled]
+
+
 class Batches:
     """The steps of an epoch, and who has which samples in them.  Every sample comes once, in an order drawn anew from
     ``seed`` and ``epoch``; the last batch may be shorter.
 
-    Where every rank holds all samples, ranks take slices of batches that do not depend on their number.  A rank with a
-    shard of its own deals it out, shuffled, to all the steps in turn, the first to the step after the one where the
-    rank below it ended: steps are those of unsharded data, and their batches as large as each other but for one sample.
+    Where every rank holds all samples, ranks take slices of batches that do not depend on their number: even ones, or
+    by ``weights``, one for each rank, within less than a sample, and over many steps exactly.  A rank with a shard of
+    its own deals it out, shuffled, to all the steps in turn, the first to the step after the one where the rank below
+    it ended: steps are those of unsharded data, and their batches as large as each other but for one sample.
     """
 
-    def __init__(self, data: Dataset, ranks: int, batch_size: int, seed: int, epoch: int) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        ranks: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         self.steps = -(-data.train.total // batch_size)
+        self._ends = None  # of the ranks' parts of a batch, as a whole of 1
+        if weights and len(set(weights)) > 1:
+            ends = [0.0, *accumulate(weights)]
+            self._ends = [end / ends[-1] for end in ends]
         self._data, self._ranks, self._batch_size = data, ranks, batch_size
         self._order: dict[int, np.ndarray] = {}  # by rank, where each has its own
         self._seed = [seed, epoch]
@@ -205,8 +248,13 @@ class Batches:
         total = self._data.train.total
         if not self._data.sharded:
             if not self._order:
-                self._order[0] = np.random.default_rng(self._seed).permutation(total)
+                rng = np.random.default_rng(self._seed)
+                self._order[0], self._phase = rng.permutation(total), rng.random()
             batch = self._order[0][step * self._batch_size :][: self._batch_size]
+            if self._ends:
+                phase = (self._phase + step * GOLDEN) % 1  # of rounding, up or down
+                lo, hi = (int(end * len(batch) + phase) for end in self._ends[rank : rank + 2])
+                return batch[lo:hi], len(batch)
             turn = (rank + step) % self._ranks  # no rank is always the one with a sample more, or fewer
             return batch[share(len(batch), turn, self._ranks)], len(batch)
         if rank not in self._order:

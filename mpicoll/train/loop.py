@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..mpi.collectives import allreduce, bcast
 from ..mpi.guard import on_all, on_root
 from .checkpoint import Checkpoint, save
-from .data import Batches, Dataset, Part
+from .data import Batches, Dataset, Part, normalized, rebalanced
 from .models import Batch, Model
 from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from .settings import DTYPES, LEAST, MOMENTA, Settings, flag
@@ -50,6 +50,31 @@ def check(settings: Settings) -> None:
             raise UserError(f"{flag(name)} is not for the {settings.strategy} strategy, but for {owners}: leave it out")
 
 
+def weights_of(settings: Settings, p: int, sharded: bool) -> list[float] | None:
+    """Of the ranks' shares of each batch to begin with, adding up to 1; ``None`` if they are even, and stay so."""
+    given = settings.balance
+    if given is None:
+        return None
+    for there, name, why in (
+        (sharded, "--shards", "each rank has data of its own"),
+        (settings.delays is not None, "--delays", "times are drawn"),
+        (settings.staleness == "inf", "--staleness inf", "ranks take shares when they are ready"),
+    ):
+        if there:
+            raise UserError(f"--balance has nothing to share out with {name}, where {why}: leave one of them out")
+    if given == "auto":
+        return p * [1 / p]
+    try:
+        weights = [float(weight) for weight in given.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != p or not all(0 < weight < np.inf for weight in weights):
+        raise UserError(
+            f"--balance must be auto, or {p} positive number(s), one for each rank, as 2,1,1; got {given!r}"
+        )
+    return normalized(weights)
+
+
 class Epoch(NamedTuple):
     """After an epoch; ``seconds`` are those of training since it began, without evaluation and checkpoints.
 
@@ -57,7 +82,8 @@ class Epoch(NamedTuple):
     square distance of the ranks' models from their mean, ``None`` where they are the same by construction; those of
     the validation set are of the model that ranks agree on.  ``communicating`` is this rank's share of time in
     agreement, ``bytes_sent`` what it sent, as far as that can be known.  ``staleness`` says how many gradients, of all
-    ranks, were taken at parameters 0, 1, 2, ... steps behind.
+    ranks, were taken at parameters 0, 1, 2, ... steps behind.  ``weights`` are the ranks' shares of its batches, where
+    they are not even.
     """
 
     epoch: int
@@ -72,6 +98,7 @@ class Epoch(NamedTuple):
     consensus: float | None = None
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    weights: list[float] | None = None
 
 
 class Rank(NamedTuple):
@@ -112,6 +139,7 @@ class Training:
         if settings.patience is not None and not data.validation.total:
             raise UserError("--patience needs validation samples: hold out a larger share, as with --validation 0.1")
         self.comm, self.data, self.model, self.settings = comm, data, model, settings
+        self.weights = weights_of(settings, comm.size, data.sharded)
         s, dtype = settings, np.dtype(settings.dtype)
         self.steps_per_epoch = -(-data.train.total // s.batch_size)
         self.params = model.initial(np.random.default_rng(s.seed), dtype)
@@ -158,22 +186,26 @@ class Training:
         s, strategy, x, y = self.settings, self.strategy, self.data.train.x, self.data.train.y
         grad, totals = self.sums[:-2], np.zeros(3)
         total_steps, sent = s.epochs * self.steps_per_epoch, strategy.bytes_sent
-        start = perf_counter()
-        batches = Batches(self.data, strategy.workers, s.batch_size, s.seed, self.epoch)
+        start, computing = perf_counter(), 0.0
+        batches = Batches(self.data, strategy.workers, s.batch_size, s.seed, self.epoch, self.weights)
         first = self.step
         last = first + batches.steps if max_steps is None else min(first + batches.steps, max_steps)
         for self.step, rank in strategy.shares(first, last):
             mine, length = batches.share(self.step - first, rank)
             lr = learning_rate(s.schedule, s.lr, self.step, total_steps, s.warmup)
             now = Now(self.epoch, self.step, lr)
+            began = perf_counter()
             own = self.model.loss_and_grad(strategy.point(), Batch(x[mine], y[mine]), grad)
+            computing += perf_counter() - began
             self.sums[-2:] = own
             strategy.step(now, len(mine), length)
             totals += *own, len(mine)
         self.step = last
         took = perf_counter() - start
         self.seconds += took
-        agreeing = self._account()
+        agreeing, weights, samples = self._account(), self.weights, int(totals[2])
+        if weights and s.balance == "auto":
+            self.weights = rebalanced(weights, self.comm.allgather((samples, computing)), self.data.train.total)
         loss, correct, seen = allreduce(totals, self.comm, deterministic=True)
         loss, correct = loss / seen, correct / seen
         if not np.isfinite(loss):
@@ -191,6 +223,7 @@ class Training:
                 agreeing / took,
                 None if strategy.bytes_sent is None or sent is None else strategy.bytes_sent - sent,
                 self._staleness(),
+                weights=weights,
             )
         )
 
@@ -259,6 +292,7 @@ class Training:
             "seconds": self.seconds,
             "optimizer_steps": self.optimizer.steps,
             "best": self.best if self.best_params is not None else None,
+            "weights": self.weights,
         }
         return save(folder, self.comm, {**where, **facts}, tensors, self.strategy.replicated)
 
@@ -305,6 +339,8 @@ class Training:
         self.strategy.restore(state)
         self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]
         self.seconds = self.resumed_seconds = facts["seconds"]
+        if self.settings.balance == "auto" and len(facts.get("weights") or ()) == self.comm.size:
+            self.weights = facts["weights"]
         self.best = np.inf, self.epoch  # if patience is new, it begins here
         if facts["best"] is not None:
             self.best, self.best_params = tuple(facts["best"]), tensors["best"]

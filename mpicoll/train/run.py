@@ -141,6 +141,7 @@ def run(
                 "test_loss": test_loss,
                 **{name: last.get(name) for name in ("train_loss", "train_accuracy")},
                 **{name: last.get(name) for name in ("validation_loss", "validation_accuracy")},
+                "weights": last.get("weights"),
                 "best_epoch": training.best[1] if training.best_params is not None else None,
                 "consensus": result.consensus,
                 "staleness": added(line.get("staleness", []) for line in lines) or None,
@@ -200,6 +201,9 @@ def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings) 
         changes.append(
             f"epochs {epochs} -> {settings.epochs}, and so the learning rates of the {settings.schedule} schedule"
         )
+    balance = checkpoint.facts["settings"].get("balance")
+    if balance != settings.balance:
+        changes.append(f"balance {balance} -> {settings.balance}")
     if ranks != facts["ranks"] and len(checkpoint.files) > 1:
         changes.append(f"the models and momenta of {ranks} ranks are averaged")
     return changes

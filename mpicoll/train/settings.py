@@ -21,6 +21,7 @@ class Settings:
     # how ranks agree; those of one strategy only are in its ``options``
     strategy: str = "sync"
     algorithm: str = "auto"
+    balance: str | None = None
     every: int | None = None
     sync_epochs: int | None = None
     outer: str | None = None
@@ -82,8 +83,8 @@ DTYPES = ("float32", "float64")
 NOT_SAVED = ("out",)
 """What a configuration file written by a run leaves out: another run is not to go to the same folder."""
 
-MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads", "data", "test", "graph")
-"""What may be another when a run is resumed: how long it is, and where things are."""
+MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads", "data", "test", "graph", "balance")
+"""What may be another when a run is resumed: how long it is, where things are, and who is how fast."""
 
 LARGE = 2**64
 NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -194,6 +194,7 @@ class _Messages:
             taken_at = list(self._number)
             s.record(self._pushed, min(self._clock))
             self._until("all servers to answer", self._is_answered)
+            self._read()  # before there are newer ones: each brings the number of a share
             for packet, (lo, hi), number in zip(self._out, pairwise(self.cuts), taken_at, strict=True):
                 packet.body[:] = grad[lo:hi]
                 packet.say(**numbers, number=number)
