@@ -234,6 +234,11 @@ def test_what_is_not_finite_does_not_stay_behind(kind, value):
         assert not np.isfinite(sent(made(kind), vector)[0]).all()
 
 
+@np.errstate(all="ignore")
+def test_factors_that_overflow_do_not_stay_behind():
+    assert not np.isfinite(sent(made("powersgd:2"), np.full(N, 3e38, "f4"))[0]).all()
+
+
 @pytest.mark.parametrize(
     "text",
     "|gzip|topk|topk:|topk:0|topk:-1|topk:2|topk:nan|topk:x|sign:2|16bit:|powersgd|powersgd:0|powersgd:-1|powersgd:1.5"
