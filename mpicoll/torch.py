@@ -25,8 +25,9 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("mpicoll.torch needs PyTorch, which is missing: pip install 'mpicoll[torch]'") from error
 
-NOT_HERE = ("momenta", "sync_epochs")
-"""Settings of strategies that ask for more than torch tells: flat vectors of the state, or the length of an epoch."""
+NOT_HERE = ("momenta", "sync_epochs", "compress")
+"""Settings of strategies that ask for more than torch tells: flat vectors of the state, the length of an epoch, or what
+of the vector is a matrix."""
 
 
 class Replica:

@@ -483,6 +483,8 @@ def test_bad_data(tmp_path, message):
             1,
             "--graph is not for the butterfly strategy, but for gossip",
         ),
+        (["--compress", "topk:2"], 1, "--compress must be 16bit, sign, topk:SHARE .*, got 'topk:2'"),
+        (["--compress", "powersgd:10"], 1, "--compress powersgd:10 makes no matrix of this model smaller"),
         (
             ["--strategy", "async", "--staleness", "1.5"],
             1,

@@ -37,6 +37,7 @@ LAYERS = [
     ["measure"],
     ["train"],
     ["train.settings", "train.models", "train.optimizers", "train.server", "train.formats", "train.data"],
+    ["train.compress"],
     [
         "train.strategies.base",
         "train.strategies.sync",

@@ -90,6 +90,11 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             click.Choice(MOMENTA),
             "average, butterfly, gossip: what becomes of the optimizer's state at an agreement [default: keep].",
         ),
+        "compress": (
+            str,
+            "sync, average: send less, and the rest later: 16bit, sign, topk:0.01 (of all elements the largest, such a "
+            "share) or powersgd:2 (matrices as a product, of that rank) [default: all].",
+        ),
     },
     "How far ranks may run apart": {
         "staleness": (str, "async: steps, at most, of one rank before another; inf for any number [default: 4]."),

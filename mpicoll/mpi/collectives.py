@@ -391,14 +391,25 @@ class Account(NamedTuple):
 
 
 def account(
-    x: Any, comm: MPI.Intracomm, algorithm: str = "auto", *, op: str = "sum", deterministic: bool | None = None
+    x: Any,
+    comm: MPI.Intracomm,
+    algorithm: str = "auto",
+    *,
+    op: str = "sum",
+    deterministic: bool | None = None,
+    collective: str = "allreduce",
 ) -> Account:
-    """What an ``allreduce`` with these arguments does.  Not a collective call.
+    """What an ``allreduce`` with these arguments does, or an ``allgather`` of as much from all.  Not a collective call.
 
     Nothing can be known of the MPI library's own, and nothing is sent in shared memory.
     """
     check_comm(comm)
-    calls = _calls(x, comm, op, options_of(comm, algorithm, deterministic))
+    if collective == "allgather":
+        flat = _in_host_memory(x)
+        result, cuts = np.empty(comm.size * len(flat), flat.dtype), cuts_of([len(flat)] * comm.size, None, comm.size)
+        calls = [gathering(comm, flat, result, cuts, options_of(comm, algorithm, False))]
+    else:
+        calls = _calls(x, comm, op, options_of(comm, algorithm, deterministic))
     if not calls or any(call.row is None for call in calls):
         return Account("native", None, None)
     plans = [call.plan() for call in calls if call.row is not SHARED]

@@ -72,7 +72,7 @@ class Checkpoint(NamedTuple):
 
 
 def save(
-    folder: Path, comm: MPI.Intracomm, facts: dict[str, Any], tensors: dict[str, np.ndarray], replicated: bool
+    folder: Path, comm: MPI.Intracomm, facts: dict[str, Any], tensors: dict[str, np.ndarray], one_file: bool
 ) -> Path:
     """Write a checkpoint into ``folder``; a collective call.  Returns where it is.
 
@@ -82,7 +82,7 @@ def save(
 
     final = folder / f"epoch-{facts['epoch']:08}"
     partial = folder / f".{final.name}.partial"
-    writes = comm.rank == 0 or not replicated
+    writes = comm.rank == 0 or not one_file
 
     def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)  # of a job that was killed

@@ -149,7 +149,13 @@ class Training:
             model.size, dtype, momentum=s.momentum, beta2=s.beta2, weight_decay=s.weight_decay
         )
         self.strategy = STRATEGIES[s.strategy](
-            comm, self.sums, self.params, self.optimizer, settings, self.steps_per_epoch
+            comm,
+            self.sums,
+            self.params,
+            self.optimizer,
+            settings,
+            self.steps_per_epoch,
+            getattr(model, "tensors", None),
         )
         self.params, self.sums = self.strategy.params, self.strategy.sums  # where it has them
         self.epoch = self.step = 0
@@ -294,7 +300,7 @@ class Training:
             "best": self.best if self.best_params is not None else None,
             "weights": self.weights,
         }
-        return save(folder, self.comm, {**where, **facts}, tensors, self.strategy.replicated)
+        return save(folder, self.comm, {**where, **facts}, tensors, self.strategy.one_file)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, a collective call.

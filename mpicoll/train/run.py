@@ -206,6 +206,8 @@ def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings) 
         changes.append(f"balance {balance} -> {settings.balance}")
     if ranks != facts["ranks"] and len(checkpoint.files) > 1:
         changes.append(f"the models and momenta of {ranks} ranks are averaged")
+    if ranks != facts["ranks"] and settings.compress is not None:
+        changes.append(f"what {ranks} rank(s) had kept back for --compress is dropped")
     return changes
 
 

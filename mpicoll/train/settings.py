@@ -30,6 +30,7 @@ class Settings:
     graph: str | None = None
     mix_first: bool | None = None
     momenta: str | None = None
+    compress: str | None = None
     staleness: str | None = None
     backups: int | None = None
     compensate: float | None = None

@@ -23,6 +23,9 @@ FACTS: dict[str, Any] = {"settings": {}, "environment": {}}
 RUNS: list[dict[str, Any]] = [
     {"strategy": "sync", "optimizer": "adamw", "schedule": "cosine", "warmup": 5},
     {"strategy": "sync", "optimizer": "rmsprop", "clip": 0.5},
+    {"strategy": "sync", "optimizer": "adam", "compress": "topk:0.1"},
+    {"strategy": "sync", "compress": "powersgd:1"},
+    {"strategy": "average", "every": 3, "compress": "sign", "sync_epochs": 1},
     {"strategy": "average", "every": 3, "optimizer": "nesterov", "momenta": "average"},
     {"strategy": "average", "every": 5, "outer": "bmuf", "sync_epochs": 1, "optimizer": "adam", "momenta": "reset"},
     {"strategy": "average", "outer": "easgd", "optimizer": "adagrad"},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from ...errors import UserError
 from .base import Now, Strategy
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Average(Strategy):
 
     For the first ``sync_epochs`` epochs ranks are synchronous (a warm-up, or post-local SGD: Lin et al. 2020).
     ``momenta`` says what becomes of the optimizer's state at an agreement: ``keep`` each rank's own, ``average`` it
-    likewise, or ``reset`` it to zero, as after the first step.
+    likewise, or ``reset`` it to zero, as after the first step.  With ``compress`` each rank sends something shorter
+    than the way from where they last agreed to its model, and keeps the rest.
     """
 
     options: ClassVar = {
@@ -58,6 +60,7 @@ class Average(Strategy):
         "outer_lr": None,
         "outer_momentum": None,
         "momenta": "keep",
+        "compress": None,
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,6 +76,10 @@ class Average(Strategy):
         if not self.plain:
             self._mean = np.empty_like(self.params)
             self._state = {"anchor": self.params.copy(), "change": np.zeros_like(self.params), "lr": np.zeros(1)}
+        elif self.compressor:
+            self._state = {"anchor": self.params.copy()}
+        if self.compressor and not self.plain:
+            raise UserError("--compress is for --outer mean as it is: leave out other outers, their lr and momentum")
 
     def agree_on_gradient(self, now: Now) -> int:
         """See ``Strategy``: only while synchronous."""
@@ -84,12 +91,16 @@ class Average(Strategy):
     def agree_on_parameters(self, now: Now) -> None:
         """See ``Strategy``: every so many steps."""
         local = now.step + 1 - self.switch
-        if local <= 0 and not self.plain:
+        if local <= 0 and self._state:
             self._state["anchor"][:] = self.params
         if local <= 0 or local % self.every:
             return
         state = self.optimizer.state.values() if self.momenta == "average" else []
-        if self.plain:
+        if self.compressor:
+            self._take_coded_steps()
+            if state:
+                self.allreduce([*state], "mean")
+        elif self.plain:
             self.allreduce([self.params, *state], "mean")
         else:
             self._mean[:] = self.params
@@ -99,6 +110,15 @@ class Average(Strategy):
             self.optimizer.steps = 0
             for vector in self.optimizer.state.values():
                 vector[:] = 0
+
+    def _take_coded_steps(self) -> None:
+        assert self.compressor
+        anchor = self._state["anchor"]
+        self.params -= anchor
+        self.compressor.add_up(self.params, np.zeros(0, anchor.dtype), self)
+        self.params /= self.p
+        anchor += self.params
+        self.params[:] = anchor
 
     def _move(self, lr: float) -> None:
         anchor, change, last = self._state["anchor"], self._state["change"], self._state["lr"]
@@ -126,9 +146,10 @@ class Average(Strategy):
 
     def state(self) -> dict[str, np.ndarray]:
         """See ``Strategy``: the anchor, the last change of it, and the learning rate then; the same on all ranks."""
-        return self._state
+        return {**self._state, **super().state()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """See ``Strategy``."""
+        super().restore(state)
         for name, array in self._state.items():
             array[:] = state[name]

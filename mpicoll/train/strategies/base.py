@@ -1,18 +1,21 @@
 """What the training loop asks of a strategy, and what strategies have in common."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from ...algorithms import ALGORITHMS
 from ...errors import UserError
+from ..compress import Compressor, Tensors, compressor
 from ..optimizers import clip
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
     from mpi4py import MPI
 
+    from ...mpi.collectives import Account
     from ..optimizers import Optimizer
     from ..settings import Settings
 
@@ -36,7 +39,8 @@ class Strategy:
     out; ``waited`` adds up the waiting where a rank can tell it by itself, which it must if not all ranks agree equally
     often; ``bytes_sent`` and ``messages`` count up, and are ``None`` where the MPI library does the sending and it
     cannot be known.  ``digest`` stands for what bits depend on beside settings.  ``workers`` have a share of each
-    batch: as many as there are ranks, unless some are simulated.
+    batch: as many as there are ranks, unless some are simulated.  ``compressor`` is there if ranks are to send less
+    than they have; it may need ``tensors``, the model's.
     """
 
     options: ClassVar[dict[str, Any]] = {}
@@ -56,6 +60,7 @@ class Strategy:
         optimizer: "Optimizer",
         settings: "Settings",
         steps_per_epoch: int,
+        tensors: Tensors | None = None,
     ) -> None:
         self.comm, self.p = comm, comm.size
         self.workers = self.p
@@ -67,7 +72,10 @@ class Strategy:
         self.bytes_sent: int | None = 0
         self.messages: int | None = 0
         self.algorithm = settings.algorithm
-        self._accounts: dict[int, Any] = {}  # of allreduces, by the number of elements
+        self._accounts: dict[tuple[str, int], Any] = {}  # of collectives, by the number of elements
+        self.compressor: Compressor | None = None
+        if settings.compress is not None:
+            self.compressor = compressor(settings.compress, params.size, params.dtype, tensors, settings.seed)
 
     def option(self, name: str) -> Any:
         """A setting of this strategy's own, or its default."""
@@ -117,12 +125,22 @@ class Strategy:
         """The model that all ranks would agree on now, the same bits on all of them; a new array, a collective call."""
         return self.params.copy() if self.replicated else mean_of(self.comm, self.params)
 
+    @property
+    def one_file(self) -> bool:
+        """Does what rank 0 holds do for a checkpoint?  Residuals are each rank's own, be the models the same."""
+        return self.replicated and not self.compressor
+
     def state(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps of it, beside parameters and the optimizer's state."""
-        return {}
+        return {**self.compressor.state, "ranks": np.array([self.p])} if self.compressor else {}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """The opposite; if the number of ranks has changed since, ``state`` is that of rank 0."""
+        """The opposite; if the number of ranks has changed since, ``state`` is that of rank 0, and no residual is."""
+        if self.compressor:
+            for name, array in self.compressor.state.items():
+                array[:] = state[name]
+            if state["ranks"][0] != self.p:
+                self.compressor.residual[:] = 0
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
@@ -141,10 +159,25 @@ class Strategy:
         canonical = named == "auto"
         with self.agreeing():
             allreduce(x, self.comm, op, named, deterministic=canonical)
-        size = sum(array.size for array in arrays)
-        found = self._accounts.get(size)
+        key = "allreduce", sum(array.size for array in arrays)
+        self._accounted(key, lambda: account(x, self.comm, named, op=op, deterministic=canonical))
+
+    def allgather(self, array: np.ndarray) -> np.ndarray:
+        """The arrays of all ranks, shape (p, *array.shape), by the algorithm that the settings name, if there is one
+        of that name, else by a schedule that is short and sends no more than it must."""
+        from ...mpi.collectives import account, allgather
+
+        named = self.settings.algorithm
+        named = named if named in (*ALGORITHMS["allgather"], "native") else "circulant"
+        with self.agreeing():
+            gathered = allgather(array, self.comm, algorithm=named)
+        self._accounted(("allgather", array.size), lambda: account(array, self.comm, named, collective="allgather"))
+        return gathered
+
+    def _accounted(self, key: tuple[str, int], find: "Callable[[], Account]") -> None:
+        found = self._accounts.get(key)
         if found is None:
-            found = self._accounts[size] = account(x, self.comm, named, op=op, deterministic=canonical)
+            found = self._accounts[key] = find()
         self.algorithm = found.algorithm
         self.count(found.bytes_sent, found.messages)
 

@@ -1,6 +1,6 @@
 """Synchronous data-parallel SGD."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -16,8 +16,11 @@ class Sync(Strategy):
     Where all ranks share memory there is one copy of the parameters, and of the optimizer's state, for all of them:
     each rank adds up its part of the gradient, and takes the step on that part (Rajbhandari et al. 2020, ZeRO).  The
     bits are those of every other way.
+
+    With ``compress`` each rank sends something shorter than its gradient, and keeps the rest.
     """
 
+    options: ClassVar = {"compress": None}
     replicated = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -25,8 +28,8 @@ class Sync(Strategy):
 
         super().__init__(*args, **kwargs)
         self._state: State | None = None
-        in_parts = self.optimizer.in_parts and self.settings.clip is None  # a norm is one of all parts
-        in_parts = in_parts and self.algorithm in ("auto", "shared")
+        in_parts = self.settings.clip is None and not self.compressor  # a norm is one of all parts, a code likewise
+        in_parts = in_parts and self.optimizer.in_parts and self.algorithm in ("auto", "shared")
         if in_parts and self.p > 1 and state_of(self.comm).shares:
             self._share(state_of(self.comm))
 
@@ -53,8 +56,18 @@ class Sync(Strategy):
         self.optimizer.part = slice(*self._cuts[self.comm.rank :][:2])
         self._sum = operation("sum", self.sums.dtype)
 
+    def step(self, now: Now, samples: int, length: int) -> None:
+        """See ``Strategy``: what is kept back from one batch is to count as much in the next, however short."""
+        if self.compressor:
+            self.sums[:-2] /= length
+            length = 1
+        super().step(now, samples, length)
+
     def agree_on_gradient(self, now: Now) -> int:
         """See ``Strategy``."""
+        if self.compressor:
+            self.compressor.add_up(self.sums[:-2], self.sums[-2:], self)
+            return 1
         if self._state is None:
             self.allreduce([self.sums], "sum")
             return 1
