@@ -19,9 +19,9 @@ class Packet:
 
     With a gradient, summed over ``samples``: the ``step``, whose batch has the ``length`` on all ranks together, its
     learning rate, and the ``number`` of the answer at which it was taken.  No samples at all, -1, says that the worker
-    has finished.  With an answer, which holds parameters: its ``number``, from 1; the ``clock``, gradients that every
-    worker has brought into them at least; the ``step`` that synchronous workers do next; and the ``share`` to take
-    after the next, where workers take what is left.
+    has finished.  With an answer, which holds parameters: its ``number``, from 1; the ``clock``, of how many steps they
+    have all gradients; the ``step`` that synchronous workers do next; and the ``share`` to take after the next, where
+    workers take what is left.
     """
 
     def __init__(self, count: int, dtype: np.dtype) -> None:
@@ -83,6 +83,7 @@ class Server:
     def begin(self, step: int, share: float = math.inf) -> None:
         """From now on gradients come that were taken at ``params``, for steps from this one on."""
         self.step, self.share = step, share
+        self._first = step
         self.updates = 0
         self.clocks = [0] * self.workers
         self.finished = [False] * self.workers
@@ -95,7 +96,10 @@ class Server:
 
     @property
     def clock(self) -> float:
-        """Gradients that have come of every worker, at least, but for those who have finished."""
+        """Of how many steps the parameters have the gradients of every worker, but for those who have finished or whose
+        were dropped."""
+        if self.staleness == 0:
+            return self.step - self._first
         running = (clock for clock, done in zip(self.clocks, self.finished, strict=True) if not done)
         return min(running, default=math.inf)
 
@@ -156,9 +160,9 @@ class Server:
             operands += [grad, *self._sums]
             for lower, higher, out in self._order:
                 np.add(operands[lower], operands[higher], out=operands[out])
-            if samples:
-                np.multiply(operands[self.workers if self._order else 0], 1 / samples, out=grad)
-                self.optimizer.step(self.params, self._grad, next(iter(now.values())).lr)
+            # A step of no samples is a step all the same: servers of other parts may have got others' gradients.
+            np.multiply(operands[self.workers if self._order else 0], 1 / (samples or 1), out=grad)
+            self.optimizer.step(self.params, self._grad, next(iter(now.values())).lr)
             self.step += 1
         due = sorted(worker for worker, held in self._held.items() if held.step < self.step)
         for worker in due:

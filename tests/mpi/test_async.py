@@ -9,6 +9,8 @@ from mpi4py import MPI
 
 from mpicoll import UserError
 from mpicoll.train.loop import Result, Training
+from mpicoll.train.models import MODELS
+from mpicoll.train.settings import Settings
 from training import blobs, trained, training
 
 P = MPI.COMM_WORLD.size
@@ -93,6 +95,22 @@ def test_without_a_bound_the_slow_take_less(comm):
     assert result.steps == 50
 
 
+@pytest.mark.parametrize("staleness", ["2", "inf"])
+def test_every_share_is_taken_once_however_long_messages_take(comm, staleness):
+    """Of a large model, whose messages are on their way while ranks compute."""
+    model, settings = (
+        MODELS["mlp"](6, 3, (20_000,)),
+        Settings(strategy="async", staleness=staleness, batch_size=6, epochs=1),
+    )
+    made, taken = Training(comm, blobs(180), model, settings), []
+    shares = made.strategy.shares
+    made.strategy.shares = lambda *steps: (taken.append(share) or share for share in shares(*steps))
+    result, _ = slowed(made, lambda: 2e-3 * (comm.rank == 0))
+    everyones = [share for of_rank in comm.allgather(taken) for share in of_rank]
+    assert sorted(everyones) == [(step, rank) for step in range(30) for rank in range(P)]
+    assert same_everywhere(comm, result.params)
+
+
 @pytest.mark.skipif(P > 5, reason="takes long where ranks share cores")
 @pytest.mark.parametrize("staleness", ["2", "inf"])
 @pytest.mark.parametrize("careful", [{}, {"compensate": 0.1}, {"slow_down": True}])
@@ -112,7 +130,8 @@ def test_backups_are_not_waited_for(comm):
     everyones = comm.allgather(calls)
     assert everyones[1] < 20
     assert result.steps == 40
-    assert made.optimizer.steps == 40
+    assert comm.allgather(made.optimizer.steps) == P * [40]
+    assert all(len(epoch.staleness or []) <= 2 for epoch in result.epochs)
     assert same_everywhere(comm, result.params)
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss
 
@@ -175,6 +194,7 @@ def test_what_is_asked_for_wrongly(comm):
         "staleness=0 compensate=1": "--compensate is for gradients that are late",
         "staleness=0 slow_down=1": "--slow-down is for gradients that are late",
         "workers=3": "--workers is for simulated ones",
+        "delays=1 workers=33": "--workers must be as many as a batch has samples at most, got 33",
         f"delays=1 workers={P + 1} shards=1": f"--shards gives each of {P} rank",
     }.items():
         given = dict(option.split("=") for option in wrong.split())

@@ -74,7 +74,7 @@ class Async(Strategy):
         self.algorithm = f"{'simulated ' if self.seed is not None else ''}parameter server, staleness {self.bound:g}"
 
     def _bound(self) -> float:
-        given = self.option("staleness")
+        given = str(self.option("staleness"))
         if given != "inf" and not (given.isascii() and given.isdigit()):
             raise UserError(f"--staleness must be a whole number of steps, or inf, got {given!r}")
         return float(given)
@@ -91,6 +91,8 @@ class Async(Strategy):
             raise UserError(f"--{name} is for gradients that are late, and with --staleness 0 none is: leave it out")
         if self.seed is None and self.option("workers") is not None:
             raise UserError("--workers is for simulated ones: give --delays as well, or more ranks")
+        if self.workers > max(self.p, self.settings.batch_size):
+            raise UserError(f"--workers must be as many as a batch has samples at most, got {self.workers}")
         if self.settings.shards and self.workers != self.p:
             raise UserError(f"--shards gives each of {self.p} rank(s) data of its own: --workers must be as many")
 
@@ -115,9 +117,9 @@ class Async(Strategy):
         self._run.step(grad, step=now.step, samples=samples, length=length, lr=now.lr)
 
     def record(self, steps: int, clock: float) -> None:
-        """A gradient was taken after so many others of its worker, at parameters that have ``clock`` of each."""
-        staleness = max(steps - clock, 0) if self.bound else 0  # synchronous servers drop what is late
-        if staleness > self.bound:
+        """A gradient was taken after so many steps of its worker, at parameters that have those of all in ``clock``."""
+        staleness = max(steps - clock, 0)
+        if staleness > self.bound + bool(self.server.backups):  # of which servers of two parts may drop other ones
             raise RuntimeError(f"a gradient is {staleness:g} steps stale, and the bound is {self.bound:g}")
         behind = int(staleness)
         self.histogram += [0] * (behind + 1 - len(self.histogram))
@@ -156,7 +158,7 @@ class _Messages:
         self._tags = self.state.persistent_tag(), self.state.persistent_tag()  # of gradients, of answers
         self._receiving: list[Any] = 2 * self.p * [MPI.REQUEST_NULL]  # gradients, answers
         self._sending: dict[Any, MPI.Request] = {}
-        self._some, self._in_place = MPI.Request.Testsome, MPI.IN_PLACE
+        self._some = MPI.Request.Testsome
         self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED
         self._lock, self._stop = Lock(), Event()
 
@@ -166,7 +168,7 @@ class _Messages:
         self._pushed, self._answered = 0, [0] * self.p  # gradients, and how many of them by each server
         self._fresh: dict[int, Packet] = {}  # answers that are not read yet, by server
         self._clock, self._number = [0.0] * self.p, [0.0] * self.p  # of the parameters here, by server
-        self._step = self._ahead = first  # the next, and that of the server which is furthest
+        self._first = self._step = self._ahead = first  # the next, and that of the server which is furthest
         self._pool = [self.rank, self.p + self.rank]  # numbers of shares that are this rank's to take
         self._failed: BaseException | None = None
         s.waited = s.waited or 0.0
@@ -183,21 +185,31 @@ class _Messages:
                     yield self._step, self.rank
             with s.agreeing(), self._lock:
                 self._finish()
-        with s.agreeing():
-            for vector in (s.held, *s.optimizer.state.values()):
-                s.comm.Allgatherv(self._in_place, [vector, np.diff(self.cuts)])
+        self._gather()
+
+    def _gather(self) -> None:
+        """The parameters, and the optimizer's state, from the servers of all parts."""
+        s, name = self.strategy, self.strategy.algorithm
+        for vector in (s.held, *s.optimizer.state.values()):
+            own, longest = vector[s.optimizer.part], max(hi - lo for lo, hi in pairwise(self.cuts))
+            rows = s.allgather(np.resize(own, longest) if len(own) else np.zeros(longest, vector.dtype))
+            for (lo, hi), row in zip(pairwise(self.cuts), rows, strict=True):
+                vector[lo:hi] = row[: hi - lo]
+        s.algorithm = name
 
     def step(self, grad: np.ndarray, **numbers: float) -> None:
         """Send a gradient, and go on to parameters that are new enough."""
         s = self.strategy
         with s.agreeing(), self._lock:
             taken_at = list(self._number)
-            s.record(self._pushed, min(self._clock))
+            s.record(self._pushed if s.pooled else self._step - self._first, min(self._clock))
             self._until("all servers to answer", self._is_answered)
             self._read()  # before there are newer ones: each brings the number of a share
-            for packet, (lo, hi), number in zip(self._out, pairwise(self.cuts), taken_at, strict=True):
+            for server, (lo, hi) in enumerate(pairwise(self.cuts)):
+                self._settle(server, self._tags[0])
+                packet = self._out[server]
                 packet.body[:] = grad[lo:hi]
-                packet.say(**numbers, number=number)
+                packet.say(**numbers, number=taken_at[server])
             self._pushed += 1
             for server in self.others:
                 self._receiving[self.p + server].Start()  # its answer
@@ -236,12 +248,14 @@ class _Messages:
                     time.sleep(PAUSE)
         self.strategy.waited = (self.strategy.waited or 0.0) + time.perf_counter() - start
 
-    def _send(self, message: np.ndarray, rank: int, tag: int, slot: int = 0) -> None:
-        before = self._sending.pop((rank, tag, slot), None)
-        if before is not None:
-            before.Wait()  # at once: it has been answered, or a gradient taken at it
-        self._sending[rank, tag, slot] = self._wire.Isend(message, rank, tag)
+    def _send(self, message: np.ndarray, rank: int, tag: int) -> None:
+        self._sending[rank, tag] = self._wire.Isend(message, rank, tag)
         self.strategy.count(message.nbytes, 1)
+
+    def _settle(self, rank: int, tag: int) -> None:
+        """What was sent last need not stay as it is any more: at once, since the rank has sent something upon it."""
+        if request := self._sending.pop((rank, tag), None):
+            request.Wait()
 
     def _handle(self, indices: list[int] | None) -> None:
         """Messages that have come."""
@@ -257,12 +271,13 @@ class _Messages:
 
     def _answer(self, ranks: list[int]) -> None:
         for rank in ranks:
+            self._settle(rank, self._tags[1])
             packet = self.strategy.server.answer(rank)
             if rank == self.rank:
                 self._came(rank, packet)
             else:
                 self._receiving[rank].Start()  # the next gradient
-                self._send(packet.raw, rank, self._tags[1], int(packet.number) % 2)
+                self._send(packet.raw, rank, self._tags[1])
 
     def _came(self, server: int, answer: "Packet") -> None:
         self._answered[server] += 1
@@ -282,8 +297,8 @@ class _Messages:
         """Of an epoch: when all have, no message is under way."""
         server = self.strategy.server
         self._until("all servers to answer", self._is_answered)
-        self._out[self.rank].say(samples=-1)
         for rank in self.others:
+            self._settle(rank, self._tags[0])
             self._out[rank].say(samples=-1)
             self._send(self._out[rank].raw, rank, self._tags[0])
         self._answer(server.finish(self.rank))
@@ -312,6 +327,7 @@ class _Messages:
             if thread.is_alive():
                 thread.join()
 
+    @np.errstate(all="ignore")  # as in the other thread
     def _attend(self) -> None:
         while not self._stop.wait(POLL):
             if self._lock.acquire(blocking=False):  # else the other thread is at it
@@ -366,7 +382,7 @@ class _Simulated:
             if worker % s.p == rank:
                 packet.say(number=numbers[worker])
                 self.point = views[worker]
-                s.record(done[worker], clocks[worker])
+                s.record(done[worker] if s.pooled else shares[worker][0] - first, clocks[worker])
                 yield shares[worker]
             else:
                 self._exchange()
