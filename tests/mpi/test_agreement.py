@@ -15,7 +15,10 @@ from mpicoll.mpi import agreement, collectives
 from mpicoll.mpi.state import state_of
 
 P = MPI.COMM_WORLD.size
-pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P == 1, reason="one rank agrees with itself")]
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(P == 1 or P > 5, reason="one rank agrees with itself, and five show what more would"),
+]
 ODD = P - 1  # the rank that does something else
 OTHERS = "rank 0 " if P == 2 else "ranks 0-" + str(P - 2)
 

@@ -36,7 +36,7 @@ from mpicoll.mpi.state import state_of
 from mpicoll.tuning import machine
 
 P = MPI.COMM_WORLD.size
-pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 4, reason="four ranks show what more would, and sooner")]
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 3, reason="three ranks show what more would, and sooner")]
 COLLECTIVES = ("allreduce", "reduce", "bcast", "reduce_scatter", "allgather")
 QUICK = Settings(max_time=0, min_reps=2, warmup=0, seed=7)
 several = pytest.mark.skipif(P < 2, reason="alone, doing nothing is right")
@@ -64,6 +64,7 @@ def test_all_that_the_table_has_is_right_at_every_count(comm, collective):
     assert everybody == everybody[:1] * P
 
 
+@pytest.mark.skipif(P != 3, reason="takes long, and one number of ranks shows it")
 @pytest.mark.parametrize("collective", ["allreduce", "reduce", "reduce_scatter"])
 def test_every_operation_and_dtype_is_known_exactly(comm, collective):
     for dtype in map(np.dtype, ("i1", "u1", "i4", "f8", "f2", bfloat16)):
@@ -355,6 +356,7 @@ def test_the_machine(comm):
         assert all(device["cpus"] for device in facts["devices"])
 
 
+@pytest.mark.skipif(P != 2, reason="takes long, and one number of ranks shows it")
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_all_that_auto_chooses_from_competes_and_who_has_no_chance_drops_out(comm, collective, monkeypatch):
     def known(*args):
