@@ -84,6 +84,7 @@ def measure(name: str, seed: int) -> dict:
 
 def summarize(runs: dict[str, list[dict]]) -> list[dict]:
     """A row for each strategy, median, least and most over seeds; seconds beside those of sync with the same seed."""
+    from mpicoll.train.loop import added
 
     def until(run: dict) -> float:
         """Seconds to the loss; those of the whole run if it was not reached."""
@@ -94,7 +95,7 @@ def summarize(runs: dict[str, list[dict]]) -> list[dict]:
     table = []
     for name, found in runs.items():
         pairs = list(zip(runs["sync"], found, strict=True))
-        histogram = [sum(counts) for counts in zip(*(_padded(run["staleness"], found) for run in found), strict=True)]
+        histogram = added(run["staleness"] for run in found)
         total = sum(histogram)
         table.append(
             {
@@ -108,11 +109,6 @@ def summarize(runs: dict[str, list[dict]]) -> list[dict]:
             }
         )
     return table
-
-
-def _padded(histogram: list[int], runs: list[dict]) -> list[int]:
-    longest = max(len(run["staleness"]) for run in runs)
-    return histogram + [0] * (longest - len(histogram))
 
 
 def show(record: dict) -> None:

@@ -3,11 +3,12 @@
 from typing import Any
 
 import numpy as np
+import pytest
 from mpi4py import MPI
 
 from mpicoll.train.data import Dataset, Part, Scaling
 from mpicoll.train.loop import Result, Training
-from mpicoll.train.models import MODELS
+from mpicoll.train.models import MODELS, Layered
 from mpicoll.train.settings import Settings
 
 
@@ -39,3 +40,17 @@ def training(comm: MPI.Intracomm, data: Dataset, **given: Any) -> Training:
 def trained(comm: MPI.Intracomm, data: Dataset, max_steps: int | None = None, **given: Any) -> Result:
     """To the end."""
     return training(comm, data, **given).run(max_steps=max_steps)
+
+
+def broken_on_the_last_rank(comm: MPI.Intracomm, patch: pytest.MonkeyPatch, where: str) -> None:
+    """From now on models have a loss, or a gradient, that is no number there."""
+    step = Layered.loss_and_grad
+
+    def broken(self: Any, params: np.ndarray, batch: Any, grad: np.ndarray) -> Any:
+        sums = step(self, params, batch, grad)
+        if comm.rank == comm.size - 1:
+            grad[0] = np.nan if where == "gradient" else grad[0]
+            sums = sums._replace(loss=np.nan if where == "loss" else sums.loss)
+        return sums
+
+    patch.setattr(Layered, "loss_and_grad", broken)

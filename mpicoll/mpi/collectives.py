@@ -579,9 +579,8 @@ class Call(NamedTuple):
         elif self.row is not None:
             state = state_of(self.comm)
             plan = self._plan(state)
-            in_place = (
-                self.result is None and self._receives and flat.flags.writeable
-            )  # the root of bcast may only give
+            # What the root of a broadcast gives may be read-only.
+            in_place = self.result is None and self._receives and flat.flags.writeable
             work = flat if in_place else state.copied(flat)
             state.run(plan, work, self.operation)
             if self.result is not None and self.cuts is not None:

@@ -130,7 +130,8 @@ class Server:
         return packet
 
     def _due(self) -> list[int]:
-        due = sorted(worker for worker in self._waiting if self.clock >= self.clocks[worker] - self.staleness)
+        latest = self.clock + self.staleness
+        due = sorted(worker for worker in self._waiting if self.clocks[worker] <= latest)
         self._waiting.difference_update(due)
         return due
 

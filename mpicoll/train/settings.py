@@ -76,7 +76,7 @@ LEAST = {
     "checkpoint": 0,
     "seed": 0,
 }
-"""The smallest values of whole numbers."""
+"""The smallest values of numbers."""
 
 MOMENTA = ("keep", "average", "reset")
 DTYPES = ("float32", "float64")

@@ -8,10 +8,10 @@ from mpi4py import MPI
 
 from mpicoll import UserError
 from mpicoll.train.checkpoint import latest
-from mpicoll.train.models import MODELS, Layered
+from mpicoll.train.models import MODELS
 from mpicoll.train.strategies import Now
 from mpicoll.train.strategies.sync import Sync
-from training import blobs, trained, training
+from training import blobs, broken_on_the_last_rank, trained, training
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
@@ -90,16 +90,7 @@ def test_bytes_are_those_of_the_codes(comm, kind, bytes_sent, algorithm):
 @every_way
 @every_kind
 def test_what_becomes_nan_on_one_rank_ends_the_run_on_all(comm, monkeypatch, kind, way, where):
-    step = Layered.loss_and_grad
-
-    def broken(self: Any, params: np.ndarray, batch: Any, grad: np.ndarray) -> Any:
-        sums = step(self, params, batch, grad)
-        if comm.rank == P - 1:
-            grad[0] = np.nan if where == "gradient" else grad[0]
-            sums = sums._replace(loss=np.nan if where == "loss" else sums.loss)
-        return sums
-
-    monkeypatch.setattr(Layered, "loss_and_grad", broken)
+    broken_on_the_last_rank(comm, monkeypatch, where)
     with pytest.raises(UserError, match=r"(the loss became nan|parameters became infinite or nan) at step") as caught:
         trained(comm, blobs(40), epochs=2, batch_size=10, compress=kind, **way)
     assert len(set(comm.allgather(str(caught.value)))) == 1

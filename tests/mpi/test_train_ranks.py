@@ -12,7 +12,7 @@ from mpicoll.mpi.threads import limit_threads
 from mpicoll.train.data import Part
 from mpicoll.train.loop import evaluate
 from mpicoll.train.models import MODELS, Layered
-from training import blobs, trained
+from training import blobs, broken_on_the_last_rank, trained
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
@@ -110,16 +110,7 @@ def test_shards_of_uneven_length(comm, strategy, batch_size):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("strategy", ["sync", "average", "butterfly", "gossip"])
 def test_what_becomes_nan_on_one_rank_ends_the_run_on_all(comm, monkeypatch, strategy, where):
-    step = Layered.loss_and_grad
-
-    def broken(self: Any, params: np.ndarray, batch: Any, grad: np.ndarray) -> Any:
-        sums = step(self, params, batch, grad)
-        if comm.rank == P - 1:
-            grad[0] = np.nan if where == "gradient" else grad[0]
-            sums = sums._replace(loss=np.nan if where == "loss" else sums.loss)
-        return sums
-
-    monkeypatch.setattr(Layered, "loss_and_grad", broken)
+    broken_on_the_last_rank(comm, monkeypatch, where)
     with pytest.raises(UserError, match=r"(the loss became nan|parameters became infinite or nan) at step") as caught:
         trained(comm, blobs(40), strategy=strategy, epochs=2, batch_size=10)
     assert len(set(comm.allgather(str(caught.value)))) == 1

@@ -103,7 +103,7 @@ class Async(Strategy):
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
         self.held[:] = self.params
-        self._steps = range(first, last)
+        self.steps = range(first, last)
         self.histogram.clear()
         self.server.begin(first, 2 * self.workers)
         yield from self._run.shares(first, last)
@@ -128,7 +128,7 @@ class Async(Strategy):
     def share_of(self, number: int) -> tuple[int, int] | None:
         """Where workers take what is left: the step and the rank of a share, by its number; none if all are taken."""
         step, rank = divmod(number, self.workers)
-        return (self._steps[step], rank) if step < len(self._steps) else None
+        return (self.steps[step], rank) if step < len(self.steps) else None
 
 
 class _Messages:
@@ -168,7 +168,7 @@ class _Messages:
         self._pushed, self._answered = 0, [0] * self.p  # gradients, and how many of them by each server
         self._fresh: dict[int, Packet] = {}  # answers that are not read yet, by server
         self._clock, self._number = [0.0] * self.p, [0.0] * self.p  # of the parameters here, by server
-        self._first = self._step = self._ahead = first  # the next, and that of the server which is furthest
+        self._step = self._ahead = first  # the next, and that of the server which is furthest
         self._pool = [self.rank, self.p + self.rank]  # numbers of shares that are this rank's to take
         self._failed: BaseException | None = None
         s.waited = s.waited or 0.0
@@ -202,7 +202,7 @@ class _Messages:
         s = self.strategy
         with s.agreeing(), self._lock:
             taken_at = list(self._number)
-            s.record(self._pushed if s.pooled else self._step - self._first, min(self._clock))
+            s.record(self._pushed if s.pooled else self._step - s.steps.start, min(self._clock))
             self._until("all servers to answer", self._is_answered)
             self._read()  # before there are newer ones: each brings the number of a share
             for server, (lo, hi) in enumerate(pairwise(self.cuts)):
