@@ -32,6 +32,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "async, staleness 0": {"strategy": "async", "staleness": "0"},
     "async, staleness 4": {"strategy": "async", "staleness": "4"},
     "async, staleness 4, balanced": {"strategy": "async", "staleness": "4", "balance": "auto"},
+    "AD-PSGD": {"strategy": "ad-psgd"},
     "async, no bound": {"strategy": "async", "staleness": "inf"},
 }
 

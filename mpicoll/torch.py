@@ -219,10 +219,13 @@ def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[t
 
 def _chosen(strategy: str, given: dict[str, Any]) -> Settings:
     """The settings; a ``UserError`` for those that do not count here."""
-    if strategy == "async":
-        others = ", ".join(name for name in STRATEGIES if name != strategy)
-        raise UserError(f"strategy async needs servers that run the optimizer, and cannot run torch's: choose {others}")
-    names = [name for other, one in STRATEGIES.items() if other != "async" for name in one.options]
+    usable = {name: one for name, one in STRATEGIES.items() if one.in_step}
+    if strategy in STRATEGIES and strategy not in usable:
+        raise UserError(
+            f"strategy {strategy} answers other ranks between steps, which a Replica does not do: choose "
+            f"{', '.join(usable)}"
+        )
+    names = [name for one in usable.values() for name in one.options]
     known = ["algorithm", "clip", *(name for name in dict.fromkeys(names) if name not in NOT_HERE)]
     for name in given:
         if name not in known:

@@ -15,7 +15,7 @@ import mpicoll
 from training import blobs, training
 
 comm = MPI.COMM_WORLD
-how, staleness, seed = sys.argv[1:]
+how, strategy, staleness, seed = sys.argv[1:]
 random = np.random.default_rng(int(seed))
 who, when = int(random.integers(comm.size)), int(random.integers(1, 40))
 pauses = np.random.default_rng([int(seed), comm.rank])
@@ -35,7 +35,7 @@ class Failing:
             os._exit(0)  # leaves, as if all were well
         return self.model.loss_and_grad(*args)
 
-made = training(comm, blobs(200), strategy="async", staleness=staleness, batch_size=10)
+made = training(comm, blobs(200), strategy=strategy, staleness=staleness or None, batch_size=10)
 made.model = Failing(made.model)
 with mpicoll.guard(timeout=10):
     made.run()
@@ -43,11 +43,11 @@ print("ended well")
 """.replace("TESTS", repr(str(REPOSITORY / "tests")))
 
 
-@pytest.mark.parametrize("staleness", ["0", "2", "inf"])
+@pytest.mark.parametrize(("strategy", "staleness"), [("async", "0"), ("async", "2"), ("async", "inf"), ("ad-psgd", "")])
 @pytest.mark.parametrize("how", ["kill", "raise", "leave"])
-def test_a_rank_that_fails_ends_the_job(tmp_path, how, staleness):
+def test_a_rank_that_fails_ends_the_job(tmp_path, how, strategy, staleness):
     seed = str(len(how) + 7 * len(staleness))
-    done = mpirun(3, [sys.executable, "-c", SCRIPT, how, staleness, seed], tmp_path, timeout=40)
+    done = mpirun(3, [sys.executable, "-c", SCRIPT, how, strategy, staleness, seed], tmp_path, timeout=40)
     assert done.status != 0 or how == "leave"
     assert "ended well" not in done.out
     assert how != "raise" or "ValueError: of a model" in done.err

@@ -7,6 +7,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,9 @@ def test_a_configuration_file_goes_behind_options_and_the_environment(tmp_path):
         assert json.loads(again.out.splitlines()[-1])[key] == summary[key]
 
 
-@pytest.mark.parametrize("ranks", [3, 4, 5])
-@pytest.mark.parametrize("strategy", ["average", "butterfly", "gossip", "async"])
+@pytest.mark.parametrize(
+    ("strategy", "ranks"), [*product(["average", "butterfly", "gossip", "async"], [3, 4, 5]), ("ad-psgd", 4)]
+)
 def test_every_strategy_reaches_95_percent(tmp_path, strategy, ranks):
     done = mpirun(ranks, ["mpicoll", "train", "--strategy", strategy, "--json"], tmp_path)
     assert (done.status, done.err) == (0, "")

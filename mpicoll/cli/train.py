@@ -63,7 +63,8 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "strategy": (
             click.Choice(list(STRATEGIES)),
             "On gradients in every step (sync), on a mean of models now and then (average), in every step with one "
-            "peer or a few (butterfly, gossip), or by a parameter server that does not wait for all (async).",
+            "peer or a few (butterfly, gossip), with one and without waiting for others (ad-psgd), or by a parameter "
+            "server that does not wait for all (async).",
         ),
         "algorithm": (
             click.Choice(["auto", *ALGORITHMS["allreduce"], "native"]),
@@ -84,7 +85,10 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             _Number(0, 1, max_open=True),
             "average: momentum of the mean [default: as --outer has it].",
         ),
-        "graph": (str, "gossip: of mpicoll show gossip, or an .npy file of matrices [default: exponential]."),
+        "graph": (
+            str,
+            "gossip, ad-psgd: of mpicoll show gossip, or an .npy file of matrices [default: exponential; complete].",
+        ),
         "mix_first": (bool, "gossip: before the optimizer's step, not after it."),
         "momenta": (
             click.Choice(MOMENTA),
@@ -106,7 +110,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "slow_down": (bool, "async: the staler a gradient, the smaller its learning rate."),
         "delays": (
             click.IntRange(min=LEAST["delays"]),
-            "async: simulate, with delays drawn from this seed, to have the same run again.",
+            "async, ad-psgd: simulate, with delays drawn from this seed, to have the same run again.",
         ),
         "workers": (click.IntRange(min=LEAST["workers"]), "async, --delays: so many [default: as there are ranks]."),
     },

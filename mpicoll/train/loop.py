@@ -59,6 +59,7 @@ def weights_of(settings: Settings, p: int, sharded: bool) -> list[float] | None:
         (sharded, "--shards", "each rank has data of its own"),
         (settings.delays is not None, "--delays", "times are drawn"),
         (settings.staleness == "inf", "--staleness inf", "ranks take shares when they are ready"),
+        (settings.strategy == "ad-psgd", "ad-psgd", "ranks take shares when they are ready"),
     ):
         if there:
             raise UserError(f"--balance has nothing to share out with {name}, where {why}: leave one of them out")

@@ -1,6 +1,9 @@
-"""Asynchronous SGD: with no staleness it is synchronous, otherwise within its bound, and it always ends."""
+"""Asynchronous SGD: with no staleness it is synchronous, otherwise within its bound, and it always ends.
+
+And AD-PSGD: averaging in pairs brings models together and keeps their sum."""
 
 import time
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -8,9 +11,11 @@ import pytest
 from mpi4py import MPI
 
 from mpicoll import UserError
+from mpicoll.train.data import Batches
 from mpicoll.train.loop import Result, Training
-from mpicoll.train.models import MODELS
+from mpicoll.train.models import MODELS, Batch, Sums
 from mpicoll.train.settings import Settings
+from mpicoll.train.strategies.messages import drawn
 from training import blobs, trained, training
 
 P = MPI.COMM_WORLD.size
@@ -84,9 +89,13 @@ def test_a_bound_that_is_broken_is_noticed(comm):
         made.strategy.record(7, 4)
 
 
+UNBOUNDED: list[dict[str, Any]] = [{"strategy": "async", "staleness": "inf"}, {"strategy": "ad-psgd"}]
+
+
 @pytest.mark.skipif(P == 1, reason="nobody to be slower than")
-def test_without_a_bound_the_slow_take_less(comm):
-    made = training(comm, blobs(200), strategy="async", staleness="inf", batch_size=4, epochs=1)
+@pytest.mark.parametrize("unbounded", UNBOUNDED, ids=lambda given: given["strategy"])
+def test_without_a_bound_the_slow_take_less(comm, unbounded):
+    made = training(comm, blobs(200), **unbounded, batch_size=4, epochs=1)
     result, calls = slowed(made, lambda: 0.05 if comm.rank == P - 1 else 0.001)
     everyones = comm.allgather(calls)
     assert sum(everyones) == 50 * P
@@ -95,13 +104,10 @@ def test_without_a_bound_the_slow_take_less(comm):
     assert result.steps == 50
 
 
-@pytest.mark.parametrize("staleness", ["2", "inf"])
-def test_every_share_is_taken_once_however_long_messages_take(comm, staleness):
+@pytest.mark.parametrize("given", [{"strategy": "async", "staleness": "2"}, *UNBOUNDED])
+def test_every_share_is_taken_once_however_long_messages_take(comm, given):
     """Of a large model, whose messages are on their way while ranks compute."""
-    model, settings = (
-        MODELS["mlp"](6, 3, (20_000,)),
-        Settings(strategy="async", staleness=staleness, batch_size=6, epochs=1),
-    )
+    model, settings = MODELS["mlp"](6, 3, (20_000,)), Settings(**given, batch_size=6, epochs=1)
     made, taken = Training(comm, blobs(180), model, settings), []
     shares = made.strategy.shares
     made.strategy.shares = lambda *steps: (taken.append(share) or share for share in shares(*steps))
@@ -111,12 +117,14 @@ def test_every_share_is_taken_once_however_long_messages_take(comm, staleness):
     assert same_everywhere(comm, result.params)
 
 
-@pytest.mark.parametrize("staleness", ["2", "inf"])
+@pytest.mark.parametrize("bounded", [{"strategy": "async", "staleness": "2"}, *UNBOUNDED])
 @pytest.mark.parametrize("careful", [{}, {"compensate": 0.1}, {"slow_down": True}])
-def test_it_learns_about_as_well(comm, staleness, careful):
+def test_it_learns_about_as_well(comm, bounded, careful):
+    if careful and bounded["strategy"] != "async":
+        pytest.skip("for gradients that are sent")
     given = {"epochs": 12, "momentum": 0.0, "batch_size": 16}
     together = trained(comm, blobs(300), strategy="sync", **given)
-    other = trained(comm, blobs(300), strategy="async", staleness=staleness, **careful, **given)
+    other = trained(comm, blobs(300), **bounded, **careful, **given)
     allowed = 0.5 if careful.get("slow_down") else 0.25  # slower is what it is
     assert other.epochs[-1].train_loss == pytest.approx(together.epochs[-1].train_loss, rel=allowed)
     assert other.epochs[-1].train_loss < 0.6 * other.epochs[0].train_loss
@@ -160,6 +168,97 @@ def test_simulated_backups(comm):
     assert not np.array_equal(full.params, together.params)
 
 
+# Averaging in pairs.
+
+
+class Still:
+    """A model that learns nothing, so that only averaging moves it."""
+
+    def __init__(self, model: Any) -> None:
+        self.size = model.size
+
+    def loss_and_grad(self, params: np.ndarray, batch: Any, grad: np.ndarray) -> Sums:
+        grad[:] = 0
+        return Sums(0.0, 0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("delays", [None, 3])
+def test_a_rank_with_nobody_to_average_with_is_plain_sgd(optimizer, delays):
+    given = {"optimizer": optimizer, "lr": 0.01, "clip": 0.5}
+    plain = trained(MPI.COMM_SELF, blobs(101), strategy="sync", **given)
+    other = trained(MPI.COMM_SELF, blobs(101), strategy="ad-psgd", delays=delays, **given)
+    np.testing.assert_array_equal(other.params, plain.params)
+
+
+@pytest.mark.skipif(P == 1, reason="nobody to average with")
+@pytest.mark.parametrize("graph", ["complete", "ring", "star"])
+@pytest.mark.parametrize("how", [{}, {"delays": 5}, {"shards": True}])
+def test_pairs_bring_models_together_and_keep_their_sum(comm, graph, how):
+    made = training(comm, blobs(200), strategy="ad-psgd", graph=graph, batch_size=2, epochs=1, momentum=0.0, **how)
+    made.model = Still(made.model)
+    made.params[:] = np.random.default_rng(comm.rank).normal(size=made.params.shape)
+    mean = comm.allreduce(made.params) / P
+    made.run()
+    np.testing.assert_allclose(comm.allreduce(made.params) / P, mean, rtol=0, atol=1e-13)
+    assert np.max(np.abs(made.params - mean)) < 0.01
+    assert made.params is made.strategy.params
+    np.testing.assert_array_equal(made.strategy.point(), made.params)
+
+
+def test_two_that_send_their_models_to_each_other_do_not_swap_them(comm):
+    """Each has its own under way when the other's comes."""
+    if P != 2:
+        pytest.skip("needs two")
+    made = training(comm, blobs(20), strategy="ad-psgd", shards=True, batch_size=20, epochs=1, momentum=0.0)
+    made.strategy._run._threads = False
+    made.model = Still(made.model)
+    made.params[:] = comm.rank
+    comm.Barrier()
+    made.run()
+    assert set(comm.allgather(made.params[0])) <= {0.5, 0.25, 0.75}
+    assert comm.allreduce(made.params[0]) == 1
+
+
+def test_only_neighbors_are_asked(comm):
+    made = training(comm, blobs(20), strategy="ad-psgd", graph="ring")
+    drawn_for = made.strategy.neighbors(comm.rank, 0)
+    found = {next(drawn_for) for _ in range(50)} if P > 1 else set(drawn_for)
+    assert found == {(comm.rank + 1) % P, (comm.rank - 1) % P} - {comm.rank}
+
+
+def test_a_simulation_does_what_it_says(comm):
+    """Step by step, for all ranks, on each."""
+    data, epochs, size, lr = blobs(50), 2, 10, 0.1
+    result = trained(comm, data, strategy="ad-psgd", delays=9, batch_size=size, epochs=epochs, lr=lr, momentum=0.0)
+    made = training(MPI.COMM_SELF, data, batch_size=size)
+    one = training(comm, data, strategy="ad-psgd", delays=9)
+    models = [made.params.copy() for _ in range(P)]
+    points, grad, first = [made.params.copy() for _ in range(P)], np.empty_like(made.params), 0
+    for epoch in range(1, epochs + 1):
+        batches = Batches(data, P, size, 3, epoch, None)
+        shares = iter([(step, rank) for step in range(batches.steps) for rank in range(P)])
+        times = drawn(9, first, P)
+        peers = [one.strategy.neighbors(rank, first) for rank in range(P)]
+        heap = [(next(times[rank]), rank, next(shares)) for rank in range(P)]
+        heap.sort()
+        while heap:
+            now, rank, (step, share) = heappop(heap)
+            mine, length = batches.share(step, share)
+            made.model.loss_and_grad(points[rank], Batch(data.train.x[mine], data.train.y[mine]), grad)
+            models[rank] -= lr * (grad * (P / length))
+            peer = next(peers[rank], None)
+            if peer is not None:
+                models[rank] = (models[rank] + models[peer]) * 0.5
+                models[peer] = models[rank].copy()
+            points[rank] = models[rank].copy()
+            if following := next(shares, None):
+                heappush(heap, (now + next(times[rank]), rank, following))
+        points = [model.copy() for model in models]
+        first += batches.steps
+    np.testing.assert_allclose(result.params, np.mean(models, axis=0), rtol=1e-12, atol=1e-14)
+
+
 # It ends.
 
 
@@ -168,21 +267,24 @@ def test_it_ends_a_hundred_times(comm):
     common = np.random.default_rng(11)
     pauses = np.random.default_rng([11, comm.rank])
     for _ in range(100):
-        staleness = str(common.choice(["0", "1", "4", "inf"]))
+        staleness = str(common.choice(["0", "1", "4", "inf", "pairs"]))
+        kind = {"strategy": "async", "staleness": staleness} if staleness != "pairs" else {"strategy": "ad-psgd"}
         made = training(
             comm,
             blobs(int(common.integers(5, 40))),
-            strategy="async",
-            staleness=staleness,
+            **kind,
             batch_size=int(common.integers(1, 12)),
             epochs=2,
             backups=1 if staleness == "0" and P > 1 and common.integers(2) else None,
         )
+        if common.integers(4) == 0:  # an MPI that does not let two threads call it
+            made.strategy._run._threads = False
         longest = common.choice([0, 0, 2e-4, 2e-3])
         result, _ = slowed(
             made, lambda longest=longest: pauses.uniform(0, longest), max_steps=int(common.integers(1, 9))
         )
         assert same_everywhere(comm, result.params)
+        assert result.steps == made.step
 
 
 def test_what_is_asked_for_wrongly(comm):

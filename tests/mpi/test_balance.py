@@ -140,6 +140,7 @@ def test_a_resumed_run_begins_with_the_weights_that_were(comm, folder, balance):
         ({"balance": ",".join(["1"] * (P + 1))}, f"--balance must be auto, or {P} positive number"),
         ({"balance": "inf" + ",1" * (P - 1)}, f"--balance must be auto, or {P} positive number"),
         ({"strategy": "async", "delays": 1}, "nothing to share out with --delays, where times are drawn"),
+        ({"strategy": "ad-psgd"}, "nothing to share out with ad-psgd, where ranks take"),
         ({"strategy": "async", "staleness": "inf"}, "nothing to share out with --staleness inf, where ranks take"),
         ({"shards": True}, "nothing to share out with --shards, where each rank has data of its own: leave one"),
     ],

@@ -304,7 +304,10 @@ def test_a_file_of_several_arrays_is_no_graph(comm, folder):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"strategy": "snyc"}, "--strategy must be one of sync, average, butterfly, gossip, async, got 'snyc'"),
+        (
+            {"strategy": "snyc"},
+            "--strategy must be one of sync, average, butterfly, gossip, ad-psgd, async, got 'snyc'",
+        ),
         ({"optimizer": "adm"}, "--optimizer must be one of sgd, .*, got 'adm'"),
         ({"strategy": "average", "outer": "bm"}, "--outer must be one of mean, bmuf, .*, got 'bm'"),
         ({"strategy": "average", "every": 0}, "--every must be at least 1, got 0"),

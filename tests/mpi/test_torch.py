@@ -350,7 +350,8 @@ def _other() -> Any:
 @pytest.mark.parametrize(
     ("make", "given", "wanted"),
     [
-        (network, {"strategy": "async"}, "strategy async .* cannot run torch's: choose sync, average, butterfly, gos"),
+        (network, {"strategy": "async"}, "strategy async answers .* choose sync, average, butterfly, gossip$"),
+        (network, {"strategy": "ad-psgd"}, "strategy ad-psgd answers other ranks between steps"),
         (network, {"strategy": "none"}, "--strategy must be one of"),
         (network, {"every": 8}, "--every is not for the sync strategy, but for average"),
         (network, {"strategy": "average", "every": 0}, "--every must be at least 1"),

@@ -12,6 +12,7 @@ from mpicoll.mpi.threads import limit_threads
 from mpicoll.train.data import Part
 from mpicoll.train.loop import evaluate
 from mpicoll.train.models import MODELS, Layered
+from mpicoll.train.strategies import STRATEGIES
 from training import blobs, broken_on_the_last_rank, trained
 
 P = MPI.COMM_WORLD.size
@@ -88,7 +89,7 @@ def test_the_best_model_is_kept_and_patience_ends_the_run_on_all_ranks(comm):
     assert len({params.tobytes() for params in comm.allgather(result.params)}) == 1
 
 
-@pytest.mark.parametrize("strategy", ["sync", "average", "butterfly", "gossip"])
+@pytest.mark.parametrize("strategy", ["sync", "average", "butterfly", "gossip", "ad-psgd"])
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
 def test_shards_of_uneven_length(comm, strategy, batch_size):
     """Rank r has r samples, and rank 0 of one rank three; some batches give a rank nothing."""
@@ -108,7 +109,7 @@ def test_shards_of_uneven_length(comm, strategy, batch_size):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("strategy", ["sync", "average", "butterfly", "gossip"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES])
 def test_what_becomes_nan_on_one_rank_ends_the_run_on_all(comm, monkeypatch, strategy, where):
     broken_on_the_last_rank(comm, monkeypatch, where)
     with pytest.raises(UserError, match=r"(the loss became nan|parameters became infinite or nan) at step") as caught:

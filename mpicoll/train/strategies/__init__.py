@@ -4,6 +4,7 @@ from .asynchronous import Async
 from .average import Average
 from .base import Now, Strategy
 from .mixing import Butterfly, Gossip
+from .pairwise import ADPSGD
 from .sync import Sync
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -11,6 +12,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "average": Average,
     "butterfly": Butterfly,
     "gossip": Gossip,
+    "ad-psgd": ADPSGD,
     "async": Async,
 }
 

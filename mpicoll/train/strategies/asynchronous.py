@@ -7,13 +7,9 @@ computes.
 """
 
 import math
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from heapq import heappop, heappush
 from itertools import count, pairwise
-from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -21,15 +17,10 @@ import numpy as np
 from ...errors import UserError
 from ..optimizers import clip
 from .base import Now, Strategy
+from .messages import Messages, drawn, share_of
 
 if TYPE_CHECKING:
     from ..server import Packet
-
-POLL = 1e-3
-"""Seconds from one look for messages to the next while a rank computes."""
-
-LOOKS, PAUSE = 1000, 5e-5
-"""So often a rank that waits looks for messages in a row, and then after so many seconds each."""
 
 
 class Async(Strategy):
@@ -54,6 +45,7 @@ class Async(Strategy):
         "workers": None,
     }
     replicated = True
+    in_step = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -125,13 +117,8 @@ class Async(Strategy):
         self.histogram += [0] * (behind + 1 - len(self.histogram))
         self.histogram[behind] += 1
 
-    def share_of(self, number: int) -> tuple[int, int] | None:
-        """Where workers take what is left: the step and the rank of a share, by its number; none if all are taken."""
-        step, rank = divmod(number, self.workers)
-        return (self.steps[step], rank) if step < len(self.steps) else None
 
-
-class _Messages:
+class _Messages(Messages):
     """Between ranks: gradients to the servers of all parts, and parameters back.
 
     A rank has at most one gradient under way to each server, and sends the next when that has been answered; so there
@@ -139,28 +126,19 @@ class _Messages:
     """
 
     def __init__(self, strategy: "Async") -> None:
-        from mpi4py import MPI
-
         from ...mpi.collectives import cuts_of
-        from ...mpi.state import state_of
         from ..server import Packet
 
-        self.strategy, self.point = strategy, strategy.params
-        self.p, self.rank, self.state = strategy.p, strategy.comm.rank, state_of(strategy.comm)
+        super().__init__(strategy, 2 * strategy.p)  # gradients, answers
+        self.strategy: Async = strategy
+        self.point = strategy.params
         self.cuts = cuts_of(None, len(self.point), self.p)
         parts, dtype = [hi - lo for lo, hi in pairwise(self.cuts)], self.point.dtype
         strategy.optimizer.part = slice(*self.cuts[self.rank :][:2])
-        self.others = [(self.rank + n) % self.p for n in range(1, self.p)]
         self._out = [Packet(part, dtype) for part in parts]  # gradients to each server
         self._in = [Packet(parts[self.rank], dtype) for _ in parts]  # gradients from each rank
         self._back = [Packet(part, dtype) for part in parts]  # answers of each server
-        self._wire = self.state.comm
         self._tags = self.state.persistent_tag(), self.state.persistent_tag()  # of gradients, of answers
-        self._receiving: list[Any] = 2 * self.p * [MPI.REQUEST_NULL]  # gradients, answers
-        self._sending: dict[Any, MPI.Request] = {}
-        self._some = MPI.Request.Testsome
-        self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED
-        self._lock, self._stop = Lock(), Event()
 
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
@@ -170,20 +148,18 @@ class _Messages:
         self._clock, self._number = [0.0] * self.p, [0.0] * self.p  # of the parameters here, by server
         self._step = self._ahead = first  # the next, and that of the server which is furthest
         self._pool = [self.rank, self.p + self.rank]  # numbers of shares that are this rank's to take
-        self._failed: BaseException | None = None
-        s.waited = s.waited or 0.0
         for rank in self.others:
-            self._receiving[rank] = self._wire.Recv_init(self._in[rank].raw, rank, self._tags[0])
-            self._receiving[self.p + rank] = self._wire.Recv_init(self._back[rank].raw, rank, self._tags[1])
-            self._receiving[rank].Start()
-        with self._attended():
+            self.requests[rank] = self.wire.Recv_init(self._in[rank].raw, rank, self._tags[0])
+            self.requests[self.p + rank] = self.wire.Recv_init(self._back[rank].raw, rank, self._tags[1])
+            self.requests[rank].Start()
+        with self.attended():
             if s.pooled:
-                while (share := s.share_of(self._pool.pop(0))) is not None:  # of the one or two that are there
+                while (share := share_of(self._pool.pop(0), s.steps, self.p)) is not None:  # of the one or two there
                     yield share
             else:
                 while self._step < last:
                     yield self._step, self.rank
-            with s.agreeing(), self._lock:
+            with s.agreeing(), self.lock:
                 self._finish()
         self._gather()
 
@@ -200,84 +176,51 @@ class _Messages:
     def step(self, grad: np.ndarray, **numbers: float) -> None:
         """Send a gradient, and go on to parameters that are new enough."""
         s = self.strategy
-        with s.agreeing(), self._lock:
+        with s.agreeing(), self.lock:
             taken_at = list(self._number)
             s.record(self._pushed if s.pooled else self._step - s.steps.start, min(self._clock))
-            self._until("all servers to answer", self._is_answered)
+            self.until("all servers to answer", self._is_answered)
             self._read()  # before there are newer ones: each brings the number of a share
             for server, (lo, hi) in enumerate(pairwise(self.cuts)):
-                self._settle(server, self._tags[0])
+                self.settle(("gradient", server))
                 packet = self._out[server]
                 packet.body[:] = grad[lo:hi]
                 packet.say(**numbers, number=taken_at[server])
             self._pushed += 1
             for server in self.others:
-                self._receiving[self.p + server].Start()  # its answer
-                self._send(self._out[server].raw, server, self._tags[0])
+                self.requests[self.p + server].Start()  # its answer
+                self.send(("gradient", server), self._out[server].raw, server, self._tags[0])
             self._answer(s.server.take(self.rank, self._out[self.rank]))
-            self._handle(self._some(self._receiving))
+            self.look()
             self._read()
-            self._until("parameters that are new enough", self._is_answered if s.bound == 0 else self._is_new_enough)
+            self.until("parameters that are new enough", self._is_answered if s.bound == 0 else self._is_new_enough)
+            self._read()
             self._step = max(self._step + 1, self._ahead)
 
     def _is_answered(self) -> bool:
         return min(self._answered) == self._pushed
 
     def _is_new_enough(self) -> bool:
+        self._read()
         return min(self._clock) >= self._pushed - self.strategy.bound
 
-    def _until(self, what: str, done: Callable[[], bool]) -> None:
-        """Wait, and meanwhile look after the server."""
-        from ...mpi import record
-
-        if self._failed is not None:
-            raise self._failed
-        if done():
-            return
-        start = time.perf_counter()
-        with record.during(f"waiting for {what}", self.state):
-            looks = 0
-            while not done():
-                if came := self._some(self._receiving):
-                    self._handle(came)
-                    self._read()
-                    looks = 0
-                elif (looks := looks + 1) < LOOKS:
-                    os.sched_yield()  # MPI itself would not, and others may need this core to send
-                else:
-                    time.sleep(PAUSE)
-        self.strategy.waited = (self.strategy.waited or 0.0) + time.perf_counter() - start
-
-    def _send(self, message: np.ndarray, rank: int, tag: int) -> None:
-        self._sending[rank, tag] = self._wire.Isend(message, rank, tag)
-        self.strategy.count(message.nbytes, 1)
-
-    def _settle(self, rank: int, tag: int) -> None:
-        """What was sent last need not stay as it is any more: at once, since the rank has sent something upon it."""
-        if request := self._sending.pop((rank, tag), None):
-            request.Wait()
-
-    def _handle(self, indices: list[int] | None) -> None:
-        """Messages that have come."""
-        for n in indices or ():
-            if n < self.p:
-                self._arrived(n, self._in[n])
-            else:
-                self._came(n - self.p, self._back[n - self.p])
-
-    def _arrived(self, rank: int, gradient: "Packet") -> None:
-        server = self.strategy.server
-        self._answer(server.finish(rank) if gradient.samples < 0 else server.take(rank, gradient))
+    def handle(self, index: int) -> None:
+        """See ``Messages``."""
+        if index < self.p:
+            server, gradient = self.strategy.server, self._in[index]
+            self._answer(server.finish(index) if gradient.samples < 0 else server.take(index, gradient))
+        else:
+            self._came(index - self.p, self._back[index - self.p])
 
     def _answer(self, ranks: list[int]) -> None:
         for rank in ranks:
-            self._settle(rank, self._tags[1])
+            self.settle(("answer", rank))
             packet = self.strategy.server.answer(rank)
             if rank == self.rank:
                 self._came(rank, packet)
             else:
-                self._receiving[rank].Start()  # the next gradient
-                self._send(packet.raw, rank, self._tags[1])
+                self.requests[rank].Start()  # the next gradient
+                self.send(("answer", rank), packet.raw, rank, self._tags[1])
 
     def _came(self, server: int, answer: "Packet") -> None:
         self._answered[server] += 1
@@ -296,54 +239,20 @@ class _Messages:
     def _finish(self) -> None:
         """Of an epoch: when all have, no message is under way."""
         server = self.strategy.server
-        self._until("all servers to answer", self._is_answered)
+        self.until("all servers to answer", self._is_answered)
         for rank in self.others:
-            self._settle(rank, self._tags[0])
+            self.settle(("gradient", rank))
             self._out[rank].say(samples=-1)
-            self._send(self._out[rank].raw, rank, self._tags[0])
+            self.send(("gradient", rank), self._out[rank].raw, rank, self._tags[0])
         self._answer(server.finish(self.rank))
-        self._until("all ranks to finish the epoch", lambda: all(server.finished))
-        for request in self._sending.values():
-            request.Wait()
-        self._sending.clear()
-        for request in self._receiving:
-            if request:
-                request.Free()
-
-    @contextmanager
-    def _attended(self) -> Iterator[None]:
-        """With a thread that looks for messages while this rank computes, where MPI allows it."""
-        self._stop.clear()
-        thread = Thread(target=self._attend, name="mpicoll server", daemon=True)
-        if self._threads and self.others:
-            thread.start()
-        try:
-            yield
-        except BaseException:
-            self.state.interrupt()  # messages may still be under way
-            raise
-        finally:
-            self._stop.set()
-            if thread.is_alive():
-                thread.join()
-
-    @np.errstate(all="ignore")  # as in the other thread
-    def _attend(self) -> None:
-        while not self._stop.wait(POLL):
-            if self._lock.acquire(blocking=False):  # else the other thread is at it
-                try:
-                    self._handle(self._some(self._receiving))
-                except BaseException as error:  # which is for the other thread to raise
-                    self._failed = error
-                    return
-                finally:
-                    self._lock.release()
+        self.until("all ranks to finish the epoch", lambda: all(server.finished))
+        self.end()
 
 
 class _Simulated:
     """On any number of ranks, all of which are the server of all parameters, while each plays some of the workers.
 
-    A step takes a worker half a second, and half a second more on average, exponentially distributed; messages none.
+    A step takes a worker as long as is ``drawn``; messages take no time.
     """
 
     def __init__(self, strategy: "Async") -> None:
@@ -355,17 +264,17 @@ class _Simulated:
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
         s, rank = self.strategy, self.strategy.comm.rank
-        times = [np.random.default_rng([s.seed, first, worker]) for worker in range(s.workers)]
+        times = drawn(s.seed, first, s.workers)
         views, numbers, clocks = [s.held.copy() for _ in times], [0] * s.workers, [0.0] * s.workers
         pool, done = count(), [0] * s.workers
         running: list[tuple[float, int, tuple[int, int]]] = []  # a heap: when who is done with which share
 
         def begin(now: float, worker: int, step: int) -> None:
-            share = s.share_of(next(pool)) if s.pooled else (step, worker) if step < last else None
+            share = share_of(next(pool), s.steps, s.workers) if s.pooled else (step, worker) if step < last else None
             if share is None:
                 answer(now, s.server.finish(worker))
             else:
-                heappush(running, (now + 0.5 + times[worker].exponential(0.5), worker, share))
+                heappush(running, (now + next(times[worker]), worker, share))
 
         def answer(now: float, workers: list[int]) -> None:
             for worker in workers:

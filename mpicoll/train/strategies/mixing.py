@@ -5,13 +5,16 @@ the parameters are mixed by push-sum, and gradients taken at the estimates (SGP:
 """
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ...errors import UserError
 from ...graphs import Graph, graph
 from .base import Now, Strategy
+
+if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
+    from mpi4py import MPI
 
 
 def _read(path: str, p: int) -> Any:
@@ -37,6 +40,16 @@ def _made(name: str, what: Any, p: int) -> Graph:
         raise UserError(f"graph {name!r}: {error}") from error
 
 
+def graph_of(comm: "MPI.Intracomm", what: str) -> Graph:
+    """By its name, or from a file that rank 0 reads; a ``UserError`` on all ranks if there is no such graph."""
+    from ...mpi.guard import on_root
+
+    if Path(what).suffix != ".npy":
+        return _made(what, what, comm.size)
+    matrices = on_root(comm, lambda: _read(what, comm.size))
+    return _made(what, matrices, comm.size)
+
+
 class Gossip(Strategy):
     """A round of gossip averaging a step, on any graph of ``mpicoll.graph`` or the matrices in an ``.npy`` file.
 
@@ -51,7 +64,7 @@ class Gossip(Strategy):
         super().__init__(*args, **kwargs)
         from ...mpi.mixing import PushSum
 
-        self.graph = self._graph()
+        self.graph = graph_of(self.comm, self.option("graph"))
         self.mix_first, self.momenta = self.option("mix_first"), self.option("momenta")
         if self.momenta == "reset":
             raise UserError(f"momenta reset is for averaging: {self.settings.strategy} mixes in every step")
@@ -61,15 +74,6 @@ class Gossip(Strategy):
             raise UserError(f"momenta average needs a doubly stochastic graph; only columns of the {self.graph} add up")
         self._point = self.params.copy() if self.push else self.params
         self.algorithm = f"{'push-sum' if self.push else 'mixing'} on {self.graph.name}"
-
-    def _graph(self) -> Graph:
-        from ...mpi.guard import on_root
-
-        what = self.option("graph")
-        if Path(what).suffix != ".npy":
-            return _made(what, what, self.p)
-        matrices = on_root(self.comm, lambda: _read(what, self.p))
-        return _made(what, matrices, self.p)
 
     def point(self) -> np.ndarray:
         """See ``Strategy``: with push-sum the estimate of the mean."""

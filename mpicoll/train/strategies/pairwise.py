@@ -1,0 +1,255 @@
+"""AD-PSGD (Lian et al. 2018): ranks average in pairs, each when it is ready to, and nobody waits for all."""
+
+import time
+from collections.abc import Iterator
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..optimizers import clip
+from .base import Now, Strategy
+from .messages import Messages, drawn, share_of
+from .mixing import graph_of
+
+
+class ADPSGD(Strategy):
+    """In every step a rank averages its model with that of a neighbor in the graph, drawn at random, which computes
+    meanwhile; and so does the rank itself, its next gradient, at a copy from before.
+
+    In the paper two ranks meet, with both models locked, and graphs must be bipartite lest ranks wait in a circle.
+    Here the one sends its model x; the other, whose model is y by then, answers d = (x - y)/2 and takes y + d; and the
+    first takes d off its model, whatever that has become.  Where nothing happened in between both have the mean, the
+    sum of all models stays in any case, and as every rank always answers, no wait goes on for ever on any graph.  A
+    rank whose own model is under way answers (x - y)/4: two that had sent theirs to each other would else swap them.
+
+    Ranks take shares of batches as they are ready for them, unless data are sharded: a faster one takes more.  All wait
+    for each other at the end of an epoch.  With ``delays``, the seed of a simulation, steps take times that are drawn,
+    messages none, and everything happens in the order that follows: the same bits whenever as many ranks do it.
+    """
+
+    options: ClassVar = {"graph": "complete", "delays": None}
+    in_step = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.graph = graph_of(self.comm, self.option("graph"))
+        self.digest = self.graph.digest.hex()[:8]
+        self.pooled = not self.settings.shards
+        self._point = self.params.copy()
+        self.waited: float = 0.0
+        simulated = self.option("delays") is not None
+        self._run: _Messages | _Simulated = _Simulated(self) if simulated else _Messages(self)
+        self.algorithm = f"{'simulated ' if simulated else ''}averaging in pairs on {self.graph.name}"
+
+    def point(self) -> np.ndarray:
+        """See ``Strategy``: the model as it was after the last step."""
+        return self._point
+
+    def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """See ``Strategy``."""
+        self._point[:] = self.params
+        yield from self._run.shares(range(first, last))
+        self._point[:] = self.params
+
+    def step(self, now: Now, samples: int, length: int) -> None:
+        """See ``Strategy``."""
+        grad = self.sums[:-2]
+        grad *= self.p / length  # as in agree_on_gradient
+        if self.settings.clip is not None:
+            clip(grad, self.settings.clip)
+        with self.agreeing():
+            self._run.step(grad, now.lr)
+
+    def neighbors(self, rank: int, step: int) -> Iterator[int]:
+        """Of a rank, from this step on: drawn from all that it has in any round; none if it is alone."""
+        links = [self.graph.edges(t)[:2] for t in range(self.graph.period or self.p)]
+        target, source = np.concatenate(links, axis=1)
+        linked = np.union1d(source[target == rank], target[source == rank])
+        linked, random = linked[linked != rank], np.random.default_rng([self.settings.seed, step, rank])
+        while len(linked):
+            yield int(random.choice(linked))
+
+
+CAME, SENT, ANSWER, SHARE = range(4)
+"""Requests: for what comes from any rank; for the answer to a model as it leaves; for an answer, and a share's number,
+as they come."""
+
+FINISHED, ASKS, MODEL = -1.0, 0.0, 1.0
+"""What comes, as the ``samples`` of a packet: nothing more in this epoch; for the number of a share; a model."""
+
+
+class _Messages(Messages):
+    """Between ranks: models and answers; and which share of a batch is to be taken next, which rank 0 knows.
+
+    A rank has at most one model under way, and asks for one share, the one after the next.
+    """
+
+    def __init__(self, strategy: ADPSGD) -> None:
+        from ..server import Packet
+
+        super().__init__(strategy, 4)
+        self.strategy: ADPSGD = strategy
+        size, dtype = len(strategy.params), strategy.params.dtype
+        self._in, self._out, self._word = (Packet(count, dtype) for count in (size, size, 0))
+        self._answer = np.empty(size, dtype)
+        self._numbers = np.zeros(self.p, np.int64)  # of shares; a rank reads its own, rank 0 writes all
+        self._tags = tuple(self.state.persistent_tag() for _ in range(3))  # of what comes, of answers, of shares
+
+    def shares(self, steps: range) -> Iterator[tuple[int, int]]:
+        """See ``Strategy``."""
+        from mpi4py import MPI
+
+        s = self.strategy
+        self._peers, self._peer = s.neighbors(self.rank, steps.start), -1  # whose answer is still to come
+        self._pool, self._asked, self._next = [self.rank, self.p + self.rank], False, 2 * self.p
+        self._running = len(self.others)
+        if self.others:
+            # Nothing of the next epoch comes before this one has ended here, since between them all ranks add up.
+            self.requests[CAME] = self.wire.Recv_init(self._in.raw, MPI.ANY_SOURCE, self._tags[0])
+            self.requests[CAME].Start()
+        with self.attended():
+            if s.pooled:
+                while (share := share_of(self._pool.pop(0), steps, self.p)) is not None:
+                    yield share
+            else:
+                yield from ((step, self.rank) for step in steps)
+            with s.agreeing(), self.lock:
+                self._finish()
+
+    def step(self, grad: np.ndarray, lr: float) -> None:
+        """Step, and send the model to a neighbor when the last one has answered."""
+        s = self.strategy
+        with self.lock:
+            s.optimizer.step(s.params, grad, lr)
+            self.until("a neighbor to answer", self._is_answered)
+            if (peer := next(self._peers, None)) is not None:
+                self._peer = peer
+                self._out.body[:] = s.params
+                self._out.say(number=self.rank, samples=MODEL)
+                self.requests[ANSWER] = self.wire.Irecv(self._answer, peer, self._tags[1])
+                self.send("model", self._out.raw, peer, self._tags[0])
+            if s.pooled:
+                self._ask()
+            self.look()
+            self.until("the number of a share", lambda: not s.pooled or bool(self._pool))
+            s.point()[:] = s.params
+
+    def _is_answered(self) -> bool:
+        return self._peer < 0
+
+    def _ask(self) -> None:
+        """For the number of the share after the next."""
+        if self.rank == 0:
+            self._pool.append(self._take())
+            return
+        self.until("the number of a share", lambda: not self._asked)
+        self._asked = True
+        self.requests[SHARE] = self.wire.Irecv(self._numbers[self.rank :][:1], 0, self._tags[2])
+        self._say(0, ASKS)
+
+    def _take(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+    def _say(self, rank: int, what: float) -> None:
+        self._word.say(number=self.rank, samples=what)
+        self.send(("word", rank), self._word.raw, rank, self._tags[0])
+
+    def handle(self, index: int) -> None:
+        """See ``Messages``."""
+        if index == CAME:
+            self._came(int(self._in.number), self._in.samples)
+        elif index == SENT:
+            self.requests[CAME].Start()
+        elif index == ANSWER:
+            self.settle("model")
+            self.strategy.params -= self._answer
+            self._peer = -1
+        else:
+            self.settle(("word", 0))
+            self._asked = False
+            self._pool.append(int(self._numbers[self.rank]))
+
+    def _came(self, rank: int, what: float) -> None:
+        if what == MODEL:  # go some of the way to it, and have it go as far
+            params, way = self.strategy.params, self._in.body
+            way -= params
+            way *= 0.5 if self._is_answered() else 0.25
+            params += way
+            self.requests[SENT] = self.wire.Isend(way, rank, self._tags[1])
+            self.strategy.count(way.nbytes, 1)
+            return
+        if what == ASKS:
+            self.settle(("share", rank))
+            self._numbers[rank] = self._take()
+            self.send(("share", rank), self._numbers[rank:][:1], rank, self._tags[2])
+        else:
+            self._running -= 1
+        if self._running:
+            self.requests[CAME].Start()
+
+    def _finish(self) -> None:
+        """Of an epoch: when all have, no message is under way."""
+        self.until("a neighbor to answer", self._is_answered)
+        self.until("the number of a share", lambda: not self._asked)
+        for rank in self.others:
+            self._say(rank, FINISHED)
+        self.until("all ranks to finish the epoch", lambda: not (self._running or self.requests[SENT]))
+        self.end()
+
+
+class _Simulated:
+    """Every rank goes through all that happens, and takes part where it is concerned."""
+
+    def __init__(self, strategy: ADPSGD) -> None:
+        from ...mpi.state import state_of
+
+        self.strategy, self._state = strategy, state_of(strategy.comm)
+        self._tag, self._other = self._state.persistent_tag(), np.empty_like(strategy.params)
+
+    def shares(self, steps: range) -> Iterator[tuple[int, int]]:
+        """See ``Strategy``."""
+        s, rank = self.strategy, self.strategy.comm.rank
+        times, pool = drawn(s.option("delays"), steps.start, s.p), count()
+        own = [((step, worker) for step in steps) for worker in range(s.p)]
+        peers = [s.neighbors(worker, steps.start) for worker in range(s.p)]
+        running: list[tuple[float, int, tuple[int, int]]] = []  # a heap: when who is done with which share
+
+        def begin(now: float, worker: int) -> None:
+            share = share_of(next(pool), steps, s.p) if s.pooled else next(own[worker], None)
+            if share is not None:
+                heappush(running, (now + next(times[worker]), worker, share))
+
+        for worker in range(s.p):
+            begin(0.0, worker)
+        while running:
+            now, worker, share = heappop(running)
+            peer = next(peers[worker], worker)
+            self._peer = peer if worker == rank else worker
+            if worker == rank:
+                yield share
+            elif peer == rank:
+                with s.agreeing():
+                    self._average()
+            begin(now, worker)
+
+    def step(self, grad: np.ndarray, lr: float) -> None:
+        """Step, and take the mean with a neighbor."""
+        s = self.strategy
+        s.optimizer.step(s.params, grad, lr)
+        if self._peer != s.comm.rank:
+            self._average()
+        s.point()[:] = s.params
+
+    def _average(self) -> None:
+        from ...mpi import record
+
+        s, params, peer, start = self.strategy, self.strategy.params, self._peer, time.perf_counter()
+        with record.during(f"averaging with rank {peer}", self._state):
+            self._state.comm.Sendrecv(params, peer, self._tag, self._other, peer, self._tag)
+        s.waited += time.perf_counter() - start
+        s.count(params.nbytes, 1)
+        params += self._other
+        params *= 0.5
