@@ -78,6 +78,12 @@ class Graph:
         return bool(np.abs(np.array(sums) - 1).max() <= TOLERANCE)
 
     @cached_property
+    def symmetric(self) -> bool:
+        """Does every rank take as much of each other as that takes of it, in every round?"""
+        rounds = (self.edges(t) for t in range(self.period or 1))
+        return all(_by_source(edges) == _by_source(Edges(edges.source, edges.target, edges.weight)) for edges in rounds)
+
+    @cached_property
     def connected(self) -> bool:
         """Does every rank hear of every other in the end, be it by way of others?"""
         rounds = [self.edges(t) for t in range(self.period or SAMPLE)]
@@ -126,6 +132,14 @@ class Graph:
         target, source, weight = self.edges(t)
         mine = target == rank
         return list(zip(source[mine].tolist(), weight[mine].tolist(), strict=True)), target[source == rank].tolist()
+
+    def peers(self, rank: int) -> list[int]:
+        """Whom ``rank`` takes from or gives to in any round; all others, if rounds never come again."""
+        if self.period is None:
+            return [other for other in range(self.p) if other != rank]
+        target, source = np.concatenate([self.edges(t)[:2] for t in range(self.period)], axis=1)
+        linked = np.union1d(source[target == rank], target[source == rank])
+        return [int(other) for other in linked if other != rank]
 
     def matrix(self, t: int) -> np.ndarray:
         """The p x p matrix of round ``t``; ``matrix(t)[i, j]`` is what rank i takes of what rank j holds."""
@@ -188,6 +202,10 @@ class Graph:
                 return None
             done, t = self.matrix(t) @ done, t + 1
         return t
+
+
+def _by_source(edges: Edges) -> list[tuple]:
+    return sorted(zip(edges.source.tolist(), edges.target.tolist(), edges.weight.tolist(), strict=True))
 
 
 def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:

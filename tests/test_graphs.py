@@ -207,6 +207,24 @@ def test_networkx_graphs():
     assert not made.doubly
     np.testing.assert_allclose(made.matrix(0), [[1 / 3, 1 / 2, 1 / 2], [1 / 3, 1 / 2, 0], [1 / 3, 0, 1 / 2]])
     assert made.neighbors(0, 5)[1] == [0, 1, 2]
+
+
+def test_peers_are_those_of_any_round():
+    assert graph("ring", 5).peers(0) == [1, 4]
+    assert graph("butterfly", 8).peers(3) == [1, 2, 7]
+    assert graph("exponential", 5).peers(0) == [1, 2, 3, 4]  # it takes from some, and gives to others
+    assert graph("star", 4).peers(2) == [0]
+    assert graph("matching", 4).peers(2) == [0, 1, 3]
+    assert graph("ring", 1).peers(0) == []
+
+
+def test_what_is_symmetric():
+    for name in ("ring", "torus", "star", "complete", "base", "matching"):
+        for p in (1, 2, 3, 6, 7, 8):
+            assert graph(name, p).symmetric, (name, p)
+    assert [p for p in range(1, 10) if graph("butterfly", p).symmetric] == [1, 2, 4, 8]
+    assert not graph("exponential", 5).symmetric
+    assert not graph(np.array([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]])).symmetric
     regular = graph(nx.DiGraph([(0, 1), (1, 2), (2, 0)]))
     assert regular.doubly
     weighted = nx.DiGraph()

@@ -96,8 +96,8 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         ),
         "compress": (
             str,
-            "sync, average: send less, and the rest later: 16bit, sign, topk:0.01 (of all elements the largest, such a "
-            "share) or powersgd:2 (matrices as a product, of that rank) [default: all].",
+            "All but ad-psgd: send less, and the rest later: 16bit, sign, topk:0.01 (of all elements the largest, such "
+            "a share) or, sync and average only, powersgd:2 (matrices as a product, of that rank) [default: all].",
         ),
     },
     "How far ranks may run apart": {

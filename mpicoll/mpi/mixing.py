@@ -110,6 +110,31 @@ class PushSum:
         return np.divide(x, self.weight, dtype=wide).astype(x.dtype)
 
 
+def exchange(messages: dict[int, np.ndarray], comm: MPI.Intracomm, graph: Graph, step: int) -> dict[int, np.ndarray]:
+    """Instead of one array for all neighbors, some bytes for each; returns as many from each, by rank.
+
+    ``graph`` is symmetric, and ``messages`` are for all neighbors in the round of ``step``.
+    """
+    _agreed(graph, comm)
+    with whole(comm):
+        state = state_of(comm)
+        record.begin(record.Entry(f"exchange on a {graph}, step {step}", state.name))
+        came = {rank: np.empty_like(message) for rank, message in messages.items()}
+        tag = _tag(graph, step % graph.period if graph.period else step)
+        try:
+            requests = [state.comm.Irecv(message, rank, tag) for rank, message in came.items()]
+            requests += [state.comm.Isend(message, rank, tag) for rank, message in messages.items()]
+            MPI.Request.Waitall(requests)
+        except BaseException:
+            state.interrupt()
+            raise
+    return came
+
+
+def _tag(graph: Graph, t: int) -> int:
+    return MIXING_TAGS[(int.from_bytes(graph.digest[:4], "little") + t) % len(MIXING_TAGS)]
+
+
 def _agreed(what: Any, comm: MPI.Intracomm) -> Graph:
     """The graph, the same on all ranks."""
     check_comm(comm)
@@ -139,7 +164,7 @@ def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int) -> Any:
                 )
         state = state_of(comm)
         record.begin(record.Entry(f"mix on a {graph}, step {step}", state.name))
-        tag = MIXING_TAGS[(int.from_bytes(graph.digest[:4], "little") + t) % len(MIXING_TAGS)]
+        tag = _tag(graph, t)
         for flat, deliver in pieces:
             schedule = partial(mixing.schedule, graph, t, 1)
             state.run(state.plan(("mix", graph.digest, t), schedule, len(flat), flat.dtype, MOVE), flat, MOVE, tag)

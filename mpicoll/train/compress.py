@@ -54,25 +54,37 @@ class Compressor:
 
 
 class Code(Compressor):
-    """A code of fixed length for each vector, which ranks gather: these need not be linear."""
+    """A code of fixed length for each vector, which ranks gather: these need not be linear.
 
-    def __init__(self, size: int, dtype: np.dtype, fields: list[tuple]) -> None:
-        super().__init__(size, dtype)
-        self.fields = np.dtype(fields)
+    ``pace`` is how fast models may approach each other by ``Differences`` in it, as found by simulation.
+    """
+
+    pace = 1.0
+
+    fields: np.dtype
+    """Of what it sends."""
 
     def add_up(self, vector: np.ndarray, exact: np.ndarray, ranks: Ranks) -> None:
         """See ``Compressor``."""
-        self.residual += vector
         sent = np.empty((), [("exact", vector.dtype, exact.shape), ("code", self.fields)])
         sent["exact"] = exact
-        self.encode(self.residual, sent["code"])
-        self.decode(sent["code"], self.residual, -1)
+        self.send(vector, sent["code"])
         gathered = ranks.allgather(sent.reshape(1).view(np.uint8))
         vector[:] = 0
         exact[:] = 0
         for row in gathered.reshape(-1).view(sent.dtype):
             exact += row["exact"]
             self.decode(row["code"], vector, 1)
+
+    def resized(self, size: int) -> "Code":
+        """Another of its kind."""
+        return type(self)(size, self.residual.dtype)
+
+    def send(self, vector: np.ndarray, code: np.ndarray) -> None:
+        """Fill ``code`` with what is to be sent, and keep the rest."""
+        self.residual += vector
+        self.encode(self.residual, code)
+        self.decode(code, self.residual, -1)
 
     def encode(self, vector: np.ndarray, code: np.ndarray) -> None:
         """Fill the fields of ``code``."""
@@ -83,6 +95,44 @@ class Code(Compressor):
         raise NotImplementedError
 
 
+class Differences:
+    """Codes of how models differ from what neighbors know of them (CHOCO-SGD: Koloskova et al. 2019).
+
+    Of each neighbor two vectors are ``known``: what it has heard of this rank's model, and what was heard of its own;
+    both have the same bits at its end.  A rank sends a code of what its model is beyond the first, and then moves by
+    the way from the first to the second, times the weight of the neighbor: where weights are symmetric, that takes from
+    one model what it adds to the other, whatever codes leave out.  It moves by ``code.pace`` of it only, since what has
+    been left out would else add up.
+    """
+
+    def __init__(self, code: Code, params: np.ndarray, peers: list[int]) -> None:
+        self.code, self._at = code, {peer: n for n, peer in enumerate(peers)}
+        self.known = np.empty((len(peers), 2, params.size), params.dtype)
+        self.begin(params)
+
+    def begin(self, params: np.ndarray) -> None:
+        """From a model that all ranks have."""
+        self.known[:] = params
+
+    def encode(self, params: np.ndarray, peer: int) -> np.ndarray:
+        """What to send to it, bytes."""
+        own = self.known[self._at[peer], 0]
+        code = np.zeros((), self.code.fields)
+        self.code.encode(np.subtract(params, own, out=self.code.residual), code)
+        self.code.decode(code, own, 1)
+        return code.reshape(1).view(np.uint8)
+
+    def mix(self, params: np.ndarray, came: dict[int, np.ndarray], weights: dict[int, float]) -> None:
+        """Go towards what is known of those from whom codes came, in place."""
+        way = self.code.residual
+        for peer, code in sorted(came.items()):
+            own, other = self.known[self._at[peer]]
+            self.code.decode(code.view(self.code.fields)[0], other, 1)
+            np.subtract(other, own, out=way)
+            way *= self.code.pace * weights[peer]
+            params += way
+
+
 class Half(Code):
     """float16, of the vector over a power of two that is its largest magnitude's, so that nothing overflows.
 
@@ -90,7 +140,8 @@ class Half(Code):
     """
 
     def __init__(self, size: int, dtype: np.dtype) -> None:
-        super().__init__(size, dtype, [("scale", dtype), ("halves", np.float16, (size,))])
+        super().__init__(size, dtype)
+        self.fields = np.dtype([("scale", dtype), ("halves", np.float16, (size,))])
 
     def encode(self, vector: np.ndarray, code: np.ndarray) -> None:
         """See ``Code``."""
@@ -110,7 +161,9 @@ class Sign(Code):
     """A bit for each element, its sign, and their mean magnitude (EF-signSGD: Karimireddy et al. 2019)."""
 
     def __init__(self, size: int, dtype: np.dtype) -> None:
-        super().__init__(size, dtype, [("scale", dtype), ("bits", np.uint8, (-(-size // 8),))])
+        super().__init__(size, dtype)
+        self.fields = np.dtype([("scale", dtype), ("bits", np.uint8, (-(-size // 8),))])
+        self.pace = 0.6
 
     def encode(self, vector: np.ndarray, code: np.ndarray) -> None:
         """See ``Code``."""
@@ -132,9 +185,15 @@ class TopK(Code):
     """
 
     def __init__(self, size: int, dtype: np.dtype, share: float) -> None:
-        self.k = max(math.ceil(share * size), 1)
+        self.share, self.k = share, max(math.ceil(share * size), 1)
+        self.pace = min(3 * self.k / size, 1)
         place = np.min_scalar_type(size - 1)
-        super().__init__(size, dtype, [("values", dtype, (self.k,)), ("places", place, (self.k,))])
+        super().__init__(size, dtype)
+        self.fields = np.dtype([("values", dtype, (self.k,)), ("places", place, (self.k,))])
+
+    def resized(self, size: int) -> "TopK":
+        """See ``Code``."""
+        return TopK(size, self.residual.dtype, self.share)
 
     def encode(self, vector: np.ndarray, code: np.ndarray) -> None:
         """See ``Code``."""

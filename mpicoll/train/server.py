@@ -29,6 +29,10 @@ class Packet:
         self.raw = np.zeros(size + count * dtype.itemsize, np.uint8)
         self._head, self.body = self.raw[:size].view(np.float64), self.raw[size:].view(dtype)
 
+    def copy_head(self, other: "Packet") -> None:
+        """Take the numbers of another."""
+        self._head[:] = other._head
+
     def say(self, **numbers: float) -> None:
         """Set some of the numbers."""
         for name, number in numbers.items():

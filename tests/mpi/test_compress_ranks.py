@@ -17,6 +17,13 @@ P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
 MODEL = MODELS["mlp"](6, 3, (8,))
 KINDS = ["16bit", "sign", "topk:0.1", "powersgd:1"]
+ALONE: list[dict[str, Any]] = [
+    {"strategy": "gossip", "graph": "ring"},
+    {"strategy": "gossip", "graph": "matching", "mix_first": True},
+    {"strategy": "async", "staleness": "0"},
+    {"strategy": "async", "staleness": "2"},
+]
+"""In which every rank sends codes of its own."""
 WAYS: list[dict[str, Any]] = [{"strategy": "sync"}, {"strategy": "average", "every": 3, "momenta": "average"}]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way["strategy"])
@@ -46,6 +53,53 @@ def test_all_of_the_elements_are_no_compression(comm, way, batch_size):
     np.testing.assert_allclose(together.params, usual.params, rtol=1e-7, atol=1e-9)
     losses = [[epoch.train_loss for epoch in result.epochs] for result in (together, usual)]
     np.testing.assert_allclose(*losses, rtol=1e-7)
+
+
+@pytest.mark.parametrize("way", ALONE)
+@pytest.mark.parametrize("kind", ["16bit", "sign", "topk:0.1"])
+def test_training_learns_where_every_rank_sends_codes_of_its_own(comm, kind, way):
+    given = {"epochs": 12, "lr": 0.1, "momentum": 0.0, **way}
+    result, usual = (trained(comm, blobs(301), compress=kind, **given) for kind in (kind, None))
+    assert result.epochs[-1].train_loss < 0.5 * result.epochs[0].train_loss
+    assert result.epochs[-1].train_loss < usual.epochs[-1].train_loss + 0.05
+    assert (result.ranks[0].bytes_sent or 0) < 0.9 * (usual.ranks[0].bytes_sent or 1)
+
+
+@pytest.mark.parametrize("way", ALONE[:3])
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_all_of_the_elements_are_no_compression_either(comm, way, batch_size):
+    given = {"batch_size": batch_size, "optimizer": "adam", "lr": 0.01, "epochs": 2, **way}
+    result, usual = (trained(comm, blobs(51), compress=kind, **given) for kind in ("topk:1.0", None))
+    np.testing.assert_allclose(result.params, usual.params, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.skipif(P < 3, reason="needs a graph of which some ranks are no neighbors")
+def test_neighbors_know_the_same_of_each_other_and_the_sum_stays(comm):
+    made = training(comm, blobs(64), strategy="gossip", graph="ring", compress="topk:0.1", lr=1e-9, momentum=0.0)
+    strategy = made.strategy
+    made.params += np.random.default_rng(comm.rank).normal(size=made.params.shape)
+    before, apart = comm.allreduce(made.params), np.ptp(comm.allgather(made.params), axis=0).max()
+    for step in range(300):
+        made.sums[:] = 0
+        strategy.step(Now(1, step, 1e-9), 1, P)
+    np.testing.assert_allclose(comm.allreduce(made.params), before, rtol=0, atol=1e-11)
+    assert np.ptp(comm.allgather(made.params), axis=0).max() < 0.01 * apart
+    peers, known = strategy.graph.peers(comm.rank), strategy.differences.known
+    everyones = comm.allgather({peer: vectors.tobytes() for peer, vectors in zip(peers, known, strict=True)})
+    for peer, (own, other) in zip(peers, known, strict=True):
+        assert everyones[peer][comm.rank] == other.tobytes() + own.tobytes()
+    made.params += comm.rank  # a run goes on from other parameters: all ranks know, or none
+    state = {**strategy.state(), "graph": np.zeros(32, np.uint8)}
+    with pytest.raises(UserError, match="--graph has become another"):
+        strategy.restore(state)
+
+
+def test_graphs_that_are_not_symmetric_cannot_be_compressed(comm):
+    if P in (1, 2, 4):
+        training(comm, blobs(30), strategy="butterfly", compress="sign")
+    if P > 2:
+        with pytest.raises(UserError, match=f"needs a symmetric graph, and the exponential graph of {P} ranks is none"):
+            training(comm, blobs(30), strategy="gossip", compress="sign")
 
 
 def test_what_is_kept_back_counts_the_same_in_a_short_batch(comm):
@@ -101,10 +155,13 @@ def test_what_becomes_nan_on_one_rank_ends_the_run_on_all(comm, monkeypatch, kin
     [
         ({"compress": "gzip"}, "--compress must be 16bit, sign, topk:SHARE .*, got 'gzip'"),
         ({"compress": "powersgd:7"}, "--compress powersgd:7 makes no matrix of this model smaller"),
+        ({"compress": "sign", "strategy": "ad-psgd"}, "--compress is not for the ad-psgd strategy, but for sync, aver"),
         (
-            {"compress": "sign", "strategy": "gossip"},
-            "--compress is not for the gossip strategy, but for sync, average",
+            {"compress": "powersgd:1", "strategy": "gossip", "graph": "ring"},
+            "powersgd:1 adds up over all ranks, which g",
         ),
+        ({"compress": "powersgd:1", "strategy": "async"}, "powersgd:1 adds up over all ranks, which async does not"),
+        ({"compress": "sign", "strategy": "async", "delays": 1}, "--compress is not for --delays"),
         ({"compress": "sign", "strategy": "average", "outer": "bmuf"}, "--compress is for --outer mean as it is"),
         ({"compress": "sign", "strategy": "average", "outer_momentum": 0.5}, "--compress is for --outer mean as it is"),
     ],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ...errors import UserError
+from ..compress import Code
 from ..optimizers import clip
 from .base import Now, Strategy
 from .messages import Messages, drawn, share_of
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 class Async(Strategy):
     """No rank runs more than ``staleness`` steps ahead of any other, and all of their gradients up to then are in the
     parameters at which it takes its own; with ``inf`` there is no bound.  ``server.Server`` says what becomes of them.
+
+    With ``compress`` a rank sends each server something shorter than its gradient, and keeps the rest.  Answers are as
+    they are.
 
     With 0 it is synchronous, bit for bit but for clipping, which here is of each rank's own gradient; ``backups`` are
     how many gradients of a step need not be waited for.  With ``inf`` ranks take shares of batches as they are ready
@@ -43,6 +47,7 @@ class Async(Strategy):
         "slow_down": False,
         "delays": None,
         "workers": None,
+        "compress": None,
     }
     replicated = True
     in_step = False
@@ -76,6 +81,10 @@ class Async(Strategy):
             raise UserError(
                 f"--backups {backups} is for synchronous steps, of which late gradients are dropped: take --staleness 0"
             )
+        if self.seed is not None and self.compressor:
+            raise UserError("--compress is not for --delays, where nothing is sent to a server: leave one of them out")
+        if self.compressor and self.params.size < self.p:
+            raise UserError(f"--compress needs a parameter for each of {self.p} ranks at least, got {self.params.size}")
         if backups >= self.workers:
             raise UserError(f"--backups must be fewer than the {self.workers} worker(s), got {backups}")
         if self.bound == 0 and (compensate or slow_down):
@@ -106,7 +115,11 @@ class Async(Strategy):
         grad = self.sums[:-2]
         if self.settings.clip is not None and samples:
             clip(grad, self.settings.clip * samples)
-        self._run.step(grad, step=now.step, samples=samples, length=length, lr=now.lr)
+        share, parts = float(samples), float(length)
+        if self.compressor:  # what is kept back from one batch is to count as much in the next, however short
+            grad /= length
+            share, parts = samples / length, 1.0
+        self._run.step(grad, step=now.step, samples=share, length=parts, lr=now.lr)
 
     def record(self, steps: int, clock: float) -> None:
         """A gradient was taken after so many steps of its worker, at parameters that have those of all in ``clock``."""
@@ -135,10 +148,23 @@ class _Messages(Messages):
         self.cuts = cuts_of(None, len(self.point), self.p)
         parts, dtype = [hi - lo for lo, hi in pairwise(self.cuts)], self.point.dtype
         strategy.optimizer.part = slice(*self.cuts[self.rank :][:2])
-        self._out = [Packet(part, dtype) for part in parts]  # gradients to each server
-        self._in = [Packet(parts[self.rank], dtype) for _ in parts]  # gradients from each rank
+        self._codes = self._coded() if strategy.compressor else []
+        sizes, kind = (
+            ([code.fields.itemsize for code in self._codes], np.dtype("u1")) if self._codes else (parts, dtype)
+        )
+        self._out = [Packet(size, kind) for size in sizes]  # gradients to each server, or codes
+        self._in = [Packet(sizes[self.rank], kind) for _ in sizes]  # gradients from each rank, or codes
+        self._gradients = [Packet(parts[self.rank], dtype) for _ in parts] if self._codes else self._in
         self._back = [Packet(part, dtype) for part in parts]  # answers of each server
         self._tags = self.state.persistent_tag(), self.state.persistent_tag()  # of gradients, of answers
+
+    def _coded(self) -> list[Code]:
+        """For each server's part, with what is kept of it a part of what is kept of all."""
+        residual = self.strategy.code().residual
+        codes = [self.strategy.code(hi - lo) for lo, hi in pairwise(self.cuts)]
+        for code, (lo, hi) in zip(codes, pairwise(self.cuts), strict=True):
+            code.residual = residual[lo:hi]
+        return codes
 
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
@@ -184,18 +210,33 @@ class _Messages(Messages):
             for server, (lo, hi) in enumerate(pairwise(self.cuts)):
                 self.settle(("gradient", server))
                 packet = self._out[server]
-                packet.body[:] = grad[lo:hi]
+                if not self._codes:
+                    packet.body[:] = grad[lo:hi]
+                elif numbers["samples"]:
+                    self._codes[server].send(grad[lo:hi], packet.body.view(self._codes[server].fields)[0])
+                else:
+                    packet.body[:] = 0  # the code of nothing, and what is kept stays
                 packet.say(**numbers, number=taken_at[server])
             self._pushed += 1
             for server in self.others:
                 self.requests[self.p + server].Start()  # its answer
                 self.send(("gradient", server), self._out[server].raw, server, self._tags[0])
-            self._answer(s.server.take(self.rank, self._out[self.rank]))
+            self._answer(s.server.take(self.rank, self._decoded(self.rank, self._out[self.rank])))
             self.look()
             self._read()
             self.until("parameters that are new enough", self._is_answered if s.bound == 0 else self._is_new_enough)
             self._read()
             self._step = max(self._step + 1, self._ahead)
+
+    def _decoded(self, rank: int, came: "Packet") -> "Packet":
+        """The gradient in a message from a rank."""
+        if not self._codes:
+            return came
+        code, gradient = self._codes[self.rank], self._gradients[rank]
+        gradient.copy_head(came)
+        gradient.body[:] = 0
+        code.decode(came.body.view(code.fields)[0], gradient.body, 1)
+        return gradient
 
     def _is_answered(self) -> bool:
         return min(self._answered) == self._pushed
@@ -207,8 +248,8 @@ class _Messages(Messages):
     def handle(self, index: int) -> None:
         """See ``Messages``."""
         if index < self.p:
-            server, gradient = self.strategy.server, self._in[index]
-            self._answer(server.finish(index) if gradient.samples < 0 else server.take(index, gradient))
+            server, came = self.strategy.server, self._in[index]
+            self._answer(server.finish(index) if came.samples < 0 else server.take(index, self._decoded(index, came)))
         else:
             self._came(index - self.p, self._back[index - self.p])
 

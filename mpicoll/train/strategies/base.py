@@ -9,7 +9,7 @@ import numpy as np
 
 from ...algorithms import ALGORITHMS
 from ...errors import UserError
-from ..compress import Compressor, Tensors, compressor
+from ..compress import Code, Compressor, Tensors, compressor
 from ..optimizers import clip
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
@@ -79,6 +79,15 @@ class Strategy:
         self.compressor: Compressor | None = None
         if settings.compress is not None:
             self.compressor = compressor(settings.compress, params.size, params.dtype, tensors, settings.seed)
+
+    def code(self, size: int | None = None) -> Code:
+        """The compressor, which has to be one that works for each rank by itself; or another such, for that size."""
+        found, s = self.compressor, self.settings
+        if not isinstance(found, Code):
+            raise UserError(
+                f"--compress {s.compress} adds up over all ranks, which {s.strategy} does not: take 16bit, sign or topk"
+            )
+        return found if size is None else found.resized(size)
 
     def option(self, name: str) -> Any:
         """A setting of this strategy's own, or its default."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...graphs import Graph, graph
+from ..compress import Differences
 from .base import Now, Strategy
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
@@ -56,9 +57,12 @@ class Gossip(Strategy):
     After the optimizer's step (adapt, then combine), or with ``mix_first`` before it, with gradients taken before
     either (combine, then adapt).  ``momenta`` says what becomes of the optimizer's state: ``keep`` each rank's own, or
     ``average`` it by the same round.  The round is that of the step, counted from the beginning of training.
+
+    With ``compress``, on a symmetric graph, ranks send each neighbor something shorter: how their model differs from
+    what that knows of it (see ``compress.Differences``).
     """
 
-    options: ClassVar = {"graph": "exponential", "mix_first": False, "momenta": "keep"}
+    options: ClassVar = {"graph": "exponential", "mix_first": False, "momenta": "keep", "compress": None}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,7 +77,17 @@ class Gossip(Strategy):
         if self.push and self.momenta == "average":
             raise UserError(f"momenta average needs a doubly stochastic graph; only columns of the {self.graph} add up")
         self._point = self.params.copy() if self.push else self.params
+        self.differences = self._differences() if self.compressor else None
         self.algorithm = f"{'push-sum' if self.push else 'mixing'} on {self.graph.name}"
+
+    def _differences(self) -> Differences:
+        code = self.code()
+        if not self.graph.symmetric:
+            raise UserError(
+                f"--compress needs a symmetric graph, and the {self.graph} is none: take gossip on ring, torus, star, "
+                "complete, matching or base"
+            )
+        return Differences(code, self.params, self.graph.peers(self.comm.rank))
 
     def point(self) -> np.ndarray:
         """See ``Strategy``: with push-sum the estimate of the mean."""
@@ -96,7 +110,12 @@ class Gossip(Strategy):
         from ...mpi.mixing import gossip_average
 
         arrays = [self.params, *(self.optimizer.state.values() if self.momenta == "average" else [])]
-        x = arrays if len(arrays) > 1 else self.params
+        if self.differences:
+            self._mix_differences(self.differences, step)
+            del arrays[0]
+        if not arrays:
+            return
+        x = arrays if len(arrays) > 1 else arrays[0]
         with self.agreeing():
             if self.push:
                 self.push.step = step
@@ -107,14 +126,37 @@ class Gossip(Strategy):
         others = int(np.count_nonzero((source == self.comm.rank) & (target != self.comm.rank)))
         self.count(others * sum(array.nbytes for array in arrays), others)
 
+    def _mix_differences(self, differences: Differences, step: int) -> None:
+        from ...mpi.mixing import exchange
+
+        rank = self.comm.rank
+        weights = {peer: weight for peer, weight in self.graph.neighbors(rank, step)[0] if peer != rank}
+        messages = {peer: differences.encode(self.params, peer) for peer in weights}
+        with self.agreeing():
+            came = exchange(messages, self.comm, self.graph, step)
+        differences.mix(self.params, came, weights)
+        self.count(sum(message.nbytes for message in messages.values()), len(messages))
+
     def state(self) -> dict[str, np.ndarray]:
-        """See ``Strategy``: the weights of push-sum, the same on all ranks."""
+        """See ``Strategy``: the weights of push-sum, the same on all ranks; or what neighbors know of each other."""
+        if self.differences:
+            graph = np.frombuffer(self.graph.digest, np.uint8)
+            return {"known": self.differences.known, "ranks": np.array([self.p]), "graph": graph}
         return {"weights": self.push.weights} if self.push else {}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """See ``Strategy``.  Other ranks than before have all been given the mean, and begin with weights of 1."""
+        """See ``Strategy``.  Other ranks than before have all been given the mean, and begin with weights of 1, and
+        with that mean for what they know of each other."""
         if self.push and len(state["weights"]) == self.p:
             self.push.weights = state["weights"]
+        if self.differences and state["ranks"][0] != self.p:
+            self.differences.begin(self.params)
+        elif self.differences:
+            if state["graph"].tobytes() != self.graph.digest:
+                raise UserError(
+                    "--graph has become another, of which no rank knows its neighbors: with --compress, keep it"
+                )
+            self.differences.known[:] = state["known"]
 
 
 class Butterfly(Gossip):
@@ -123,7 +165,7 @@ class Butterfly(Gossip):
     At p that is no power of two the one-peer exponential graph (see ``mpicoll.butterfly_mix``).
     """
 
-    options: ClassVar = {"momenta": "keep"}
+    options: ClassVar = {"momenta": "keep", "compress": None}
 
     def option(self, name: str) -> Any:
         """See ``Strategy``; what is not its own is as the method has it."""

@@ -64,12 +64,9 @@ class ADPSGD(Strategy):
 
     def neighbors(self, rank: int, step: int) -> Iterator[int]:
         """Of a rank, from this step on: drawn from all that it has in any round; none if it is alone."""
-        links = [self.graph.edges(t)[:2] for t in range(self.graph.period or self.p)]
-        target, source = np.concatenate(links, axis=1)
-        linked = np.union1d(source[target == rank], target[source == rank])
-        linked, random = linked[linked != rank], np.random.default_rng([self.settings.seed, step, rank])
-        while len(linked):
-            yield int(random.choice(linked))
+        peers, random = self.graph.peers(rank), np.random.default_rng([self.settings.seed, step, rank])
+        while peers:
+            yield int(random.choice(peers))
 
 
 CAME, SENT, ANSWER, SHARE = range(4)
