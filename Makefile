@@ -61,7 +61,7 @@ bench: $(VENV)/.dev-installed
 # The same with MPICH and gloo, and training beside PyTorch's.
 bench-gloo:
 	$(MAKE) MPI=mpich VENV=.venv-gloo .venv-gloo/.gloo-installed bench
-	$(CURDIR)/.venv-gloo/bin/python bench/ddp.py
+	$(CURDIR)/.venv-gloo/bin/python bench/pytorch.py
 
 # Hosts of their own on this machine, on an emulated network: docs/clusters.md
 cluster: $(VENV)/.dev-installed

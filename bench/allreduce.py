@@ -246,10 +246,12 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
     figure.savefig(path, dpi=130)
 
 
-def launched(script: str, ranks: int) -> dict:
-    """What one launch of ``script --worker FILE`` on this machine measures: the JSON that rank 0 writes there."""
+def launched(script: str, ranks: int, *options: str) -> dict:
+    """What one launch of ``script --worker FILE``, with options, on this machine measures: the JSON that rank 0 writes
+    there."""
     mpirun = Path(sys.prefix, "bin", "mpirun")
-    return written(script, [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)], MPICOLL_PROFILE="none")
+    launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]
+    return written(script, launcher, *options, MPICOLL_PROFILE="none")
 
 
 def written(script: str, launcher: Sequence[str], *options: str, **environment: str) -> dict:

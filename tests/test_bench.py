@@ -121,44 +121,170 @@ def test_what_importing_costs_is_measured_as_installed(monkeypatch):
     assert not unwritten
 
 
-DDP = "import sys; sys.path.insert(0, sys.argv.pop(1)); import ddp as b\nb.HIDDEN, b.STEPS, b.ROUNDS = (16,), 4, 2\n"
+PYTORCH = """import sys; sys.path.insert(0, sys.argv.pop(1)); import pytorch as b
+b.SUBJECTS = {"random": b.Subject(None, (16,), 0.01, 4, 2)}
+"""
+
+
+def beside_pytorch(tmp_path, more=""):
+    """A quick launch of bench/pytorch.py, and what is done before it to break it."""
+    command = [sys.executable, "-c", f"{PYTORCH}{more}b.main()", REPOSITORY / "bench"]
+    done = mpirun(2, [*command, "--subject", "random", "--seed", "1", "--worker", "found.json"], tmp_path)
+    assert done.status == 0, done.err
+    return json.loads((tmp_path / "found.json").read_text())
 
 
 @pytest.mark.skipif(not GLOO, reason="needs torch, which make bench-gloo installs")
 def test_training_beside_pytorch_is_the_same_training(tmp_path):
-    done = mpirun(2, [sys.executable, "-c", f"{DDP}b.main()", REPOSITORY / "bench", "--worker", "found.json"], tmp_path)
-    assert done.status == 0, done.err
-    launch = json.loads((tmp_path / "found.json").read_text())
+    launch = beside_pytorch(tmp_path)
     assert launch["apart"] < 1e-4
     assert 0 < launch["waiting"] <= launch["agreeing"] < 1
-    assert all(len(found) == 2 and min(found) > 0 for found in launch["seconds"].values())
+    assert all(len(found) == 3 and min(found) > 0 for found in launch["seconds"].values())
 
 
 @pytest.mark.skipif(not GLOO, reason="needs torch, which make bench-gloo installs")
-def test_training_that_does_not_agree_is_told_from_one_that_does(tmp_path):
-    broken = f"{DDP}init = b.Theirs.__init__\n"
-    broken += "b.Theirs.__init__ = lambda self, comm, start, together, tuned: init(self, comm, start, False, tuned)\n"
-    done = mpirun(
-        2, [sys.executable, "-c", f"{broken}b.main()", REPOSITORY / "bench", "--worker", "found.json"], tmp_path
-    )
-    assert done.status == 0, done.err
-    assert json.loads((tmp_path / "found.json").read_text())["apart"] > 0.1
+@pytest.mark.parametrize("broken", ["Distributed", "Replicated"])
+def test_training_that_does_not_agree_is_told_from_one_that_does(tmp_path, broken):
+    alone = f"b.{broken}.__init__ = lambda self, *args, **kwargs: b.Theirs.__init__(self, *args, **kwargs)\n"
+    alone += f"b.{broken}.step, b.{broken}.batches = b.Theirs.step, b.Theirs.batches\n"
+    assert beside_pytorch(tmp_path, alone)["apart"] > 0.1
 
 
-def test_the_ratio_of_steps_is_that_within_a_round(monkeypatch):
+@pytest.fixture
+def pytorch(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    ddp = importlib.import_module("ddp")
-    slow_for_a_while = np.array([1.0, 1, 10])
-    seconds = {ddp.OURS: 2, ddp.THEIRS: 6, ddp.TUNED: 4, **dict.fromkeys(ddp.ALONE.values(), 1)}
-    launch = {"ranks": 2, "algorithm": "ring", "apart": 1e-6, "agreeing": 0.5, "waiting": 0.1}
-    launches = [
-        {**launch, "seconds": {name: (times * slow_for_a_while * slow).tolist() for name, times in seconds.items()}}
-        for slow in (1, 1, 3)
+    return importlib.import_module("pytorch")
+
+
+def launched_beside_pytorch(module, slow=1.0):
+    """The sides of DistributedDataParallel three times and twice as slow as ours; the machine is slow for a while."""
+    while_ = np.array([100.0, 1, 1, 10]) * slow
+    sides = {module.OURS: 2, module.REPLICA: 2, module.THEIRS: 6, module.TUNED: 4}
+    sides |= dict.fromkeys(module.ALONE.values(), 1)
+    seconds = {side: (time * while_).tolist() for side, time in sides.items()}
+    launch = {"subject": "fashion-mnist", "ranks": 2, "parameters": 9, "algorithm": "ring", "mpi": "MPI 1"}
+    looks = {side: [[1.0, 0.5], [0.5, 0.7], [0.4, 0.9], [0.4, 0.8]] for side in module.ALONE}
+    looks[module.TUNED] = [[1.1, 0.5], [0.5, 0.9], [0.4, 0.7], [0.4, 0.8]]
+    return {**launch, "apart": 1e-6, "agreeing": 0.5, "waiting": 0.1, "seconds": seconds, "looks": looks}
+
+
+def test_the_ratio_of_steps_is_that_within_a_round(pytorch):
+    (row,) = pytorch.summarize([launched_beside_pytorch(pytorch, slow) for slow in (1, 1, 3)])
+    assert list(row["ratio"].values()) == [[1, 1, 1], [1, 1, 1], [3, 3, 3], [2, 2, 2]]
+    assert row["agreement"][pytorch.TUNED] == [0.75, 0.75, 0.75]
+    assert row["ms"][pytorch.OURS] == [2000, 2000, 6000]
+
+
+def test_seconds_to_an_accuracy_are_all_blocks_up_to_the_first_that_has_it(pytorch):
+    (row,) = pytorch.summarize([launched_beside_pytorch(pytorch, slow) for slow in (1, 3)])
+    steps = pytorch.SUBJECTS["fashion-mnist"].steps
+    assert row["after"][pytorch.OURS] == [3 * steps] * 3
+    assert row["after"][pytorch.TUNED] == [2 * steps] * 3
+    assert row["until"][pytorch.OURS] == [102 * 2 * 2 * steps, 102 * 2 * steps, 102 * 2 * 3 * steps]
+    assert row["sooner"][pytorch.THEIRS] == [3, 3, 3]
+    assert row["sooner"][pytorch.TUNED] == [round(101 * 4 / 204, 3)] * 3
+    assert row["curves"][pytorch.THEIRS] == 0
+    assert row["curves"][pytorch.TUNED] == pytest.approx(0.1 / 4)
+
+
+def test_a_record_beside_pytorch_is_shown_and_drawn(pytorch, tmp_path, capsys):
+    machine = {"cpu": "CPU", "cores": 2, "mpi4py": "4", "numpy": "2", "torch": "2", "python": "3", "mpicoll": "1"}
+    table = pytorch.summarize([launched_beside_pytorch(pytorch)])
+    record = {"mpi": "MPI 1", "machine": {**machine, "date": "today"}, "launches": 1, "table": table}
+    pytorch.show(record)
+    out = capsys.readouterr().out
+    assert "| DistributedDataParallel | 6000.00 (6000.00 to 6000.00) | 3.00 (3.00 to 3.00) |" in out
+    assert "Test losses are 2.5% apart" in out
+    pytorch.draw(record, tmp_path / "pytorch.png")
+    assert (tmp_path / "pytorch.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def averaging(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    return importlib.import_module("averaging")
+
+
+def test_averaging_is_measured_with_emulated_devices(tmp_path):
+    quick = """import sys; sys.path.insert(0, sys.argv.pop(1)); import averaging as b
+b.DATA, b.COMMON["epochs"], b.LRS, b.EVERY = "digits", 1, (0.01, 1e30), (4,)
+b.HOSTS, b.BATCH, b.SAMPLE, b.BLOCK, b.ACCURACY = (1, 2), 5, 1e-3, 8, 0.5
+b.main()
+"""
+    runs = {}
+    for part in ("often", "faster"):
+        command = [sys.executable, "-c", quick, REPOSITORY / "bench", "--part", part, "--seed", "0"]
+        done = mpirun(2, [*command, "--worker", f"{part}.json"], tmp_path)
+        assert done.status == 0, done.err
+        runs[part] = json.loads((tmp_path / f"{part}.json").read_text())["runs"]
+    assert [(run["lr"], run["outer"], run["every"]) for run in runs["often"]] == [
+        (lr, *way) for lr in (0.01, 1e30) for way in ((None, None), ("mean", 4), ("slowmo", 4))
     ]
-    (row,) = ddp.summarize(launches)
-    assert row["ratio"] == {ddp.OURS: [1, 1, 1], ddp.THEIRS: [3, 3, 3], ddp.TUNED: [2, 2, 2]}
-    assert row["agreement"][ddp.TUNED] == [0.75, 0.75, 0.75]
-    assert row["seconds"][ddp.OURS] == [2, 2, 6]
+    assert [np.isfinite(run["loss"]) for run in runs["often"]] == 3 * [True] + 3 * [False]
+    assert [run["ranks"] for run in runs["faster"]] == [1, 2, 2, 2]
+    for one in runs["faster"]:
+        assert np.diff([0, *one["seconds"]]).min() >= 8 * 5 * 1e-3
+        assert one["accuracy"][-1] >= 0.5 > max([0, *one["accuracy"][:-1]])
+
+
+def averaged(module, slow=1.0):
+    """Launches of both parts: ranks at half of their speed alone; averages of many steps have diverged."""
+    ways = [(None, None), *((outer, every) for outer in module.OUTERS for every in module.EVERY)]
+    reached, diverged = {"loss": 0.2, "accuracy": 0.8}, {"loss": np.inf, "accuracy": 0.0}
+    often = [
+        {"lr": lr, "outer": outer, "every": every, **(diverged if every == 128 else reached)}
+        for lr in module.LRS
+        for outer, every in ways
+    ]
+    facts = {"algorithm": "ring", "accuracy": [0.1, 0.1, 0.9]}
+    faster = [
+        {"ranks": p, "strategy": name, "seconds": (np.array([9.0, 10, 11]) * slow * min(p, 2)).tolist(), **facts}
+        for p in module.HOSTS
+        for name in module.SCALED
+        if p > 1 or name == "sync"
+    ]
+    return {"often": [{"runs": often}], "faster": [{"runs": faster, "parameters": 1000}]}
+
+
+def test_a_speedup_is_beside_one_rank_with_the_same_seed(averaging):
+    launches = [averaged(averaging, slow) for slow in (1, 1, 5)]
+    table = averaging.summarize({part: [launch[part][0] for launch in launches] for part in ("often", "faster")})
+    rows = [row for row in table if row["part"] == "faster"]
+    assert len(rows) == 1 + 4 * len(averaging.SCALED)
+    for row in rows:
+        p = row["ranks"]
+        assert row["speedup"] == [p / 2, p / 2, p / 2] if p > 1 else [1, 1, 1]
+        assert row["sooner"] == [0.5, 0.5, 0.5] if p > 1 else [1, 1, 1]
+        assert row["after"] == [3 * averaging.BLOCK] * 3
+    assert [row["diverged"] for row in table if row["part"] == "often" and row["every"] == 128] == [3, 3, 3, 3]
+
+
+def test_a_prediction_is_of_computing_and_of_bytes_at_the_rate_of_a_link(averaging, monkeypatch):
+    monkeypatch.setattr(averaging, "RATE", "1mbit")
+    monkeypatch.setattr(averaging, "BATCH", 10)
+    monkeypatch.setattr(averaging, "SAMPLE", 0.1)
+    # 31250 floats are a megabit: two ranks send one of them each in a second, as long as they compute
+    assert averaging.predicted(31250, 1, 1) == 1
+    assert averaging.predicted(31250, 2, 1) == 1
+    assert averaging.predicted(31250, 2, 4) == pytest.approx(2 / 1.25)
+
+
+def test_an_accuracy_that_was_not_reached_is_told(averaging):
+    launches = averaged(averaging)
+    launches["faster"][0]["runs"][-1]["accuracy"] = [0.1]
+    with pytest.raises(SystemExit, match="16 ranks, average, every 32 steps: an accuracy of 0"):
+        averaging.summarize(launches)
+
+
+def test_a_record_of_averaging_is_shown_and_drawn(averaging, tmp_path, capsys):
+    table = averaging.summarize(averaged(averaging))
+    record = {"mpi": "MPI 1", "machine": {"cpu": "CPU", "cores": 2}, "parameters": 1000, "seeds": 1, "table": table}
+    averaging.show(record)
+    out = capsys.readouterr().out
+    assert "| mean | 0.1 | 32 | 0.2 (0.2 to 0.2) | 80.0% (80.0% to 80.0%) |" in out
+    assert "| mean | 0.1 | 128 | diverged |  |" in out
+    averaging.draw(record, tmp_path / "averaging.png")
+    assert (tmp_path / "averaging.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
