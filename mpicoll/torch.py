@@ -14,6 +14,7 @@ from mpi4py import MPI
 from .errors import UserError
 from .mpi.collectives import allreduce, bcast
 from .mpi.guard import on_all
+from .mpi.state import state_of
 from .train.data import Batches, from_arrays
 from .train.loop import check
 from .train.optimizers import Optimizer
@@ -76,8 +77,9 @@ class Replica:
         self._trained, self._share = trained, (0, 0)
 
         flat = torch.cat([param.detach().reshape(-1) for param in trained])
-        sums = torch.zeros(len(flat) + 2, dtype=flat.dtype)  # what a strategy finds there: see Strategy
-        self._params, self._sums = flat.numpy(), sums.numpy()
+        self._params = flat.numpy()
+        self._sums = _zeros(comm, len(flat) + 2, self._params.dtype)  # what a strategy finds there: see Strategy
+        sums = torch.from_numpy(self._sums)
         sizes = [param.numel() for param in trained]
         pieces = zip(trained, flat.split(sizes), sums[:-2].split(sizes), strict=True)
         self._views = [(values.view_as(param), grad.view_as(param)) for param, values, grad in pieces]
@@ -137,11 +139,11 @@ class Replica:
                 grad.zero_() if param.grad is None else grad.copy_(param.grad.to_dense())
                 param.grad = grad
         if own:
-            self._sums *= own
+            self._sums *= own / length
         else:
             self._sums[:] = 0  # the mean over none is nan
         now = Now(1, self.steps, float(self.optimizer.param_groups[0]["lr"]))
-        self.strategy.step(now, own, length)
+        self.strategy.step(now, own, 1)
         self.steps += 1
         self.strategy.seconds.clear()  # nobody asks for them
         self._sums[:] = 0
@@ -171,6 +173,15 @@ class Replica:
 
 
 _DTYPES = [f"torch.{name}" for name in DTYPES]
+
+
+def _zeros(comm: MPI.Intracomm, size: int, dtype: np.dtype) -> np.ndarray:
+    """Where allreduces of ranks on one node find it, if there is such memory; a collective call."""
+    state = state_of(comm)
+    own = state.on_node(state.node.empty, size * dtype.itemsize) if state.shares else None
+    zeros = np.empty(size, dtype) if own is None else own.view(dtype)
+    zeros[:] = 0
+    return zeros
 
 
 class _Stepping(Optimizer):

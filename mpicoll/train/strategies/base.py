@@ -106,8 +106,10 @@ class Strategy:
     def step(self, now: Now, samples: int, length: int) -> None:
         """A step of training, from the sums over this rank's ``samples`` of a batch of ``length`` on all ranks."""
         grad = self.sums[:-2]
-        part = grad[self.optimizer.part]
-        part *= self.agree_on_gradient(now) / length
+        factor = self.agree_on_gradient(now) / length
+        if factor != 1:
+            part = grad[self.optimizer.part]
+            part *= factor
         if self.replicated and not np.isfinite(self.sums[-2]):
             raise self.diverged(f"the loss became {self.sums[-2]}", now.epoch, now.step + 1)
         if self.settings.clip is not None:
