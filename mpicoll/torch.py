@@ -51,9 +51,10 @@ class Replica:
     comm
         An intracommunicator; making this is a collective call on it.
     strategy, settings
-        As for ``mpicoll train``: ``"sync"``, ``"average"``, ``"butterfly"`` or ``"gossip"``, and ``every``, ``outer``,
-        ``outer_lr``, ``outer_momentum``, ``graph``, ``mix_first``; ``clip`` limits the norm of the gradient that ranks
-        agree on or, where they do not, of each rank's own; ``algorithm`` is that of allreduces.
+        As for ``mpicoll train``: ``"sync"``, ``"average"``, ``"butterfly"``, ``"gossip"`` or ``"ad-psgd"``, and
+        ``every``, ``outer``, ``outer_lr``, ``outer_momentum``, ``graph``, ``mix_first``, ``delays``; ``clip`` limits
+        the norm of the gradient that ranks agree on or, where they do not, of each rank's own; ``algorithm`` is that of
+        allreduces.
 
     Raises ``UserError`` on all ranks for a model, optimizer or setting that cannot be used, or that differs between
     ranks.
@@ -74,7 +75,7 @@ class Replica:
         groups = [len(group["params"]) for group in optimizer.param_groups]
         _compare(comm, {"model": tensors, "optimizer": (type(optimizer), groups), "strategy": chosen})
         self.model, self.optimizer, self.comm, self.steps = model, optimizer, comm, 0
-        self._trained, self._share = trained, (0, 0)
+        self._trained, self._share, self._is_epoch = trained, (0, 0), False
 
         flat = torch.cat([param.detach().reshape(-1) for param in trained])
         self._params = flat.numpy()
@@ -108,17 +109,22 @@ class Replica:
         Every sample comes once, in an order drawn from ``seed`` and ``epoch``, 0 or more; ``batch_size`` counts those
         of all ranks.  The last batch may be shorter, and ranks may have no sample of it: what they compute of none
         does not matter, nor whether they do.  All ranks hold the same ``samples``; or, if ``sharded``, each its own.
-        The first batch is a collective call.
+        The first batch is a collective call.  With ``"ad-psgd"`` a rank gets the next share that nobody has taken, so
+        that ranks may do more or fewer steps in an epoch, and all must do theirs to its end.
         """
         everyones = {"batch size": batch_size, "epoch": epoch, "seed": seed, "number of samples": sharded or samples}
         _compare(self.comm, everyones)
         x, y = np.empty((samples, 0)), np.zeros(samples, np.int8)  # there is nothing to know of them but their number
         data = from_arrays(x, y, self.comm if sharded else None)
-        batches = Batches(data, self.comm.size, batch_size, seed, epoch)
-        for step in range(batches.steps):
-            mine, total = batches.share(step, self.comm.rank)
+        batches, first = Batches(data, self.comm.size, batch_size, seed, epoch), self.steps
+        self._is_epoch = True
+        for step, rank in self.strategy.shares(first, first + batches.steps):
+            mine, total = batches.share(step - first, rank)
             self._share = len(mine), total
             yield torch.from_numpy(mine)
+        self._is_epoch = False
+        if not self.strategy.in_step:
+            self.steps = first + batches.steps
 
     def step(self, samples: int | None = None, total: int | None = None) -> None:
         """Step as the strategy has it, from the gradient in ``model``, and set that to zero.
@@ -126,6 +132,8 @@ class Replica:
         It is that of the mean loss over this rank's ``samples`` of a batch of ``total`` on all ranks; by default, over
         the share that ``batches`` gave last.  Ranks without samples call this, too: their gradient counts for nothing.
         """
+        if not (self._is_epoch or self.strategy.in_step):
+            raise UserError("with ad-psgd a step is one of an epoch: take samples from batches()")
         own = self._share[0] if samples is None else samples
         length = self._share[1] if total is None else total
         if not 0 <= own <= length or not length:
@@ -155,7 +163,9 @@ class Replica:
     def consensus(self) -> Iterator[None]:
         """Within it, the model is the one that all ranks would agree on now, to be evaluated or saved; afterwards it is
         this rank's own again, to be trained on.  Buffers are the mean of all ranks' if they are float32 or float64.
-        A collective call."""
+        A collective call, and with ``"ad-psgd"`` none for the midst of an epoch."""
+        if self._is_epoch and not self.strategy.in_step:
+            raise UserError("with ad-psgd ranks agree on a model between epochs only: go on to the end of batches()")
         buffers = [buffer for buffer in self.model.buffers() if str(buffer.dtype) in _DTYPES]
         own = self._params.copy(), [buffer.clone() for buffer in buffers]
         means = [buffer.numpy().copy() for buffer in buffers]
@@ -230,11 +240,10 @@ def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[t
 
 def _chosen(strategy: str, given: dict[str, Any]) -> Settings:
     """The settings; a ``UserError`` for those that do not count here."""
-    usable = {name: one for name, one in STRATEGIES.items() if one.in_step}
-    if strategy in STRATEGIES and strategy not in usable:
+    usable = {name: one for name, one in STRATEGIES.items() if name != "async"}
+    if strategy == "async":
         raise UserError(
-            f"strategy {strategy} answers other ranks between steps, which a Replica does not do: choose "
-            f"{', '.join(usable)}"
+            f"strategy async needs servers that run the optimizer, and cannot run torch's: choose {', '.join(usable)}"
         )
     names = [name for one in usable.values() for name in one.options]
     known = ["algorithm", "clip", *(name for name in dict.fromkeys(names) if name not in NOT_HERE)]

@@ -50,7 +50,7 @@ class Strategy:
     """Do all ranks hold the same parameters, and optimizers, at the end of an epoch?"""
 
     in_step = True
-    """Do ranks have all they do with each other in ``step``, in which all take part equally often?"""
+    """Do all ranks take part in every step, and have nothing to do with each other in between?"""
 
     histogram: list[int] | None = None
     """Of this rank's gradients in an epoch, where they may be stale: how many were so by 0, 1, ... steps."""
