@@ -62,6 +62,10 @@ class ADPSGD(Strategy):
         with self.agreeing():
             self._run.step(grad, now.lr)
 
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """See ``Strategy``."""
+        self._point[:] = self.params
+
     def neighbors(self, rank: int, step: int) -> Iterator[int]:
         """Of a rank, from this step on: drawn from all that it has in any round; none if it is alone."""
         links = [self.graph.edges(t)[:2] for t in range(self.graph.period or self.p)]
