@@ -71,7 +71,8 @@ class ADPSGD(Strategy):
         links = [self.graph.edges(t)[:2] for t in range(self.graph.period or self.p)]
         target, source = np.concatenate(links, axis=1)
         linked = np.union1d(source[target == rank], target[source == rank])
-        linked, random = linked[linked != rank], np.random.default_rng([self.settings.seed, step, rank])
+        linked = linked[linked != rank]
+        random = np.random.default_rng([self.settings.seed, step, rank, 1])  # other numbers than ``drawn`` has
         while len(linked):
             yield int(random.choice(linked))
 
