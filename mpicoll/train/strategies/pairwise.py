@@ -59,8 +59,7 @@ class ADPSGD(Strategy):
         grad *= self.p / length  # as in agree_on_gradient
         if self.settings.clip is not None:
             clip(grad, self.settings.clip)
-        with self.agreeing():
-            self._run.step(grad, now.lr)
+        self._run.step(grad, now.lr)
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """See ``Strategy``."""
@@ -128,24 +127,27 @@ class _Messages(Messages):
         s = self.strategy
         with self.lock:
             s.optimizer.step(s.params, grad, lr)
-            self.until("a neighbor to answer", self._is_answered)
-            if (peer := next(self._peers, None)) is not None:
-                self._peer = peer
-                self._out.body[:] = s.params
-                self._out.say(number=self.rank, samples=MODEL)
-                self.requests[ANSWER] = self.wire.Irecv(self._answer, peer, self._tags[1])
-                self.send("model", self._out.raw, peer, self._tags[0])
-            if s.pooled:
-                self._ask()
-            self.look()
-            self.until("the number of a share", lambda: not s.pooled or bool(self._pool))
+            with s.agreeing():
+                self._average()
             s.point()[:] = s.params
+
+    def _average(self) -> None:
+        self.until("a neighbor to answer", self._is_answered)
+        if (peer := next(self._peers, None)) is not None:
+            self._peer = peer
+            self._out.body[:] = self.strategy.params
+            self._out.say(number=self.rank, samples=MODEL)
+            self.requests[ANSWER] = self.wire.Irecv(self._answer, peer, self._tags[1])
+            self.send("model", self._out.raw, peer, self._tags[0])
+        if self.strategy.pooled:
+            self._ask()
+        self.look()
 
     def _is_answered(self) -> bool:
         return self._peer < 0
 
     def _ask(self) -> None:
-        """For the number of the share after the next."""
+        """For the number of the share after the next, when that of the next is there."""
         if self.rank == 0:
             self._pool.append(self._take())
             return
@@ -236,8 +238,7 @@ class _Simulated:
             if worker == rank:
                 yield share
             elif peer == rank:
-                with s.agreeing():
-                    self._average()
+                self._average()
             begin(now, worker)
 
     def step(self, grad: np.ndarray, lr: float) -> None:
@@ -252,7 +253,7 @@ class _Simulated:
         from ...mpi import record
 
         s, params, peer, start = self.strategy, self.strategy.params, self._peer, time.perf_counter()
-        with record.during(f"averaging with rank {peer}", self._state):
+        with s.agreeing(), record.during(f"averaging with rank {peer}", self._state):
             self._state.comm.Sendrecv(params, peer, self._tag, self._other, peer, self._tag)
         s.waited += time.perf_counter() - start
         s.count(params.nbytes, 1)
