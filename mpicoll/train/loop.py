@@ -106,7 +106,7 @@ class Rank(NamedTuple):
     """What a rank did since the run was started or resumed: seconds of training, of agreement, and of waiting.
 
     Waiting is the part of an agreement that goes beyond the time of the rank that got through it fastest: the last to
-    arrive, which waits for nobody.  Where ranks agree with servers, it is waiting for messages.
+    arrive, which waits for nobody.  Where ranks do not agree all at once, it is waiting for messages.
     """
 
     seconds: float

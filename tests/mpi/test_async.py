@@ -172,12 +172,13 @@ def test_simulated_backups(comm):
 
 
 class Still:
-    """A model that learns nothing, so that only averaging moves it."""
+    """A model that learns nothing, so that only averaging moves it; slowly, or the first rank takes all shares."""
 
     def __init__(self, model: Any) -> None:
         self.size = model.size
 
     def loss_and_grad(self, params: np.ndarray, batch: Any, grad: np.ndarray) -> Sums:
+        time.sleep(1e-3)
         grad[:] = 0
         return Sums(0.0, 0)
 
@@ -193,7 +194,7 @@ def test_a_rank_with_nobody_to_average_with_is_plain_sgd(optimizer, delays):
 
 @pytest.mark.skipif(P == 1, reason="nobody to average with")
 @pytest.mark.parametrize("graph", ["complete", "ring", "star"])
-@pytest.mark.parametrize("how", [{}, {"delays": 5}, {"shards": True}])
+@pytest.mark.parametrize("how", [{}, {"delays": 5}, {"shards": True}, {"shards": True, "delays": 5}])
 def test_pairs_bring_models_together_and_keep_their_sum(comm, graph, how):
     made = training(comm, blobs(200), strategy="ad-psgd", graph=graph, batch_size=2, epochs=1, momentum=0.0, **how)
     made.model = Still(made.model)
@@ -204,6 +205,14 @@ def test_pairs_bring_models_together_and_keep_their_sum(comm, graph, how):
     assert np.max(np.abs(made.params - mean)) < 0.01
     assert made.params is made.strategy.params
     np.testing.assert_array_equal(made.strategy.point(), made.params)
+    # Of each share a model and what it is answered, or another model; and one word to all, or more for numbers.
+    messages, sent = (comm.allreduce(made.strategy.messages), comm.allreduce(made.strategy.bytes_sent))
+    exchanged, finished = 2 * 100 * P, 0 if "delays" in how else P * (P - 1)
+    assert messages >= exchanged + finished
+    assert sent >= exchanged * made.params.nbytes
+    if how:
+        assert messages == exchanged + finished
+        assert sent <= exchanged * (made.params.nbytes + 64) + 64 * finished
 
 
 def test_two_that_send_their_models_to_each_other_do_not_swap_them(comm):
@@ -220,11 +229,37 @@ def test_two_that_send_their_models_to_each_other_do_not_swap_them(comm):
     assert comm.allreduce(made.params[0]) == 1
 
 
-def test_only_neighbors_are_asked(comm):
-    made = training(comm, blobs(20), strategy="ad-psgd", graph="ring")
+@pytest.mark.parametrize("graph", ["ring", "one_way.npy"])
+def test_only_neighbors_are_asked(comm, folder, graph):
+    """Of any round, and in both directions."""
+    if graph != "ring":
+        graph, alone = str(folder / graph), np.eye(P)
+        if comm.rank == 0:
+            np.save(graph, [alone, (alone + np.roll(alone, 1, axis=0)) / 2])
+        comm.Barrier()
+    made = training(comm, blobs(20), strategy="ad-psgd", graph=graph)
     drawn_for = made.strategy.neighbors(comm.rank, 0)
     found = {next(drawn_for) for _ in range(50)} if P > 1 else set(drawn_for)
     assert found == {(comm.rank + 1) % P, (comm.rank - 1) % P} - {comm.rank}
+
+
+@pytest.mark.skipif(P < 3, reason="needs neighbors to choose from")
+def test_who_is_asked_has_nothing_to_do_with_how_long_steps_take(comm):
+    """Though both be drawn from the same seed."""
+    strategy, lasts, asks = training(comm, blobs(20), strategy="ad-psgd", seed=5, delays=5).strategy, [], []
+    for step in range(500):
+        times, peers = drawn(5, step, P)[comm.rank], strategy.neighbors(comm.rank, step)
+        lasts.append([next(times) for _ in range(2)])
+        asks.append([next(peers) for _ in range(4)])
+    assert np.abs(np.corrcoef(lasts, asks, rowvar=False)[:2, 2:]).max() < 0.25
+
+
+@pytest.mark.parametrize("delays", [None, 3])
+def test_optimizing_is_not_agreeing(delays):
+    made = training(MPI.COMM_SELF, blobs(50), strategy="ad-psgd", delays=delays)
+    step = made.optimizer.step
+    made.optimizer.step = lambda *args: (time.sleep(0.01), step(*args))
+    assert made.run().epochs[-1].communicating < 0.5
 
 
 def test_a_simulation_does_what_it_says(comm):
@@ -279,12 +314,10 @@ def test_it_ends_a_hundred_times(comm):
         )
         if common.integers(4) == 0:  # an MPI that does not let two threads call it
             made.strategy._run._threads = False
-        longest = common.choice([0, 0, 2e-4, 2e-3])
-        result, _ = slowed(
-            made, lambda longest=longest: pauses.uniform(0, longest), max_steps=int(common.integers(1, 9))
-        )
+        longest, most = common.choice([0, 0, 2e-4, 2e-3]), int(common.integers(1, 9))
+        result, _ = slowed(made, lambda longest=longest: pauses.uniform(0, longest), max_steps=most)
         assert same_everywhere(comm, result.params)
-        assert result.steps == made.step
+        assert result.steps == min(most, 2 * made.steps_per_epoch)
 
 
 def test_what_is_asked_for_wrongly(comm):

@@ -89,6 +89,19 @@ def test_a_resumed_run_ends_with_the_same_bits(comm, folder, run):
         )
 
 
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(str(value) for value in run.values()))
+def test_a_run_killed_after_its_last_epoch_is_as_it_was(comm, folder, run):
+    given = graphs(run, folder, comm)
+    made = training(comm, blobs(101), **given)
+    whole = made.run(checkpoint=lambda self: self.save(folder / "checkpoints", FACTS))
+    comm.Barrier()
+    other = training(comm, blobs(101), **given)
+    other.restore(latest(folder))
+    resumed = other.run()
+    assert resumed.params.tobytes() == whole.params.tobytes()
+    assert (resumed.steps, resumed.consensus) == (whole.steps, whole.consensus)
+
+
 @pytest.mark.skipif(P == 1, reason="needs other numbers of ranks")
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(str(value) for value in run.values()))
 def test_fewer_ranks_go_on_from_the_mean(comm, folder, run):

@@ -59,12 +59,16 @@ class ADPSGD(Strategy):
         grad *= self.p / length  # as in agree_on_gradient
         if self.settings.clip is not None:
             clip(grad, self.settings.clip)
-        with self.agreeing():
-            self._run.step(grad, now.lr)
+        self._run.step(grad, now.lr)
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """See ``Strategy``."""
+        self._point[:] = self.params
 
     def neighbors(self, rank: int, step: int) -> Iterator[int]:
         """Of a rank, from this step on: drawn from all that it has in any round; none if it is alone."""
-        peers, random = self.graph.peers(rank), np.random.default_rng([self.settings.seed, step, rank])
+        peers = self.graph.peers(rank)
+        random = np.random.default_rng([self.settings.seed, step, rank, 1])  # other numbers than ``drawn`` has
         while peers:
             yield int(random.choice(peers))
 
@@ -120,39 +124,43 @@ class _Messages(Messages):
         s = self.strategy
         with self.lock:
             s.optimizer.step(s.params, grad, lr)
-            self.until("a neighbor to answer", self._is_answered)
-            if (peer := next(self._peers, None)) is not None:
-                self._peer = peer
-                self._out.body[:] = s.params
-                self._out.say(number=self.rank, samples=MODEL)
-                self.requests[ANSWER] = self.wire.Irecv(self._answer, peer, self._tags[1])
-                self.send("model", self._out.raw, peer, self._tags[0])
-            if s.pooled:
-                self._ask()
-            self.look()
-            self.until("the number of a share", lambda: not s.pooled or bool(self._pool))
+            with s.agreeing():
+                self._average()
             s.point()[:] = s.params
+
+    def _average(self) -> None:
+        self.until("a neighbor to answer", self._is_answered)
+        if (peer := next(self._peers, None)) is not None:
+            self._peer = peer
+            self._out.body[:] = self.strategy.params
+            self._out.say(number=self.rank, samples=MODEL)
+            self.requests[ANSWER] = self.wire.Irecv(self._answer, peer, self._tags[1])
+            self.send("model", self._out.raw, peer, self._tags[0])
+        if self.strategy.pooled:
+            self._ask()
+        self.look()
 
     def _is_answered(self) -> bool:
         return self._peer < 0
 
     def _ask(self) -> None:
-        """For the number of the share after the next."""
+        """For the number of the share after the next, when that of the next is there."""
         if self.rank == 0:
             self._pool.append(self._take())
             return
         self.until("the number of a share", lambda: not self._asked)
         self._asked = True
         self.requests[SHARE] = self.wire.Irecv(self._numbers[self.rank :][:1], 0, self._tags[2])
-        self._say(0, ASKS)
+        self._say([0], ASKS)
 
     def _take(self) -> int:
         self._next += 1
         return self._next - 1
 
-    def _say(self, rank: int, what: float) -> None:
+    def _say(self, ranks: list[int], what: float) -> None:
         self._word.say(number=self.rank, samples=what)
-        self.send(("word", rank), self._word.raw, rank, self._tags[0])
+        for rank in ranks:
+            self.send(("word", rank), self._word.raw, rank, self._tags[0])
 
     def handle(self, index: int) -> None:
         """See ``Messages``."""
@@ -191,8 +199,7 @@ class _Messages(Messages):
         """Of an epoch: when all have, no message is under way."""
         self.until("a neighbor to answer", self._is_answered)
         self.until("the number of a share", lambda: not self._asked)
-        for rank in self.others:
-            self._say(rank, FINISHED)
+        self._say(self.others, FINISHED)
         self.until("all ranks to finish the epoch", lambda: not (self._running or self.requests[SENT]))
         self.end()
 
@@ -228,8 +235,7 @@ class _Simulated:
             if worker == rank:
                 yield share
             elif peer == rank:
-                with s.agreeing():
-                    self._average()
+                self._average()
             begin(now, worker)
 
     def step(self, grad: np.ndarray, lr: float) -> None:
@@ -244,7 +250,7 @@ class _Simulated:
         from ...mpi import record
 
         s, params, peer, start = self.strategy, self.strategy.params, self._peer, time.perf_counter()
-        with record.during(f"averaging with rank {peer}", self._state):
+        with s.agreeing(), record.during(f"averaging with rank {peer}", self._state):
             self._state.comm.Sendrecv(params, peer, self._tag, self._other, peer, self._tag)
         s.waited += time.perf_counter() - start
         s.count(params.nbytes, 1)
