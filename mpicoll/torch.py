@@ -125,6 +125,7 @@ class Replica:
         self._is_epoch = False
         if not self.strategy.in_step:
             self.steps = first + batches.steps
+            self._go_to_point()  # others may have moved it since the last step
 
     def step(self, samples: int | None = None, total: int | None = None) -> None:
         """Step as the strategy has it, from the gradient in ``model``, and set that to zero.
@@ -155,6 +156,10 @@ class Replica:
         self.steps += 1
         self.strategy.seconds.clear()  # nobody asks for them
         self._sums[:] = 0
+        self._go_to_point()
+
+    def _go_to_point(self) -> None:
+        """Where gradients are to be taken, if the strategy's parameters are not the model's."""
         point = self.strategy.point()
         if point is not self._params:
             self._params[:] = point
