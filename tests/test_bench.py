@@ -358,3 +358,58 @@ def test_a_launch_on_the_cluster_measures_and_checks_every_result(tmp_path):
     assert {*row["us"]} == {"native", "auto", "ring", *GLOO}
     assert all(len(us) >= 2 and min(us) > 0 for us in row["us"].values())
     assert 1.75 * 4096 < row["sent"]["ring"] < 20_000
+
+
+BUTTERFLY = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import butterfly as b\n"
+    "b.SMALL, b.EXPERIMENTS, b.TRIAL, b.BATCH = 'powerlaw:512x64:8', {'tiny': b.Experiment(4)}, 2, 8\nb.main()"
+)
+
+
+def test_strategies_reach_the_loss_that_matrices_foretell(tmp_path):
+    command = [sys.executable, "-c", BUTTERFLY, REPOSITORY / "bench", "--experiment", "tiny"]
+    run([*command, "--launches", "1", "--worker", "chosen.json"], tmp_path)
+    chosen = json.loads((tmp_path / "chosen.json").read_text())
+    for kind in ("logistic", "svm"):
+        for of in chosen[kind]["strategies"].values():
+            assert all(loss <= chosen[kind]["target"] for _, loss in of["runs"])
+    chosen["svm"]["strategies"]["butterfly"]["runs"][0][1] *= 1.01
+    (tmp_path / "other.json").write_text(json.dumps(chosen))
+    for file, wrong in (("chosen.json", 0), ("other.json", 1)):
+        done = mpirun(4, [*command, "--seed", "0", "--chosen", file, "--worker", "found.json"], tmp_path)
+        assert done.status == 0, done.err
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert found["wrong"] == wrong
+        assert found["seconds"]["svm"].keys() == chosen["svm"]["strategies"].keys()
+        assert all(seconds > 0 for of in found["seconds"].values() for seconds in of.values())
+
+
+def test_time_to_a_loss_is_compared_within_a_launch(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    butterfly = importlib.import_module("butterfly")
+    launches, chosen = {}, {}
+    for name, at in butterfly.EXPERIMENTS.items():
+        steps = {one: 100 if one == "allreduce" else 200 for one in butterfly.strategies(at.ranks)}
+        of = {one: {"lr": 8.0, "runs": [[count, 0.5]] * 3} for one, count in steps.items()}
+        chosen[name] = {kind: {"least": 0.4, "target": 0.5, "strategies": of} for kind in butterfly.MODELS}
+        launches[name] = []
+        for slow in (1, 10, 2):
+            seconds = {one: slow * (6 if one == "allreduce" else 2) for one in steps}
+            trial = {"native": 2.0, "recursive_doubling": 1.0, "halving_doubling": 3.0}
+            launches[name].append({"trial": trial, "seconds": dict.fromkeys(butterfly.MODELS, seconds)})
+    table = butterfly.summarize(launches, chosen)
+    rows = {row["strategy"]: row for row in table if (row["experiment"], row["model"]) == ("16 hosts, 5 ms", "svm")}
+    assert rows["butterfly"]["speed"] == [3, 3, 3]
+    assert rows["butterfly"]["ms"] == [20, 10, 100]
+    assert {one: row["foretold"] for one, row in rows.items()} == {
+        **{"allreduce": 1, "butterfly": 2, "gossip, exponential": 2, "gossip, ring": 2},
+        **{"average, every 2": 1, "average, every 4": 2},
+    }
+    rates = [row["foretold"] for row in table if (row["experiment"], row["model"]) == ("8 hosts, 100 Mbit/s", "svm")]
+    assert rates == [1, 0.875, 0.875, 0.438, 1, 1.5]
+    machine = {"cpu": "CPU", "cores": 2, "mpicoll": "1", "date": "today"}
+    record = {"mpi": "MPI 1", "machine": machine, "launches": 3, "wrong": 0, "table": table}
+    butterfly.show(record)
+    assert "| butterfly | 8 | 200 | 20.00 | 4.00 | 3.00 (3.00 to 3.00) | 2.00 |" in capsys.readouterr().out
+    butterfly.draw(record, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
