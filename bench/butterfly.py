@@ -1,6 +1,6 @@
 """Butterfly mixing after Zhao and Canny (2013) beside allreduce in every step: time to a loss, by delay and by rate.
 
-    python bench/butterfly.py              measures (TODO-NUMBERS minutes), prints tables, records them in
+    python bench/butterfly.py              measures (half an hour), prints tables, records them in
                                            bench/results/, and draws docs/butterfly-mixing.png
     python bench/butterfly.py --show FILE  prints a recorded one
     python bench/butterfly.py --plot FILE  draws a recorded one

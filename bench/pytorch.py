@@ -32,7 +32,7 @@ from allreduce import command, gloo, launched, library, machine, save, spread
 PICTURE = Path(__file__).parents[1] / "docs" / "pytorch.png"
 RANKS, LAUNCHES = [2], 3
 BATCH = 64  # samples of a rank and step
-CLOSE = 1e-2  # how far parameters may be apart, as a share of how far they have come
+CLOSE = 5e-2  # how far parameters may be apart, as a share of how far they have come: see ``_apart``
 ALIKE = 0.05  # how far losses on the test set may be apart in the mean, as a share of them
 ACCURACY = 0.88  # of the test set, what is looked for where there is one
 
@@ -243,7 +243,9 @@ def _apart(start: list[np.ndarray], one: Ours | Theirs, other: Ours | Theirs) ->
     """The norm of the difference, as a share of that of the way from where both started.
 
     Not the largest element: where the input of a ReLU is zero but for rounding, NumPy and PyTorch may disagree on its
-    sign, and then one unit's weights go another way with one sample.
+    sign, and then one unit's weights go another way with one sample.  In float64 that does not happen, and after 50
+    steps on Fashion-MNIST they are 1e-15 apart; in float32 5e-7 or, where it has happened, 1e-2.  Ranks that do not
+    agree are more than 0.1 apart.
     """
 
     def distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:

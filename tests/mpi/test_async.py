@@ -15,7 +15,7 @@ from mpicoll.train.data import Batches
 from mpicoll.train.loop import Result, Training
 from mpicoll.train.models import MODELS, Batch, Sums
 from mpicoll.train.settings import Settings
-from mpicoll.train.strategies.messages import drawn
+from mpicoll.train.strategies.base import drawn
 from training import blobs, trained, training
 
 P = MPI.COMM_WORLD.size

@@ -17,8 +17,8 @@ import numpy as np
 from ...errors import UserError
 from ..compress import Code
 from ..optimizers import clip
-from .base import Now, Strategy
-from .messages import Messages, drawn, share_of
+from .base import Now, Strategy, drawn, share_of
+from .messages import Messages
 
 if TYPE_CHECKING:
     from ..server import Packet

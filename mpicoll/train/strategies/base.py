@@ -208,3 +208,22 @@ def mean_of(comm: "MPI.Intracomm", array: np.ndarray) -> np.ndarray:
     from ...mpi.collectives import allreduce
 
     return allreduce(array.copy(), comm, "mean", deterministic=True)
+
+
+def share_of(number: int, steps: range, workers: int) -> tuple[int, int] | None:
+    """Where workers take what is left: the step and the rank of a share, by its number; none if all are taken."""
+    step, rank = divmod(number, workers)
+    return (steps[step], rank) if step < len(steps) else None
+
+
+def drawn(seed: int, step: int, workers: int) -> list[Iterator[float]]:
+    """In simulations: how long a step takes each worker, from this step on.
+
+    Half a second, and half a second more on average, exponentially distributed.
+    """
+
+    def times(random: np.random.Generator) -> Iterator[float]:
+        while True:
+            yield 0.5 + random.exponential(0.5)
+
+    return [times(np.random.default_rng([seed, step, worker])) for worker in range(workers)]

@@ -14,6 +14,9 @@ from .base import Strategy
 POLL = 1e-3
 """Seconds from one look for messages to the next while a rank computes."""
 
+AT_ONCE = 8
+"""So often it looks then, as long as there are any: a message may leave another one to see to, and no rank waits long."""
+
 LOOKS, PAUSE = 1000, 5e-5
 """So often a rank that waits looks for messages in a row, and then after so many seconds each."""
 
@@ -114,28 +117,11 @@ class Messages:
         while not self._stop.wait(POLL):
             if self.lock.acquire(blocking=False):  # else the other thread is at it
                 try:
-                    self.look()
+                    for _ in range(AT_ONCE):
+                        if not self.look():
+                            break
                 except BaseException as error:  # which is for the other thread to raise
                     self._failed = error
                     return
                 finally:
                     self.lock.release()
-
-
-def share_of(number: int, steps: range, workers: int) -> tuple[int, int] | None:
-    """Where workers take what is left: the step and the rank of a share, by its number; none if all are taken."""
-    step, rank = divmod(number, workers)
-    return (steps[step], rank) if step < len(steps) else None
-
-
-def drawn(seed: int, step: int, workers: int) -> list[Iterator[float]]:
-    """In simulations: how long a step takes each worker, from this step on.
-
-    Half a second, and half a second more on average, exponentially distributed.
-    """
-
-    def times(random: np.random.Generator) -> Iterator[float]:
-        while True:
-            yield 0.5 + random.exponential(0.5)
-
-    return [times(np.random.default_rng([seed, step, worker])) for worker in range(workers)]

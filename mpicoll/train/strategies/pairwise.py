@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..optimizers import clip
-from .base import Now, Strategy
-from .messages import Messages, drawn, share_of
+from .base import Now, Strategy, drawn, share_of
+from .messages import Messages
 from .mixing import graph_of
 
 
