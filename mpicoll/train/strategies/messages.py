@@ -15,7 +15,7 @@ POLL = 1e-3
 """Seconds from one look for messages to the next while a rank computes."""
 
 AT_ONCE = 8
-"""So often it looks then, as long as there are any: a message may leave another one to see to, and no rank waits long."""
+"""So often it looks then, as long as there are any: what becomes of a message may be another one to look after."""
 
 LOOKS, PAUSE = 1000, 5e-5
 """So often a rank that waits looks for messages in a row, and then after so many seconds each."""
