@@ -19,6 +19,8 @@ OPEN_MPI = {  # what the Makefile sets as well
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell that runs this in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # by what is started here too, and Ctrl-C is tested
 
 # What rank 0 says of more ranks than cores, which this machine may have or not: taken out of what is looked at.
 CROWDED = "more ranks than cores: "
