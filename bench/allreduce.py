@@ -279,17 +279,30 @@ def library(mpi: str) -> str:
     return mpi.rsplit(" ", 1)[0].lower().replace(" ", "-")
 
 
-def command(parser: argparse.ArgumentParser, measure: Callable[[], dict]) -> argparse.Namespace | None:
-    """The arguments; ``None`` in a worker, which ``launched`` has launched, and whose part is done here."""
+def command(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[], dict],
+    show: Callable[[dict], None],
+    draw: Callable[[dict], None] | None = None,
+) -> argparse.Namespace | None:
+    """The arguments, if there is something to measure; ``None`` if all has been done here: a recorded result was to be
+    shown or drawn, or this is a worker, which ``launched`` has launched."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--show", type=Path, metavar="FILE")
+    if draw:
+        parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not args.worker:
+    if args.worker:
+        result = measure()
+        if result.pop("rank") == 0:
+            args.worker.write_text(json.dumps(result))
+    elif args.show:
+        show(json.loads(args.show.read_text()))
+    elif draw and args.plot:
+        draw(json.loads(args.plot.read_text()))
+    else:
         return args
-    result = measure()
-    if result.pop("rank") == 0:
-        args.worker.write_text(json.dumps(result))
     return None
 
 
@@ -300,11 +313,8 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--plot", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--only", nargs="+", metavar="NAME")
-    args = command(parser, measure)
+    args = command(parser, measure, lambda record: show(record, parser.parse_args().only))
     if args is None:
-        return
-    if args.show:
-        show(json.loads(args.show.read_text()), args.only)
         return
     if args.plot:
         draw([json.loads(path.read_text()) for path in args.plot], PICTURE)

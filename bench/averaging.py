@@ -18,11 +18,11 @@ bytes of an agreement take at the rate of a link; nothing else.  Several seeds; 
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,17 +258,12 @@ def main() -> None:
     """Launch, collect, record, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--part", choices=("often", "faster"), help=argparse.SUPPRESS)  # of a worker
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    args = command(parser, lambda: measure(parser.parse_args().part, parser.parse_args().seed))
+    args = command(
+        parser, lambda: measure(parser.parse_args().part, parser.parse_args().seed), show, partial(draw, path=PICTURE)
+    )
     if args is None:
-        return
-    if args.show:
-        show(json.loads(args.show.read_text()))
-        return
-    if args.plot:
-        draw(json.loads(args.plot.read_text()), PICTURE)
         return
     cluster = [sys.executable, str(Path(__file__).with_name("cluster.py")), "--hosts", str(max(HOSTS))]
     cluster += ["--ranks-per-host", "1", "--rate", RATE, "--"]

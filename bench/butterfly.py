@@ -396,7 +396,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", default=[*EXPERIMENTS], metavar="NAME")
-    parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--experiment", help=argparse.SUPPRESS)  # of a worker, and what follows
     parser.add_argument("--chosen", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -408,14 +407,8 @@ def main() -> None:
             return choose(at, of.launches)
         return measure(of.experiment, json.loads(of.chosen.read_text()), of.seed)
 
-    args = command(parser, work)
+    args = command(parser, work, show, partial(draw, path=PICTURE))
     if args is None:
-        return
-    if args.show:
-        show(json.loads(args.show.read_text()))
-        return
-    if args.plot:
-        draw(json.loads(args.plot.read_text()), PICTURE)
         return
     # what is the same for all experiments with as many ranks on the same data, those that take longest first
     problems = {(at.ranks, at.data): name for name, at in EXPERIMENTS.items() if name in args.only}

@@ -264,15 +264,10 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", default=[*EXPERIMENTS], metavar="NAME")
     parser.add_argument("--experiment", choices=EXPERIMENTS, help=argparse.SUPPRESS)  # of a worker
-    parser.add_argument("--plot", type=Path, metavar="FILE")
-    args = command(parser, lambda: measure(EXPERIMENTS[parser.parse_args().experiment]))
+    args = command(
+        parser, lambda: measure(EXPERIMENTS[parser.parse_args().experiment]), show, partial(draw, path=PICTURE)
+    )
     if args is None:
-        return
-    if args.show:
-        show(json.loads(args.show.read_text()))
-        return
-    if args.plot:
-        draw(json.loads(args.plot.read_text()), PICTURE)
         return
     launches: dict[str, list[dict]] = {name: [] for name in args.only}
     for n in range(args.launches):

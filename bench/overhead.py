@@ -116,11 +116,8 @@ def starts() -> list[dict]:
 def main() -> None:
     """Measure in fresh processes and launches, print a table, record it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    args = command(parser, calls)
+    args = command(parser, calls, show)
     if args is None:
-        return
-    if args.show:
-        show(json.loads(args.show.read_text()))
         return
     table = summarize(starts())
     for ranks in (1, 2):

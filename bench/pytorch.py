@@ -18,10 +18,10 @@ an epoch; every launch has a seed of its own.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -375,17 +375,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--launches", type=int, default=LAUNCHES)
-    parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--subject", help=argparse.SUPPRESS)  # of a worker
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    args = command(parser, lambda: measure(parser.parse_args().subject, parser.parse_args().seed))
+    args = command(
+        parser,
+        lambda: measure(parser.parse_args().subject, parser.parse_args().seed),
+        show,
+        partial(draw, path=PICTURE),
+    )
     if args is None:
-        return
-    if args.show:
-        show(json.loads(args.show.read_text()))
-        return
-    if args.plot:
-        draw(json.loads(args.plot.read_text()), PICTURE)
         return
     launches = []
     for seed in range(args.launches):

@@ -10,7 +10,6 @@ epochs on the same batches, with the same learning rates.  Several seeds; for ea
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -152,11 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--strategy", help=argparse.SUPPRESS)  # of a worker
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    args = command(parser, lambda: measure(parser.parse_args().strategy, parser.parse_args().seed))
+    args = command(parser, lambda: measure(parser.parse_args().strategy, parser.parse_args().seed), show)
     if args is None:
-        return
-    if args.show:
-        show(json.loads(args.show.read_text()))
         return
     train = partial(written, __file__, ["mpirun", "-n", str(RANKS)])
     runs: dict[str, list[dict]] = {name: [] for name in STRATEGIES}
