@@ -110,9 +110,13 @@ class Graph:
                 found.update(array.tobytes())
         return found.digest()
 
+    def round(self, step: int) -> int:
+        """Which of its rounds is that of a step, counted from 0."""
+        return step % self.period if self.period else step
+
     def edges(self, t: int) -> Edges:
         """Round ``t``, by target and then by source."""
-        t = t % self.period if self.period else t
+        t = self.round(t)
         if t in self._kept:
             return self._kept[t]
         target, source, weight = self.generate(t)

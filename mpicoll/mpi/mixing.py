@@ -120,7 +120,7 @@ def exchange(messages: dict[int, np.ndarray], comm: MPI.Intracomm, graph: Graph,
         state = state_of(comm)
         record.begin(record.Entry(f"exchange on a {graph}, step {step}", state.name))
         came = {rank: np.empty_like(message) for rank, message in messages.items()}
-        tag = _tag(graph, step % graph.period if graph.period else step)
+        tag = _tag(graph, graph.round(step))
         try:
             requests = [state.comm.Irecv(message, rank, tag) for rank, message in came.items()]
             requests += [state.comm.Isend(message, rank, tag) for rank, message in messages.items()]
@@ -154,7 +154,7 @@ def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int) -> Any:
         raise TypeError(f"step must be a whole number, got {type(step).__name__}") from None
     if t < 0:
         raise ValueError(f"step must be 0 or more, got {step}")
-    t = t % graph.period if graph.period else t
+    t = graph.round(t)
     with whole(comm):
         pieces = parts(x)
         for flat, _ in pieces:
