@@ -21,6 +21,7 @@ LAYERS = [
     [
         "mpi.launch",
         "mpi.memory",
+        "mpi.gpu",
         "mpi.buffers",
         "mpi.operations",
         "mpi.shared",
@@ -62,6 +63,7 @@ EXTERNAL = {  # who may import what from outside; the standard library and NumPy
     "safetensors": ("train.files", "train.checkpoint"),
     "threadpoolctl": ("mpi.threads",),
     "torch": ("torch",),
+    "cupy": ("mpi.gpu",),
     "ml_dtypes": ("mpi.buffers", "cli.bench"),
     "click": ("cli",),
     "tqdm": ("cli.train",),
