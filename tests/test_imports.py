@@ -29,6 +29,8 @@ LAYERS = [
         "mpi.record",
         "mpi.select",
         "mpi.agreement",
+        "mpi.probe",
+        "mpi.devices",
         "mpi.state",
         "mpi.collectives",
         "mpi.mixing",

@@ -1,11 +1,11 @@
 """What may be reduced: whatever a user passes, as one flat NumPy array on the same memory.
 
-The only file that knows device arrays (and names CuPy, which it never imports): they are staged through host memory,
-so that no device pointer reaches MPI.
+Arrays in the memory of a GPU are told from all others here, and what is done with them is in ``mpi.gpu``.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from numbers import Integral
 from operator import index
@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 from mpi4py.util.dtlib import from_numpy_dtype, to_numpy_dtype
+
+from . import gpu
+from .gpu import Array
 
 REFUSALS = (TypeError, ValueError, BufferError, KeyError)
 """What wrong arguments raise; the last from mpi4py, for a dtype that it does not know."""
@@ -31,17 +34,20 @@ class Part(NamedTuple):
     deliver: Callable[[], None] | None = None
 
 
-def parts(x: Any, masked: bool = False) -> list[Part]:
+def parts(x: Any, masked: bool = False, stream: Any = None) -> list[Part]:
     """What to reduce, one part for each dtype: an array, mpi4py's buffer specification, or a list of arrays (fused).
 
     Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything that cannot be written in place, and
     for masked arrays unless they are taken for their data.
     """
     if isinstance(x, (list, tuple)) and not _is_specification(x):
-        return _fused(x, masked)
+        return _fused(x, masked, stream)
     if isinstance(x, np.ma.MaskedArray) and not masked:
         raise TypeError("expected a plain array, got a masked one: reduce its data, x.data, or x.filled()")
-    return [staged(x) if on_device(x) else Part(vector(x))]
+    if on_device(x):
+        return [staged(x, stream=stream)]
+    no_stream(stream)
+    return [Part(vector(x))]
 
 
 def vector(x: Any, writable: bool = True) -> np.ndarray:
@@ -128,37 +134,35 @@ def on_device(x: Any) -> bool:
     return hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] != _CPU
 
 
-def staged(x: Any, load: bool = True) -> Part:
-    """A CuPy array by way of host memory: its current stream is waited for before the copy out, and after the one in.
+def staged(x: Any, load: bool = True, stream: Any = None) -> Part:
+    """A CuPy array by way of host memory, all of it at once: its stream is waited for after the copy out.
 
     ``load=False`` leaves out the copy out, for an array that is only written.
     """
-    cupy = sys.modules.get("cupy")
-    if cupy is None or not isinstance(x, cupy.ndarray):
-        raise TypeError(
-            f"{type(x).__module__}.{type(x).__name__} is in the memory of a device and no CuPy array: "
-            "pass cupy.asarray(x), or a copy in host memory"
-        )
-    if not (x.flags.c_contiguous or x.flags.f_contiguous):
-        raise ValueError("expected a contiguous array; reduce cupy.ascontiguousarray(x) instead")
-    in_order = x if x.flags.c_contiguous else x.T
-    stream = cupy.cuda.get_current_stream()
-    if load:
-        host = in_order.get(stream=stream)
-        stream.synchronize()
-    else:
-        host = np.empty(in_order.shape, in_order.dtype)
-
-    def deliver() -> None:
-        in_order.set(host, stream=stream)
-        stream.synchronize()  # before the host memory is used again, and before anybody reads on another stream
-
-    return Part(host.reshape(-1), deliver)
+    array = Array(x, stream)
+    host = gpu.staged(array, load)
+    return Part(host, partial(gpu.deliver, host, array))
 
 
-def _fused(arrays: Sequence[Any], masked: bool) -> list[Part]:
+def operand(x: Any, stream: Any = None, writable: bool = True) -> Array | np.ndarray:
+    """A CuPy array, or whatever ``vector`` takes, where it is."""
+    if on_device(x):
+        return Array(x, stream)
+    no_stream(stream)
+    return vector(x, writable)
+
+
+def no_stream(stream: Any) -> None:
+    """Raise ``TypeError`` if there is one: what it is for is in host memory."""
+    if stream is not None:
+        raise TypeError("stream= is for arrays in the memory of a GPU: leave it out")
+
+
+def _fused(arrays: Sequence[Any], masked: bool, stream: Any) -> list[Part]:
     """Arrays of one dtype side by side in memory of ours: one message instead of many."""
-    singles = [part for array in arrays for part in parts(array, masked)]
+    if stream is not None and not any(map(on_device, arrays)):
+        no_stream(stream)
+    singles = [part for array in arrays for part in parts(array, masked, stream if on_device(array) else None)]
     by_dtype: dict[np.dtype, list[Part]] = {}
     for part in singles:
         by_dtype.setdefault(part.flat.dtype, []).append(part)

@@ -12,13 +12,14 @@ from mpi4py import MPI
 from ..algorithms import Algorithm
 from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
-from . import operations, record
+from . import gpu, operations, record
 from .agreement import Header, Headers, check_level, header_of, level_of
-from .buffers import Part, lengths, name_of, on_device, order_of, parts, specification, vector
+from .buffers import Part, lengths, name_of, on_device, operand, order_of, parts, specification, vector
+from .gpu import Array
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
 from .plan import Bound, Plan
-from .select import PLAIN, SHARED, Options, Preference, Shared, choose, defaults, parameters
+from .select import PLAIN, SHARED, WAYS, Options, Preference, Shared, choose, defaults, parameters
 from .state import (
     Handle,
     NativeHandle,
@@ -33,7 +34,7 @@ from .state import (
     whole,
 )
 
-C = TypeVar("C", "Call", "Native")
+C = TypeVar("C", "Call", "DeviceCall", "Native", "Call | DeviceCall")
 T = TypeVar("T")
 
 
@@ -47,6 +48,7 @@ def allreduce(
     segments: int | None = None,
     wire: str | None = None,
     check: str | None = None,
+    stream: Any = None,
 ) -> Any:
     """Combine the arrays of all ranks elementwise, in place: every rank's ``x`` ends with the same bits.
 
@@ -80,6 +82,9 @@ def allreduce(
         (operation, dtype, count, algorithm, number of the call), ``"full"`` (also the order of memory, and where the
         calls are made), ``"off"``. The same on all ranks. By default as the ``Comm`` says, else as the environment
         variable ``MPICOLL_CHECK`` does, else ``"header"``.
+    stream
+        Of arrays in the memory of a GPU: the stream on which ``x`` is read and written, one of CuPy's, or any object
+        with ``__cuda_stream__``. By default the current one. Work put there later sees the result.
 
     Returns
     -------
@@ -100,6 +105,7 @@ def allreduce(
         and op == "sum"
         and segments is None
         and wire is None
+        and stream is None
         and x.dtype in PLAIN
         and x.flags.carray
         and isinstance(comm, MPI.Intracomm)
@@ -118,12 +124,22 @@ def allreduce(
         return x
     if isinstance(x, (Number, np.generic)):
         scalar = _number(x, op)
-        allreduce(scalar, comm, op, algorithm, deterministic=deterministic, segments=segments, wire=wire, check=check)
+        allreduce(
+            scalar,
+            comm,
+            op,
+            algorithm,
+            deterministic=deterministic,
+            segments=segments,
+            wire=wire,
+            check=check,
+            stream=stream,
+        )
         return scalar[()]
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic, segments, wire)
     with whole(comm):
-        run(agreed(comm, check, "allreduce", x, lambda: _calls(x, comm, op, options)))
+        run(agreed(comm, check, "allreduce", x, lambda: _calls(x, comm, op, options, stream=stream)))
     return x
 
 
@@ -148,6 +164,7 @@ def reduce(
     segments: int | None = None,
     wire: str | None = None,
     check: str | None = None,
+    stream: Any = None,
 ) -> Any:
     """Combine the arrays of all ranks elementwise: the ``x`` of rank ``root`` ends with the result, the others stay.
 
@@ -156,13 +173,26 @@ def reduce(
     if isinstance(x, (Number, np.generic)):
         scalar = _number(x, op)
         reduce(
-            scalar, comm, root, op, algorithm, deterministic=deterministic, segments=segments, wire=wire, check=check
+            scalar,
+            comm,
+            root,
+            op,
+            algorithm,
+            deterministic=deterministic,
+            segments=segments,
+            wire=wire,
+            check=check,
+            stream=stream,
         )
         return scalar[()]
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic, segments, wire)
+
+    def calls() -> list[Call | DeviceCall]:
+        return _calls(x, comm, op, options, collective="reduce", root=root, stream=stream)
+
     with whole(comm):
-        run(agreed(comm, check, "reduce", x, lambda: _calls(x, comm, op, options, collective="reduce", root=root)))
+        run(agreed(comm, check, "reduce", x, calls))
     return x
 
 
@@ -179,6 +209,7 @@ def bcast(
     *,
     segments: int | None = None,
     check: str | None = None,
+    stream: Any = None,
 ) -> Any:
     """Every rank's ``x`` ends with what that of rank ``root`` holds; returns ``x``.
 
@@ -188,8 +219,10 @@ def bcast(
     check_comm(comm)
     options = options_of(comm, algorithm, False, segments)
 
-    def calls() -> list[Call]:
-        pieces = parts(x)
+    def calls() -> list[Any]:
+        if on_device(x):
+            return [broadcasting(comm, Array(x, stream), options, root)]
+        pieces = parts(x, stream=stream)
         if any(part.flat.dtype.hasobject for part in pieces):
             raise TypeError("objects are not broadcast from memory to memory: use comm.bcast, in lower case")
         return [
@@ -214,28 +247,33 @@ def reduce_scatter(
     deterministic: bool | None = None,
     wire: str | None = None,
     check: str | None = None,
-) -> np.ndarray:
+    stream: Any = None,
+) -> Any:
     """Combine the arrays of all ranks elementwise, and give each rank its part of the result, as a new flat array.
 
-    ``x``, which stays as it is, is one array in host memory; rank r gets ``counts[r]`` elements, by default equally
-    many to one.  Other arguments and errors are those of ``allreduce``; algorithms are
+    ``x``, which stays as it is, is one array; rank r gets ``counts[r]`` elements, by default equally many to one, where
+    ``x`` is, in host memory or on the GPU.  Other arguments and errors are those of ``allreduce``; algorithms are
     ``mpicoll.ALGORITHMS["reduce_scatter"]``.
     """
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic, wire=wire)
+    result: Any = None
 
-    def calls() -> list[Call]:
-        flat = _in_host_memory(x)
-        cuts = cuts_of(counts, len(flat), comm.size)
-        result = np.empty(cuts[comm.rank + 1] - cuts[comm.rank], flat.dtype)
-        found = operation(op, flat.dtype)
-        return [decide(comm, Part(flat), found, options, collective="reduce_scatter", cuts=cuts, result=result)]
+    def calls() -> list[Any]:
+        nonlocal result
+        given = operand(x, stream, writable=False)
+        cuts = cuts_of(counts, given.size, comm.size)
+        mine, found = cuts[comm.rank + 1] - cuts[comm.rank], operation(op, given.dtype)
+        if isinstance(given, Array):
+            result = gpu.empty(mine, given.dtype, given)
+            taken = Array(result, given.stream)
+            return [DeviceCall.made(comm, "reduce_scatter", given, taken, found, options, cuts=cuts)]
+        result = np.empty(mine, given.dtype)
+        return [decide(comm, Part(given), found, options, collective="reduce_scatter", cuts=cuts, result=result)]
 
     with whole(comm):
-        (call,) = agreed(comm, check, "reduce_scatter", x, calls)
-        call.run()
-    assert call.result is not None
-    return call.result
+        run(agreed(comm, check, "reduce_scatter", x, calls))
+    return result
 
 
 def allgather(
@@ -245,32 +283,35 @@ def allgather(
     algorithm: str = "auto",
     *,
     check: str | None = None,
-) -> np.ndarray:
+    stream: Any = None,
+) -> Any:
     """The arrays of all ranks, one after another, as a new array.
 
-    ``x`` is one array in host memory, of any dtype but objects.  Without ``counts`` it has the same shape on all ranks,
-    and the result one dimension more, in front; with them, rank r brings ``counts[r]`` elements into a flat result.
-    Algorithms are ``mpicoll.ALGORITHMS["allgather"]``.
+    ``x`` is one array of any dtype but objects, and the result is where ``x`` is, in host memory or on the GPU.
+    Without ``counts`` it has the same shape on all ranks, and the result one dimension more, in front; with them, rank
+    r brings ``counts[r]`` elements into a flat result.  Algorithms are ``mpicoll.ALGORITHMS["allgather"]``.
     """
     check_comm(comm)
     options = options_of(comm, algorithm, False)
-    result: np.ndarray | None = None
+    result: Any = None
 
-    def calls() -> list[Call]:
+    def calls() -> list[Any]:
         nonlocal result
-        flat = _in_host_memory(x)
-        if flat.dtype.hasobject:
+        given = operand(x, stream, writable=False)
+        if given.dtype.hasobject:
             raise TypeError("objects are not gathered from memory to memory: use comm.allgather, in lower case")
-        cuts = cuts_of([len(flat)] * comm.size if counts is None else counts, None, comm.size)
-        if cuts[comm.rank + 1] - cuts[comm.rank] != len(flat):
-            raise ValueError(f"rank {comm.rank} brings {len(flat)} elements, counts say {counts[comm.rank]}")  # type: ignore[index]
-        result = np.empty(cuts[-1], flat.dtype)
-        shape = "" if counts is not None else f" {np.shape(x)}"
-        return [gathering(comm, flat, result, cuts, options)._replace(detail=name_of(flat.dtype) + shape)]
+        cuts = cuts_of([given.size] * comm.size if counts is None else counts, None, comm.size)
+        if cuts[comm.rank + 1] - cuts[comm.rank] != given.size:
+            raise ValueError(f"rank {comm.rank} brings {given.size} elements, counts say {counts[comm.rank]}")  # type: ignore[index]
+        detail = name_of(given.dtype) + ("" if counts is not None else f" {np.shape(x)}")
+        if isinstance(given, Array):
+            result = gpu.empty(cuts[-1], given.dtype, given)
+            return [gathering_on_device(comm, given, Array(result, given.stream), cuts, options, detail)]
+        result = np.empty(cuts[-1], given.dtype)
+        return [gathering(comm, given, result, cuts, options)._replace(detail=detail)]
 
     with whole(comm):
         run(agreed(comm, check, "allgather", x, calls))
-    assert result is not None
     return result if counts is not None else result.reshape(comm.size, *np.shape(x))
 
 
@@ -299,10 +340,26 @@ def cuts_of(counts: Sequence[int] | None, total: int | None, p: int) -> tuple[in
     return (0, *accumulate(checked))
 
 
-def _in_host_memory(x: Any) -> np.ndarray:
-    if on_device(x):
-        raise TypeError(f"expected an array in host memory, got {type(x).__module__}.{type(x).__name__}: copy it first")
-    return vector(x, writable=False)
+def gathering_on_device(
+    comm: MPI.Intracomm,
+    given: Array,
+    taken: Array | np.ndarray,
+    cuts: tuple[int, ...],
+    options: Options,
+    detail: str = "",
+) -> "DeviceCall":
+    """The same on a GPU."""
+    in_bytes = tuple(cut * given.dtype.itemsize for cut in cuts)
+    into = taken.as_bytes() if isinstance(taken, Array) else taken.view(np.uint8)
+    return DeviceCall.made(comm, "allgather", given.as_bytes(), into, MOVE, options, cuts=in_bytes, detail=detail)
+
+
+def broadcasting(comm: MPI.Intracomm, array: Array, options: Options, root: int, named: bool = True) -> "DeviceCall":
+    """``bcast`` of an array on a GPU, which on other ranks is on one, too."""
+    check_root(comm, index(root))
+    raw, detail = array.as_bytes(), name_of(array.dtype) if named else ""
+    given, taken = (raw, None) if comm.rank == root else (None, raw)
+    return DeviceCall.made(comm, "bcast", given, taken, MOVE, options, root=root, detail=detail)
 
 
 def ring_allreduce(x: Any, comm: MPI.Intracomm, op: str | MPI.Op = "sum") -> Any:
@@ -320,6 +377,7 @@ def iallreduce(
     segments: int | None = None,
     wire: str | None = None,
     check: str | None = None,
+    stream: Any = None,
 ) -> Handle | NativeHandle:
     """``allreduce`` that returns at once, with a handle: ``poll()`` it until it is ``True``, or ``wait()``.
 
@@ -332,7 +390,7 @@ def iallreduce(
     options = options_of(comm, algorithm, deterministic, segments, wire)
     with whole(comm):
         state = find_state(comm)
-        asked = _asked(comm, check, "iallreduce", x, lambda: _calls(x, comm, op, options, prefer="native"))
+        asked = _asked(comm, check, "iallreduce", x, lambda: _host_calls(x, comm, op, options, "native", stream))
         comparison = state.agreement.begin(asked.headers(), asked.detail) if state and asked.compared else None
         calls = asked.calls()
         delivers = [call.part.deliver for call in calls if call.part.deliver]
@@ -369,7 +427,7 @@ def allreduce_init(
     with whole(comm):
 
         def checked() -> list[Call]:
-            calls = _calls(x, comm, op, options, prefer="ours")
+            calls = _host_calls(x, comm, op, options, "ours")
             if any(call.row is None for call in calls):
                 raise ValueError("native persistent collectives are the MPI library's: comm.Allreduce_init")
             if any(call.part.deliver for call in calls):
@@ -404,17 +462,42 @@ def account(
     Nothing can be known of the MPI library's own, and nothing is sent in shared memory.
     """
     check_comm(comm)
+    options = options_of(comm, algorithm, deterministic)
+    if on_device(x):
+        return _account_on_device(Array(x), comm, op, options, collective)
     if collective == "allgather":
-        flat = _in_host_memory(x)
+        flat = vector(x, writable=False)
         result, cuts = np.empty(comm.size * len(flat), flat.dtype), cuts_of([len(flat)] * comm.size, None, comm.size)
-        calls = [gathering(comm, flat, result, cuts, options_of(comm, algorithm, False))]
+        calls = [gathering(comm, flat, result, cuts, options._replace(deterministic=False))]
     else:
-        calls = _calls(x, comm, op, options_of(comm, algorithm, deterministic))
+        calls = _host_calls(x, comm, op, options)
+    return _account(calls)
+
+
+def _account(calls: "Sequence[Call]") -> Account:
     if not calls or any(call.row is None for call in calls):
         return Account("native", None, None)
     plans = [call.plan() for call in calls if call.row is not SHARED]
     names = dict.fromkeys(call.row.name for call in calls if call.row)
     return Account(", ".join(names), sum(plan.bytes_sent for plan in plans), sum(plan.messages for plan in plans))
+
+
+def _account_on_device(array: Array, comm: MPI.Intracomm, op: str, options: Options, collective: str) -> Account:
+    """As the latest such call went; ``"unknown"`` if there was none."""
+    if collective == "allgather":
+        cuts = cuts_of([array.size] * comm.size, None, comm.size)
+        call = gathering_on_device(comm, array, array, cuts, options._replace(deterministic=False))
+    else:
+        call = DeviceCall.made(comm, collective, array, array, operation(op, array.dtype), options)
+    state = find_state(comm)
+    way = None if state is None or state.devices is None else state.devices.went.get(call.header())
+    if way != "staged":
+        return Account(way or "unknown", None, None)
+    found = [_account([call.hosted(call.stand_in(length))]) for length in call.pieces()]
+    if any(one.bytes_sent is None for one in found):
+        return Account(f"staged {found[0].algorithm}", None, None)
+    sent, messages = (sum(one[n] for one in found) for n in (1, 2))  # type: ignore[misc]
+    return Account(f"staged {found[0].algorithm}", sent, messages)
 
 
 class _Asked(NamedTuple, Generic[C]):
@@ -531,7 +614,7 @@ def by_messages(state: State, level: str, send: np.ndarray, recv: np.ndarray, op
     return True
 
 
-def run(calls: "Iterable[Call | Native]") -> None:
+def run(calls: "Iterable[Call | DeviceCall | Native]") -> None:
     """All of them, one after another."""
     for call in calls:
         call.run()
@@ -706,6 +789,138 @@ class Call(NamedTuple):
         return [specification(flat[start : start + longest]) for start in range(0, max(len(flat), 1), longest)]
 
 
+class DeviceCall(NamedTuple):
+    """A call on arrays in the memory of GPUs.  How it goes is known when all ranks have come: they find out together
+    what their GPUs can do."""
+
+    collective: str
+    comm: MPI.Intracomm
+    given: Array | np.ndarray | None  # by this rank; one of both is on a GPU
+    taken: Array | np.ndarray | None
+    dtype: np.dtype
+    elements: int  # of the whole, as for ``Node.run``
+    operation: Operation
+    options: Options
+    root: int | None = None
+    cuts: tuple[int, ...] | None = None
+    detail: str = ""
+
+    @classmethod
+    def made(
+        cls,
+        comm: MPI.Intracomm,
+        collective: str,
+        given: Array | np.ndarray | None,
+        taken: Array | np.ndarray | None,
+        operation: Operation,
+        options: Options,
+        *,
+        root: int | None = None,
+        cuts: tuple[int, ...] | None = None,
+        detail: str = "",
+    ) -> "DeviceCall":
+        """Everything checked that can be before all have come; ``TypeError`` or ``ValueError``."""
+        there = [one for one in (given, taken) if one is not None]
+        gpu.same_device(*(one for one in there if isinstance(one, Array)))
+        count, dtype = cuts[-1] if cuts else there[0].size, there[0].dtype
+        if dtype != there[-1].dtype:
+            raise ValueError(f"mismatch in send dtype {dtype} and receive dtype {there[-1].dtype}")
+        if cuts is None and there[-1].size != count:
+            raise ValueError(f"mismatch in send count {count} and receive count {there[-1].size}")
+        if root is not None:
+            root = int(index(root))
+            check_root(comm, root)
+        call = cls(collective, comm, given, taken, dtype, count, operation, options, root, cuts, detail)
+        call.hosted(call.stand_in(count))  # which says what is wrong with the options
+        return call
+
+    def header(self) -> Header:
+        """What all ranks must have in common."""
+        options, moves = self.options, self.operation is MOVE
+        given = [("root", self.root), ("segments", options.segments)]
+        details = ["in the memory of GPUs", "deterministic" if options.deterministic and not moves else ""]
+        return Header(
+            self.collective,
+            options.algorithm,
+            "" if moves else self.operation.name,
+            ("bytes" if moves else name_of(self.dtype)) if self.elements else "",
+            self.elements,
+            tuple((name, int(value)) for name, value in given if value is not None),
+            self.cuts,
+            ", ".join(filter(None, [*details, f"wire {options.wire}" if options.wire else "", self.detail])),
+        )
+
+    def run(self) -> None:
+        """Do it, by the first way that can be gone."""
+        if self.comm.size == 1:
+            self._copy()
+            return
+        state, options = state_of(self.comm), self.options
+        devices = state.join_devices(next(one for one in (self.given, self.taken) if isinstance(one, Array)).device)
+        wired = self.operation.on_wire(options.wire, self.dtype) if options.wire else self.operation
+        args = self.collective, self.given, self.taken, wired, self.root or 0, self.cuts
+        for way in devices.ways(options.algorithm, self.collective, wired, self.dtype, options.deterministic):
+            if way == "staged":
+                self._run_staged(state)
+            elif not state.on_node(devices.run, way, *args):
+                continue
+            devices.went[self.header()] = way
+            return
+
+    def _copy(self) -> None:
+        given, taken = self.given, self.taken
+        if isinstance(taken, Array) and given is not None:
+            taken.fill_from(given)
+        elif isinstance(taken, np.ndarray) and isinstance(given, Array):
+            given.load(taken)
+            given.stream.synchronize()
+
+    def _run_staged(self, state: State) -> None:
+        """By way of host memory: in pieces, or, where ranks give or take parts, all at once."""
+        if self.cuts is None:
+            state.boxes().through(self.given, self.taken, lambda piece: self.hosted(piece).run())
+            return
+        assert self.given is not None
+        assert self.taken is not None
+        result = gpu.staged(self.taken, load=False) if isinstance(self.taken, Array) else self.taken
+        if self.collective == "reduce_scatter":
+            given = gpu.staged(self.given, load=True) if isinstance(self.given, Array) else self.given
+            self.hosted(given, result).run()
+        else:
+            own = result[self.cuts[self.comm.rank] : self.cuts[self.comm.rank + 1]]
+            if isinstance(self.given, Array):
+                self.given.load(own)
+                self.given.stream.synchronize()
+            else:
+                own[:] = self.given
+            self.hosted(result).run()
+        if isinstance(self.taken, Array):
+            gpu.deliver(result, self.taken)
+
+    def pieces(self) -> list[int]:
+        """The lengths of those in which it is staged."""
+        longest = self.elements if self.cuts else max(gpu.BOX // self.dtype.itemsize, 1)
+        return [min(longest, self.elements - lo) for lo in range(0, self.elements, max(longest, 1))] or [0]
+
+    def stand_in(self, length: int) -> np.ndarray:
+        """So many elements, but no memory for them."""
+        return np.broadcast_to(np.empty((), self.dtype), length)
+
+    def hosted(self, flat: np.ndarray, result: np.ndarray | None = None) -> Call:
+        """The same in host memory."""
+        options = self.options._replace(algorithm="auto") if self.options.algorithm in WAYS else self.options
+        return decide(
+            self.comm,
+            Part(flat),
+            self.operation,
+            options,
+            collective=self.collective,
+            root=self.root,
+            cuts=self.cuts,
+            result=result,
+        )
+
+
 def options_of(
     comm: MPI.Intracomm,
     algorithm: str,
@@ -727,12 +942,31 @@ def _calls(
     *,
     collective: str = "allreduce",
     root: int | None = None,
+    stream: Any = None,
+) -> "list[Call | DeviceCall]":
+    """What is to be done with ``x``, in place; everything is checked before any of it is."""
+    if not on_device(x):
+        return [*_host_calls(x, comm, op, options, stream=stream, collective=collective, root=root)]
+    array = Array(x, stream)
+    taken = array if root is None or comm.rank == root else None
+    return [DeviceCall.made(comm, collective, array, taken, operation(op, array.dtype), options, root=root)]
+
+
+def _host_calls(
+    x: Any,
+    comm: MPI.Intracomm,
+    op: str | MPI.Op,
+    options: Options,
     prefer: Preference = "fastest",
+    stream: Any = None,
+    *,
+    collective: str = "allreduce",
+    root: int | None = None,
 ) -> list[Call]:
-    """One call for each dtype in ``x``; everything is checked before the first of them does anything."""
+    """One for each dtype, in host memory, to which what is elsewhere is brought at once."""
     calls = [
         decide(comm, part, operation(op, part.flat.dtype), options, collective=collective, root=root, prefer=prefer)
-        for part in parts(x)
+        for part in parts(x, stream=stream)
     ]
     detail = lengths(x)
     return [call._replace(detail=detail) for call in calls] if detail else calls

@@ -11,7 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..tuning import NATIVE, preferred
-from . import operations, record
+from . import gpu, operations, record
 from .agreement import Header, check_level, header_of, level_of
 from .buffers import (
     REFUSALS,
@@ -22,8 +22,10 @@ from .buffers import (
     described,
     is_half,
     is_in_place,
+    no_stream,
     of_blocks,
     on_device,
+    operand,
     parts,
     payload,
     staged,
@@ -32,19 +34,23 @@ from .buffers import (
 from .buffers import name_of as dtype_name
 from .collectives import (
     Call,
+    DeviceCall,
     Native,
     agreed,
+    broadcasting,
     by_messages,
     check_root,
     compared,
     cuts_of,
     decide,
     gathering,
+    gathering_on_device,
     on_node,
     options_of,
     recorded,
     run,
 )
+from .gpu import Array
 from .operations import MOVE, Operation, name_of, operation, predefined
 from .select import PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared
 from .state import State, check_comm, driving, interrupted, state_of, under_way, whole
@@ -182,7 +188,9 @@ class Comm(MPI.Intracomm):
             run(agreed(self, None, name, None, calls))
         return made[0]
 
-    def allreduce_shared(self, x: Any, op: MPI.Op | str = MPI.SUM, *, check: str | None = None) -> np.ndarray:
+    def allreduce_shared(
+        self, x: Any, op: MPI.Op | str = MPI.SUM, *, check: str | None = None, stream: Any = None
+    ) -> np.ndarray:
         """Combine the arrays of all ranks elementwise, into one result for all ranks of a node, which is returned.
 
         It is read-only, and of the shape of ``x``, which stays as it is, and which best lies in shared memory (see
@@ -192,8 +200,8 @@ class Comm(MPI.Intracomm):
         ``op`` and ``check`` are those of ``mpicoll.allreduce``; 16-bit floats are added as float32.  The order of
         additions is the canonical one if the ``Comm`` is ``deterministic``.
 
-        If ranks do not share memory, or the array is so small that the MPI library's own is faster, each has a result
-        of its own.
+        If ranks do not share memory, or the array is so small that the MPI library's own is faster, or lies on a GPU,
+        each has a result of its own.
         """
         level = self.check if check is None else level_of(self, check)
         if (
@@ -206,6 +214,7 @@ class Comm(MPI.Intracomm):
             and type(op) is MPI.Op
             and (quick := predefined(op, x.dtype))
             and (level == "header" or level == "off")
+            and stream is None
             and not under_way
             and not interrupted
         ):
@@ -223,11 +232,15 @@ class Comm(MPI.Intracomm):
                 result = result.reshape(x.shape)
                 result.flags.writeable = False
                 return result
-        reduced: list[np.ndarray] = []
+        reduced: list[Any] = []
 
-        def calls() -> list[Native]:
-            flat = vector(x, writable=False)
+        def calls() -> list[Any]:
+            flat = operand(x, stream, writable=False)
             found = operation(op, flat.dtype)
+            if isinstance(flat, Array):
+                reduced.append(gpu.empty(flat.size, flat.dtype, flat))
+                taken, options = Array(reduced[0], flat.stream), Options(deterministic=self.deterministic)
+                return [DeviceCall.made(self, "allreduce", flat, taken, found, options)]
 
             def call() -> None:
                 reduced.append(self._reduced(flat, found))
@@ -237,7 +250,7 @@ class Comm(MPI.Intracomm):
 
         with whole(self):
             run(agreed(self, check, "allreduce_shared", x, calls))
-        return _like(x, reduced[0])
+        return _shaped(x, reduced[0]) if on_device(x) else _like(x, reduced[0])
 
     def _reduced(self, flat: np.ndarray, found: Operation) -> np.ndarray:
         state = state_of(self)
@@ -265,6 +278,7 @@ class Comm(MPI.Intracomm):
         segments: int | None = None,
         wire: str | None = None,
         check: str | None = None,
+        stream: Any = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.allreduce``.
 
@@ -286,6 +300,7 @@ class Comm(MPI.Intracomm):
             and (level == "header" or level == "off")
             and segments is None
             and wire is None
+            and stream is None
             and not (self.deterministic if deterministic is None else deterministic)
             and not under_way
             and not interrupted
@@ -302,7 +317,7 @@ class Comm(MPI.Intracomm):
                 return None
         options = options_of(self, algorithm, deterministic, segments, wire)
         with whole(self):
-            return self._reduction("allreduce", sendbuf, recvbuf, op, None, options, check)
+            return self._reduction("allreduce", sendbuf, recvbuf, op, None, options, check, stream)
 
     def _on_node(self, op: MPI.Op, x: np.ndarray) -> Operation | None:
         """The operation, if it is one for shared memory."""
@@ -320,6 +335,7 @@ class Comm(MPI.Intracomm):
         segments: int | None = None,
         wire: str | None = None,
         check: str | None = None,
+        stream: Any = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce``."""
         data = recvbuf if sendbuf is MPI.IN_PLACE else sendbuf
@@ -345,6 +361,7 @@ class Comm(MPI.Intracomm):
             and (level == "header" or level == "off")
             and segments is None
             and wire is None
+            and stream is None
             and not (self.deterministic if deterministic is None else deterministic)
             and not under_way
             and not interrupted
@@ -360,7 +377,7 @@ class Comm(MPI.Intracomm):
         else:
             options = options_of(self, algorithm, deterministic, segments, wire)
             with whole(self):
-                self._reduction("reduce", sendbuf, recvbuf, op, root, options, check)
+                self._reduction("reduce", sendbuf, recvbuf, op, root, options, check, stream)
 
     def Bcast(  # noqa: N802
         self,
@@ -370,6 +387,7 @@ class Comm(MPI.Intracomm):
         *,
         segments: int | None = None,
         check: str | None = None,
+        stream: Any = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.bcast``."""
         options = options_of(self, algorithm, False, segments, None)
@@ -378,20 +396,18 @@ class Comm(MPI.Intracomm):
         unseen = (untold and self._is_native_best("bcast", lambda: payload(buf, receives)[1])) or (
             options == Options("native") and not on_device(buf)
         )
-        if level_of(self, check) == "off" and unseen:
+        if level_of(self, check) == "off" and unseen and stream is None:
             return self._natively("Bcast", buf, root)()
 
         def calls() -> list[Any]:
             check_root(self, root)
+            if on_device(buf):
+                return [broadcasting(self, Array(buf, stream), options, root, named=False)]
+            no_stream(stream)
             if unseen:
                 header = header_of("bcast", "", *payload(buf, receives), int(index(root)))
                 return [Native(header, self._natively("Bcast", buf, root))]
-            if untold:
-                part = as_bytes(buf, not receives, receives)
-            elif on_device(buf):
-                part = staged(buf, load=not receives)
-            else:
-                part = Part(vector(buf, writable=receives))
+            part = as_bytes(buf, not receives, receives) if untold else Part(vector(buf, writable=receives))
             raw = Part(part.flat.view(np.uint8), part.deliver if receives else None)
             return [decide(self, raw, MOVE, options, collective="bcast", root=root)]
 
@@ -425,11 +441,15 @@ class Comm(MPI.Intracomm):
         deterministic: bool | None = None,
         wire: str | None = None,
         check: str | None = None,
+        stream: Any = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``."""
         options = options_of(self, algorithm, deterministic, None, wire)
 
         def calls() -> list[Any]:
+            if on_device(recvbuf if is_in_place(sendbuf) else sendbuf):
+                return [self._scattering_on_device(sendbuf, recvbuf, None, op, options, stream)]
+            no_stream(stream)
             blocks = 1 if is_in_place(sendbuf) else self.size
             if self._is_native(recvbuf, op, options, blocks):
                 dtype, count = described(recvbuf, True)
@@ -457,6 +477,7 @@ class Comm(MPI.Intracomm):
         deterministic: bool | None = None,
         wire: str | None = None,
         check: str | None = None,
+        stream: Any = None,
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``.
 
@@ -466,6 +487,11 @@ class Comm(MPI.Intracomm):
 
         def calls() -> list[Any]:
             counts = None if recvcounts is None else [int(index(count)) for count in recvcounts]
+            if on_device(recvbuf if is_in_place(sendbuf) else sendbuf):
+                if counts is None:
+                    raise TypeError("arrays in the memory of a GPU need recvcounts: one for each rank")
+                return [self._scattering_on_device(sendbuf, recvbuf, counts, op, options, stream)]
+            no_stream(stream)
             crashes = sendbuf is MPI.IN_PLACE and len({*(counts or ())}) > 1 and self._is_ours(recvbuf, op)
             if self._is_native(recvbuf, op, options, counts=counts) and not (crashes and algorithm == "auto"):
                 cuts = None if counts is None else cuts_of(counts, None, self.size)
@@ -488,6 +514,50 @@ class Comm(MPI.Intracomm):
 
         with whole(self):
             run(agreed(self, check, "reduce_scatter", recvbuf, calls))
+
+    def _scattering_on_device(
+        self, sendbuf: Any, recvbuf: Any, counts: Sequence[int] | None, op: MPI.Op | str, options: Options, stream: Any
+    ) -> DeviceCall:
+        received = operand(recvbuf, stream if on_device(recvbuf) else None)
+        if is_in_place(sendbuf):
+            assert isinstance(received, Array)
+            given = gpu.copied(received)  # others may read there when a result is written
+        else:
+            given = Array(sendbuf, stream)
+        cuts = cuts_of(counts, given.size, self.size) if counts is None else cuts_of(counts, None, self.size)
+        mine = cuts[self.rank + 1] - cuts[self.rank]
+        if counts is None and given.size % self.size:
+            raise ValueError(f"expected as many elements for each of {self.size} ranks, got {given.size}")
+        if given.size < cuts[-1] or received.size < mine or given.dtype != received.dtype:
+            raise ValueError(
+                f"expected {cuts[-1]} elements to send and room for {mine} of the same dtype, got {given.size} of "
+                f"{given.dtype} and {received.size} of {received.dtype}"
+            )
+        taken = received.part(0, mine) if isinstance(received, Array) else received[:mine]
+        found = operation(op, given.dtype)
+        return DeviceCall.made(self, "reduce_scatter", given.part(0, cuts[-1]), taken, found, options, cuts=cuts)
+
+    def _gathering_on_device(
+        self, sendbuf: Any, recvbuf: Any, counts: Sequence[int] | None, algorithm: str, stream: Any
+    ) -> DeviceCall:
+        received = operand(recvbuf, stream if on_device(recvbuf) else None)
+        given = None if is_in_place(sendbuf) else Array(sendbuf, stream)
+        if counts is None:
+            each = received.size // self.size if given is None else given.size
+            counts = [each] * self.size
+        cuts = cuts_of(counts, None, self.size)
+        mine = cuts[self.rank + 1] - cuts[self.rank]
+        if received.size < cuts[-1] or (given is not None and (given.size, given.dtype) != (mine, received.dtype)):
+            got = "nothing" if given is None else f"{given.size} of {given.dtype}"
+            raise ValueError(
+                f"expected {mine} elements to send and room for {cuts[-1]} of the same dtype, got {got} and room for "
+                f"{received.size} of {received.dtype}"
+            )
+        if given is None:
+            assert isinstance(received, Array)
+            given = received.part(cuts[self.rank], cuts[self.rank + 1])
+        taken = received.part(0, cuts[-1]) if isinstance(received, Array) else received[: cuts[-1]]
+        return gathering_on_device(self, given, taken, cuts, Options(algorithm))
 
     def _is_ours(self, buffer: Any, op: MPI.Op | str) -> bool:
         """Can our algorithms do it?"""
@@ -544,14 +614,23 @@ class Comm(MPI.Intracomm):
         return decide(self, part, found, options, collective="reduce_scatter", cuts=cuts, result=result, prefer=prefer)
 
     def Allgather(  # noqa: N802
-        self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
+        self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None, stream: Any = None
     ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
-        untold = algorithm == "auto" and not self._is_native_best("allgather", lambda: self._gathered_bytes(recvbuf))
-        if level_of(self, check) == "off" and algorithm in ("auto", "native") and not untold:
+        there = on_device(recvbuf if is_in_place(sendbuf) else sendbuf)
+        untold = (
+            not there
+            and algorithm == "auto"
+            and not self._is_native_best("allgather", lambda: self._gathered_bytes(recvbuf))
+        )
+        natively = algorithm in ("auto", "native") and not untold and not there and stream is None
+        if level_of(self, check) == "off" and natively:
             return self._natively("Allgather", sendbuf, recvbuf)()
 
         def calls() -> list[Any]:
+            if there:
+                return [self._gathering_on_device(sendbuf, recvbuf, None, algorithm, stream)]
+            no_stream(stream)
             if algorithm in ("auto", "native"):
                 dtype, each = block(recvbuf, self.size) if is_in_place(sendbuf) else payload(sendbuf)
                 space = payload(recvbuf, True)
@@ -597,14 +676,21 @@ class Comm(MPI.Intracomm):
         return gathering(self, sent, part.flat, cuts, Options())._replace(part=part)
 
     def Allgatherv(  # noqa: N802
-        self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None
+        self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None, stream: Any = None
     ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
-        if level_of(self, check) == "off" and algorithm in ("auto", "native"):
+        into, *rest = recvbuf if isinstance(recvbuf, (list, tuple)) and len(recvbuf) else [recvbuf]
+        there = on_device(into if is_in_place(sendbuf) else sendbuf)
+        if level_of(self, check) == "off" and algorithm in ("auto", "native") and not there and stream is None:
             return self._natively("Allgatherv", sendbuf, recvbuf)()
         deliver: list[tuple[np.ndarray, np.ndarray]] = []
 
         def calls() -> list[Any]:
+            if there:
+                if len(rest) > 1:
+                    raise TypeError("arrays in the memory of a GPU are gathered side by side: pass [recvbuf, counts]")
+                return [self._gathering_on_device(sendbuf, into, rest[0] if rest else None, algorithm, stream)]
+            no_stream(stream)
             if algorithm in ("auto", "native"):
                 return [
                     Native(self._allgatherv_header(sendbuf, recvbuf), self._natively("Allgatherv", sendbuf, recvbuf))
@@ -652,6 +738,7 @@ class Comm(MPI.Intracomm):
         root: int | None,
         options: Options,
         check: str | None,
+        stream: Any,
     ) -> None:
         receives = root is None or self.rank == root
         in_place = receives and is_in_place(sendbuf)
@@ -670,18 +757,29 @@ class Comm(MPI.Intracomm):
             header = header_of(collective, name_of(cast(MPI.Op, op)), what if count != 0 else "", count, at)
             return [Native(header, self._natively(method, sendbuf, recvbuf, op, *ending))]
 
+        def on_devices() -> DeviceCall:
+            given = Array(recvbuf if in_place else sendbuf, stream)
+            taken: Array | np.ndarray | None = None
+            if receives:
+                taken = given if in_place else operand(recvbuf, stream if on_device(recvbuf) else None)
+            return DeviceCall.made(self, collective, given, taken, operation(op, given.dtype), options, root=root)
+
         def calls() -> list[Any]:
             if root is not None:
                 check_root(self, index(root))
                 if sendbuf is MPI.IN_PLACE and not receives:
                     raise ValueError(f"MPI.IN_PLACE is for the root, {root}, alone: pass what rank {self.rank} sends")
+            if on_device(recvbuf if in_place else sendbuf):
+                return [on_devices()]
+            if not on_device(target):
+                no_stream(stream)
             if options.algorithm == "native" and as_it_is:
                 return natively()
             try:
                 if not receives:
-                    made = [staged(sendbuf) if on_device(sendbuf) else Part(vector(sendbuf, writable=False))]
-                elif not in_place and on_device(recvbuf):
-                    made = [staged(recvbuf, load=False)]
+                    made = [Part(vector(sendbuf, writable=False))]
+                elif on_device(recvbuf):
+                    made = [staged(recvbuf, load=False, stream=stream)]
                 else:
                     made = parts(recvbuf, masked=True)
                 calls = [
@@ -690,7 +788,7 @@ class Comm(MPI.Intracomm):
                 ]
                 sent = []
                 if receives and not in_place and len(made) == 1:
-                    sent = [staged(sendbuf).flat if on_device(sendbuf) else vector(sendbuf, writable=False)]
+                    sent = [vector(sendbuf, writable=False)]
             except REFUSALS:
                 if options == Options() and as_it_is:
                     return natively()  # takes it, or says what is wrong
@@ -725,11 +823,16 @@ class Comm(MPI.Intracomm):
 
 def _like(x: Any, flat: np.ndarray) -> np.ndarray:
     """A read-only view, of the shape of ``x`` if it has one."""
-    shape = getattr(x, "shape", flat.shape)
-    columns = getattr(x, "flags", flat.flags).f_contiguous and not x.flags.c_contiguous
-    result = flat.reshape(shape[::-1]).T if columns else flat.reshape(shape)
+    result = _shaped(x, flat)
     result.flags.writeable = False
     return result
+
+
+def _shaped(x: Any, flat: Any) -> Any:
+    """A view, of the shape of ``x`` if it has one, and in its order."""
+    shape, flags = getattr(x, "shape", flat.shape), getattr(x, "flags", None)
+    columns = flags is not None and flags.f_contiguous and not flags.c_contiguous
+    return flat.reshape(shape[::-1]).T if columns else flat.reshape(shape)
 
 
 def _header(collective: str, x: np.ndarray, op: MPI.Op, root: int | None = None) -> Header:

@@ -8,8 +8,11 @@ operation of CuPy's, and so nothing more is waited for: the host waits where MPI
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import copy
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +49,7 @@ class Array:
         if not is_cupy(x):
             raise TypeError(
                 f"{type(x).__module__}.{type(x).__name__} is in the memory of a device and no CuPy array: "
-                "pass cupy.from_dlpack(x), or a copy in host memory"
+                "pass cupy.asarray(x), or a copy in host memory"
             )
         if not (x.flags.c_contiguous or x.flags.f_contiguous):
             raise ValueError("expected a contiguous array; reduce cupy.ascontiguousarray(x) instead")
@@ -54,6 +57,24 @@ class Array:
         self.dtype, self.size, self.nbytes = x.dtype, int(x.size), int(x.nbytes)
         self.pointer, self.device = int(x.data.ptr), int(x.device.id)
         self.stream = _stream(stream, self.device)
+
+    def as_bytes(self) -> "Array":
+        """The same memory."""
+        other = copy(self)
+        other.dtype, other.size = np.dtype(np.uint8), self.nbytes
+        return other
+
+    def part(self, lo: int, hi: int) -> "Array":
+        """Elements from ``lo`` to before ``hi``."""
+        other = copy(self)
+        other.size, other.pointer = hi - lo, self.pointer + lo * self.dtype.itemsize
+        other.nbytes = other.size * self.dtype.itemsize
+        return other
+
+    def flat(self) -> Any:
+        """As a CuPy array of one dimension."""
+        memory = self.array.data
+        return cupy().ndarray((self.size,), self.dtype, memory + (self.pointer - int(memory.ptr)))
 
     def load(self, host: np.ndarray, lo: int = 0, stream: Any = None) -> None:
         """Have as many elements from ``lo`` on copied to host memory as there is room for."""
@@ -63,17 +84,22 @@ class Array:
         """Have host memory copied to the elements from ``lo`` on."""
         self._copy(host, lo, stream, cupy().cuda.runtime.memcpyHostToDevice)
 
-    def fill_from(self, other: "Array") -> None:
-        """Have all elements copied from an array on the same device."""
-        if other.pointer != self.pointer and self.nbytes:
+    def fill_from(self, other: "Array | np.ndarray") -> None:
+        """Have all elements copied from an array on the same device, or in host memory."""
+        if isinstance(other, np.ndarray):
+            host = staged(self, load=False)
+            host[:] = other
+            deliver(host, self)
+        elif other.pointer != self.pointer and self.nbytes:
             runtime = cupy().cuda.runtime
             with on(self):
-                self._after(other)
+                self.after(other)
                 runtime.memcpyAsync(
                     self.pointer, other.pointer, self.nbytes, runtime.memcpyDeviceToDevice, self.stream.ptr
                 )
 
-    def _after(self, other: "Array") -> None:
+    def after(self, other: "Array") -> None:
+        """What is put on its stream from now on comes after all that is on the other one's."""
         if other.stream.ptr != self.stream.ptr:
             self.stream.wait_event(other.stream.record())
 
@@ -84,6 +110,19 @@ class Array:
             target, source = (there, here) if kind == runtime.memcpyDeviceToHost else (here, there)
             with on(self):
                 runtime.memcpyAsync(target, source, host.nbytes, kind, (stream or self.stream).ptr)
+
+
+def empty(count: int, dtype: np.dtype, like: Array) -> Any:
+    """A new CuPy array, flat, on the device, and for the stream, of another one."""
+    with on(like):
+        return cupy().empty(count, dtype)
+
+
+def copied(array: Array) -> Array:
+    """A copy, on the same device and stream."""
+    other = Array(empty(array.size, array.dtype, array), array.stream)
+    other.fill_from(array)
+    return other
 
 
 @contextmanager
@@ -160,54 +199,64 @@ class Boxes:
     """Page-locked host memory that arrays of any length go through, a piece at a time: while one is with MPI, the next
     comes from the GPU, and the one before goes back to it.
 
-    The memory is ``BOXES`` boxes, of which a copy may still be on its way when a call returns.
+    A copy may still be on its way when a call returns, and so the memory is this one's until it is released.
     """
 
-    def __init__(self, memory: np.ndarray, device: int, registered: bool = False) -> None:
-        cuda = cupy().cuda
+    def __init__(self, memory: np.ndarray, registered: bool = False) -> None:
         size = len(memory) // BOXES
         self._memory, self._registered = memory, registered
         self._boxes = [memory[n * size : (n + 1) * size] for n in range(BOXES)]
-        self.device = device
+        self._device: int | None = None
+        self._out: Any = None
+        self._back: Any = None
+
+    def _use(self, device: int) -> None:
+        """Streams and events are those of a device."""
+        if device == self._device:
+            return
+        if self._device is not None:
+            self._back.synchronize()
+        cuda = cupy().cuda
         with cuda.Device(device):
             self._out, self._back = (cuda.Stream(non_blocking=True) for _ in range(2))
             self._loaded, self._stored = ([cuda.Event(disable_timing=True) for _ in range(BOXES)] for _ in range(2))
+        self._device = device
 
     def through(
         self, given: Array | np.ndarray | None, taken: Array | np.ndarray | None, do: Callable[[np.ndarray], None]
     ) -> None:
         """``do`` something with each piece of what is ``given`` (if nothing is, with memory that holds anything), and
-        bring what it leaves there to ``taken``.
+        bring what it leaves there to ``taken``.  The host copies what is in host memory.
 
-        Where one of them is in host memory it is copied by the host.
+        The host waits for each piece to come, and for nothing else; the GPU waits with a copy to a box until what was
+        there is gone.
         """
-        either = taken if given is None else given
-        assert either is not None
-        itemsize = either.dtype.itemsize
-        length = max(len(self._boxes[0]) // itemsize, 1)
-        pieces = [(n % BOXES, lo, min(length, either.size - lo)) for n, lo in enumerate(range(0, either.size, length))]
-        for stream, array in ((self._out, given), (self._back, taken)):
-            if isinstance(array, Array):
-                stream.wait_event(array.stream.record())  # what was put there before the call comes first
+        array = next(one for one in (given, taken) if isinstance(one, Array))
+        self._use(array.device)
+        length = max(len(self._boxes[0]) // array.dtype.itemsize, 1)
+        pieces = [(n % BOXES, lo, min(length, array.size - lo)) for n, lo in enumerate(range(0, array.size, length))]
+        for stream, one in ((self._out, given), (self._back, taken)):
+            if isinstance(one, Array):
+                stream.wait_event(one.stream.record())  # what was put there before the call comes first
 
         def load(number: int, lo: int, count: int) -> None:
             assert isinstance(given, Array)
-            self._out.wait_event(self._stored[number])  # what was there before has to be gone
-            given.load(self._view(number, count, either.dtype), lo, self._out)
+            self._out.wait_event(self._stored[number])
+            given.load(self._view(number, count, array.dtype), lo, self._out)
             self._out.record(self._loaded[number])
 
         if isinstance(given, Array) and pieces:
             load(*pieces[0])
         for n, (number, lo, count) in enumerate(pieces or [(0, 0, 0)]):
-            box = self._view(number, count, either.dtype)
-            if isinstance(given, Array):
-                if pieces[n + 1 :]:
-                    load(*pieces[n + 1])
-                self._loaded[number].synchronize()
-            else:
+            box = self._view(number, count, array.dtype)
+            if not isinstance(given, Array):
                 self._stored[number].synchronize()
                 if given is not None:
                     box[:] = given[lo : lo + count]
+            elif pieces:
+                if pieces[n + 1 :]:
+                    load(*pieces[n + 1])
+                self._loaded[number].synchronize()
             do(box)
             if isinstance(taken, Array):
                 taken.store(box, lo, self._back)
@@ -222,7 +271,8 @@ class Boxes:
 
     def release(self) -> None:
         """Wait for what is on its way, and give the memory back."""
-        self._back.synchronize()
+        if self._device is not None:
+            self._back.synchronize()
         if self._registered:
             cupy().cuda.runtime.hostUnregister(self._memory.ctypes.data)
             self._registered = False
@@ -292,3 +342,187 @@ def identity(number: int) -> tuple[str, str, str]:
     runtime = cupy().cuda.runtime
     properties = runtime.getDeviceProperties(number)
     return properties["name"].decode(), bytes(properties["uuid"]).hex(), runtime.deviceGetPCIBusId(number)
+
+
+def count() -> int:
+    """Devices that this process sees."""
+    return int(cupy().cuda.runtime.getDeviceCount())
+
+
+# ---- kernels
+
+
+@lru_cache
+def compiled(text: str, name: str, options: tuple[str, ...]) -> Any:
+    """A kernel, compiled for the current device; CuPy keeps it on disk for the next program."""
+    kernel = cupy().RawKernel(text, name, options)
+    kernel.compile()
+    return kernel
+
+
+@lru_cache
+def processors(device: int) -> int:
+    """How many of them the GPU has."""
+    return int(cupy().cuda.runtime.getDeviceProperties(device)["multiProcessorCount"])
+
+
+def launch(
+    array: Array, text: str, name: str, options: tuple[str, ...], grid: int, block: int, arguments: tuple[Any, ...]
+) -> None:
+    """On the device and the stream of an array."""
+    with on(array):
+        compiled(text, name, options)((grid,), (block,), arguments)
+
+
+# ---- arrays of other processes
+
+
+class Allocation(NamedTuple):
+    """Memory that the driver has given at once: its number, which is never given again, its address and its bytes."""
+
+    number: int
+    base: int
+    size: int
+
+
+def allocation(pointer: int) -> Allocation | None:
+    """The one that an address lies in; none if it cannot be opened by other processes, as managed memory cannot."""
+    base, size, number, capable = _attributes(pointer)
+    return Allocation(number + 1, base, size) if capable else None
+
+
+def _attributes(pointer: int) -> tuple[int, int, int, bool]:
+    """Where the allocation begins, its bytes, its number, and whether it has a handle: CuPy does not say, the driver
+    does."""
+    import ctypes  # takes milliseconds
+
+    driver = _driver()
+    if driver is None:
+        return 0, 0, 0, False
+    values = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_int()
+    asked = (ctypes.c_int * 4)(11, 12, 7, 10)  # RANGE_START_ADDR, RANGE_SIZE, BUFFER_ID, IS_LEGACY_CUDA_IPC_CAPABLE
+    into = (ctypes.c_void_p * 4)(*map(ctypes.addressof, values))
+    error = driver.cuPointerGetAttributes(4, asked, into, ctypes.c_uint64(pointer))
+    base, size, number, capable = (value.value for value in values)
+    return base, size, number, not error and bool(capable)
+
+
+@lru_cache
+def _driver() -> Any:
+    import ctypes
+
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+def ipc_refusal() -> str:
+    """Why arrays of other processes cannot be opened here, if so."""
+    if cupy().cuda.runtime.is_hip:
+        return "this is ROCm, and CUDA IPC is meant"
+    return "" if _driver() else "the CUDA driver, libcuda.so.1, cannot be loaded"
+
+
+def handle(allocation: Allocation) -> bytes | None:
+    """By which another process can open it; ``None`` if the driver has none."""
+    runtime = cupy().cuda.runtime
+    try:
+        return bytes(runtime.ipcGetMemHandle(allocation.base))
+    except runtime.CUDARuntimeError:
+        return None
+
+
+def opened(handle: bytes, device: int) -> int | None:
+    """Where another process' allocation begins in this one's addresses; ``None`` if it cannot be reached from the
+    device."""
+    runtime = cupy().cuda.runtime
+    try:
+        with cupy().cuda.Device(device):
+            return int(runtime.ipcOpenMemHandle(handle))
+    except runtime.CUDARuntimeError:
+        return None
+
+
+def close(base: int) -> None:
+    """The opposite; what is under way there has ended."""
+    runtime = cupy().cuda.runtime
+    with suppress(runtime.CUDARuntimeError):  # its process may be gone
+        runtime.ipcCloseMemHandle(base)
+
+
+# ---- NCCL
+
+_NCCL_TYPES = {
+    "int8": "INT8",
+    "uint8": "UINT8",
+    "int32": "INT32",
+    "uint32": "UINT32",
+    "int64": "INT64",
+    "uint64": "UINT64",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "float32": "FLOAT32",
+    "float64": "FLOAT64",
+}
+_NCCL_OPERATIONS = {"sum": "SUM", "mean": "SUM", "prod": "PROD", "max": "MAX", "min": "MIN", "move": "SUM"}
+
+
+def _nccl() -> Any:
+    """CuPy's module, which warns when it is imported and there is no library."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cupy.cuda import nccl
+    return nccl
+
+
+def nccl_missing() -> str:
+    """Why there is no NCCL, if so."""
+    try:
+        return "" if _nccl().available else "NCCL cannot be loaded: pip install nvidia-nccl-cu13, or cu12"
+    except ImportError as error:
+        return f"CuPy was built without NCCL ({error})"
+
+
+def nccl_refusal(operation: str, dtype: np.dtype) -> str:
+    """Why NCCL cannot do it, if so."""
+    return "" if operation in _NCCL_OPERATIONS and dtype.name in _NCCL_TYPES else f"NCCL has no {operation} of {dtype}"
+
+
+def nccl_id() -> Any:
+    """By which ranks find each other."""
+    return _nccl().get_unique_id()
+
+
+def nccl_communicator(device: int, p: int, number: Any, rank: int) -> Any:
+    """One for as many ranks, each with a device of its own; all make it together."""
+    with cupy().cuda.Device(device):
+        return _nccl().NcclCommunicator(p, number, rank)
+
+
+def by_nccl(
+    communicator: Any, collective: str, given: Array | None, taken: Array | None, operation: str, root: int
+) -> None:
+    """Have it done, on the stream of what is given, or of what is taken."""
+    nccl, array = _nccl(), taken if given is None else given
+    assert array is not None
+    send, recv = array.pointer, array.pointer if taken is None else taken.pointer
+    kind = getattr(nccl, f"NCCL_{_NCCL_TYPES[array.dtype.name]}")
+    op = getattr(nccl, f"NCCL_{_NCCL_OPERATIONS[operation]}")
+    with on(array):
+        if taken is not None:
+            array.after(taken)
+        stream = array.stream.ptr
+        if collective == "allreduce":
+            communicator.allReduce(send, recv, array.size, kind, op, stream)
+        elif collective == "reduce":
+            communicator.reduce(send, recv, array.size, kind, op, root, stream)
+        elif collective == "bcast":
+            communicator.bcast(array.pointer, array.size, kind, root, stream)
+        elif collective == "reduce_scatter":
+            assert taken is not None
+            communicator.reduceScatter(send, recv, taken.size, kind, op, stream)
+        else:
+            communicator.allGather(send, recv, array.size, kind, stream)
+        if taken is not None:
+            taken.after(array)

@@ -15,7 +15,7 @@ from .operations import MOVE
 from .state import MIXING_TAGS, check_comm, state_of, whole
 
 
-def butterfly_mix(x: Any, comm: MPI.Intracomm, *, step: int) -> Any:
+def butterfly_mix(x: Any, comm: MPI.Intracomm, *, step: int, stream: Any = None) -> Any:
     """One stage of butterfly mixing, in place: ``x`` becomes the mean of a rank's own array and one peer's.
 
     If p is a power of two, the peer of rank r at step t is r XOR 2^(t mod log2 p), and log2 p calls with consecutive
@@ -24,10 +24,10 @@ def butterfly_mix(x: Any, comm: MPI.Intracomm, *, step: int) -> Any:
 
     Arguments, return value and errors are those of ``gossip_average``.  Source: Zhao and Canny 2013.
     """
-    return gossip_average(x, comm, "butterfly", step=step)
+    return gossip_average(x, comm, "butterfly", step=step, stream=stream)
 
 
-def gossip_average(x: Any, comm: MPI.Intracomm, graph: Any = "exponential", *, step: int) -> Any:
+def gossip_average(x: Any, comm: MPI.Intracomm, graph: Any = "exponential", *, step: int, stream: Any = None) -> Any:
     """One round of gossip averaging, in place: ``x`` becomes a weighted mean of a rank's own array and its neighbors'.
 
     The mean over all ranks stays, and every round brings them closer to it; ``mpicoll show gossip`` says how fast.
@@ -46,6 +46,8 @@ def gossip_average(x: Any, comm: MPI.Intracomm, graph: Any = "exponential", *, s
     step
         The number of the call, the same on all ranks: graphs that change use another round each time.  Count on from
         epoch to epoch; do not start again at 0.
+    stream
+        As for ``allreduce``: of arrays in the memory of a GPU, which go by way of host memory.
 
     Returns
     -------
@@ -61,7 +63,7 @@ def gossip_average(x: Any, comm: MPI.Intracomm, graph: Any = "exponential", *, s
         raise ValueError(
             "averaging needs a doubly stochastic graph, got one of which only columns add up to 1: use mpicoll.PushSum"
         )
-    return _mix(x, comm, made, step)
+    return _mix(x, comm, made, step, stream)
 
 
 class PushSum:
@@ -91,12 +93,12 @@ class PushSum:
         """This rank's; over all ranks they add up to p."""
         return float(self.weights[self._rank])
 
-    def mix(self, x: Any) -> Any:
+    def mix(self, x: Any, *, stream: Any = None) -> Any:
         """One round, in place; returns ``x``, an array or a list of arrays as for ``gossip_average``."""
         target, source, weight = self.graph.edges(self.step)
         with np.errstate(all="ignore"):
             weights = np.bincount(target, weight * self.weights[source], self.graph.p)
-        _mix(x, self.comm, self.graph, self.step)
+        _mix(x, self.comm, self.graph, self.step, stream)
         self.weights, self.step = weights, self.step + 1
         return x
 
@@ -146,7 +148,7 @@ def _agreed(what: Any, comm: MPI.Intracomm) -> Graph:
     return made
 
 
-def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int) -> Any:
+def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int, stream: Any) -> Any:
     check_comm(comm)
     try:
         t = index(step)
@@ -156,7 +158,7 @@ def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int) -> Any:
         raise ValueError(f"step must be 0 or more, got {step}")
     t = graph.round(t)
     with whole(comm):
-        pieces = parts(x)
+        pieces = parts(x, stream=stream)
         for flat, _ in pieces:
             if not (flat.dtype.kind in "fc" and flat.dtype.num < 24) and not is_half(flat.dtype):
                 raise TypeError(

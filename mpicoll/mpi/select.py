@@ -54,6 +54,10 @@ class Shared(NamedTuple):
 
 SHARED = Shared()
 
+WAYS = ("ipc", "nccl", "aware", "staged")
+"""How a call on arrays in the memory of GPUs may go (``mpi.devices``, ``mpi.gpu``): what its algorithm may be beside
+those for host memory, which are then used on what is staged there."""
+
 
 class Options(NamedTuple):
     """How a call is to be made, beside what is to be reduced; see ``mpicoll.allreduce``."""
@@ -178,6 +182,8 @@ def choose(
     def names(which: Callable[[Algorithm], bool]) -> str:
         return ", ".join(name for name, row in ALGORITHMS[collective].items() if which(row))
 
+    if algorithm in WAYS:
+        raise ValueError(f"{algorithm} is for arrays in the memory of a GPU, and for calls that wait")
     if segments is not None and algorithm in ("auto", NATIVE):
         pipelining = names(lambda row: "segments" in row.parameters)
         raise ValueError(f"segments are for a pipelining algorithm: name one, {pipelining}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from threading import Event, Lock, Thread, get_ident
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -22,13 +22,16 @@ from ..graphs import Graph
 from ..schedule import Schedule
 from ..tuning import COLLECTIVES, Fingerprint, Rule, Rules, machine
 from ..tuning import find as find_profile
-from . import record
+from . import gpu, record
 from .agreement import Agreement, Comparison, Header, Headers, header_of
 from .launch import library_name
 from .operations import Operation
 from .plan import Bound, Plan
 from .select import PLAIN, Limits, Options, choose, defaults, limits, tuned
 from .shared import Node
+
+if TYPE_CHECKING:
+    from .devices import Devices
 
 T = TypeVar("T")
 
@@ -82,6 +85,9 @@ class State:
             self.comm.Free()
             raise
         self._owners: State | None = None  # of the same pieces on all nodes
+        self.devices: Devices | None = None
+        """What ranks can do on their GPUs, once there was a call on arrays there."""
+        self._boxes: gpu.Boxes | None = None
         self.agreement = Agreement(self.comm, self.node if self.shares else None)
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)
@@ -229,6 +235,26 @@ class State:
             else:
                 self._owners = self  # nothing to own, and so never asked
 
+    def join_devices(self, device: int) -> "Devices":
+        """Find out what ranks can do on their GPUs, of which this is the number of this rank's.  A collective call."""
+        if self.devices is None:
+            from .devices import Devices
+
+            self.devices = self.on_node(Devices, self.comm, self.node, device)
+        return self.devices
+
+    def boxes(self) -> gpu.Boxes:
+        """What arrays in the memory of a GPU go through: in memory that ranks share, if there is some to be locked.  A
+        collective call."""
+        if self._boxes is None:
+            size = gpu.BOXES * gpu.BOX
+            memory = self.on_node(self.node.empty, size) if self.node.size > 1 else None
+            registered = memory is not None and gpu.register(memory)
+            if memory is None or not registered:
+                memory = gpu.pinned(size)
+            self._boxes = gpu.Boxes(memory, registered)
+        return self._boxes
+
     def _across(self, piece: np.ndarray, operation: Operation) -> None:
         """Add up with the other nodes, in the canonical order."""
         owners = self._owners
@@ -335,6 +361,11 @@ class State:
         if not self._users and not MPI.Is_finalized():
             if self._owners not in (None, self):
                 self._owners.release()
+            if self._boxes is not None:
+                self._boxes.release()
+                self._boxes = None
+            if self.devices is not None:
+                self.devices.release()
             self.node.release()
             self.comm.Free()
 

@@ -1,0 +1,417 @@
+"""What ranks do with each other's arrays in the memory of GPUs, without bringing them to the host.
+
+ipc    The ranks of a node find each other's arrays through CUDA IPC.  One rank for each GPU, its *owner*, runs a kernel
+       that reads all inputs and writes all outputs, in the canonical order of additions; the others wait on the host.
+       So nothing on a GPU waits for another process, which may not be running there: processes take turns on a GPU.
+       Of several GPUs each owner reduces a part for all ranks; of short arrays the whole, for the ranks of its own GPU.
+nccl   NCCL, through CuPy, where each rank has a GPU of its own.
+aware  The MPI library is given the arrays as they are.
+
+An array is found by its allocation (CuPy hands out parts of one) and the place in it.  The handle of an allocation is
+sent when it is met for the first time, and never again.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from ..schedule import chunk_start
+from . import gpu, kernel, operations
+from .buffers import is_half
+from .gpu import Array
+from .operations import Operation
+from .probe import probe
+from .select import WAYS
+from .shared import Node
+
+KEPT = 64
+"""Allocations of all ranks that stay open, and calls that stay prepared; the one met longest ago goes first."""
+
+WHOLE = 64 << 10
+"""Bytes up to which each of several GPUs reduces all of an array, for its own ranks.  Not measured."""
+
+NOWHERE = (0, 0)  # in place of an allocation, whose number is above 0, and the byte in it
+Spot = tuple[int, int, int]  # rank, allocation, byte
+
+
+class _Job(NamedTuple):
+    """Elements ``lo`` to ``hi`` of all targets become those of the sources, reduced; spots are those of elements 0."""
+
+    sources: tuple[Spot, ...]
+    targets: tuple[Spot, ...]
+    lo: int
+    hi: int
+
+
+class Devices:
+    """The ranks of a communicator, as far as their GPUs are concerned; making it is a collective call."""
+
+    def __init__(self, comm: MPI.Intracomm, node: Node, device: int) -> None:
+        self.comm, self.node, self.p, self.rank = comm, node, comm.size, comm.rank
+        found = comm.allgather(_facts(device))
+        self._uuids = [uuids for uuids, *_ in found]
+        self._device, owned = device, [uuids[number] for uuids, number, _ in found]
+        self.why = {**_reasons([why for *_, why in found], owned, node), "staged": ""}
+        """For each way why it cannot be gone, empty if it can: the same on all ranks."""
+        self._trusted = not self.why["aware"]
+        self._bases: dict[tuple[int, int], int | None] = {}  # by rank and allocation; opened here, or by others
+        self._own: dict[int, gpu.Allocation] = {}  # by number
+        self._failed: set[tuple[int, int]] = set()
+        self._ready: set[str] = set()  # texts of kernels
+        self._prepared: dict[Any, list[tuple[Any, ...]]] = {}
+        self._probed: dict[str, str] = {}
+        self._nccl: Any = None
+        self.went: dict[Any, str] = {}
+        """How the latest call with such a header went."""
+
+    def ways(
+        self, asked: str, collective: str, operation: Operation, dtype: np.dtype, deterministic: bool
+    ) -> list[str]:
+        """Those to be tried, in order; the last is always ``"staged"``.  A collective call, which raises ``ValueError``
+        on all ranks if the one asked for cannot be gone."""
+
+        def why_not(way: str) -> str:
+            if way == "ipc":
+                return self.why["ipc"] or kernel.refusal(operation, dtype)
+            if deterministic and operation.reduces:
+                return "it adds in an order of its own, and the call is to be deterministic"
+            if is_half(dtype) and operation.widens:
+                return f"it does not add {dtype} as float32: ask for wire='16bit', or another"
+            if not operation.predefined:
+                return "the operation is no predefined one"
+            if way == "nccl":
+                return self.why["nccl"] or gpu.nccl_refusal(operation.name, dtype)
+            if is_half(dtype) and operation.reduces:
+                return f"the MPI library does not know {dtype}"
+            return "" if self._trusted else self._probe(collective)
+
+        if asked == "auto":
+            return [*(way for way in ("ipc", "nccl") if not why_not(way)), "staged"]
+        if asked not in WAYS or asked == "staged":
+            return ["staged"]
+        if why := why_not(asked):
+            raise ValueError(f"{asked} cannot do this {collective} here: {why}")
+        return [asked, "staged"]
+
+    def run(
+        self,
+        way: str,
+        collective: str,
+        given: Array | np.ndarray | None,
+        taken: Array | np.ndarray | None,
+        operation: Operation,
+        root: int = 0,
+        cuts: tuple[int, ...] | None = None,
+    ) -> bool:
+        """Do it; false, on all ranks, if this way cannot be gone with these arrays, and nothing was done.
+
+        Arrays are those of ``Node.run``; given and taken may be one, or none where a rank gives or takes nothing.  One
+        that is in host memory is found by the MPI library only.
+        """
+        do = {"ipc": self._by_ipc, "nccl": self._by_nccl, "aware": self._by_mpi}[way]
+        return do(collective, given, taken, operation, root, cuts)
+
+    # ---- by IPC
+
+    def _by_ipc(
+        self,
+        collective: str,
+        given: Array | np.ndarray | None,
+        taken: Array | np.ndarray | None,
+        operation: Operation,
+        root: int,
+        cuts: tuple[int, ...] | None,
+    ) -> bool:
+        arrays = [array for array in (given, taken) if isinstance(array, Array)]
+        count, dtype = cuts[-1] if cuts else arrays[0].size, arrays[0].dtype
+        if not count:
+            return True
+        for array in arrays:
+            array.stream.synchronize()  # others are to read, and write, what is done there before
+        places = self.node.exchange(arrays[0].device, *self._place(given), *self._place(taken))
+        key = (collective, operation.name, count, dtype, root, cuts, *(tuple(place) for place in places))
+        launches = self._prepared.get(key)
+        if launches is None:
+            launches = self._prepare(
+                self._jobs(collective, operation, count, dtype, root, cuts, places), operation, dtype
+            )
+            if launches is None:
+                return False
+            while len(self._prepared) >= KEPT:
+                del self._prepared[next(iter(self._prepared))]
+            self._prepared[key] = launches
+        error: Exception | None = None
+        try:
+            for launch in launches:
+                gpu.launch(arrays[0], *launch)
+            if launches:
+                arrays[0].stream.synchronize()  # others are to read it
+        except Exception as raised:
+            error = raised
+        failed = [rank for rank, (bad,) in enumerate(self.node.exchange(int(error is not None))) if bad]
+        if failed:
+            raise RuntimeError(f"this {collective} failed on the GPU of rank {failed[0]}") from error
+        return True
+
+    def _place(self, array: Array | np.ndarray | None) -> tuple[int, int]:
+        """The number of its allocation, and the byte where it begins; ``NOWHERE`` if it is in none to be shared."""
+        found = gpu.allocation(array.pointer) if isinstance(array, Array) else None
+        if found is None or not isinstance(array, Array) or array.pointer + array.nbytes > found.base + found.size:
+            return NOWHERE
+        self._own[found.number] = found
+        return found.number, array.pointer - found.base
+
+    def _jobs(
+        self,
+        collective: str,
+        operation: Operation,
+        count: int,
+        dtype: np.dtype,
+        root: int,
+        cuts: tuple[int, ...] | None,
+        places: list[list[int]],
+    ) -> dict[int, list[_Job]] | None:
+        """What each owner does; none if somebody's array cannot be found."""
+        ranks, size = range(self.p), dtype.itemsize
+        givers = [root] if collective == "bcast" else ranks
+        takers = [root] if collective == "reduce" else [q for q in ranks if collective != "bcast" or q != root]
+        if not (all(places[q][1] for q in givers) and all(places[q][3] for q in takers)):
+            return None
+
+        def spot(q: int, of: int, before: int = 0) -> Spot:
+            """Where the vector of a rank begins, or would, if what it has is what follows so many elements."""
+            return q, places[q][of], places[q][of + 1] - before * size
+
+        owners: dict[str, int] = {}
+        for q in ranks:
+            owners.setdefault(self._uuids[q][places[q][0]], q)
+        of_same = {owner: [q for q in takers if self._uuids[q][places[q][0]] == uuid] for uuid, owner in owners.items()}
+        sources = tuple(spot(q, 1) for q in givers)
+        apart = {(place[1], place[2]) for place in places}.isdisjoint({(place[3], place[4]) for place in places})
+        jobs: dict[int, list[_Job]] = {}
+        for n, (owner, near) in enumerate(of_same.items()):
+            lo, hi = (chunk_start(count, at, len(owners)) for at in (n, n + 1))
+            if cuts is None and len(owners) > 1 and count * size <= WHOLE and apart:
+                jobs[owner] = [_Job(sources, tuple(spot(q, 3) for q in near), 0, count)]
+            elif cuts is None:
+                jobs[owner] = [_Job(sources, tuple(spot(q, 3) for q in takers), lo, hi)]
+            elif collective == "reduce_scatter":
+                jobs[owner] = [_Job(sources, (spot(q, 3, cuts[q]),), cuts[q], cuts[q + 1]) for q in near]
+            else:
+                every = [(spot(q, 1, cuts[q]), cuts[q], cuts[q + 1]) for q in ranks]
+                jobs[owner] = [_Job((its,), tuple(spot(q, 3) for q in near), lo, hi) for its, lo, hi in every]
+        return {owner: [job for job in its if job.lo < job.hi and job.targets] for owner, its in jobs.items()}
+
+    def _prepare(
+        self, jobs: dict[int, list[_Job]] | None, operation: Operation, dtype: np.dtype
+    ) -> list[tuple[Any, ...]] | None:
+        """What this rank launches; ``None``, on all, if allocations cannot be opened, or kernels not be compiled.
+
+        A collective call, in which what is new is opened and compiled.
+        """
+        if jobs is None:
+            return None
+        everything = [job for its in jobs.values() for job in its]
+        met = dict.fromkeys((rank, number) for job in everything for rank, number, _ in (*job.sources, *job.targets))
+        if any(key in self._failed for key in met):
+            return None
+
+        def text(job: _Job) -> tuple[str, int]:
+            width = kernel.width([at for *_, at in (*job.sources, *job.targets)], job.lo, dtype.itemsize)
+            divisor = self.p if operation.finish else None
+            name = operation.name
+            return kernel.source(name, dtype, len(job.sources), len(job.targets), width, divisor), width
+
+        new, texts = [key for key in met if key not in self._bases], {text(job)[0] for job in everything}
+        if new or not texts <= self._ready:
+            handles = self._handles(new)
+            self._close([key for key in self._bases if key not in met][: max(len(self._bases) + len(new) - KEPT, 0)])
+            mine = jobs.get(self.rank, [])
+            bad = self._open(new, handles, bool(mine))
+            try:
+                for job in mine:
+                    gpu.compiled(text(job)[0], kernel.NAME, kernel.OPTIONS)
+                compiles = ""
+            except Exception as error:
+                compiles = str(error).splitlines()[0]
+            found = self.node.comm.allgather((bad, compiles))
+            self._failed.update(key for bad, _ in found for key in bad)
+            self._close([key for key in new if key in self._failed])
+            if not_compiled := next((why for _, why in found if why), ""):
+                self.why["ipc"] = f"its kernel cannot be compiled ({not_compiled})"
+            if self.why["ipc"] or not self._failed.isdisjoint(met):
+                return None
+            self._ready |= texts
+
+        def address(spot: Spot) -> np.uint64:
+            base = self._bases[spot[:2]]
+            assert base is not None
+            return np.uint64(base + spot[2])
+
+        launches = []
+        for job in jobs.get(self.rank, []):
+            source, width = text(job)
+            grid, block = kernel.shape(job.hi - job.lo, width, dtype.itemsize, gpu.processors(self._device))
+            ends = np.int64(job.lo), np.int64(job.hi)
+            addresses = [address(spot) for spot in (*job.sources, *job.targets)]
+            launches.append((source, kernel.NAME, kernel.OPTIONS, grid, block, (*addresses, *ends)))
+        return launches
+
+    def _handles(self, new: list[tuple[int, int]]) -> dict[tuple[int, int], bytes | None]:
+        """Of all that are new, by those whose they are."""
+        mine: dict[tuple[int, int], bytes | None] = {}
+        for rank, number in new:
+            if rank == self.rank:
+                mine[rank, number] = gpu.handle(self._own[number])
+        return {key: handle for those in self.node.comm.allgather(mine) for key, handle in those.items()}
+
+    def _open(
+        self, new: list[tuple[int, int]], handles: dict[tuple[int, int], bytes | None], owner: bool
+    ) -> list[tuple[int, int]]:
+        """Those that cannot be."""
+        bad = []
+        for key in new:
+            base, handle = None, handles[key]
+            if key[0] == self.rank:
+                base = self._own[key[1]].base
+            elif owner and handle is not None:
+                base = gpu.opened(handle, self._device)
+            if handle is None or (owner and base is None):
+                bad.append(key)
+            self._bases[key] = base
+        return bad
+
+    def _close(self, keys: Sequence[tuple[int, int]]) -> None:
+        """And all calls that were prepared for them."""
+        for key in keys:
+            base = self._bases.pop(key)
+            if key[0] != self.rank and base is not None:
+                gpu.close(base)
+        if keys:
+            self._prepared.clear()
+
+    def release(self) -> None:
+        """Close all that is open; it is of no use any more."""
+        self._close(list(self._bases))
+        if self._nccl is not None:
+            self._nccl.destroy()
+            self._nccl = None
+
+    # ---- by NCCL
+
+    def _by_nccl(
+        self,
+        collective: str,
+        given: Array | np.ndarray | None,
+        taken: Array | np.ndarray | None,
+        operation: Operation,
+        root: int,
+        cuts: tuple[int, ...] | None,
+    ) -> bool:
+        if len({after - before for before, after in pairwise(cuts or ())}) > 1:
+            return False
+        there = [array for array in (given, taken) if array is not None]
+        able = all(isinstance(array, Array) and array.device == self._device for array in there)
+        if not self.comm.allreduce(able, MPI.LAND):
+            return False
+        assert not isinstance(given, np.ndarray)
+        assert not isinstance(taken, np.ndarray)
+        if self._nccl is None and not self._begin_nccl():
+            return False
+        gpu.by_nccl(self._nccl, collective, given, taken, operation.name, root)
+        if taken is not None and operation.finish:
+            self._finish(taken, operation)
+        return True
+
+    def _begin_nccl(self) -> bool:
+        number = self.comm.bcast(gpu.nccl_id() if self.rank == 0 else None)
+        why = ""
+        try:
+            self._nccl = gpu.nccl_communicator(self._device, self.p, number, self.rank)
+        except Exception as error:
+            why = str(error)
+        self.why["nccl"] = next(filter(None, self.comm.allgather(why)), "")
+        return not self.why["nccl"]
+
+    def _finish(self, taken: Array, operation: Operation) -> None:
+        """What is done to a result that the kernel has not made."""
+        width = kernel.width([taken.pointer], 0, taken.dtype.itemsize)
+        text = kernel.source(operation.name, taken.dtype, 1, 1, width, self.p)
+        shape = kernel.shape(taken.size, width, taken.dtype.itemsize, gpu.processors(taken.device))
+        at, ends = np.uint64(taken.pointer), (np.int64(0), np.int64(taken.size))
+        if taken.size:
+            gpu.launch(taken, text, kernel.NAME, kernel.OPTIONS, *shape, (at, at, *ends))
+
+    # ---- by the MPI library
+
+    def _by_mpi(
+        self,
+        collective: str,
+        given: Array | np.ndarray | None,
+        taken: Array | np.ndarray | None,
+        operation: Operation,
+        root: int,
+        cuts: tuple[int, ...] | None,
+    ) -> bool:
+        for array in (given, taken):
+            if isinstance(array, Array):
+                array.stream.synchronize()  # MPI knows nothing of streams
+        op, counts = operation.native, [after - before for before, after in pairwise(cuts or ())]
+        send, recv = (array.flat() if isinstance(array, Array) else array for array in (given, taken))
+        if collective == "reduce_scatter":
+            self.comm.Reduce_scatter(send, recv, counts, op)
+        elif collective == "allgather":
+            self.comm.Allgatherv(send, [recv, counts])
+        elif collective == "bcast":
+            for piece in _pieces(send if self.rank == root else recv):
+                self.comm.Bcast(piece, root)
+        else:
+            for one, other in zip(_pieces(send), _pieces(send if recv is None else recv), strict=True):
+                args = (MPI.IN_PLACE if given is taken else one), (None if recv is None else other), op
+                if collective == "allreduce":
+                    self.comm.Allreduce(*args)
+                else:
+                    self.comm.Reduce(*args, root)
+        if operation.finish and isinstance(taken, Array):
+            self._finish(taken, operation)
+        elif operation.finish and taken is not None:
+            operation.finish(taken, self.p)
+        return True
+
+    def _probe(self, collective: str) -> str:
+        """Does it, in a job of two ranks that may crash, say what it should?  If not, why; the same on all ranks."""
+        if collective not in self._probed:
+            self._probed[collective] = self.comm.bcast(probe(collective) if self.rank == 0 else None)
+        return self._probed[collective]
+
+
+def _pieces(array: Any) -> Iterator[Any]:
+    """As long as the MPI library takes them; one, if there is nothing in it."""
+    longest = operations.MAX_COUNT
+    return (array[lo : lo + longest] for lo in range(0, max(len(array), 1), longest))
+
+
+def _facts(device: int) -> tuple[list[str], int, dict[str, str]]:
+    """Of this rank: the UUIDs of the GPUs that it sees, which one it uses, and why it cannot go each way."""
+    uuids = [gpu.identity(number)[1] for number in range(gpu.count())]
+    trusted = os.environ.get("MPICOLL_GPU_AWARE") == "1"
+    untrusted = "not unless it is asked for by its name, and tried, or MPICOLL_GPU_AWARE=1 says that it works"
+    return uuids, device, {"ipc": gpu.ipc_refusal(), "nccl": gpu.nccl_missing(), "aware": "" if trusted else untrusted}
+
+
+def _reasons(whys: list[dict[str, str]], owned: list[str], node: Node) -> dict[str, str]:
+    """Why each way cannot be gone by all ranks together."""
+    found = {
+        way: next((f"{why[way]} (rank {rank})" for rank, why in enumerate(whys) if why[way]), "") for way in whys[0]
+    }
+    if not node.whole:
+        found["ipc"] = "ranks are on several nodes"
+    elif not node.shares:
+        found["ipc"] = "ranks share no memory"
+    if len({*owned}) < len(owned):
+        found["nccl"] = "ranks share a GPU, and NCCL is for one rank on each"
+    return found
