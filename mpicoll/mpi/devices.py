@@ -62,7 +62,7 @@ class Devices:
         """For each way why it cannot be gone, empty if it can: the same on all ranks."""
         self._trusted = not self.why["aware"]
         self._bases: dict[Key, int | None] = {}  # of what is open; the same keys on all ranks
-        self._own: dict[int, gpu.Allocation] = {}  # by number
+        self._own: dict[int, gpu.Allocation] = {}  # of this rank, by number, those of this call and some more
         self._failed: set[Key] = set()
         self._ready: set[str] = set()  # texts of kernels
         self._prepared: dict[Any, list[tuple[Any, ...]]] = {}
@@ -137,6 +137,8 @@ class Devices:
     ) -> bool:
         arrays = [array for array in (given, taken) if isinstance(array, Array)]
         count, dtype = cuts[-1] if cuts else arrays[0].size, arrays[0].dtype
+        if len(self._own) > KEPT:
+            self._own.clear()
         error: Exception | None = None
         mine = [0, 0, *NOWHERE, *NOWHERE]
         try:
