@@ -224,6 +224,10 @@ def test_a_driver_without_a_gpu_is_no_doubt():
 
 
 def test_paths_are_there_or_say_why_not():
+    why = {"ipc": "", "nccl": "ranks share a GPU", "aware": "not asked for", "staged": ""}
+    state = SimpleNamespace(join_devices=lambda number: SimpleNamespace(why=why if number == 3 else {}))
+    assert doctor._paths(state, {"number": 3}, None) == why
+    assert doctor._paths(state, None, "no CuPy") == dict.fromkeys(why, "no CuPy")
     assert [*said._paths({"staged": "", "ipc": "no memory"})] == [
         "paths       staged: yes",
         "            ipc: no, no memory",

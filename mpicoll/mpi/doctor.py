@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 
 Facts = dict[str, Any]
 
-VARIABLES = ("MPICOLL_CHECK", "MPICOLL_PROFILE", "MPICOLL_REPORT", "MPICOLL_TIMEOUT", "MPICOLL_TRACEBACK")
+VARIABLES = (
+    "MPICOLL_CHECK",
+    "MPICOLL_GPU_AWARE",
+    "MPICOLL_PROFILE",
+    "MPICOLL_REPORT",
+    "MPICOLL_TIMEOUT",
+    "MPICOLL_TRACEBACK",
+)
 """Environment variables that are no options of the command line."""
 
 LAUNCHERS = (
@@ -45,9 +52,6 @@ LAUNCHERS = (
     ("PMIX_RANK", "one that speaks PMIx, as Open MPI's mpirun does"),
 )
 """By what they set, in this order: mpirun may start its own processes by srun, but not the other way round."""
-
-PATHS = ("staged", "ipc", "nccl", "aware")
-"""For arrays in the memory of GPUs."""
 
 
 @dataclass
@@ -279,7 +283,7 @@ def _ask_all(comm: "MPI.Intracomm", found: Findings, doing: Callable[[str], None
     own["first"], own["shared"] = state.node.comm.bcast(comm.rank), _shared_by(state)
     doing("looking for GPUs and paths")
     own["gpu"], own["cupy"], lacking = _taken(comm)
-    reasons = paths(comm)
+    reasons = _paths(state, own["gpu"], lacking)
     doing("comparing the ranks")
     everyone = comm.gather(own)
     if everyone is not None:
@@ -419,15 +423,13 @@ def _cupy(module: Any) -> Facts:
     return {"version": module.__version__, "runtime": f"{runtime // 1000}.{runtime % 1000 // 10}"}
 
 
-def paths(comm: "MPI.Intracomm") -> dict[str, str]:
-    """Which there are for arrays in the memory of GPUs: for each an empty text, or why not.  A collective call."""
-    from .gpu import take
+def _paths(state: "State", taken: Facts | None, lacking: str | None) -> dict[str, str]:
+    """By which arrays in the memory of GPUs go here: for each an empty text, or why it cannot be gone.  A collective
+    call."""
+    from .select import WAYS
 
-    try:
-        take(comm)
-    except UserError as error:
-        return dict.fromkeys(PATHS, str(error))
-    return {name: "" if name == "staged" else "this version of mpicoll has none" for name in PATHS}
+    why = dict.fromkeys(WAYS, str(lacking)) if taken is None else state.join_devices(taken["number"]).why
+    return {way: why[way] for way in reversed(WAYS)}
 
 
 def _gpus(everyone: list[Facts], lacking: str | None) -> Facts:
