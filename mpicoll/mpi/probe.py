@@ -16,6 +16,9 @@ LIMIT = 60.0
 LAUNCHERS = ("PMI_", "PMIX_", "PMI2_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_", "MPIEXEC_")
 """What variables of a launcher begin with, by which a new job would take itself for a part of this one."""
 
+SAYS = "mpicoll: "
+"""What its own lines begin with."""
+
 SIZES = (5, 1 << 20)  # messages of both kinds: short, and long
 
 
@@ -39,8 +42,10 @@ def probe(collective: str) -> str:
         return f"a job of two ranks cannot be launched ({error})"
     if done.returncode == 0 and done.stdout.split() == ["right", "right"]:
         return ""
-    said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
-    return f"a job of two ranks that tried it failed with status {done.returncode}: {said[-1].strip()}"
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if any(map(str.isalpha, line))]
+    own = [line.removeprefix(SAYS) for line in said if line.startswith(SAYS)]  # launchers say much, before and after
+    why = [*own, *said[-1:], "it said nothing"][0]
+    return f"a job of two ranks that tried it failed with status {done.returncode}: {why}"
 
 
 def main(collective: str) -> None:
@@ -54,7 +59,7 @@ def main(collective: str) -> None:
     try:
         take(comm)
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(f"{SAYS}{error}")
     module, p, rank = cupy(), comm.size, comm.rank
     for size in SIZES:
         x = module.arange(size * p, dtype="float32") + rank
@@ -76,7 +81,7 @@ def main(collective: str) -> None:
             comm.Allgatherv(x[:size], [y, [size] * p])
             total = module.concatenate([module.arange(size, dtype="float32") + other for other in range(p)])
         if not bool((y == total).all()):
-            sys.exit(f"its {collective} of {x.nbytes} bytes on a GPU is wrong")
+            sys.exit(f"{SAYS}its {collective} of {x.nbytes} bytes on a GPU is wrong")
     print("right", flush=True)
 
 
