@@ -25,6 +25,7 @@ LAYERS = [
         "mpi.buffers",
         "mpi.operations",
         "mpi.shared",
+        "mpi.kernel",
         "mpi.plan",
         "mpi.record",
         "mpi.select",
