@@ -35,6 +35,10 @@ KEPT = 64
 WHOLE = 64 << 10
 """Bytes up to which each of several GPUs reduces all of an array, for its own ranks.  Not measured."""
 
+LINE = 64  # bytes, of which parts are multiples, so that they can be read 16 bytes at a time
+
+MOST = 500  # arrays of a kernel, whose arguments are 4 KiB at most
+
 NOWHERE = (0, 0)  # in place of an allocation, whose number is above 0, and the byte in it
 Spot = tuple[int, int, int]  # rank, allocation, byte
 Owner = tuple[int, int]  # rank, and the number of its device
@@ -195,11 +199,13 @@ class Devices:
         cuts: tuple[int, ...] | None,
         places: list[list[int]],
     ) -> dict[Owner, list[_Job]] | None:
-        """What each owner does; none if somebody's array cannot be found."""
+        """What each owner does; none if somebody's array cannot be found, or there are too many."""
         ranks, size = range(self.p), dtype.itemsize
         givers = [root] if collective == "bcast" else ranks
         takers = [root] if collective == "reduce" else [q for q in ranks if collective != "bcast" or q != root]
         if not (all(places[q][1] for q in givers) and all(places[q][3] for q in takers)):
+            return None
+        if len(givers) + len(takers) > MOST:
             return None
 
         def spot(q: int, of: int, before: int = 0) -> Spot:
@@ -213,8 +219,9 @@ class Devices:
         sources = tuple(spot(q, 1) for q in givers)
         apart = {(place[1], place[2]) for place in places}.isdisjoint({(place[3], place[4]) for place in places})
         jobs: dict[Owner, list[_Job]] = {}
+        unit = max(LINE // size, 1)
         for n, (owner, near) in enumerate(of_same.items()):
-            lo, hi = (chunk_start(count, at, len(owners)) for at in (n, n + 1))
+            lo, hi = (min(chunk_start(-(-count // unit), at, len(owners)) * unit, count) for at in (n, n + 1))
             if cuts is None and len(owners) > 1 and count * size <= WHOLE and apart:
                 jobs[owner] = [_Job(sources, tuple(spot(q, 3) for q in near), 0, count)]
             elif cuts is None:
