@@ -126,9 +126,11 @@ def is_in_place(sendbuf: Any) -> bool:
 
 
 def on_device(x: Any) -> bool:
-    """Is it an array in the memory of a device?"""
+    """Is it an array in the memory of a device, or mpi4py's specification of one?"""
     if isinstance(x, np.ndarray):
         return False
+    if isinstance(x, (list, tuple)):
+        return len(x) > 0 and _is_specification(x) and on_device(x[0])
     if hasattr(x, "__cuda_array_interface__"):
         return True
     return hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] != _CPU

@@ -489,8 +489,7 @@ def _account_on_device(array: Array, comm: MPI.Intracomm, op: str, options: Opti
         call = gathering_on_device(comm, array, array, cuts, options._replace(deterministic=False))
     else:
         call = DeviceCall.made(comm, collective, array, array, operation(op, array.dtype), options)
-    state = find_state(comm)
-    way = None if state is None or state.devices is None else state.devices.went.get(call.header())
+    way = call.went()
     if way != "staged":
         return Account(way or "unknown", None, None)
     found = [_account([call.hosted(call.stand_in(length))]) for length in call.pieces()]
@@ -831,7 +830,8 @@ class DeviceCall(NamedTuple):
             root = int(index(root))
             check_root(comm, root)
         call = cls(collective, comm, given, taken, dtype, count, operation, options, root, cuts, detail)
-        call.hosted(call.stand_in(count))  # which says what is wrong with the options
+        if options.algorithm not in ("auto", *WAYS) or options.segments is not None or options.wire is not None:
+            call.hosted(call.stand_in(count))  # which says what is wrong with them
         return call
 
     def header(self) -> Header:
@@ -855,6 +855,8 @@ class DeviceCall(NamedTuple):
         if self.comm.size == 1:
             self._copy()
             return
+        if not self.elements:
+            return
         state, options = state_of(self.comm), self.options
         devices = state.join_devices(next(one for one in (self.given, self.taken) if isinstance(one, Array)).device)
         wired = self.operation.on_wire(options.wire, self.dtype) if options.wire else self.operation
@@ -864,8 +866,16 @@ class DeviceCall(NamedTuple):
                 self._run_staged(state)
             elif not state.on_node(devices.run, way, *args):
                 continue
-            devices.went[self.header()] = way
+            devices.remember(self._kind(), way)
             return
+
+    def _kind(self) -> tuple[Any, ...]:
+        return self.collective, self.operation.name, self.elements, self.dtype, self.options
+
+    def went(self) -> str | None:
+        """Which way the latest such call has gone, if there was one."""
+        state = find_state(self.comm)
+        return None if state is None or state.devices is None else state.devices.went.get(self._kind())
 
     def _copy(self) -> None:
         given, taken = self.given, self.taken
@@ -873,7 +883,7 @@ class DeviceCall(NamedTuple):
             taken.fill_from(given)
         elif isinstance(taken, np.ndarray) and isinstance(given, Array):
             given.load(taken)
-            given.stream.synchronize()
+            given.synchronize()
 
     def _run_staged(self, state: State) -> None:
         """By way of host memory: in pieces, or, where ranks give or take parts, all at once."""
@@ -890,7 +900,7 @@ class DeviceCall(NamedTuple):
             own = result[self.cuts[self.comm.rank] : self.cuts[self.comm.rank + 1]]
             if isinstance(self.given, Array):
                 self.given.load(own)
-                self.given.stream.synchronize()
+                self.given.synchronize()
             else:
                 own[:] = self.given
             self.hosted(result).run()

@@ -13,6 +13,7 @@ sent when it is met for the first time, and never again.
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ WHOLE = 64 << 10
 
 NOWHERE = (0, 0)  # in place of an allocation, whose number is above 0, and the byte in it
 Spot = tuple[int, int, int]  # rank, allocation, byte
+Owner = tuple[int, int]  # rank, and the number of its device
+Key = tuple[Owner, int, int]  # who has opened it, whose it is, which allocation
 
 
 class _Job(NamedTuple):
@@ -53,20 +56,20 @@ class Devices:
     def __init__(self, comm: MPI.Intracomm, node: Node, device: int) -> None:
         self.comm, self.node, self.p, self.rank = comm, node, comm.size, comm.rank
         found = comm.allgather(_facts(device))
-        self._uuids = [uuids for uuids, *_ in found]
-        self._device, owned = device, [uuids[number] for uuids, number, _ in found]
+        self._gpus = [gpus for gpus, *_ in found]
+        self._device, owned = device, [gpus[number] for gpus, number, _ in found]
         self.why = {**_reasons([why for *_, why in found], owned, node), "staged": ""}
         """For each way why it cannot be gone, empty if it can: the same on all ranks."""
         self._trusted = not self.why["aware"]
-        self._bases: dict[tuple[int, int], int | None] = {}  # by rank and allocation; opened here, or by others
-        self._own: dict[int, gpu.Allocation] = {}  # by number
-        self._failed: set[tuple[int, int]] = set()
+        self._bases: dict[Key, int | None] = {}  # of what is open; the same keys on all ranks
+        self._own: dict[int, gpu.Allocation] = {}  # of this rank, by number, those of this call and some more
+        self._failed: set[Key] = set()
         self._ready: set[str] = set()  # texts of kernels
         self._prepared: dict[Any, list[tuple[Any, ...]]] = {}
         self._probed: dict[str, str] = {}
         self._nccl: Any = None
         self.went: dict[Any, str] = {}
-        """How the latest call with such a header went."""
+        """Which way the latest call of a kind has gone."""
 
     def ways(
         self, asked: str, collective: str, operation: Operation, dtype: np.dtype, deterministic: bool
@@ -109,11 +112,17 @@ class Devices:
     ) -> bool:
         """Do it; false, on all ranks, if this way cannot be gone with these arrays, and nothing was done.
 
-        Arrays are those of ``Node.run``; given and taken may be one, or none where a rank gives or takes nothing.  One
-        that is in host memory is found by the MPI library only.
+        Arrays are those of ``Node.run``, and the whole is not empty; given and taken may be one, or none where a rank
+        gives or takes nothing.  One that is in host memory is found by the MPI library only.
         """
         do = {"ipc": self._by_ipc, "nccl": self._by_nccl, "aware": self._by_mpi}[way]
         return do(collective, given, taken, operation, root, cuts)
+
+    def remember(self, kind: Any, way: str) -> None:
+        """Which way a call has gone."""
+        if len(self.went) >= KEPT:
+            self.went.clear()
+        self.went[kind] = way
 
     # ---- by IPC
 
@@ -128,11 +137,19 @@ class Devices:
     ) -> bool:
         arrays = [array for array in (given, taken) if isinstance(array, Array)]
         count, dtype = cuts[-1] if cuts else arrays[0].size, arrays[0].dtype
-        if not count:
-            return True
-        for array in arrays:
-            array.stream.synchronize()  # others are to read, and write, what is done there before
-        places = self.node.exchange(arrays[0].device, *self._place(given), *self._place(taken))
+        if len(self._own) > KEPT:
+            self._own.clear()
+        error: Exception | None = None
+        mine = [0, 0, *NOWHERE, *NOWHERE]
+        try:
+            _settle(arrays)  # others are to read, and write, what is done there before
+            there = self._place(given)
+            mine = [0, arrays[0].device, *there, *(there if taken is given else self._place(taken))]
+        except Exception as raised:  # of something that was done there before
+            error, mine[0] = raised, 1
+        told = self.node.exchange(*mine)
+        self._raise_if([failed for failed, *_ in told], collective, error)
+        places = [place for _, *place in told]
         key = (collective, operation.name, count, dtype, root, cuts, *(tuple(place) for place in places))
         launches = self._prepared.get(key)
         if launches is None:
@@ -144,18 +161,21 @@ class Devices:
             while len(self._prepared) >= KEPT:
                 del self._prepared[next(iter(self._prepared))]
             self._prepared[key] = launches
-        error: Exception | None = None
         try:
             for launch in launches:
                 gpu.launch(arrays[0], *launch)
             if launches:
-                arrays[0].stream.synchronize()  # others are to read it
+                arrays[0].synchronize()  # others are to read it
         except Exception as raised:
             error = raised
-        failed = [rank for rank, (bad,) in enumerate(self.node.exchange(int(error is not None))) if bad]
-        if failed:
-            raise RuntimeError(f"this {collective} failed on the GPU of rank {failed[0]}") from error
+        self._raise_if([failed for (failed,) in self.node.exchange(int(error is not None))], collective, error)
         return True
+
+    @staticmethod
+    def _raise_if(failed: list[int], collective: str, error: Exception | None) -> None:
+        """On all ranks, if one has."""
+        if any(failed):
+            raise RuntimeError(f"this {collective} failed on the GPU of rank {failed.index(1)}") from error
 
     def _place(self, array: Array | np.ndarray | None) -> tuple[int, int]:
         """The number of its allocation, and the byte where it begins; ``NOWHERE`` if it is in none to be shared."""
@@ -174,7 +194,7 @@ class Devices:
         root: int,
         cuts: tuple[int, ...] | None,
         places: list[list[int]],
-    ) -> dict[int, list[_Job]] | None:
+    ) -> dict[Owner, list[_Job]] | None:
         """What each owner does; none if somebody's array cannot be found."""
         ranks, size = range(self.p), dtype.itemsize
         givers = [root] if collective == "bcast" else ranks
@@ -186,13 +206,13 @@ class Devices:
             """Where the vector of a rank begins, or would, if what it has is what follows so many elements."""
             return q, places[q][of], places[q][of + 1] - before * size
 
-        owners: dict[str, int] = {}
+        owners: dict[str, Owner] = {}
         for q in ranks:
-            owners.setdefault(self._uuids[q][places[q][0]], q)
-        of_same = {owner: [q for q in takers if self._uuids[q][places[q][0]] == uuid] for uuid, owner in owners.items()}
+            owners.setdefault(self._gpus[q][places[q][0]], (q, places[q][0]))
+        of_same = {owner: [q for q in takers if self._gpus[q][places[q][0]] == at] for at, owner in owners.items()}
         sources = tuple(spot(q, 1) for q in givers)
         apart = {(place[1], place[2]) for place in places}.isdisjoint({(place[3], place[4]) for place in places})
-        jobs: dict[int, list[_Job]] = {}
+        jobs: dict[Owner, list[_Job]] = {}
         for n, (owner, near) in enumerate(of_same.items()):
             lo, hi = (chunk_start(count, at, len(owners)) for at in (n, n + 1))
             if cuts is None and len(owners) > 1 and count * size <= WHOLE and apart:
@@ -207,35 +227,35 @@ class Devices:
         return {owner: [job for job in its if job.lo < job.hi and job.targets] for owner, its in jobs.items()}
 
     def _prepare(
-        self, jobs: dict[int, list[_Job]] | None, operation: Operation, dtype: np.dtype
+        self, jobs: dict[Owner, list[_Job]] | None, operation: Operation, dtype: np.dtype
     ) -> list[tuple[Any, ...]] | None:
         """What this rank launches; ``None``, on all, if allocations cannot be opened, or kernels not be compiled.
 
-        A collective call, in which what is new is opened and compiled.
+        A collective call, in which what is new is opened, by the owners that need it, and compiled.
         """
         if jobs is None:
             return None
-        everything = [job for its in jobs.values() for job in its]
-        met = dict.fromkeys((rank, number) for job in everything for rank, number, _ in (*job.sources, *job.targets))
-        if any(key in self._failed for key in met):
+        every = [(owner, job) for owner, its in jobs.items() for job in its]
+        met = dict.fromkeys(
+            (owner, rank, number) for owner, job in every for rank, number, _ in (*job.sources, *job.targets)
+        )
+        if not self._failed.isdisjoint(met):
             return None
+        me, mine = next(((owner, its) for owner, its in jobs.items() if owner[0] == self.rank), ((self.rank, -1), []))
 
         def text(job: _Job) -> tuple[str, int]:
             width = kernel.width([at for *_, at in (*job.sources, *job.targets)], job.lo, dtype.itemsize)
             divisor = self.p if operation.finish else None
-            name = operation.name
-            return kernel.source(name, dtype, len(job.sources), len(job.targets), width, divisor), width
+            return kernel.source(operation.name, dtype, len(job.sources), len(job.targets), width, divisor), width
 
-        new, texts = [key for key in met if key not in self._bases], {text(job)[0] for job in everything}
+        new, texts = [key for key in met if key not in self._bases], {text(job)[0] for _, job in every}
         if new or not texts <= self._ready:
             handles = self._handles(new)
             self._close([key for key in self._bases if key not in met][: max(len(self._bases) + len(new) - KEPT, 0)])
-            mine = jobs.get(self.rank, [])
-            bad = self._open(new, handles, bool(mine))
+            bad, compiles = self._open(new, handles), ""
             try:
                 for job in mine:
                     gpu.compiled(text(job)[0], kernel.NAME, kernel.OPTIONS)
-                compiles = ""
             except Exception as error:
                 compiles = str(error).splitlines()[0]
             found = self.node.comm.allgather((bad, compiles))
@@ -248,48 +268,45 @@ class Devices:
             self._ready |= texts
 
         def address(spot: Spot) -> np.uint64:
-            base = self._bases[spot[:2]]
+            rank, number, at = spot
+            base = self._bases[me, rank, number]
             assert base is not None
-            return np.uint64(base + spot[2])
+            return np.uint64(base + at)
 
         launches = []
-        for job in jobs.get(self.rank, []):
+        for job in mine:
             source, width = text(job)
-            grid, block = kernel.shape(job.hi - job.lo, width, dtype.itemsize, gpu.processors(self._device))
+            grid, block = kernel.shape(job.hi - job.lo, width, dtype.itemsize, gpu.processors(me[1]))
             ends = np.int64(job.lo), np.int64(job.hi)
             addresses = [address(spot) for spot in (*job.sources, *job.targets)]
             launches.append((source, kernel.NAME, kernel.OPTIONS, grid, block, (*addresses, *ends)))
         return launches
 
-    def _handles(self, new: list[tuple[int, int]]) -> dict[tuple[int, int], bytes | None]:
-        """Of all that are new, by those whose they are."""
-        mine: dict[tuple[int, int], bytes | None] = {}
-        for rank, number in new:
-            if rank == self.rank:
-                mine[rank, number] = gpu.handle(self._own[number])
+    def _handles(self, new: list[Key]) -> dict[tuple[int, int], bytes | None]:
+        """Of all that are new, by rank and allocation: each tells its own."""
+        mine = {(rank, number): gpu.handle(self._own[number]) for _, rank, number in new if rank == self.rank}
         return {key: handle for those in self.node.comm.allgather(mine) for key, handle in those.items()}
 
-    def _open(
-        self, new: list[tuple[int, int]], handles: dict[tuple[int, int], bytes | None], owner: bool
-    ) -> list[tuple[int, int]]:
-        """Those that cannot be."""
+    def _open(self, new: list[Key], handles: dict[tuple[int, int], bytes | None]) -> list[Key]:
+        """Those that this rank is to open, and those that it cannot."""
         bad = []
         for key in new:
-            base, handle = None, handles[key]
-            if key[0] == self.rank:
-                base = self._own[key[1]].base
-            elif owner and handle is not None:
-                base = gpu.opened(handle, self._device)
-            if handle is None or (owner and base is None):
+            (reader, device), rank, number = key
+            base, handle = None, handles[rank, number]
+            if reader == self.rank == rank:
+                base = self._own[number].base
+            elif reader == self.rank and handle is not None:
+                base = gpu.opened(handle, device)
+            if handle is None or (reader == self.rank and base is None):
                 bad.append(key)
             self._bases[key] = base
         return bad
 
-    def _close(self, keys: Sequence[tuple[int, int]]) -> None:
-        """And all calls that were prepared for them."""
+    def _close(self, keys: Sequence[Key]) -> None:
+        """And forget all calls that were prepared for them."""
         for key in keys:
-            base = self._bases.pop(key)
-            if key[0] != self.rank and base is not None:
+            base, whose = self._bases.pop(key), key[1]
+            if base is not None and whose != self.rank:
                 gpu.close(base)
         if keys:
             self._prepared.clear()
@@ -298,7 +315,8 @@ class Devices:
         """Close all that is open; it is of no use any more."""
         self._close(list(self._bases))
         if self._nccl is not None:
-            self._nccl.destroy()
+            with suppress(Exception):  # at the end of the program CUDA may be gone before MPI
+                self._nccl.destroy()
             self._nccl = None
 
     # ---- by NCCL
@@ -343,7 +361,7 @@ class Devices:
         text = kernel.source(operation.name, taken.dtype, 1, 1, width, self.p)
         shape = kernel.shape(taken.size, width, taken.dtype.itemsize, gpu.processors(taken.device))
         at, ends = np.uint64(taken.pointer), (np.int64(0), np.int64(taken.size))
-        if taken.size:
+        if taken.size:  # of a part there may be nothing
             gpu.launch(taken, text, kernel.NAME, kernel.OPTIONS, *shape, (at, at, *ends))
 
     # ---- by the MPI library
@@ -357,9 +375,7 @@ class Devices:
         root: int,
         cuts: tuple[int, ...] | None,
     ) -> bool:
-        for array in (given, taken):
-            if isinstance(array, Array):
-                array.stream.synchronize()  # MPI knows nothing of streams
+        _settle([array for array in (given, taken) if isinstance(array, Array)])  # MPI knows nothing of streams
         op, counts = operation.native, [after - before for before, after in pairwise(cuts or ())]
         send, recv = (array.flat() if isinstance(array, Array) else array for array in (given, taken))
         if collective == "reduce_scatter":
@@ -378,7 +394,7 @@ class Devices:
                     self.comm.Reduce(*args, root)
         if operation.finish and isinstance(taken, Array):
             self._finish(taken, operation)
-        elif operation.finish and taken is not None:
+        elif operation.finish and isinstance(taken, np.ndarray):
             operation.finish(taken, self.p)
         return True
 
@@ -389,6 +405,12 @@ class Devices:
         return self._probed[collective]
 
 
+def _settle(arrays: list[Array]) -> None:
+    """Wait for what is on their streams."""
+    for array in {array.stream.ptr: array for array in arrays}.values():
+        array.synchronize()
+
+
 def _pieces(array: Any) -> Iterator[Any]:
     """As long as the MPI library takes them; one, if there is nothing in it."""
     longest = operations.MAX_COUNT
@@ -397,10 +419,10 @@ def _pieces(array: Any) -> Iterator[Any]:
 
 def _facts(device: int) -> tuple[list[str], int, dict[str, str]]:
     """Of this rank: the UUIDs of the GPUs that it sees, which one it uses, and why it cannot go each way."""
-    uuids = [gpu.identity(number)[1] for number in range(gpu.count())]
+    gpus = [gpu.identity(number)[1] for number in range(gpu.count())]
     trusted = os.environ.get("MPICOLL_GPU_AWARE") == "1"
     untrusted = "not unless it is asked for by its name, and tried, or MPICOLL_GPU_AWARE=1 says that it works"
-    return uuids, device, {"ipc": gpu.ipc_refusal(), "nccl": gpu.nccl_missing(), "aware": "" if trusted else untrusted}
+    return gpus, device, {"ipc": gpu.ipc_refusal(), "nccl": gpu.nccl_missing(), "aware": "" if trusted else untrusted}
 
 
 def _reasons(whys: list[dict[str, str]], owned: list[str], node: Node) -> dict[str, str]:

@@ -46,6 +46,8 @@ class Array:
     """
 
     def __init__(self, x: Any, stream: Any = None) -> None:
+        if isinstance(x, (list, tuple)):
+            raise TypeError("an array in the memory of a device is passed by itself, without count and datatype")
         if not is_cupy(x):
             raise TypeError(
                 f"{type(x).__module__}.{type(x).__name__} is in the memory of a device and no CuPy array: "
@@ -98,10 +100,23 @@ class Array:
                     self.pointer, other.pointer, self.nbytes, runtime.memcpyDeviceToDevice, self.stream.ptr
                 )
 
+    def synchronize(self) -> None:
+        """Wait for all that is on its stream."""
+        with cupy().cuda.Device(self.device):  # the default stream is that of the current device
+            self.stream.synchronize()
+
+    def record(self) -> Any:
+        """An event, after all that is on its stream."""
+        cuda = cupy().cuda
+        with cuda.Device(self.device):
+            return self.stream.record(cuda.Event(disable_timing=True))
+
     def after(self, other: "Array") -> None:
         """What is put on its stream from now on comes after all that is on the other one's."""
         if other.stream.ptr != self.stream.ptr:
-            self.stream.wait_event(other.stream.record())
+            event = other.record()
+            with cupy().cuda.Device(self.device):
+                self.stream.wait_event(event)
 
     def _copy(self, host: np.ndarray, lo: int, stream: Any, kind: int) -> None:
         if host.nbytes:
@@ -175,14 +190,14 @@ def staged(array: Array, load: bool) -> np.ndarray:
     host = pinned(array.nbytes).view(array.dtype)
     if load:
         array.load(host)
-        array.stream.synchronize()
+        array.synchronize()
     return host
 
 
 def deliver(host: np.ndarray, array: Array) -> None:
     """Have memory that ``staged`` has given copied to the array; it is kept until that is done."""
     array.store(host)
-    _in_use.append((array.stream.record(), host))
+    _in_use.append((array.record(), host))
 
 
 def register(memory: np.ndarray) -> bool:
@@ -233,11 +248,21 @@ class Boxes:
         """
         array = next(one for one in (given, taken) if isinstance(one, Array))
         self._use(array.device)
+        with cupy().cuda.Device(array.device):
+            self._through(array, given, taken, do)
+
+    def _through(
+        self,
+        array: Array,
+        given: Array | np.ndarray | None,
+        taken: Array | np.ndarray | None,
+        do: Callable[[np.ndarray], None],
+    ) -> None:
         length = max(len(self._boxes[0]) // array.dtype.itemsize, 1)
         pieces = [(n % BOXES, lo, min(length, array.size - lo)) for n, lo in enumerate(range(0, array.size, length))]
         for stream, one in ((self._out, given), (self._back, taken)):
             if isinstance(one, Array):
-                stream.wait_event(one.stream.record())  # what was put there before the call comes first
+                stream.wait_event(one.record())  # what was put there before the call comes first
 
         def load(number: int, lo: int, count: int) -> None:
             assert isinstance(given, Array)
@@ -271,11 +296,12 @@ class Boxes:
 
     def release(self) -> None:
         """Wait for what is on its way, and give the memory back."""
-        if self._device is not None:
-            self._back.synchronize()
-        if self._registered:
-            cupy().cuda.runtime.hostUnregister(self._memory.ctypes.data)
-            self._registered = False
+        runtime = cupy().cuda.runtime
+        with suppress(runtime.CUDARuntimeError):  # at the end of the program CUDA may be gone before MPI
+            if self._device is not None:
+                self._back.synchronize()
+            if self._registered:
+                runtime.hostUnregister(self._memory.ctypes.data)
 
 
 # ---- which GPU
@@ -286,7 +312,7 @@ class Gpu(NamedTuple):
 
     number: int
     name: str
-    uuid: str
+    identity: str
     bus: str
     ranks: tuple[int, ...]
 
@@ -315,7 +341,9 @@ def take(comm: MPI.Intracomm) -> Gpu:
         rank, why = failed[0]
         raise UserError(f"{why} (on rank {rank})" if rank else str(why))
     assert found is not None
-    return found._replace(ranks=tuple(rank for rank, (other, _) in enumerate(everyone) if other.uuid == found.uuid))
+    return found._replace(
+        ranks=tuple(rank for rank, (other, _) in enumerate(everyone) if other.identity == found.identity)
+    )
 
 
 def _chosen(local: int) -> Gpu:
@@ -331,17 +359,18 @@ def _chosen(local: int) -> Gpu:
         number = local % max(runtime.getDeviceCount(), 1)
         module.cuda.Device(number).use()
         runtime.free(0)  # makes the context: now, and not in the middle of something
-        name, uuid, bus = identity(number)
+        name, unique, bus = identity(number)
     except runtime.CUDARuntimeError as error:
         raise UserError(f"there is no GPU to be used here ({error}): leave out --device gpu") from None
-    return Gpu(number, name, uuid, bus, ())
+    return Gpu(number, name, unique, bus, ())
 
 
 def identity(number: int) -> tuple[str, str, str]:
-    """The name, the UUID, which no other GPU has, and the PCI address of a device of this process."""
+    """The name, what no other GPU has, and the PCI address of a device of this process."""
     runtime = cupy().cuda.runtime
-    properties = runtime.getDeviceProperties(number)
-    return properties["name"].decode(), bytes(properties["uuid"]).hex(), runtime.deviceGetPCIBusId(number)
+    properties, bus = runtime.getDeviceProperties(number), runtime.deviceGetPCIBusId(number)
+    uuid = bytes(properties["uuid"]).hex()  # which CuPy cuts off at its first byte of 0
+    return properties["name"].decode(), f"{MPI.Get_processor_name()} {bus} {uuid}", bus
 
 
 def count() -> int:

@@ -16,6 +16,28 @@ from mpicoll.mpi.state import interrupted
 WORLD = MPI.COMM_WORLD
 os.environ["MPICOLL_PROFILE"] = "none"  # what this machine was tuned to is not tested
 
+# What more than five ranks show nothing new of, and take longest for: types, lifetimes, and other calls meanwhile.
+FIVE_SHOW_IT = {
+    "test_allreduce.py": ("test_operations_and_dtypes",),
+    "test_rooted.py": ("test_operations_and_dtypes",),
+    "test_shared.py": (
+        "test_communicators_and_arrays_leave_nothing",
+        "test_handles_of_ours_go_on_meanwhile",
+        "test_messages_of_the_program_go_on_meanwhile",
+        "test_what_was_compiled_is_for_the_same_call_only",
+        "test_with_the_barrier_of_the_mpi_library",
+    ),
+    "test_strategies.py": ("test_averaging_in_every_step_is_synchronous_sgd",),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Beyond five ranks those are skipped."""
+    five = pytest.mark.skip(reason="five ranks show what more would, and sooner")
+    for item in items if WORLD.size > 5 else ():
+        if getattr(item, "originalname", "") in FIVE_SHOW_IT.get(item.path.name, ()):
+            item.add_marker(five)
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:

@@ -59,11 +59,12 @@ def test_one_rank_is_plain_sgd(staleness, optimizer):
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
 def test_without_staleness_it_is_sync_bit_for_bit(comm, optimizer, batch_size):
     given = {"optimizer": optimizer, "lr": 0.01, "weight_decay": 0.01, "schedule": "cosine", "batch_size": batch_size}
+    epochs = given["epochs"] = 1 if batch_size == 1 else 3
     together = trained(comm, blobs(101, "f4"), strategy="sync", **given)
     for simulated in ({}, {"delays": 4}):
         other = trained(comm, blobs(101, "f4"), strategy="async", staleness="0", **simulated, **given)
         np.testing.assert_array_equal(other.params, together.params)
-        assert [epoch.staleness for epoch in other.epochs] == 3 * [[-(-101 // batch_size) * P]]
+        assert [epoch.staleness for epoch in other.epochs] == epochs * [[-(-101 // batch_size) * P]]
     stale = trained(comm, blobs(101, "f4"), strategy="async", staleness="2", delays=4, **given)
     assert P == 1 or not np.array_equal(stale.params, together.params)
 

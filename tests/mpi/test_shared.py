@@ -5,6 +5,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,9 @@ def test_allreduce_of_every_kind_of_array(ours, runs, send_kind, recv_kind):
     assert len(runs) == (calls if P > 1 else 0)
 
 
-@pytest.mark.parametrize("dtype", ["f4", "f8", "i4", "c16", "e", bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*product(KINDS, ["f8", bfloat16]), *(("mixed", dtype) for dtype in ("f4", "i4", "c16", "e"))]
+)
 @several
 def test_bits_are_those_of_recursive_doubling(ours, runs, kind, dtype):
     rng = np.random.default_rng(ours.rank)
