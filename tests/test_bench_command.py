@@ -33,12 +33,11 @@ sys.exit(main(sys.argv[1:]))
 
 # Goes with FAKECUPY_WITH: what tests/fakecupy.py needs to be a GPU, but a small one.
 FAKE = """
-import fakecupy
 import kernels
 import mpicoll.measure
+import pytest
 def prepare(fake):
-    fakecupy._patch()
-    kernels.add(fake, fake.monkeypatch)
+    kernels.add(fake, pytest.MonkeyPatch())
     mpicoll.measure.COPIED = 1 << 16
 """
 WITHOUT_CUPY = "import sys; sys.modules['cupy'] = None; from mpicoll.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -300,12 +300,12 @@ def header(facts: Record, task: "Task") -> str:
 
 
 def _on_gpus(facts: Record) -> list[str]:
-    sharing = {one["uuid"]: one for one in facts["gpus"]}
+    by_ranks = {tuple(one["ranks"]): one for one in facts["gpus"]}
     speed = facts["gpu_memory"]
     return [
         *(
             f"GPU {one['name']} ({one['bus']}): {len(one['ranks'])} rank(s), {ranges(list(one['ranks']))}"
-            for one in sharing.values()
+            for one in by_ranks.values()
         ),
         f"a GPU copies {speed['copy']:.2f} GB/s, read and written; to host memory {speed['to_host']:.2f} GB/s, "
         f"from there {speed['from_host']:.2f} GB/s",
