@@ -4,6 +4,7 @@ import click
 
 from .. import __version__
 from .bench import bench
+from .doctor import doctor
 from .plot import plot
 from .predict import predict
 from .report import report
@@ -21,8 +22,9 @@ CONTEXT = {"auto_envvar_prefix": "MPICOLL", "help_option_names": ["-h", "--help"
 def app(context: click.Context) -> None:
     """Collective communication and distributed SGD over MPI.
 
-    Start train, bench and tune under a launcher (mpirun -n 4 mpicoll train); the other commands need none.  Every
-    option is an environment variable too: MPICOLL_TRAIN_EPOCHS=5.  MPICOLL_TRACEBACK=1 shows where an error came from.
+    Start train, bench, tune and doctor under a launcher (mpirun -n 4 mpicoll train); the other commands need none.
+    Every option is an environment variable too: MPICOLL_TRAIN_EPOCHS=5.  MPICOLL_TRACEBACK=1 shows where an error came
+    from.
 
     Exit status: 0 done, 1 something is wrong with the input or a rank failed, 2 usage, 130 interrupted.
     """
@@ -30,5 +32,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, bench, tune, plot, predict, show, verify, report):
+for command in (train, bench, tune, doctor, plot, predict, show, verify, report):
     app.add_command(command)

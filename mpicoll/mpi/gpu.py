@@ -361,7 +361,7 @@ def _chosen(local: int) -> Gpu:
         runtime.free(0)  # makes the context: now, and not in the middle of something
         name, unique, bus = identity(number)
     except runtime.CUDARuntimeError as error:
-        raise UserError(f"there is no GPU to be used here ({error}): leave out --device gpu") from None
+        raise UserError(f"there is no GPU to be used here ({error})") from None
     return Gpu(number, name, unique, bus, ())
 
 
