@@ -22,7 +22,10 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 PYTEST := python -m pytest
 
-.PHONY: train tune test lint test-serial test-mpi test-torch bench bench-gloo cluster clean
+# For what needs a GPU: one that has CuPy and an MPI library, and whose mpirun is found; nothing is installed.
+PY ?= python
+
+.PHONY: train tune test lint test-serial test-mpi test-torch test-gpu bench bench-gloo bench-gpu cluster clean
 
 train: $(VENV)/.train-installed
 	mpirun -n $(NP) mpicoll train
@@ -54,6 +57,16 @@ test-torch:
 
 test-torch-%: $(VENV)/.gloo-installed
 	timeout --kill-after=5 300 mpirun -n $* $(PYTEST) -x --color=no --only-mpi tests/mpi/test_torch.py
+
+# Several ranks on one GPU.  Where there is none, all is skipped, and it says why.
+test-gpu: test-gpu-1 test-gpu-2 test-gpu-3 test-gpu-4
+
+test-gpu-%:
+	MPICOLL_TEST_GPU=1 PYTHONPATH=$(CURDIR) timeout --kill-after=5 300 \
+		mpirun -n $* $(PY) -m pytest -x -rs --color=no --only-mpi tests/mpi/test_gpu.py
+
+bench-gpu:
+	PYTHONPATH=$(CURDIR) timeout --kill-after=5 3000 $(PY) bench/gpu.py
 
 bench: $(VENV)/.dev-installed
 	python bench/allreduce.py

@@ -4,6 +4,9 @@ A repetition is a round in which every implementation is called once (or several
 each on data that no call before had and from a start of its own that all ranks wait for.  Its time is that of the
 slowest rank, and compared is the ratio within a round: a machine that is slow for a while is slow for all.  Nothing is
 decided by a rank's own clock but by rank 0's.
+
+On a GPU a call lasts until its stream has done all of it: until the result is there.  Data are made and checked in host
+memory there, too, and brought to the GPU and back outside the clock.
 """
 
 import gc
@@ -29,13 +32,14 @@ from . import __version__
 from .algorithms import ALGORITHMS
 from .errors import UserError
 from .fit import median, median_ranks
+from .mpi import gpu
 from .mpi.buffers import is_half
 from .mpi.collectives import cuts_of
 from .mpi.comm import Comm
 from .mpi.guard import on_all
 from .mpi.launch import cores, library_name, node_of
 from .mpi.operations import MOVE, operation
-from .mpi.select import SHARED, Options, choose
+from .mpi.select import SHARED, WAYS, Options, choose
 from .mpi.state import state_of
 from .tuning import NATIVE, Fingerprint, machine
 
@@ -45,6 +49,7 @@ BLOCK = 1 << 15  # elements made and compared at a time, so that what is in betw
 ALIGNED = 4096  # bytes: where buffers begin
 PASSES = 4  # at least, over all sizes; in the first two all take part, in the others those that have a chance
 HOPELESS = 3  # times as long as the best: no chance
+COPIED = 256 << 20  # bytes, to find out how fast the memory of a GPU is
 ENVIRONMENT = (
     *("MPICH_", "MPIR_CVAR_", "OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_", "I_MPI_"),
     *("UCX_", "FI_", "OMP_", "MPICOLL_"),
@@ -85,6 +90,18 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Going:
+    """An ``Implementation`` on a GPU; ``went`` says by which way the latest call has gone, and forgets it."""
+
+    prepare: Implementation
+    went: Callable[[], str]
+
+    def __call__(self, task: Task, send: Any, recv: Any) -> Callable[[], object]:
+        """See ``Implementation``."""
+        return self.prepare(task, send, recv)
+
+
+@dataclass(frozen=True)
 class Settings:
     """How it is measured; times in seconds."""
 
@@ -98,6 +115,7 @@ class Settings:
     seed: int = 0
     off_cache: bool = False
     unaligned: bool = False
+    device: str = "cpu"  # where buffers are: or "gpu", the current one
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,16 @@ class Result:
     us: np.ndarray
     native: np.ndarray | None  # of the MPI library's own, in the same repetitions
     wrong: int  # elements, on all ranks and in all repetitions, warm-up included
+    way: str = ""  # by which it has gone, on a GPU
+
+
+class GpuMemory(NamedTuple):
+    """GB/s of a GPU, and of its link to the host, while every other GPU does the same; and most ranks on one."""
+
+    copy: float  # of a copy within it: bytes that are read, and those that are written
+    to_host: float
+    from_host: float
+    sharing: int
 
 
 # ---- statistics
@@ -141,13 +169,36 @@ def memory_share(
     return least / memory["add" if "reduce" in collective else "copy"] / us / 1e3
 
 
-def record(result: Result, p: int, memory: Mapping[str, float]) -> dict[str, Any]:
-    """All that is to be said of a result, in plain numbers and texts."""
+def gpu_memory_share(
+    collective: str, nbytes: int, p: int, us: float, memory: Mapping[str, float], there: GpuMemory, through_host: bool
+) -> float:
+    """The share of the time that the least traffic takes, as ``gpu_bandwidth`` found it.
+
+    What the ranks of a GPU give is read once in its memory, what they get is written once.  If it goes through host
+    memory, the one comes over its link and the other goes back, at once with each other and with what
+    ``memory_share`` has the host do: it takes as long as the slowest of these.
+    """
+    ranks = there.sharing
+    gives = {"bcast": 1, "allgather": ranks / p}.get(collective, ranks) * nbytes
+    gets = {"reduce": 1, "bcast": ranks - 1, "reduce_scatter": ranks / p}.get(collective, ranks) * nbytes
+    if not through_host:
+        return (gives + gets) / there.copy / us / 1e3
+    link = max(gives / there.to_host, gets / there.from_host) / us / 1e3
+    return max(link, memory_share(collective, nbytes, p, us, memory))
+
+
+def record(result: Result, p: int, memory: Mapping[str, float], there: GpuMemory | None = None) -> dict[str, Any]:
+    """All that is to be said of a result, in plain numbers and texts; ``there`` if it is one of a GPU."""
     task, said = result.task, summary(result.us)
     nbytes = task.count * task.dtype.itemsize
     at = (task.collective, nbytes, p, said["median"])
     algbw, busbw = bandwidths(*at) if result.name != NULL else (None, None)
     speed, low, high = (None, None, None) if result.native is None else median(result.native / result.us)
+    share = None
+    if result.name != NULL and there:
+        share = gpu_memory_share(*at, memory, there, result.name == NATIVE or "staged" in result.way)
+    elif result.name != NULL:
+        share = memory_share(*at, memory, result.name == SHARED_RESULT)
     return {
         "collective": task.collective,
         "implementation": result.name,
@@ -162,10 +213,11 @@ def record(result: Result, p: int, memory: Mapping[str, float]) -> dict[str, Any
         "wrong": result.wrong,
         "algbw": algbw,
         "busbw": busbw,
-        "memory_share": memory_share(*at, memory, result.name == SHARED_RESULT) if result.name != NULL else None,
+        "memory_share": share,
         "speed": speed,
         "speed_low": low,
         "speed_high": high,
+        **({"way": result.way} if there else {}),
         "us": result.us.tolist(),
     }
 
@@ -232,12 +284,21 @@ class _Buffers:
         self._given = self._memory[self._gives]
         if not in_place:
             self._given = empty(before + self._gives.stop - self._gives.start, task.dtype)[before:]
-        receives = task.collective != "reduce" or comm.rank == task.root
-        self._only_given = not in_place or not receives
-        moved = is_half(task.dtype) and "reduce" not in task.collective  # the MPI library need not know what they are
-        given, memory = (array.view(np.int16) if moved else array for array in (self._given, self._memory))
+        self._receives = task.collective != "reduce" or comm.rank == task.root
+        self._only_given = not in_place or not self._receives
+        self._hand_over(self._given, self._memory)
+
+    def _hand_over(self, given: Any, memory: Any) -> None:
+        """To the call."""
+        moved = is_half(self._task.dtype) and "reduce" not in self._task.collective
+        if moved:  # the MPI library need not know what they are
+            given, memory = given.view(np.int16), memory.view(np.int16)
         self.send: Any = given if self._only_given else MPI.IN_PLACE
-        self.recv: Any = memory if receives else None
+        self.recv: Any = memory if self._receives else None
+
+    def ready(self, call: Callable[[], object]) -> Callable[[], object]:
+        """What is timed."""
+        return call
 
     def fill(self, order: np.ndarray, turn: int) -> None:
         """Overwrite all that is there, with the data of this turn."""
@@ -278,6 +339,50 @@ class _Buffers:
             return exact.astype(self._task.dtype)
 
 
+class _OnGpu(_Buffers):
+    """The same on the current GPU, on its current stream."""
+
+    def __init__(
+        self, comm: MPI.Intracomm, task: Task, base: np.ndarray, in_place: bool, unaligned: bool, empty: Memory
+    ) -> None:
+        super().__init__(comm, task, base, in_place, unaligned, empty)
+        before = 1 if unaligned else 0
+
+        def like(host: np.ndarray) -> Any:
+            return gpu.cupy().empty(before + len(host), host.dtype)[before:]
+
+        memory = like(self._memory)
+        given = memory[self._gives] if in_place else like(self._given)
+        self._hosts = [(gpu.Array(memory), self._memory)]
+        if not in_place:
+            self._hosts.append((gpu.Array(given), self._given))
+        self._hand_over(given, memory)
+
+    def ready(self, call: Callable[[], object]) -> Callable[[], object]:
+        """Until the result is there."""
+        stream = gpu.cupy().cuda.get_current_stream()
+
+        def awaited() -> None:
+            call()
+            stream.synchronize()
+
+        return awaited
+
+    def fill(self, order: np.ndarray, turn: int) -> None:
+        """See ``_Buffers``."""
+        super().fill(order, turn)
+        for array, host in self._hosts:
+            array.store(host)
+            array.stream.synchronize()
+
+    def wrong(self, returned: object) -> int:
+        """See ``_Buffers``; nothing is returned."""
+        for array, host in self._hosts:
+            array.load(host)
+            array.stream.synchronize()
+        return super().wrong(None)
+
+
 def _blocks(part: slice) -> Iterator[tuple[slice, slice]]:
     """The part piece by piece: where in an array of its own, and where in the whole."""
     for start in range(part.start, part.stop, BLOCK):
@@ -313,6 +418,62 @@ def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check
         if collective == "allreduce":
             found[SHARED_RESULT] = Placed(partial(_shared_result, ours), ours.empty)
     return found | {name: partial(call_of, ours, algorithm=name) for name in ALGORITHMS[collective]}
+
+
+def implementations_on_gpu(
+    comm: MPI.Intracomm, collective: str, dtype: np.dtype, check: str, op: str = "sum", named: Sequence[str] = ()
+) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """The same for arrays on the current GPU; and the ways that are left out, with what is against them.
+
+    ``auto``, what one writes by hand in place of the MPI library's own, every way that can be gone here, and every
+    algorithm of the table on what is staged in host memory.  A ``UserError`` if a way cannot be gone that is ``named``.
+    """
+    ours = Comm(comm, check=check)
+    devices = state_of(ours).join_devices(gpu.cupy().cuda.Device().id)
+    reduces = "reduce" in collective
+    done = operation(op, dtype) if reduces else MOVE
+
+    def went() -> str:
+        ways = ", ".join({*devices.went.values()})
+        devices.went.clear()
+        return ways
+
+    found: dict[str, Implementation] = {"auto": Going(partial(call_of, ours), went)}
+    if not (is_half(dtype) and reduces):
+        found[NATIVE] = partial(_by_hand, MPI.Intracomm(comm))
+    refused = {}
+    for way in WAYS:
+        against = devices.why[way] if way not in named else ""
+        try:
+            if not against:
+                devices.ways(way, collective, done, dtype, False)
+        except ValueError as error:
+            if way in named:
+                raise UserError(str(error)) from None
+            against = str(error)
+        if against:
+            refused[way] = against
+        else:
+            found[way] = Going(partial(call_of, ours, algorithm=way), went)
+    staged = {name: Going(partial(call_of, ours, algorithm=name), went) for name in ALGORITHMS[collective]}
+    return found | staged, refused
+
+
+def _by_hand(comm: MPI.Intracomm, task: Task, send: Any, recv: Any) -> Callable[[], object]:
+    """What one writes with CuPy and mpi4py alone: out to host memory, as ``get`` has it, the call, and back."""
+    at_root = task.collective == "bcast" and comm.rank == task.root
+    fetched = send is MPI.IN_PLACE and (at_root or task.collective != "bcast")
+
+    def call() -> None:
+        given = send if send is MPI.IN_PLACE else send.get()
+        taken = None
+        if recv is not None:
+            taken = recv.get() if fetched else np.empty(recv.shape, recv.dtype)
+        call_of(comm, task, given, taken)()
+        if recv is not None and not at_root:
+            recv.set(taken)
+
+    return call
 
 
 def _shared_result(comm: Comm, task: Task, send: Any, recv: Any) -> Callable[[], object]:
@@ -412,18 +573,20 @@ def _at(
 ) -> list[Result]:
     base = rng.integers(100, size=task.count, dtype=np.uint8)
     keys = [(name, one) for one in where for name in implementations] + [(NULL, where[0])]
+    kind = _OnGpu if settings.device == "gpu" else _Buffers
     made: dict[tuple[bool, Memory], _Buffers] = {}
     buffers: list[_Buffers] = []
     for name, one in keys:
         subject = implementations.get(name)
         empty = subject.empty if isinstance(subject, Placed) else _empty
         if (one, empty) not in made:
-            made[one, empty] = _Buffers(comm, task, base, one, settings.unaligned, empty)
+            made[one, empty] = kind(comm, task, base, one, settings.unaligned, empty)
         buffers.append(made[one, empty])
     calls = [
-        implementations[name](task, used.send, used.recv) if name != NULL else lambda: None
+        used.ready(implementations[name](task, used.send, used.recv) if name != NULL else lambda: None)
         for (name, _), used in zip(keys, buffers, strict=True)
     ]
+    ways: list[dict[str, None]] = [{} for _ in keys]
     elsewhere = np.zeros(2 * last_level_cache() if settings.off_cache else 0, np.uint8)
     synchronise = SYNC[settings.sync](comm)
     rounds: list[np.ndarray] = []
@@ -445,6 +608,8 @@ def _at(
                 used.fill(order, turn)
                 returned = call()
             wrong[n] += used.wrong(returned) if keys[n][0] != NULL else 0
+            if isinstance(subject := implementations.get(keys[n][0]), Going):
+                ways[n][subject.went()] = None
         comm.Allreduce(MPI.IN_PLACE, us, MPI.MAX)
         if repetition >= 0:
             rounds.append(us)
@@ -452,9 +617,10 @@ def _at(
             break
     comm.Allreduce(MPI.IN_PLACE, wrong, MPI.SUM)
     columns = dict(zip(keys, np.array(rounds).T, strict=True))
+    natives = [columns.get((NATIVE, one)) if name != NULL else None for name, one in keys]
     return [
-        Result(name, one, task, columns[name, one], columns.get((NATIVE, one)) if name != NULL else None, int(bad))
-        for (name, one), bad in zip(keys, wrong, strict=True)
+        Result(*key, task, columns[key], native, int(bad), ", ".join(filter(None, way)))
+        for key, native, bad, way in zip(keys, natives, wrong, ways, strict=True)
     ]
 
 
@@ -572,6 +738,33 @@ def memory_bandwidth(comm: MPI.Intracomm) -> dict[str, float]:
     return found
 
 
+def gpu_bandwidth(comm: MPI.Intracomm, mine: gpu.Gpu) -> GpuMemory:
+    """The best of ten copies, by the GPU's clock: by the first rank of each GPU, while the others wait.  The slowest
+    GPU counts.  A collective call."""
+    event, first = gpu.cupy().cuda.Event, comm.rank == mine.ranks[0]
+    here, other = (gpu.Array(gpu.cupy().zeros(COPIED if first else 0, np.uint8)) for _ in range(2))
+    host = gpu.pinned(here.nbytes)
+
+    def speed(moved: int, work: Callable[[], None]) -> float:
+        ms = []
+        for _ in range(10):
+            comm.Barrier()
+            start, end = event(), event()
+            start.record(here.stream)
+            work()
+            end.record(here.stream)
+            end.synchronize()
+            ms.append(gpu.cupy().cuda.get_elapsed_time(start, end))
+        return comm.allreduce(moved / min(ms) / 1e6 if first else float("inf"), MPI.MIN)
+
+    return GpuMemory(
+        copy=speed(2 * COPIED, partial(other.fill_from, here)),
+        to_host=speed(COPIED, partial(here.load, host)),
+        from_host=speed(COPIED, partial(here.store, host)),
+        sharing=comm.allreduce(len(mine.ranks), MPI.MAX),
+    )
+
+
 def check_memory(comm: MPI.Intracomm, needed: int) -> None:
     """A ``UserError`` if the memory of a node is less than ``needed`` bytes for each of its ranks."""
     node = node_of(comm)
@@ -583,6 +776,20 @@ def check_memory(comm: MPI.Intracomm, needed: int) -> None:
             raise UserError(
                 f"the largest size takes {needed / 2**30:.4g} GiB of memory for each of {ranks} rank(s) on a node, "
                 f"which has {total / 2**30:.4g} GiB in all: take smaller sizes, or fewer ranks"
+            )
+
+    on_all(comm, check)
+
+
+def check_gpu_memory(comm: MPI.Intracomm, mine: gpu.Gpu, needed: int) -> None:
+    """The same of the memory of a GPU, of which others may have taken some."""
+    free = gpu.cupy().cuda.runtime.memGetInfo()[0]
+
+    def check() -> None:
+        if needed * len(mine.ranks) > free:
+            raise UserError(
+                f"the largest size takes {needed / 2**30:.4g} GiB on {mine} for each of {len(mine.ranks)} rank(s), and "
+                f"{free / 2**30:.4g} GiB are free there: take smaller sizes, or fewer ranks"
             )
 
     on_all(comm, check)
@@ -614,6 +821,18 @@ def environment(comm: MPI.Intracomm) -> dict[str, Any]:
         "kernel": platform.release(),
         "devices": devices,
     }
+
+
+def gpu_environment(comm: MPI.Intracomm, mine: gpu.Gpu) -> dict[str, Any]:
+    """The same of GPUs."""
+    gpus = comm.gather({"rank": comm.rank, **mine._asdict()})
+    if gpus is None:
+        return {}
+    module = gpu.cupy()
+    runtime = module.cuda.runtime
+    versions = {"cuda_runtime": runtime.runtimeGetVersion(), "cuda_driver": runtime.driverGetVersion()}
+    numbers = {name: f"{version // 1000}.{version % 1000 // 10}" for name, version in versions.items()}
+    return {"gpus": gpus, "cupy": module.__version__, **numbers}
 
 
 def _revision() -> str | None:

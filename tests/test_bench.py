@@ -413,3 +413,100 @@ def test_time_to_a_loss_is_compared_within_a_launch(monkeypatch, tmp_path, capsy
     assert "| butterfly | 8 | 200 | 20.00 | 4.00 | 3.00 (3.00 to 3.00) | 2.00 |" in capsys.readouterr().out
     butterfly.draw(record, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+ON_GPU = """
+import sys
+sys.path.insert(0, BENCH)
+import gpu as b
+if "--worker" not in sys.argv:
+    sys.executable = "./python"
+b.__file__, b.RANKS, b.TRAINED, b.BOXES = __file__, [2], [], [4096]
+b.SECONDS, b.MINIMUM = 0, 2
+b.main()
+"""
+FAKE = """
+import kernels
+import mpicoll.measure
+import pytest
+def prepare(fake):
+    kernels.add(fake, pytest.MonkeyPatch())
+    mpicoll.measure.COPIED = 1 << 16
+"""
+
+
+def on_gpu(tmp_path, *options, devices="1"):
+    """bench/gpu.py on a GPU that is none, tests/fakecupy.py."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/fakecupy.py "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "small.py").write_text(FAKE)
+    (tmp_path / "bench.py").write_text(ON_GPU.replace("BENCH", repr(str(REPOSITORY / "bench"))))
+    env = {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "FAKECUPY_WITH": "small", "FAKECUPY_DEVICES": devices}
+    return run([sys.executable, "bench.py", *options], tmp_path, env=env)
+
+
+def test_arrays_on_a_gpu_are_measured_recorded_and_drawn(tmp_path, monkeypatch):
+    options = ["--sizes", "64", "12000", "--launches", "1", "--out", "found.json"]
+    done = on_gpu(tmp_path, *options)
+    assert done.status == 0, done.err
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert (record["gpu"]["name"], record["wrong"]) == ("Fake GPU", 0)
+    calls = [row for row in record["table"] if "box" not in row]
+    assert [(row["in_place"], row["bytes"]) for row in calls] == [(p, n) for n in (64, 12000) for p in (False, True)]
+    for row in calls:
+        assert [row[name]["way"] for name in ("native", "ipc", "staged")] == ["", "ipc", "staged"]
+        assert row["native"]["speed"] == [1, 1, 1]
+        assert min(row["ipc"]["us"]) > 0
+    boxes = [(row["box"], row["shared"], row["bytes"], [*row["staged"]]) for row in record["table"] if "box" in row]
+    assert boxes == [(4096, shared, 12000, ["us", "share", "way"]) for shared in (True, False)]
+    assert on_gpu(tmp_path, "--show", "found.json").out == done.out
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    importlib.import_module("gpu").draw(record, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_boxes_have_the_size_that_is_asked_for(monkeypatch):
+    from mpicoll.mpi import gpu
+
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    before = gpu.BOX, gpu.register
+    with importlib.import_module("gpu").boxes(4096, shared=False) as locked:
+        assert gpu.BOX == 4096
+        assert not gpu.register(np.zeros(1))
+        assert locked == [False]
+    assert (gpu.BOX, gpu.register) == before
+
+
+def test_without_a_gpu_nothing_is_launched_or_written(tmp_path):
+    failed = on_gpu(tmp_path, "--out", "found.json", devices="0")
+    assert (failed.status, failed.out) == (1, "")
+    assert failed.err.startswith("mpicoll: there is no GPU to be used here (cudaErrorInsufficientDriver")
+    assert failed.err.count("\n") == 1
+    assert not (tmp_path / "found.json").exists()
+
+
+def test_shares_and_steps_are_summarized_over_launches(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    gpu = importlib.import_module("gpu")
+
+    def launch(us, **more):
+        row = {"implementation": "ipc", "in_place": True, "bytes": 1 << 20, "way": "ipc", "median": us}
+        native = {**row, "implementation": "native", "way": "", "median": 70.0, "memory_share": 0.1, "speed": 1.0}
+        ipc = {**row, "memory_share": 5 / us, "speed": 70 / us}
+        boxes = [{**ipc, "implementation": "staged", "speed": None, "box": 4096, "shared": True}]
+        return {"ranks": 2, "rows": [native, {**ipc, **more}, *boxes], "gradient_us": 1000.0}
+
+    rows = gpu.summarize([launch(10.0), launch(7.0, way="staged"), launch(14.0)], {1: [3.0], 2: [4.0, 5.0]})
+    ipc = {"us": [10, 7, 14], "share": [0.5, 0.357, 0.714], "speed": [7, 5, 10], "way": "ipc, staged"}
+    assert rows[0]["ipc"] == ipc
+    assert [row.get("agreement") for row in rows] == [None, None, [0, 0, 0], [0.225, 0.2, 0.25]]
+    machine = {"cpu": "CPU", "cores": 2, "mpi4py": "4", "numpy": "2", "python": "3", "mpicoll": "1", "date": "today"}
+    versions = {"name": "GPU", "cupy": "14", "cuda_runtime": "13.0", "cuda_driver": "13.0"}
+    link = {"copy": 3000.0, "to_host": 50.0, "from_host": 51.0}
+    counts = {"launches": 3, "wrong": 0, "parameters": 20, "refused": {"nccl": "it is not there"}}
+    gpu.show({"mpi": "MPI", "machine": machine, "gpu": versions, "gpu_memory": link, **counts, "table": rows})
+    out = capsys.readouterr().out
+    assert "| 1 MiB | 70.0 | 10.0 by ipc, staged | 7.00 (5.00 to 10.00) | 0.50 (0.36 to 0.71) | - | - | - |\n" in out
+    assert "| 2 ranks, 1 MiB, 4 KiB that ranks share | 10.0 by ipc | 0.50 (0.36 to 0.71) |\n" in out
+    assert "| 2 rank(s), 20 parameters | 4.5 (4 to 5) | 0.225 (0.2 to 0.25) |\n" in out

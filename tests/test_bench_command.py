@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli.app import app
+from mpicoll.cli.bench import WAYS
 
 TINY = ["mpicoll", "bench", "--count", "0,1,5,3000", "--max-time", "0", "--min-reps", "2", "--warmup", "1"]
 PATCHED = """
@@ -28,6 +29,19 @@ made = measure.implementations
 measure.implementations = lambda *args: {**made(*args), "ring": BAD}
 sys.exit(main(sys.argv[1:]))
 """
+
+
+# Goes with FAKECUPY_WITH: what tests/fakecupy.py needs to be a GPU, but a small one.
+FAKE = """
+import kernels
+import mpicoll.measure
+import pytest
+def prepare(fake):
+    kernels.add(fake, pytest.MonkeyPatch())
+    mpicoll.measure.COPIED = 1 << 16
+"""
+WITHOUT_CUPY = "import sys; sys.modules['cupy'] = None; from mpicoll.cli import main; sys.exit(main(sys.argv[1:]))"
+ON_GPU = [sys.executable, REPOSITORY / "tests" / "fakecupy.py", "-m", *TINY, "--device", "gpu"]
 
 
 def told(done):
@@ -62,6 +76,32 @@ def test_every_algorithm_is_measured_and_written(tmp_path, ranks, collective):
     assert [name for name, _ in blocks] == names
     assert all([line.split()[0] for line in rows.splitlines()] == ["0", "4", "20", "12000"] for _, rows in blocks)
     assert done.out.endswith("# Wrong elements: 0 OK\n")
+
+
+def test_on_a_gpu_rows_say_by_which_way_they_went_and_the_header_which_are_missing(tmp_path):
+    (tmp_path / "small.py").write_text(FAKE)
+    env = {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "FAKECUPY_WITH": "small"}
+    some = ["--algorithm", "auto,ipc,ring", "--out-of-place", "--out", "out.json", "--format", "json"]
+    done = mpirun(2, [*ON_GPU, *some], tmp_path, env=env)
+    assert done.status == 0, done.err
+    assert "# GPU Fake GPU (0000:01:00.0): 2 rank(s), 0-1\n# a GPU copies " in done.out
+    assert "# without nccl: ranks share a GPU, and NCCL is for one rank on each\n" in done.out
+    rows = re.findall(r"^(?:20|12000) .* (\w+|-) +\d+\.\d{3}  \d+\.\d+ to ", done.out, re.MULTILINE)
+    assert rows == ["ipc", "ipc", "-", "-", "ipc", "ipc", "staged", "staged"]
+    whole = json.loads((tmp_path / "out.json").read_text())
+    assert [(one["rank"], one["ranks"], one["name"]) for one in whole["gpus"]] == [
+        (rank, [0, 1], "Fake GPU") for rank in range(2)
+    ]
+    assert whole["cupy"] == "14.2.0"
+    assert whole["config"]["device"] == "gpu"
+    assert whole["gpu_memory"]["sharing"] == 2
+    assert [*whole["refused"]] == ["nccl", "aware"]
+    assert whole["implementations"][0]["results"][-1]["out_of_place"]["way"] == "ipc"
+
+
+def test_the_ways_are_those_that_there_are(tmp_path):
+    code = "from mpicoll.mpi.select import WAYS; print(*WAYS)"
+    assert tuple(run([sys.executable, "-c", code], tmp_path).out.split()) == WAYS
 
 
 def test_alone_a_csv_on_standard_output_is_nothing_but_that(tmp_path):
@@ -138,8 +178,30 @@ def test_what_cannot_be_is_one_line(tmp_path, options, status, message):
 
 
 @pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (None, "a GPU needs CuPy, which cannot be imported"),
+        ("0", "there is no GPU to be used here (cudaErrorInsufficientDriver"),
+        ("1", "nccl cannot do this allreduce here: ranks share a GPU"),
+    ],
+)
+def test_without_a_gpu_or_a_way_it_ends_in_one_line(tmp_path, devices, message):
+    command = [*ON_GPU, "--algorithm", "nccl", "--out", "out.txt"]
+    if devices is None:
+        command[1:4] = ["-c", WITHOUT_CUPY]
+    done = mpirun(2, command, tmp_path, env={"FAKECUPY_DEVICES": devices or ""})
+    (line,) = [line for line in done.err.splitlines() if line.startswith("mpicoll: ")]
+    assert (done.status, done.out) == (1, "")
+    assert message in line
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--device gpu --off-cache", "--off-cache is for arrays in host memory, not for --device gpu"),
+        ("--device gpu --algorithm shared", "--algorithm 'shared' is none of auto, native, ipc, nccl, aware, staged,"),
         ("alltoall", "'alltoall' is not one of 'allreduce', 'reduce', 'bcast', 'reduce_scatter', 'allgather'"),
         ("bcast --op sum", "--op is for collectives that reduce, not for bcast"),
         ("--algorithm ring,rnig", "--algorithm 'rnig' is none of auto, native, shared, shared_arrays, shared_result,"),

@@ -24,13 +24,17 @@ if TYPE_CHECKING:
     from ..measure import Task
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
+WAYS = ("ipc", "nccl", "aware", "staged")  # of mpi.select, which would start MPI
 MOST = 100  # sizes
 NEEDED = 10  # times the array, on each rank
+NEEDED_ON_GPU = 3  # one array in place, two not
 PICTURES = (".png", ".svg", ".pdf")
 PLACES = {False: "out of place", True: "in place"}
 TIMES = ("mean", "median", "p10", "p90", "p99", "min", "max")
 HEAD = f"{'# Size':<12}{'Avg Latency(us)':>16}" + "".join(f"{name.capitalize():>11}" for name in TIMES[1:])
-HEAD += f"{'Iterations':>12}{'Wrong':>7}{'algbw':>9}{'busbw':>9}{'memory':>8}{'speed':>8}  95 % interval"
+HEAD += f"{'Iterations':>12}{'Wrong':>7}{'algbw':>9}{'busbw':>9}{'memory':>8}"
+WIDE = max(map(len, WAYS))
+SPEED = f"{'speed':>8}  95 % interval"
 Record = dict[str, Any]
 
 
@@ -69,7 +73,8 @@ def _number(text: str) -> int:
     "algorithms",
     envvar="MPICOLL_BENCH_ALGORITHM",
     multiple=True,
-    help="Which: auto, native, ring, ... or several, by commas; also shared_arrays, and shared_result of allreduce.",
+    help="Which: auto, native, ring, ... or several, by commas; also shared_arrays, and shared_result of allreduce; on "
+    "a gpu ipc, nccl, aware, staged.",
 )
 @click.option("--sizes", type=Numbers(), help="Bytes of the whole array, as 4,1000,64K:64M or 4:64M:4.")
 @click.option("--count", type=Numbers(), help="The same in elements [default: 1:4M:4].")
@@ -77,6 +82,13 @@ def _number(text: str) -> int:
 @click.option("--op", type=click.Choice(["sum", "prod", "max", "min"]), help="If it reduces [default: sum].")
 @click.option("--root", type=click.IntRange(min=0), help="Of reduce and bcast [default: 0].")
 @click.option("--in-place/--out-of-place", default=None, help="Only one of them [default: both].")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "gpu"]),
+    default="cpu",
+    show_default=True,
+    help="Where the arrays are: on a gpu they are CuPy's, and the ways ipc, nccl, aware and staged compete.",
+)
 @click.option("--off-cache", is_flag=True, help="Before each call, sweep the data out of the caches.")
 @click.option("--unaligned", is_flag=True, help="Buffers begin one element after the beginning of a page.")
 @click.option(
@@ -146,8 +158,11 @@ def bench(
     """
     if nan := [name for name in ("max_time", "precision") if how[name] != how[name]]:
         raise click.UsageError(f"--{nan[0].replace('_', '-')} nan is no number")
+    on_gpu = how["device"] == "gpu"
+    if on_gpu and how["off_cache"]:
+        raise click.UsageError("--off-cache is for arrays in host memory, not for --device gpu")
     shared = ["shared", "shared_arrays", *(["shared_result"] if collective == "allreduce" else [])]
-    known = ["auto", "native", *shared, *ALGORITHMS[collective]]
+    known = ["auto", "native", *(WAYS if on_gpu else shared), *ALGORITHMS[collective]]
     chosen = [name for given in algorithms for name in given.split(",")]
     if unknown := [name for name in chosen if name not in known]:
         raise click.UsageError(f"--algorithm {unknown[0]!r} is none of {', '.join(known)}")
@@ -165,14 +180,22 @@ def bench(
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
     from .. import measure as m
+    from ..mpi.gpu import take
     from ..mpi.guard import ends_job, on_root
 
     with ends_job(comm):
         on_root(comm, lambda: _check_output(out, raw, plot))
         if (root or 0) >= comm.size:
             raise UserError(f"--root must be one of {comm.size} ranks, got {root}")
-        m.check_memory(comm, NEEDED * max(elements) * kind.itemsize)
-        available = m.implementations(comm, collective, kind, check)
+        most = max(elements) * kind.itemsize
+        m.check_memory(comm, NEEDED * most)
+        gpu = take(comm) if on_gpu else None
+        refused: dict[str, str] = {}
+        if gpu:
+            m.check_gpu_memory(comm, gpu, NEEDED_ON_GPU * most)
+            available, refused = m.implementations_on_gpu(comm, collective, kind, check, op or "sum", chosen)
+        else:
+            available = m.implementations(comm, collective, kind, check)
         if missing := [name for name in chosen if name not in available]:
             why = f"{missing[0]} has no {collective} of {dtype} that adds as ours do: leave it out"
             alone = f"{missing[0]} needs two ranks or more, all of which share memory"
@@ -183,13 +206,15 @@ def bench(
         tasks = [m.Task(collective, size, kind, op or "sum", root or 0) for size in sorted(elements)]
         for task in tasks:
             m.placements(task, comm.size, settings.in_place)  # what cannot be measured is told before the rest is
-        memory = m.memory_bandwidth(comm)
+        memory, there = m.memory_bandwidth(comm), m.gpu_bandwidth(comm, gpu) if gpu else None
         config = {"ranks": comm.size, "check": check, **asdict(settings)}
         facts = {**m.environment(comm), "config": config, "memory": memory, "resolution": m.timer_resolution()}
+        if gpu and there:
+            facts |= {**m.gpu_environment(comm, gpu), "gpu_memory": there._asdict(), "refused": refused}
         told = comm.rank == 0 and (form == "osu" or out is not None)
         if told:
             _say(header(facts, tasks[0]))
-        records = [m.record(one, comm.size, memory) for one in m.measure(comm, wanted, tasks, settings)]
+        records = [m.record(one, comm.size, memory, there) for one in m.measure(comm, wanted, tasks, settings)]
         facts["end_time"] = time.strftime(m.TIME)
         whole = {"osu": lambda: header(facts, tasks[0]) + body(records), "csv": lambda: table(facts, records)}
         text = {**whole, "json": lambda: document(facts, records)}[form]
@@ -268,9 +293,27 @@ def header(facts: Record, task: "Task") -> str:
         f"{how}; {config['max_time']:g} s in all, at least {config['min_reps']} repetitions of a size",
         f"memory of a rank while all copy: {memory['copy']:.2f} GB/s, while all add: {memory['add']:.2f} GB/s; "
         f"clock resolution {facts['resolution']:.3f} us",
+        *(_on_gpus(facts) if "gpus" in facts else []),
         *facts["env"],
     ]
     return "".join(f"# {line}\n" for line in lines)
+
+
+def _on_gpus(facts: Record) -> list[str]:
+    by_ranks = {tuple(one["ranks"]): one for one in facts["gpus"]}
+    speed = facts["gpu_memory"]
+    return [
+        *(
+            f"GPU {one['name']} ({one['bus']}): {len(one['ranks'])} rank(s), {ranges(list(one['ranks']))}"
+            for one in by_ranks.values()
+        ),
+        f"a GPU copies {speed['copy']:.2f} GB/s, read and written; to host memory {speed['to_host']:.2f} GB/s, "
+        f"from there {speed['from_host']:.2f} GB/s",
+        f"CuPy {facts['cupy']}, CUDA runtime {facts['cuda_runtime']}, driver {facts['cuda_driver']}; "
+        "a call lasts until its stream has done it",
+        "native is the MPI library's own on a copy in ordinary host memory: x.get(), the call, x.set()",
+        *(f"without {way}: {why}" for way, why in facts["refused"].items()),
+    ]
 
 
 def ranges(numbers: list[int]) -> str:
@@ -285,7 +328,7 @@ def body(records: list[Record]) -> str:
     lines = []
     for (place, name), rows in _grouped(records, "in_place", "implementation").items():
         if name != "null":
-            lines += [f"# {name} {rows[0]['collective']}, {PLACES[place]}", HEAD, *map(_row, rows)]
+            lines += [f"# {name} {rows[0]['collective']}, {PLACES[place]}", _head(rows[0]), *map(_row, rows)]
     empty = {one["count"]: one for one in records if one["implementation"] == "null"}
     for (place,), found in _grouped(records, "in_place").items():
         names = [name for (name,) in _grouped(found, "implementation") if name not in ("native", "null")]
@@ -309,9 +352,14 @@ def _grouped(records: list[Record], *keys: str) -> dict[tuple, list[Record]]:
     return found
 
 
+def _head(one: Record) -> str:
+    return HEAD + (f"  {'way':{WIDE}}" if "way" in one else "") + SPEED
+
+
 def _row(one: Record) -> str:
     times = f"{one['mean']:>16.2f}" + "".join(f"{one[name]:>11.2f}" for name in TIMES[1:])
     rates = f"{one['algbw']:>9.3f}{one['busbw']:>9.3f}{one['memory_share']:>8.2f}"
+    rates += f"  {one['way'] or '-':{WIDE}}" if "way" in one else ""
     speed = "" if one["speed"] is None else f"{one['speed']:>8.3f}  {one['speed_low']:.3f} to {one['speed_high']:.3f}"
     return f"{one['bytes']:<12d}{times}{one['n']:>12d}{one['wrong']:>7d}{rates}{speed}"
 
@@ -358,7 +406,7 @@ def _nccl(one: Record) -> list[tuple[str, Record]]:
     us = np.array(one["us"])
     place = PLACES[one["in_place"]].replace(" ", "_")
     said = {"time": one["median"], "alg_bw": one["algbw"], "bus_bw": one["busbw"], "nwrong": one["wrong"]}
-    ours = {key: one[key] for key in ("memory_share", "speed", "speed_low", "speed_high")}
+    ours = {key: one[key] for key in ("memory_share", "speed", "speed_low", "speed_high", "way") if key in one}
     spread = {
         f"{name}_us": one[key] for name, key in [("avg", "mean"), ("p50", "median"), *((t, t) for t in TIMES[2:])]
     }

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from itertools import pairwise, product
 
+import fakecupy
+import kernels
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
@@ -16,6 +18,7 @@ from mpicoll.measure import (
     OPS,
     PASSES,
     SYNC,
+    GpuMemory,
     Placed,
     Result,
     Settings,
@@ -24,12 +27,16 @@ from mpicoll.measure import (
     compete,
     environment,
     fingerprint,
+    gpu_bandwidth,
+    gpu_environment,
     implementations,
+    implementations_on_gpu,
     measure,
     memory_bandwidth,
     placements,
     untuned,
 )
+from mpicoll.mpi import gpu
 from mpicoll.mpi.collectives import account
 from mpicoll.mpi.launch import library_name
 from mpicoll.mpi.state import state_of
@@ -421,3 +428,93 @@ def test_what_a_profile_of_this_job_is_for(comm, monkeypatch):
         nodes = [layout(rank) for rank in range(P)]
         monkeypatch.setattr(m, "node_of", lambda comm, nodes=nodes: comm.Split(nodes[comm.rank], comm.rank))
         assert fingerprint(comm).layout == tuple(map(nodes.count, dict.fromkeys(nodes)))
+
+
+# ---- on a GPU, which is none: in tests/fakecupy.py nothing is done before somebody waits for it
+
+ON_GPU = replace(QUICK, device="gpu")
+
+
+@pytest.fixture
+def fake(comm, monkeypatch):
+    with fakecupy.installed() as made:
+        kernels.add(made, monkeypatch)
+        made.gpu = gpu.take(comm)
+        yield made
+
+
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_all_there_is_on_a_gpu_is_right_and_says_how_it_went(comm, fake, collective):
+    task = Task(collective, 3 * P, np.dtype("f4"), root=P - 1)
+    subjects, refused = implementations_on_gpu(comm, collective, task.dtype, "off")
+    ways = dict.fromkeys(("staged", *ALGORITHMS[collective]), "staged") | {"native": ""}
+    if P > 1:
+        assert [*refused] == ["nccl", "aware"]
+        ways |= {"auto": "ipc", "ipc": "ipc"}
+    found = [one for one in measure(comm, subjects, [task], replace(ON_GPU, unaligned=True)) if one.name != "null"]
+    assert {one.name for one in found} == {*subjects}
+    assert sum(one.wrong for one in found) == 0
+    assert {one.name: one.way for one in found} == (ways if P > 1 else dict.fromkeys(subjects, ""))
+
+
+@several
+def test_on_a_gpu_what_does_nothing_or_spoils_what_it_reads_is_caught(comm, fake):
+    def spoiling(task, send, recv):
+        call = native(task, send, recv)
+        return lambda: (call(), send is MPI.IN_PLACE or send.fill(-1))
+
+    native = implementations_on_gpu(comm, "allreduce", np.dtype("f4"), "off")[0]["native"]
+    subjects = {"native": native, "nothing": nothing(comm), "spoiling": spoiling}
+    found = measure(comm, subjects, [Task("allreduce", 10 * P, np.dtype("f4"))], ON_GPU)
+    wrong = {(one.name, one.in_place): one.wrong for one in found}
+    assert wrong["native", False] == wrong["native", True] == wrong["spoiling", True] == 0
+    assert wrong["spoiling", False] == 2 * 10 * P * P
+    assert min(wrong["nothing", False], wrong["nothing", True]) >= 2 * 5 * P
+
+
+def test_on_a_gpu_a_call_lasts_until_the_result_is_there(comm, fake, monkeypatch):
+    done, at = [], []
+    clock = m.time.perf_counter_ns
+    monkeypatch.setattr(m.time, "perf_counter_ns", lambda: (at.append(len(done)), clock())[1])
+
+    def late(task, send, recv):
+        return lambda: fake.queue(gpu.cupy().cuda.get_current_stream().ptr).put(lambda: done.append(1))
+
+    measure(comm, {"late": late}, [Task("allreduce", 1, np.dtype("f4"))], replace(ON_GPU, in_place=(True,)))
+    pairs = [after - before for before, after in zip(at[::2], at[1::2], strict=True)]
+    assert sorted(pairs) == [0, 0, 1, 1]  # null's, and those of late
+
+
+def test_the_gpu(comm, fake, monkeypatch):
+    monkeypatch.setattr(m, "COPIED", 1 << 16)
+    found = gpu_bandwidth(comm, fake.gpu)
+    assert comm.allgather(found) == [found] * P
+    assert min(found[:3]) > 0
+    assert found.sharing == P
+    facts = gpu_environment(comm, fake.gpu)
+    assert bool(facts) is (comm.rank == 0)
+    if facts:
+        assert [(one["rank"], one["ranks"]) for one in facts["gpus"]] == [(rank, (*range(P),)) for rank in range(P)]
+        assert (facts["cupy"], facts["cuda_driver"]) == ("14.2.0", "13.0")
+    with pytest.raises(UserError, match=r"takes 1\.049e.06 GiB on Fake GPU \(0000:01:00\.0\) for each of"):
+        m.check_gpu_memory(comm, fake.gpu, 1 << 50)
+
+
+@pytest.mark.skipif(P > 1, reason="arithmetic")
+def test_the_share_of_what_a_gpu_and_its_link_could_do():
+    there = GpuMemory(copy=4000.0, to_host=50.0, from_host=40.0, sharing=4)
+    at = 10**9, 4, 10**6, {"add": 20.0, "copy": 10.0}  # 1 GB on 4 ranks in a second
+
+    def share(collective, through_host):
+        return m.gpu_memory_share(collective, *at, there, through_host)
+
+    moved = {"allreduce": 8, "reduce": 5, "bcast": 4, "reduce_scatter": 5, "allgather": 5}  # GB
+    assert {name: share(name, False) for name in moved} == pytest.approx(
+        {name: gb / 4000 for name, gb in moved.items()}
+    )
+    assert share("allreduce", True) == pytest.approx(2 / 20)  # the host adds, while 4 GB come, and go back in 4/40
+    assert share("bcast", True) == pytest.approx(2 / 10)
+    there = there._replace(to_host=25.0)
+    assert share("reduce", True) == pytest.approx(4 / 25)
+    there = there._replace(from_host=10.0)
+    assert share("allreduce", True) == pytest.approx(4 / 10)
