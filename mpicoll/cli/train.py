@@ -14,10 +14,11 @@ import click
 
 from ..algorithms import ALGORITHMS
 from ..errors import UserError
-from ..mpi.launch import launched_ranks, world
+from ..mpi.launch import launched_rank, launched_ranks, world
+from ..mpi.record import named
 from ..train.models import MODELS
 from ..train.optimizers import OPTIMIZERS, SCHEDULES
-from ..train.settings import DTYPES, LEAST, MOMENTA, Settings, flag, read_settings
+from ..train.settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag, read_settings
 from ..train.strategies import STRATEGIES
 from ..train.strategies.average import OUTER
 
@@ -134,6 +135,11 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "checkpoint": (click.IntRange(min=LEAST["checkpoint"]), "Epochs from one checkpoint to the next; 0 for none."),
         "seed": (click.IntRange(min=LEAST["seed"]), "Of the initial parameters and the order of samples."),
         "dtype": (click.Choice(DTYPES), "Of parameters and data."),
+        "device": (
+            click.Choice(DEVICES),
+            "Where parameters and data are, and are computed with; gpu, which needs CuPy, is not for async, ad-psgd, "
+            "--compress and sparse data.",
+        ),
         "threads": (click.IntRange(1, 4096), "BLAS threads a rank [default: its share of the node's cores]."),
         "out": (str, "New folder for model and metrics [default: one under runs/]."),
     },
@@ -277,6 +283,12 @@ class _Progress:
             f"{facts['train_samples']} training{validation} and {facts['test_samples']} test samples, "
             f"{facts['features']} features, {facts['classes']} classes, {facts['parameters']} parameters ({s.dtype})"
         )
+        if facts["gpu"]:
+            _say("; ".join(f"{named(gpu['ranks'])} on {gpu['name']}" for gpu in facts["gpu"]))
+            for gpu in facts["gpu"]:
+                if len(gpu["ranks"]) > 1 and launched_rank() == 0:
+                    shared = f"{named(gpu['ranks'])} share {gpu['name']}: more ranks than GPUs here; they take turns"
+                    click.echo(f"mpicoll: {shared}", err=True)
         if "resumed" in facts:
             resumed = facts["resumed"]
             self._first = resumed["epoch"]

@@ -92,7 +92,7 @@ def save(
         if not writes:
             return None
         path = partial / _file(comm.rank)
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+        save_file({name: np.ascontiguousarray(in_host_memory(value)) for name, value in tensors.items()}, path)
         path.chmod(0o666 & ~umask())  # the library makes it private
         _synchronize(path)
         with path.open("rb") as file:
@@ -119,6 +119,11 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def in_host_memory(x: Any) -> np.ndarray:
+    """The array itself, or a copy of one on a GPU."""
+    return x if isinstance(x, np.ndarray) else x.get()
 
 
 def latest(run: Path) -> Checkpoint:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .checkpoint import Checkpoint, drop_after, umask
+from .checkpoint import Checkpoint, drop_after, in_host_memory, umask
 from .data import Dataset, Scaling
 from .models import MODELS, Layered
 from .settings import Settings, written
@@ -126,7 +126,7 @@ def finish(
     from safetensors.numpy import save_file
 
     tensors = {"scaling.center": data.scaling.center, "scaling.spread": data.scaling.spread}
-    tensors |= {name: np.ascontiguousarray(view) for name, view in model.tensors(params).items()}
+    tensors |= {name: np.ascontiguousarray(view) for name, view in model.tensors(in_host_memory(params)).items()}
     header = {
         "format": FORMAT,
         "model": settings.model,

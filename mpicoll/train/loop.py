@@ -10,15 +10,17 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
+from ..mpi import gpu
 from ..mpi.collectives import allreduce, bcast
 from ..mpi.guard import on_all, on_root
 from .checkpoint import Checkpoint, save
 from .data import Batches, Dataset, Part, normalized, rebalanced
 from .models import Batch, Model
 from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
-from .settings import DTYPES, LEAST, MOMENTA, Settings, flag
+from .settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag
 from .strategies import STRATEGIES, Now
 from .strategies.average import OUTER
+from .strategies.base import finished
 
 BLOCK = 1024
 """Samples evaluated at once."""
@@ -31,6 +33,7 @@ CHOICES: dict[str, Collection[str]] = {
     "outer": OUTER,
     "momenta": MOMENTA,
     "dtype": DTYPES,
+    "device": DEVICES,
 }
 
 
@@ -48,6 +51,14 @@ def check(settings: Settings) -> None:
         if getattr(settings, name) is not None and name not in STRATEGIES[settings.strategy].options:
             owners = ", ".join(other for other, strategy in STRATEGIES.items() if name in strategy.options)
             raise UserError(f"{flag(name)} is not for the {settings.strategy} strategy, but for {owners}: leave it out")
+    if settings.device == "gpu":
+        if not STRATEGIES[settings.strategy].on_gpu:
+            others = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.on_gpu)
+            raise UserError(
+                f"--device gpu is not for the {settings.strategy} strategy, but for {others}: take one of these"
+            )
+        if settings.compress is not None:
+            raise UserError("--compress is not for --device gpu: leave one of them out")
 
 
 def weights_of(settings: Settings, p: int, sharded: bool) -> list[float] | None:
@@ -132,7 +143,9 @@ class Training:
     """A run: ``run()`` it.  Made by all ranks together.
 
     The ranks share each global batch of ``settings.batch_size`` samples; how they agree is the strategy's affair.
-    Every epoch visits all samples in a new order drawn from ``settings.seed``.
+    Every epoch visits all samples in a new order drawn from ``settings.seed``.  With device ``gpu`` each rank takes a
+    GPU, ``gpu`` says which one, and parameters, data and all else are in its memory; ``arrays`` is the library whose
+    arrays they are.
     """
 
     def __init__(self, comm: MPI.Intracomm, data: Dataset, model: Model, settings: Settings) -> None:
@@ -143,11 +156,20 @@ class Training:
         self.weights = weights_of(settings, comm.size, data.sharded)
         s, dtype = settings, np.dtype(settings.dtype)
         self.steps_per_epoch = -(-data.train.total // s.batch_size)
-        self.params = model.initial(np.random.default_rng(s.seed), dtype)
-        comm.Bcast(self.params, root=0)
-        self.sums = np.empty(model.size + 2, dtype)  # gradient, loss, correct predictions: what ranks may add up
+        self.gpu: gpu.Gpu | None = None
+        self.arrays: Any = np
+        if s.device == "gpu":
+            if not isinstance(data.train.x, np.ndarray):
+                raise UserError("--device gpu is not for sparse data: take --device cpu")
+            self.gpu, self.arrays = gpu.take(comm), gpu.cupy()
+            self.data = on_all(comm, lambda: moved(data, dtype, self.arrays))
+        params = model.initial(np.random.default_rng(s.seed), dtype)
+        comm.Bcast(params, root=0)
+        self.params = self.arrays.asarray(params)
+        # Gradient, loss, correct predictions: what ranks may add up.
+        self.sums = np.empty(model.size + 2, dtype, like=self.params)
         self.optimizer = OPTIMIZERS[s.optimizer](
-            model.size, dtype, momentum=s.momentum, beta2=s.beta2, weight_decay=s.weight_decay
+            model.size, dtype, momentum=s.momentum, beta2=s.beta2, weight_decay=s.weight_decay, like=self.params
         )
         self.strategy = STRATEGIES[s.strategy](
             comm,
@@ -191,7 +213,7 @@ class Training:
     def _epoch(self, max_steps: int | None) -> Epoch:
         self.epoch += 1
         s, strategy, x, y = self.settings, self.strategy, self.data.train.x, self.data.train.y
-        grad, totals = self.sums[:-2], np.zeros(3)
+        grad, loss, correct, samples = self.sums[:-2], np.float64(0), 0, 0  # sums over this rank's samples
         total_steps, sent = s.epochs * self.steps_per_epoch, strategy.bytes_sent
         start, computing = perf_counter(), 0.0
         batches = Batches(self.data, strategy.workers, s.batch_size, s.seed, self.epoch, self.weights)
@@ -202,15 +224,19 @@ class Training:
             lr = learning_rate(s.schedule, s.lr, self.step, total_steps, s.warmup)
             now = Now(self.epoch, self.step, lr)
             began = perf_counter()
-            own = self.model.loss_and_grad(strategy.point(), Batch(x[mine], y[mine]), grad)
+            chosen = self.arrays.asarray(mine)
+            own = self.model.loss_and_grad(strategy.point(), Batch(x[chosen], y[chosen]), grad)
+            if s.balance == "auto":
+                finished(grad)
             computing += perf_counter() - began
-            self.sums[-2:] = own
+            self.sums[-2], self.sums[-1] = own
             strategy.step(now, len(mine), length)
-            totals += *own, len(mine)
+            loss, correct, samples = loss + own.loss, correct + own.correct, samples + len(mine)
         self.step = last
+        totals = np.array([float(loss), float(correct), samples])  # on a GPU, when all is done
         took = perf_counter() - start
         self.seconds += took
-        agreeing, weights, samples = self._account(), self.weights, int(totals[2])
+        agreeing, weights = self._account(), self.weights
         if weights and s.balance == "auto":
             self.weights = rebalanced(weights, self.comm.allgather((samples, computing)), self.data.train.total)
         loss, correct, seen = allreduce(totals, self.comm, deterministic=True)
@@ -275,7 +301,7 @@ class Training:
         """Of the ranks' models from ``model``, root mean square."""
         if self.strategy.replicated:
             return None
-        square = np.array([np.sum(np.square(self.strategy.point() - model, dtype=np.float64))])
+        square = np.array([float(np.sum(np.square(self.strategy.point() - model, dtype=np.float64)))])
         return float(np.sqrt(allreduce(square, self.comm, "mean")[0]))
 
     def _ranks(self) -> list[Rank]:
@@ -339,9 +365,9 @@ class Training:
             tensors = held[0] if held else {name: np.empty(*kind) for name, kind in kinds.items()}
             for name in kinds:
                 bcast(tensors[name], self.comm)
-        self.params[:] = tensors["params"]
+        self.params[:] = self.arrays.asarray(tensors["params"])
         for name, vector in self.optimizer.state.items():
-            vector[:] = tensors[f"optimizer.{name}"]
+            vector[:] = self.arrays.asarray(tensors[f"optimizer.{name}"])
         state = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
         self.strategy.restore(state)
         self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]
@@ -350,7 +376,28 @@ class Training:
             self.weights = facts["weights"]
         self.best = np.inf, self.epoch  # if patience is new, it begins here
         if facts["best"] is not None:
-            self.best, self.best_params = tuple(facts["best"]), tensors["best"]
+            self.best, self.best_params = tuple(facts["best"]), self.arrays.asarray(tensors["best"])
+
+
+def moved(data: Dataset, dtype: np.dtype, arrays: Any) -> Dataset:
+    """The same data in the memory of the GPU, which is found to be able to compute."""
+    try:
+        square = arrays.ones((2, 2), dtype)
+        float((square @ square).sum())  # CuPy comes without what multiplies matrices, and finds it when it has to
+        train, validation, test = (
+            part._replace(x=arrays.asarray(part.x), y=arrays.asarray(part.y))
+            for part in (data.train, data.validation, data.test)
+        )
+        return data._replace(train=train, validation=validation, test=test)
+    except MemoryError as error:
+        raise UserError(
+            f"the data are too large for the memory of the GPU ({error}): take --shards, or --device cpu"
+        ) from error
+    except (ImportError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"CuPy cannot compute here ({why}): if a library is missing, pip install 'cupy-cuda13x[ctk]', or cuda12x"
+        ) from error
 
 
 def added(histograms: Iterable[list[int]]) -> list[int]:
@@ -366,9 +413,11 @@ def evaluate(
         return None, None
     mine = len(part.y) if sharded else part.total
     lo, hi = (0, mine) if sharded else (mine * comm.rank // comm.size, mine * (comm.rank + 1) // comm.size)
-    totals, unused = np.zeros(2), np.empty_like(params)
+    loss, correct, unused = np.float64(0), 0, np.empty_like(params)
     for start in range(lo, hi, BLOCK):
         block = slice(start, min(start + BLOCK, hi))
-        totals += model.loss_and_grad(params, Batch(part.x[block], part.y[block]), unused)
-    loss, right = (allreduce(totals, comm, deterministic=True) / part.total).tolist()
-    return loss, right
+        own = model.loss_and_grad(params, Batch(part.x[block], part.y[block]), unused)
+        loss, correct = loss + own.loss, correct + own.correct
+    totals = np.array([float(loss), float(correct)])
+    mean, right = (allreduce(totals, comm, deterministic=True) / part.total).tolist()
+    return mean, right

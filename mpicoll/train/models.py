@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,7 +20,10 @@ class Batch(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the samples of a batch; sums, not means, so that those of several ranks add up."""
+    """Sums over the samples of a batch; sums, not means, so that those of several ranks add up.
+
+    Arrays of no dimension will do: on a GPU numbers stay there, until somebody has to know them.
+    """
 
     loss: float
     correct: int
@@ -33,6 +36,9 @@ class Model(Protocol):
     checkpoints hold them, and none needs to know what is in them.  Inside, a model works on views, such as
     ``params[:n].reshape(rows, columns)``.
 
+    On a GPU all arrays are CuPy's, but for the initial ones, and NumPy's functions leave it to CuPy to compute with
+    them.
+
     Nothing here communicates: each rank calls these methods on its own samples, and not always equally often.  So a
     method must depend on its arguments alone, neither change nor keep them (``grad`` is there to be written), and
     divide by no number of samples.
@@ -42,7 +48,8 @@ class Model(Protocol):
     """The number of parameters."""
 
     def initial(self, rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
-        """A new vector of initial parameters, shape (size,), drawn from ``rng``; all ranks start from rank 0's."""
+        """A new vector of initial parameters, shape (size,), drawn from ``rng``, in host memory; all ranks start from
+        rank 0's."""
 
     def loss_and_grad(self, params: np.ndarray, batch: Batch, grad: np.ndarray) -> Sums:
         """The loss on the batch and the correct predictions in it, summed over its samples.
@@ -55,32 +62,32 @@ class Model(Protocol):
         """The most likely class of each sample, integers of shape (samples,)."""
 
 
-Loss = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]]
+Loss = Callable[[np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
 """From outputs, shape (samples, outputs), and y to the loss, summed over the batch, and its gradient by the outputs,
 which may be overwritten."""
 
 
-def cross_entropy(logits: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+def cross_entropy(logits: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
     """Of the softmax of ``logits``, an output for each class; the gradient is probabilities minus the truth."""
-    samples = np.arange(len(y))
+    samples = np.arange(len(y), like=y)
     logits -= logits.max(axis=1, keepdims=True)  # exp cannot overflow, and the normalizer is at least 1
     error = np.exp(logits)
     normalizer = error.sum(axis=1)
     loss = np.sum(np.log(normalizer) - logits[samples, y], dtype=np.float64)
     error /= normalizer[:, np.newaxis]
     error[samples, y] -= 1
-    return float(loss), error
+    return loss, error
 
 
-def log_loss(scores: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+def log_loss(scores: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
     """log(1 + exp(-t s)) for score s and truth t of 1 or -1; its derivative by s is -t / (1 + exp(t s))."""
     truth = _signs(scores, y)
     margin = truth * scores
     loss = np.sum(np.logaddexp(0, -margin), dtype=np.float64)
-    return float(loss), -truth * np.exp(-np.logaddexp(0, margin))  # exp(margin) might overflow
+    return loss, -truth * np.exp(-np.logaddexp(0, margin))  # exp(margin) might overflow
 
 
-def hinge(scores: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+def hinge(scores: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
     """max(0, 1 - t s) for score s and truth t of 1 or -1; its derivative by s is -t where t s < 1, and 0 elsewhere.
 
     The subgradient at the kink, t s = 1, is 0 as in Pegasos (Shalev-Shwartz et al., 2011).
@@ -88,13 +95,13 @@ def hinge(scores: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
     truth = _signs(scores, y)
     slack = 1 - truth * scores
     loss = np.sum(np.maximum(slack, 0), dtype=np.float64)  # nan stays nan
-    return float(loss), -truth * (slack > 0)
+    return loss, -truth * (slack > 0)
 
 
 def _signs(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Which scores should be positive, 1, and which negative, -1: see ``Layered`` for what an output stands for."""
     outputs = scores.shape[1]
-    positive = np.arange(outputs) if outputs > 1 else np.array([1])
+    positive = np.arange(outputs, like=y) if outputs > 1 else 1
     return np.where(y[:, np.newaxis] == positive, 1, -1).astype(scores.dtype)
 
 
@@ -139,13 +146,13 @@ class Layered:
         layers = self._layers(params)
         inputs = self._forward(layers, batch.x)
         outputs = inputs.pop()
-        correct = int(np.count_nonzero(_classes(outputs) == batch.y))
+        correct: Any = np.count_nonzero(_classes(outputs) == batch.y)
         loss, error = self._loss(outputs, batch.y)
         for n, (weight_grad, bias_grad) in reversed(list(enumerate(self._layers(grad)))):
-            if isinstance(inputs[n], np.ndarray):
-                np.matmul(inputs[n].T, error, out=weight_grad)
-            else:
+            if hasattr(inputs[n], "indptr"):  # CSR
                 weight_grad[:] = inputs[n].T @ error
+            else:
+                np.matmul(inputs[n].T, error, out=weight_grad)
             np.sum(error, axis=0, out=bias_grad)
             if n:
                 error = error @ layers[n][0].T

@@ -16,12 +16,18 @@ Array = np.ndarray
 BLOCK = 2**16  # elements; vectors are worked through in blocks that stay in the cache, which saves a third of the time
 
 
+def _block(size: int, like: Array | None) -> int:
+    """Elements of a vector that are worked through at once: on a GPU, where each operation is a launch, all of them."""
+    return min(size, BLOCK) if like is None or isinstance(like, np.ndarray) else size
+
+
 class Optimizer:
     """What all rules share.  They compute what those of ``torch.optim`` do, to rounding; not all defaults are the same.
 
     ``state`` holds the flat vectors that a rule keeps, of the parameters' shape and dtype, written in place; ``steps``
     counts the steps taken.  Both together are what a checkpoint must keep: a new optimizer, with these put back, goes
-    on to the same bits.  ``part`` is what it updates: all, unless other ranks see to the rest.
+    on to the same bits.  ``part`` is what it updates: all, unless other ranks see to the rest.  ``like`` is an array
+    where these are, if that is not host memory.
 
     ``momentum`` (beta1 of Adam) and ``beta2`` (alpha of RMSprop) are in [0, 1), ``epsilon`` above 0, all of them read
     only by the rules that name them.  ``weight_decay`` is at least 0 and shrinks all parameters, biases too: it adds
@@ -41,6 +47,7 @@ class Optimizer:
         beta2: float = 0.999,
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
+        like: Array | None = None,
     ) -> None:
         for name, value in (("momentum", momentum), ("beta2", beta2)):
             if not 0 <= value < 1:
@@ -52,15 +59,16 @@ class Optimizer:
         self.momentum, self.beta2, self.epsilon, self.weight_decay = momentum, beta2, epsilon, weight_decay
         self.steps, self.part = 0, slice(0, size)
         names = [name for name in self.vectors if momentum or name != "velocity"]
-        self.state = {name: np.zeros(size, dtype) for name in names}
-        self._scratch = np.empty(min(size, BLOCK), dtype)
+        self.state = {name: np.zeros(size, dtype, like=like) for name in names}
+        self._scratch = np.empty(_block(size, like), dtype, like=like)
 
     def step(self, params: np.ndarray, grad: np.ndarray, lr: float) -> None:
         """Update its part of ``params`` in place; that of ``grad`` may be overwritten."""
         self.steps += 1
         lr = float(lr)  # a NumPy scalar of float64 would have float32 vectors computed in float64
-        for start in range(self.part.start, self.part.stop, BLOCK):
-            block = slice(start, min(start + BLOCK, self.part.stop))
+        length = max(len(self._scratch), 1)
+        for start in range(self.part.start, self.part.stop, length):
+            block = slice(start, min(start + length, self.part.stop))
             x, g, state = params[block], grad[block], {name: whole[block] for name, whole in self.state.items()}
             scratch = self._scratch[: len(x)]
             if self.weight_decay and self.decoupled:
@@ -216,9 +224,9 @@ def clip(grad: np.ndarray, limit: float) -> float:
     Returns the norm before (Pascanu et al., 2013).  One that is not finite, because an element is not or its square
     overflows float64, leaves ``grad`` as it is, for the caller to see.  PyTorch divides by norm + 1e-6.
     """
-    total, squares = 0.0, np.empty(min(len(grad), BLOCK))
-    for start in range(0, len(grad), BLOCK):
-        block = grad[start : start + BLOCK]
+    total, squares = 0.0, np.empty(_block(len(grad), grad), like=grad)
+    for start in range(0, len(grad), max(len(squares), 1)):
+        block = grad[start : start + len(squares)]
         total += float(np.sum(np.square(block, out=squares[: len(block)], dtype=np.float64)))
     norm = math.sqrt(total)
     if limit < norm < math.inf:

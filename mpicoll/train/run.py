@@ -15,6 +15,7 @@ from mpi4py import MPI
 
 from .. import __version__
 from ..errors import UserError
+from ..mpi.gpu import Gpu
 from ..mpi.guard import on_root
 from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
@@ -25,10 +26,23 @@ from .loop import Epoch, Training, added, check, evaluate
 from .models import MODELS
 from .settings import MAY_CHANGE, NOT_SAVED, Settings, flag
 
-DEPENDS = ("version", "mpi", "numpy", "python", "machine", "ranks", "threads_per_rank", "data_crc32", "shares", "graph")
+DEPENDS = (
+    "version",
+    "mpi",
+    "numpy",
+    "python",
+    "machine",
+    "ranks",
+    "threads_per_rank",
+    "data_crc32",
+    "shares",
+    "graph",
+    "gpu",
+    "cupy",
+)
 """What the bits of a run depend on beside its settings."""
 
-OF_RANKS = ("data_crc32", "shares", "graph")
+OF_RANKS = ("data_crc32", "shares", "graph", "gpu")
 """Those of them that are other ones anyway if the number of ranks is."""
 
 
@@ -64,6 +78,8 @@ def run(
         "version": __version__,
         "mpi": library_name(),
         "numpy": np.__version__,
+        "cupy": training.arrays.__version__ if training.gpu else None,
+        "gpu": gpus(training.gpu, comm) if training.gpu else None,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "ranks": comm.size,
@@ -124,7 +140,7 @@ def run(
 
         result = training.run(epoch_done, save)
         # Only now is the test set looked at.
-        test_loss, test_accuracy = evaluate(comm, model, result.params, data.test, data.sharded)
+        test_loss, test_accuracy = evaluate(comm, model, result.params, training.data.test, data.sharded)
         assert folder is not None
         where = folder
 
@@ -161,6 +177,12 @@ def run(
         return on_root(comm, finish)
 
 
+def gpus(mine: Gpu, comm: MPI.Intracomm) -> list[dict[str, Any]]:
+    """Those that ranks have, in the order of ranks: of each its ``name``, and the ``ranks``; a collective call."""
+    everyones = comm.allgather((str(mine), mine.ranks))
+    return [{"name": name, "ranks": list(ranks)} for name, ranks in dict.fromkeys(everyones)]
+
+
 def _check_same(comm: MPI.Intracomm, settings: Settings, resume: Path | None) -> None:
     """A launcher may give ranks options of their own; here they must not have any."""
     told = comm.allgather({**asdict(settings), "resume": str(resume)})
@@ -179,7 +201,7 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
     if settings.out is not None and Path(settings.out).resolve() != folder.resolve():
         raise UserError(f"--out cannot be changed: a resumed run goes on in its folder, {str(folder)!r}")
     for name, value in asdict(settings).items():
-        before = found.facts["settings"].get(name)
+        before = found.facts["settings"].get(name, getattr(Settings, name))
         if name not in (*MAY_CHANGE, *NOT_SAVED) and value != before:
             may = ", ".join(map(flag, MAY_CHANGE))
             raise UserError(

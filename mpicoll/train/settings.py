@@ -53,6 +53,7 @@ class Settings:
     checkpoint: int = 1
     seed: int = 0
     dtype: str = "float32"
+    device: str = "cpu"
     threads: int | None = None
     out: str | None = None
 
@@ -80,6 +81,7 @@ LEAST = {
 
 MOMENTA = ("keep", "average", "reset")
 DTYPES = ("float32", "float64")
+DEVICES = ("cpu", "gpu")
 
 NOT_SAVED = ("out",)
 """What a configuration file written by a run leaves out: another run is not to go to the same folder."""

@@ -49,6 +49,7 @@ class Async(Strategy):
         "workers": None,
         "compress": None,
     }
+    on_gpu = False  # messages and servers work on host memory
     replicated = True
     in_step = False
 

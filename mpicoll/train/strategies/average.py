@@ -152,4 +152,4 @@ class Average(Strategy):
         """See ``Strategy``."""
         super().restore(state)
         for name, array in self._state.items():
-            array[:] = state[name]
+            array[:] = np.asarray(state[name], like=array)

@@ -46,6 +46,9 @@ class Strategy:
     options: ClassVar[dict[str, Any]] = {}
     """Settings that are this strategy's, and what they are by default."""
 
+    on_gpu = True
+    """Can parameters be in the memory of a GPU?"""
+
     replicated = False
     """Do all ranks hold the same parameters, and optimizers, at the end of an epoch?"""
 
@@ -104,13 +107,16 @@ class Strategy:
         return self.params
 
     def step(self, now: Now, samples: int, length: int) -> None:
-        """A step of training, from the sums over this rank's ``samples`` of a batch of ``length`` on all ranks."""
+        """A step of training, from the sums over this rank's ``samples`` of a batch of ``length`` on all ranks.
+
+        A loss on a GPU is not looked at, which would be to wait for it.
+        """
         grad = self.sums[:-2]
         factor = self.agree_on_gradient(now) / length
         if factor != 1:
             part = grad[self.optimizer.part]
             part *= factor
-        if self.replicated and not np.isfinite(self.sums[-2]):
+        if self.replicated and isinstance(self.sums, np.ndarray) and not np.isfinite(self.sums[-2]):
             raise self.diverged(f"the loss became {self.sums[-2]}", now.epoch, now.step + 1)
         if self.settings.clip is not None:
             clip(grad, self.settings.clip)
@@ -158,7 +164,9 @@ class Strategy:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """Around an agreement."""
+        """Around an agreement; on a GPU it begins when what is to be agreed on is there."""
+        if self.p > 1:
+            finished(self.params)
         start = perf_counter()
         yield
         self.seconds.append(perf_counter() - start)
@@ -201,6 +209,12 @@ class Strategy:
             self.bytes_sent = self.messages = None
         else:
             self.bytes_sent, self.messages = self.bytes_sent + bytes_sent, self.messages + messages
+
+
+def finished(x: Any) -> None:
+    """Wait until all that this rank has put on its GPU is done, if the array is there."""
+    if not isinstance(x, np.ndarray):
+        x.device.synchronize()
 
 
 def mean_of(comm: "MPI.Intracomm", array: np.ndarray) -> np.ndarray:

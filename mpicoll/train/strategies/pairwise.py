@@ -30,6 +30,7 @@ class ADPSGD(Strategy):
     """
 
     options: ClassVar = {"graph": "complete", "delays": None}
+    on_gpu = False  # messages work on host memory
     in_step = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ class Sync(Strategy):
 
     Where all ranks share memory there is one copy of the parameters, and of the optimizer's state, for all of them:
     each rank adds up its part of the gradient, and takes the step on that part (Rajbhandari et al. 2020, ZeRO).  The
-    bits are those of every other way.
+    bits are those of every other way.  Not on GPUs.
 
     With ``compress`` each rank sends something shorter than its gradient, and keeps the rest.
     """
@@ -30,6 +30,7 @@ class Sync(Strategy):
         self._state: State | None = None
         in_parts = self.settings.clip is None and not self.compressor  # a norm is one of all parts, a code likewise
         in_parts = in_parts and self.optimizer.in_parts and self.algorithm in ("auto", "shared")
+        in_parts = in_parts and self.settings.device == "cpu"
         if in_parts and self.p > 1 and state_of(self.comm).shares:
             self._share(state_of(self.comm))
 
