@@ -886,7 +886,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(value, np.ndarray) and value.ndim:
             raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
-        if isinstance(value, ndarray) and not isinstance(key, (np.ndarray, ndarray)):
+        keys = key if isinstance(key, tuple) else (key,)
+        if isinstance(value, ndarray) and not any(isinstance(k, (list, np.ndarray, ndarray)) for k in keys):
             _call(np.copyto, (self[key], value, "unsafe"), {})
         else:
             _call(operator.setitem, (self, key, value), {}, mixed=True)
