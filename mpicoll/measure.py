@@ -39,9 +39,9 @@ from .mpi.comm import Comm
 from .mpi.guard import on_all
 from .mpi.launch import cores, library_name, node_of
 from .mpi.operations import MOVE, operation
-from .mpi.select import SHARED, WAYS, Options, choose
+from .mpi.select import SHARED, Options, choose
 from .mpi.state import state_of
-from .tuning import NATIVE, Fingerprint, machine
+from .tuning import NATIVE, WAYS, Fingerprint, machine
 
 NULL, SHARED_ARRAYS, SHARED_RESULT = "null", "shared_arrays", "shared_result"
 TIME = "%Y-%m-%d %H:%M:%S"

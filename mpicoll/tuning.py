@@ -22,6 +22,11 @@ from .errors import UserError
 T = TypeVar("T")
 
 NATIVE, SHARED = "native", "shared"
+
+WAYS = ("ipc", "nccl", "aware", "staged")
+"""How a call on arrays in the memory of GPUs may go (``mpi.devices``, ``mpi.gpu``): what its algorithm may be beside
+those for host memory, which are then used on what is staged there."""
+
 COLLECTIVES = tuple(name for name in ALGORITHMS if name != "mix")
 VERSION = 1
 VARIABLE = "MPICOLL_PROFILE"

@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli.app import app
-from mpicoll.cli.bench import WAYS
 
 TINY = ["mpicoll", "bench", "--count", "0,1,5,3000", "--max-time", "0", "--min-reps", "2", "--warmup", "1"]
 PATCHED = """
@@ -97,11 +96,6 @@ def test_on_a_gpu_rows_say_by_which_way_they_went_and_the_header_which_are_missi
     assert whole["gpu_memory"]["sharing"] == 2
     assert [*whole["refused"]] == ["nccl", "aware"]
     assert whole["implementations"][0]["results"][-1]["out_of_place"]["way"] == "ipc"
-
-
-def test_the_ways_are_those_that_there_are(tmp_path):
-    code = "from mpicoll.mpi.select import WAYS; print(*WAYS)"
-    assert tuple(run([sys.executable, "-c", code], tmp_path).out.split()) == WAYS
 
 
 def test_alone_a_csv_on_standard_output_is_nothing_but_that(tmp_path):

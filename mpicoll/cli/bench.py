@@ -18,13 +18,12 @@ import numpy as np
 from ..algorithms import ALGORITHMS
 from ..errors import UserError
 from ..mpi.launch import world
-from ..tuning import COLLECTIVES, NATIVE
+from ..tuning import COLLECTIVES, NATIVE, WAYS
 
 if TYPE_CHECKING:
     from ..measure import Task
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
-WAYS = ("ipc", "nccl", "aware", "staged")  # of mpi.select, which would start MPI
 MOST = 100  # sizes
 NEEDED = 10  # times the array, on each rank
 NEEDED_ON_GPU = 3  # one array in place, two not

@@ -21,6 +21,7 @@ from ..train.optimizers import OPTIMIZERS, SCHEDULES
 from ..train.settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag, read_settings
 from ..train.strategies import STRATEGIES
 from ..train.strategies.average import OUTER
+from ..tuning import NATIVE, WAYS
 
 if TYPE_CHECKING:
     from ..train.loop import Epoch
@@ -68,8 +69,8 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             "server that does not wait for all (async).",
         ),
         "algorithm": (
-            click.Choice(["auto", *ALGORITHMS["allreduce"], "native"]),
-            "The allreduce that adds up; auto adds in the canonical order.",
+            click.Choice(["auto", *ALGORITHMS["allreduce"], NATIVE, *WAYS]),
+            "The allreduce that adds up; auto adds in the canonical order. The last four are for --device gpu.",
         ),
         "balance": (
             str,

@@ -12,6 +12,7 @@ from mpi4py import MPI
 from ..algorithms import Algorithm
 from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
+from ..tuning import WAYS
 from . import gpu, operations, record
 from .agreement import Header, Headers, check_level, header_of, level_of
 from .buffers import Part, lengths, name_of, on_device, operand, order_of, parts, specification, vector
@@ -19,7 +20,7 @@ from .gpu import Array
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
 from .plan import Bound, Plan
-from .select import PLAIN, SHARED, WAYS, Options, Preference, Shared, choose, defaults, parameters
+from .select import PLAIN, SHARED, Options, Preference, Shared, choose, defaults, parameters
 from .state import (
     Handle,
     NativeHandle,
@@ -483,13 +484,13 @@ def _account(calls: "Sequence[Call]") -> Account:
 
 
 def _account_on_device(array: Array, comm: MPI.Intracomm, op: str, options: Options, collective: str) -> Account:
-    """As the latest such call went; ``"unknown"`` if there was none."""
+    """As the latest such call went; ``"unknown"`` if there was none.  One rank alone has nothing to send."""
     if collective == "allgather":
         cuts = cuts_of([array.size] * comm.size, None, comm.size)
         call = gathering_on_device(comm, array, array, cuts, options._replace(deterministic=False))
     else:
         call = DeviceCall.made(comm, collective, array, array, operation(op, array.dtype), options)
-    way = call.went()
+    way = "native" if comm.size == 1 else call.went()
     if way != "staged":
         return Account(way or "unknown", None, None)
     found = [_account([call.hosted(call.stand_in(length))]) for length in call.pieces()]

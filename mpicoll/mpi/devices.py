@@ -21,12 +21,12 @@ import numpy as np
 from mpi4py import MPI
 
 from ..schedule import chunk_start
+from ..tuning import WAYS
 from . import gpu, kernel, operations
 from .buffers import is_half
 from .gpu import Array
 from .operations import Operation
 from .probe import probe
-from .select import WAYS
 from .shared import Node
 
 KEPT = 64

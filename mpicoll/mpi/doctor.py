@@ -426,10 +426,9 @@ def _cupy(module: Any) -> Facts:
 def _paths(state: "State", taken: Facts | None, lacking: str | None) -> dict[str, str]:
     """By which arrays in the memory of GPUs go here: for each an empty text, or why it cannot be gone.  A collective
     call."""
-    from .select import WAYS
 
-    why = dict.fromkeys(WAYS, str(lacking)) if taken is None else state.join_devices(taken["number"]).why
-    return {way: why[way] for way in reversed(WAYS)}
+    why = dict.fromkeys(tuning.WAYS, str(lacking)) if taken is None else state.join_devices(taken["number"]).why
+    return {way: why[way] for way in reversed(tuning.WAYS)}
 
 
 def _gpus(everyone: list[Facts], lacking: str | None) -> Facts:

@@ -1,4 +1,4 @@
-"""Arrays in the memory of GPUs, and what is done with them: the only file that touches CuPy.
+"""Arrays in the memory of GPUs, and what the engine does with them: all that it knows of CuPy.
 
 CuPy is found where the program has imported it, and imported here only for a program that asks for a GPU (``take``).
 

@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from ..algorithms import ALGORITHMS, Algorithm, find
 from ..cost import CLUSTER, NODE, Network, seconds
-from ..tuning import NATIVE, Rule, preferred
+from ..tuning import NATIVE, WAYS, Rule, preferred
 from . import operations
 from .buffers import PAIRS, is_half
 from .operations import Operation
@@ -53,10 +53,6 @@ class Shared(NamedTuple):
 
 
 SHARED = Shared()
-
-WAYS = ("ipc", "nccl", "aware", "staged")
-"""How a call on arrays in the memory of GPUs may go (``mpi.devices``, ``mpi.gpu``): what its algorithm may be beside
-those for host memory, which are then used on what is staged there."""
 
 
 class Options(NamedTuple):

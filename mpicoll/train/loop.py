@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..mpi import gpu
 from ..mpi.collectives import allreduce, bcast
 from ..mpi.guard import on_all, on_root
+from ..tuning import WAYS
 from .checkpoint import Checkpoint, save
 from .data import Batches, Dataset, Part, normalized, rebalanced
 from .models import Batch, Model
@@ -59,6 +60,8 @@ def check(settings: Settings) -> None:
             )
         if settings.compress is not None:
             raise UserError("--compress is not for --device gpu: leave one of them out")
+    elif settings.algorithm in WAYS:
+        raise UserError(f"--algorithm {settings.algorithm} is for --device gpu: take another, or that device")
 
 
 def weights_of(settings: Settings, p: int, sharded: bool) -> list[float] | None:
@@ -163,6 +166,11 @@ class Training:
                 raise UserError("--device gpu is not for sparse data: take --device cpu")
             self.gpu, self.arrays = gpu.take(comm), gpu.cupy()
             self.data = on_all(comm, lambda: moved(data, dtype, self.arrays))
+            if s.algorithm in WAYS:
+                try:
+                    allreduce(self.arrays.zeros(1, dtype), comm, algorithm=s.algorithm)
+                except ValueError as error:  # on all ranks
+                    raise UserError(f"--algorithm {s.algorithm}: {error}") from error
         params = model.initial(np.random.default_rng(s.seed), dtype)
         comm.Bcast(params, root=0)
         self.params = self.arrays.asarray(params)
