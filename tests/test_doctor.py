@@ -17,6 +17,7 @@ from mpicoll.cli import doctor as said
 from mpicoll.cli.app import app
 from mpicoll.mpi import doctor
 from mpicoll.mpi.doctor import Findings
+from mpicoll.mpi.gpu import Gpu
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 DOCTOR = ["mpicoll", "doctor"]
@@ -51,6 +52,15 @@ def test_a_job_of_several_ranks(tmp_path):
     assert re.search(r"\n1 node\(s\) +\S+: rank", done.out)
     assert "ranks share memory without a name, through /proc" in done.out
     assert re.search(r"\nprofile     none; \S+1x3\.json: there is none: mpirun -n 3 mpicoll tune makes it\n", done.out)
+
+
+def test_ways_of_arrays_on_gpus_are_those_of_collectives(tmp_path):
+    done = mpirun(2, [sys.executable, REPOSITORY / "tests" / "fakecupy.py", "-m", *DOCTOR], tmp_path, env=NO_GPU)
+    assert done.status == 0, done.err
+    assert "\npaths       staged: yes\n" in done.out
+    assert "\n            ipc: yes\n" in done.out
+    assert "\n            nccl: no, ranks share a GPU, and NCCL is for one rank on each\n" in done.out
+    assert done.out.splitlines()[-1].startswith("doubtful:   up to 2 ranks share a GPU")
 
 
 def test_json_is_the_same_as_one_object(tmp_path):
@@ -187,7 +197,7 @@ class Driver:
 
 def ranks(count, **more):
     """Facts of as many, with two GPUs, of which all have the first."""
-    gpu = {"number": 0, "name": "NVIDIA H200", "uuid": "01" * 16, "bus": "0000:00:00.0", "ranks": tuple(range(count))}
+    gpu = Gpu(0, "NVIDIA H200", "node 0000:00:00.0 01", "0000:00:00.0", tuple(range(count)))._asdict()
     own = {
         "driver": doctor._devices(Driver()),
         "host": "node",

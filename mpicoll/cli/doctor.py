@@ -182,9 +182,9 @@ def _gpus(gpus: Facts) -> Iterator[str]:
     software += ["MPS runs"] if gpus["mps"] else []
     what = f"{len(seen)} seen" if seen else f"none: {driver['error'] or 'the driver shows none'}"
     yield line("GPUs", "; ".join([what, *software]))
-    having: dict[str, Any] = {one["uuid"]: one["ranks"] for one in gpus["taken"]}
+    having: dict[Any, Any] = {(one["host"], one["bus"].lower()): one["ranks"] for one in gpus["taken"]}
     for uuid, device in list(seen.items())[:SHOWN]:
-        holders = having.get(uuid)
+        holders = having.get((device["host"], device["bus"].lower()))
         use = f": {named(holders)}" if holders else ": no rank's" if having else ""
         name = f"{device['host']}: {device['name']} ({device['bus']}), {pretty(device['memory'])}, GPU-{UUID(uuid)}"
         yield line("", name + use)

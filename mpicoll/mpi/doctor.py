@@ -440,7 +440,7 @@ def _gpus(everyone: list[Facts], lacking: str | None) -> Facts:
         "cupy": everyone[0].get("cupy"),
         "lacking": lacking,
         "visible": visible,
-        "taken": [one["gpu"] for one in everyone if one.get("gpu")],
+        "taken": [{**one["gpu"], "host": one["host"]} for one in everyone if one.get("gpu")],
         "mps": any(one["mps"] for one in everyone),
         "variables": _values([(one["rank"], one["gpu_variables"]) for one in everyone]),
     }
