@@ -434,9 +434,11 @@ def _facts(device: int) -> tuple[list[str], int, dict[str, str]]:
 
 def _reasons(whys: list[dict[str, str]], owned: list[str], node: Node) -> dict[str, str]:
     """Why each way cannot be gone by all ranks together."""
-    found = {
-        way: next((f"{why[way]} (rank {rank})" for rank, why in enumerate(whys) if why[way]), "") for way in whys[0]
-    }
+    found = {}
+    for way in whys[0]:
+        reasons = [why[way] for why in whys]
+        first = next(filter(None, reasons), "")
+        found[way] = first if len({*reasons}) == 1 else f"{first} (rank {reasons.index(first)})"
     if not node.whole:
         found["ipc"] = "ranks are on several nodes"
     elif not node.shares:
