@@ -1,4 +1,4 @@
-"""A schedule as text and as a picture (SVG): ranks across, rounds down."""
+"""Schedules as text and as pictures (SVG): ranks across and rounds down; of pipelines, stages down and time across."""
 
 from colorsys import hls_to_rgb
 from fractions import Fraction
@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 
 from .interpreter import interpret_rounds, lockstep, span
+from .pipeline import Kind, PipelineSchedule, Proof, Timing, simulate
 from .schedule import Recv, Round, Schedule, Send, Verb, pieces
 from .verify import own_chunks
 
@@ -58,20 +59,53 @@ def svg(schedule: Schedule, title: str) -> str:
     return _Picture(schedule).draw(title)
 
 
-class _Picture:
+class _Canvas:
     """Measures in pixels; x and y of a box are its upper left corner."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+
+    def label(self, x: float, y: float, what: str, color: str, anchor: str = "start", size: float = 12) -> None:
+        escaped = what.replace("&", "&amp;").replace("<", "&lt;")
+        self.parts.append(
+            f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{color}" text-anchor="{anchor}">{escaped}</text>'
+        )
+
+    def rectangle(self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none") -> None:
+        self.parts.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{fill}" stroke="{stroke}"/>'
+        )
+
+    def document(self, width: float, height: float, title: str, caption: str) -> str:
+        """All of it, on white, wide enough for the title above and the caption below."""
+        wide = max(width, 7 * max(len(title) * 1.2, len(caption)) + 30)
+        self.label(16, 28, title, "#111", size=16)
+        self.label(16, height - 14, caption, "#555")
+        return "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide:g}" height="{height:g}" '
+                f'viewBox="0 0 {wide:g} {height:g}" font-family="Helvetica, Arial, sans-serif">',
+                '<rect width="100%" height="100%" fill="white"/>',
+                *self.parts,
+                "</svg>\n",
+            ]
+        )
+
+
+class _Picture(_Canvas):
+    """Of the vectors, round by round."""
 
     gap_x, gap_y = 26, 54
     left, top = 46, 74
 
     def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
         self.schedule = schedule
         self.mixes = schedule.collective == "mix"
         self.row = max(3, min(9, 72 // schedule.p))
         self.column = 72 if self.mixes else max(6, min(24, 96 // schedule.chunks))
         self.width, self.height = self.column * schedule.chunks, self.row * schedule.p
         self.colors = [_color(rank / schedule.p) for rank in range(schedule.p)]
-        self.parts: list[str] = []
 
     def x(self, rank: int) -> float:
         return self.left + rank * (self.width + self.gap_x)
@@ -92,29 +126,12 @@ class _Picture:
             for rank, round_ in enumerate(rounds):
                 self.arrows(t, rank, round_)
         width, height = self.x(schedule.p) - self.gap_x + 20, self.y(len(table)) + self.height + 44
-        lines = [
+        caption = (
             "bars: whose contribution is in a vector, and how much of it; the line: an equal share"
             if self.mixes
             else "columns: chunks; rows: whose contribution is in them; solid arrows: added, dashed: copied"
-        ]
-        wide = max(width, 7 * max(len(title) * 1.2, *map(len, lines)) + 30)
-        self.label(16, 28, title, "#111", size=16)
-        self.label(16, height - 14, lines[0], "#555")
-        return "\n".join(
-            [
-                f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide:g}" height="{height:g}" '
-                f'viewBox="0 0 {wide:g} {height:g}" font-family="Helvetica, Arial, sans-serif">',
-                '<rect width="100%" height="100%" fill="white"/>',
-                *self.parts,
-                "</svg>\n",
-            ]
         )
-
-    def label(self, x: float, y: float, what: str, color: str, anchor: str = "start", size: int = 12) -> None:
-        escaped = what.replace("&", "&amp;").replace("<", "&lt;")
-        self.parts.append(
-            f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{escaped}</text>'
-        )
+        return self.document(width, height, title, caption)
 
     def box(self, rank: int, t: int, chunks: list[np.ndarray | None]) -> None:
         x, y = self.x(rank), self.y(t)
@@ -128,11 +145,6 @@ class _Picture:
             lines = [f"M{x + self.width / self.schedule.p:g},{y:g}v{self.height:g}"]
         self.parts.append(f'<path d="{"".join(lines)}" stroke="{"#333" if self.mixes else "white"}" stroke-width="1"/>')
         self.rectangle(x, y, self.width, self.height, "none", "#888")
-
-    def rectangle(self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none") -> None:
-        self.parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{fill}" stroke="{stroke}"/>'
-        )
 
     def arrows(self, t: int, rank: int, round_: Round) -> None:
         """To what ``rank`` receives."""
@@ -160,3 +172,92 @@ class _Picture:
 def _color(turn: float) -> str:
     red, green, blue = hls_to_rgb(turn, 0.45, 0.65)
     return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
+
+
+def gantt_text(schedule: PipelineSchedule) -> str:
+    """Who does what when: a line for each stage, a column for each step of a time that all tasks take equally long."""
+    timing = simulate(schedule, [1] * schedule.stages, [1] * schedule.stages)
+    table = [["·"] * timing.makespan for _ in schedule.tasks]
+    for cells, tasks, starts in zip(table, schedule.tasks, timing.start, strict=True):
+        for task, start in zip(tasks, starts, strict=True):
+            cells[start] = str(task)
+    width = len(f"F{schedule.micro - 1}")
+    label = len(f"stage {schedule.stages - 1}")
+    return "\n".join(
+        f"{f'stage {stage}':{label}} │ {' '.join(f'{cell:{width}}' for cell in cells)}".rstrip()
+        for stage, cells in enumerate(table)
+    )
+
+
+GANTT_LEGEND = "F3 takes micro-batch 3 forward through the stage's layers, B3 backward; ·: idle"
+
+
+def gantt_svg(schedule: PipelineSchedule, proof: Proof, timing: Timing, title: str) -> str:
+    """A picture: who does what when, at the times that ``simulate`` has found, or that were measured."""
+    return _Gantt(schedule, timing).draw(proof, title)
+
+
+_FILLS = {Kind.FORWARD: "#3a76b8", Kind.BACKWARD: "#d9822b"}
+
+
+class _Gantt(_Canvas):
+    """Of a pipeline: a row for each stage, time across."""
+
+    left, top, row, gap = 76, 78, 30, 8
+
+    def __init__(self, schedule: PipelineSchedule, timing: Timing) -> None:
+        super().__init__()
+        self.schedule, self.timing = schedule, timing
+        steps = 2 * (schedule.micro + schedule.stages - 1)
+        self.width = max(400, min(30 * steps, 960), 12 * steps)
+
+    def draw(self, proof: Proof, title: str) -> str:
+        right = self.left + self.width
+        self.parts.append(
+            '<defs><pattern id="idle" width="6" height="6" patternUnits="userSpaceOnUse">'
+            '<rect width="6" height="6" fill="#f4f4f4"/><path d="M0,6L6,0" stroke="#c4c4c4"/></pattern></defs>'
+        )
+        self.key()
+        self.label(right + 12, self.top - 12, "idle", "#555")
+        self.label(right + 54, self.top - 12, "holds", "#555")
+        for stage, share in enumerate(self.timing.idle):
+            y = self.top + stage * (self.row + self.gap)
+            middle = y + self.row / 2 + 4
+            self.label(self.left - 12, middle, f"stage {stage}", "#111", "end")
+            self.rectangle(self.left, y, self.width, self.row, "url(#idle)")
+            self.tasks(stage, y)
+            self.label(right + 12, middle, f"{float(share):.0%}", "#111")
+            self.label(right + 54, middle, str(proof.held[stage]), "#111")
+        bottom = self.top + self.schedule.stages * (self.row + self.gap)
+        self.parts.append(
+            f'<path d="M{self.left:g},{bottom + 6:g}h{self.width:g}" stroke="#555"/>'
+            f'<path d="M{right:g},{bottom + 6:g}l-7,-4v8z" fill="#555"/>'
+        )
+        self.label(right, bottom + 24, "time", "#555", "end")
+        idle = float(sum(self.timing.idle)) / self.schedule.stages
+        caption = (
+            f"numbers: micro-batches; stages are idle for {idle:.0%} of the time, "
+            f"and hold the activations of at most {max(proof.held)} micro-batches"
+        )
+        return self.document(right + 104, bottom + 60, title, caption)
+
+    def key(self) -> None:
+        """What the colors mean."""
+        x, y = float(self.left), self.top - 22
+        for what, fill in (
+            *((kind.name.lower(), color) for kind, color in _FILLS.items()),
+            ("idle", "url(#idle)"),
+        ):
+            self.rectangle(x, y, 12, 12, fill)
+            self.label(x + 18, y + 10, what, "#555")
+            x += 34 + 7 * len(what)
+
+    def tasks(self, stage: int, y: float) -> None:
+        scale = self.width / (float(self.timing.makespan) or 1)
+        spans = zip(self.schedule.tasks[stage], self.timing.start[stage], self.timing.end[stage], strict=True)
+        for task, start, end in spans:
+            x, width = self.left + float(start) * scale, float(end - start) * scale
+            self.rectangle(x, y, width, self.row, _FILLS[task.kind], "white")
+            size = min(13, 1.6 * (width - 2) / len(str(self.schedule.micro - 1)))
+            if size >= 5:
+                self.label(x + width / 2, y + self.row / 2 + size / 3, str(task.micro), "white", "middle", size)

@@ -16,7 +16,7 @@ LAYERS = [
     ["graphs"],
     ["algorithms.fold", "algorithms.ring", "algorithms.circulant", "algorithms.bruck", "algorithms.chain"],
     ["algorithms.doubling", "algorithms.tree", "algorithms.mixing", "algorithms"],
-    ["cost", "tuning", "fit", "interpreter", "verify", "draw"],
+    ["cost", "tuning", "fit", "interpreter", "verify", "pipeline", "draw"],
     ["mpi"],
     [
         "mpi.launch",

@@ -1,16 +1,18 @@
-"""``mpicoll show``: what an algorithm looks like, and how fast gossip spreads."""
+"""``mpicoll show``: what an algorithm or a pipeline looks like, and how fast gossip spreads."""
 
 from pathlib import Path
 
 import click
 
 from ..algorithms import ALGORITHMS
-from ..draw import legend, svg, text
+from ..draw import GANTT_LEGEND, gantt_svg, gantt_text, legend, svg, text
 from ..errors import UserError
 from ..graphs import graph
+from ..pipeline import PIPELINES, simulate, verify
 
-NAMES = [*dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows), "gossip"]
+NAMES = [*dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows), "gossip", *PIPELINES]
 CONSENSUS = 1e-3
+MICRO = 8  # micro-batches, by default
 LARGEST = 200_000  # cells of a picture: a few MB
 
 
@@ -22,21 +24,41 @@ LARGEST = 200_000  # cells of a picture: a few MB
 @click.option("--ranks", type=click.IntRange(1, 256), default=4, show_default=True)
 @click.option("--root", type=click.IntRange(min=0), help="Where it begins or ends, if it has a root.")
 @click.option("--segments", type=click.IntRange(1, 64), help="Into how many pieces a pipelining algorithm cuts.")
+@click.option(
+    "--micro",
+    type=click.IntRange(1, 1024),
+    help=f"Into how many micro-batches a pipeline cuts a batch.  [default: {MICRO}]",
+)
 @click.option("--svg", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it into this file.")
 def show(
-    name: str, collective: str | None, ranks: int, root: int | None, segments: int | None, picture: Path | None
+    name: str,
+    collective: str | None,
+    ranks: int,
+    root: int | None,
+    segments: int | None,
+    micro: int | None,
+    picture: Path | None,
 ) -> None:
     """Draw an algorithm, ranks across and rounds down: as text, or as a picture.
 
     Algorithms are those that `mpicoll verify` lists.  The name gossip gives the graphs to mix on, side by side: the
     messages that a rank sends in a round, the spectral gap (how much of the distance to the mean goes in a round), and
     how many rounds it takes until a thousandth of the distance is left, whatever the ranks held.
+
+    The names gpipe and 1f1b are schedules of pipelines, drawn with stages (--ranks) down and time across, as if all
+    stages took equally long, forward and backward.
     """
-    asked = {option: value for option, value in (("root", root), ("segments", segments)) if value is not None}
+    options = {"root": root, "segments": segments, "micro": micro}
+    asked = {option: value for option, value in options.items() if value is not None}
     if name == "gossip":
         if asked or picture or collective not in (None, "mix"):
             raise UserError("gossip is a table of all graphs: it takes --ranks only; name one to draw it")
         _gossip(ranks)
+        return
+    if name in PIPELINES:
+        if collective or not asked.keys() <= {"micro"}:
+            raise UserError(f"{name} is a pipeline: it takes --ranks, --micro and --svg only")
+        _pipeline(name, ranks, micro or MICRO, picture)
         return
     known = [name_ for name_, rows in ALGORITHMS.items() if name in rows]
     collective = collective or known[0]
@@ -55,14 +77,38 @@ def show(
         click.echo(text(schedule))
         click.echo(legend(schedule))
         return
-    cells = ranks * ranks * schedule.chunks * (row.rounds(ranks, **given) + 1)
+    _check_size(about, ranks * ranks * schedule.chunks * (row.rounds(ranks, **given) + 1), "take fewer ranks")
+    _write(picture, about, svg(schedule, about))
+
+
+def _check_size(about: str, cells: int, advice: str) -> None:
     if cells > LARGEST:
-        raise UserError(f"a picture of {about} would have {cells} cells, more than {LARGEST}: take fewer ranks")
+        raise UserError(f"a picture of {about} would have {cells} cells, more than {LARGEST}: {advice}")
+
+
+def _write(picture: Path, about: str, drawing: str) -> None:
     try:
-        picture.write_text(svg(schedule, about), encoding="utf-8")
+        picture.write_text(drawing, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{str(picture)!r} cannot be written ({error.strerror})") from error
     click.echo(f"{about}: drawn in {picture}")
+
+
+def _pipeline(name: str, stages: int, micro: int, picture: Path | None) -> None:
+    about = f"{name} pipeline: {stages} stages, {micro} micro-batches"
+    _check_size(about, 2 * stages * micro, "take fewer stages or micro-batches")
+    schedule = PIPELINES[name].schedule(stages, micro)
+    proof = verify(schedule)
+    if picture is None:
+        idle = PIPELINES[name].idle(stages, micro)
+        held = max(proof.held)
+        click.echo(
+            f"{about}, idle for {idle} of the time, no stage holds activations of more than {held} micro-batches"
+        )
+        click.echo(gantt_text(schedule))
+        click.echo(GANTT_LEGEND)
+        return
+    _write(picture, about, gantt_svg(schedule, proof, simulate(schedule, [1] * stages, [1] * stages), about))
 
 
 def _gossip(ranks: int) -> None:
