@@ -75,10 +75,11 @@ def staged(own: Any, size: int, shared: bool) -> Any:
     """``staged`` by such boxes, on a communicator that has none yet; ``None`` if ranks should share them and cannot."""
     from mpicoll import Comm
     from mpicoll import measure as m
+    from mpicoll.mpi import gpu
     from mpicoll.mpi.state import state_of
 
     with boxes(size, shared) as locked:
-        state_of(Comm(own)).boxes()
+        state_of(Comm(own)).boxes(gpu.cupy().cuda.Device().id)
     made = m.implementations_on_gpu(own, "allreduce", np.dtype("f4"), "off")[0]["staged"]
     return made if own.allreduce(any(locked)) == shared * own.size else None
 

@@ -333,13 +333,15 @@ class _BaseStream:
     def __enter__(self) -> Any:
         device = self._checked()
         local = _local()
-        local.stack.append((device, local.streams.get(device)))
+        local.stack.append((device, self))
         local.streams[device] = self
         return self
 
     def __exit__(self, *args: object) -> None:
-        device, before = _local().stack.pop()
-        _local().streams[device] = before or Stream.null
+        """To the one before it in a ``with``, not to the one that was in use: as CuPy does."""
+        local = _local()
+        device, _ = local.stack.pop()
+        local.streams[device] = next((s for d, s in reversed(local.stack) if d == device), Stream.null)
 
     def use(self) -> Any:
         _local().streams[self._checked()] = self

@@ -131,9 +131,21 @@ def on_device(x: Any) -> bool:
         return False
     if isinstance(x, (list, tuple)):
         return len(x) > 0 and _is_specification(x) and on_device(x[0])
-    if hasattr(x, "__cuda_array_interface__"):
+    try:
+        if hasattr(x, "__cuda_array_interface__"):
+            return True
+        return hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] != _CPU
+    except Exception:  # nothing in host memory raises: it will be refused, on all ranks
         return True
-    return hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] != _CPU
+
+
+def concerns_device(*buffers: Any) -> bool:
+    """Is there any such array among them, or in lists of them?  The MPI library is not to see it."""
+    return any(
+        on_device(x) or (isinstance(x, (list, tuple)) and any(map(on_device, x)))
+        for x in buffers
+        if not isinstance(x, np.ndarray)
+    )
 
 
 def staged(x: Any, load: bool = True, stream: Any = None) -> Part:

@@ -298,7 +298,10 @@ def allgather(
 
     def calls() -> list[Any]:
         nonlocal result
-        given = operand(x, stream, writable=False)
+        own = x
+        if order_of(x):
+            own = gpu.in_c_order(x, stream) if on_device(x) else np.ascontiguousarray(x)
+        given = operand(own, stream, writable=False)
         if given.dtype.hasobject:
             raise TypeError("objects are not gathered from memory to memory: use comm.allgather, in lower case")
         cuts = cuts_of([given.size] * comm.size if counts is None else counts, None, comm.size)
@@ -343,7 +346,7 @@ def cuts_of(counts: Sequence[int] | None, total: int | None, p: int) -> tuple[in
 
 def gathering_on_device(
     comm: MPI.Intracomm,
-    given: Array,
+    given: Array | np.ndarray,
     taken: Array | np.ndarray,
     cuts: tuple[int, ...],
     options: Options,
@@ -351,8 +354,8 @@ def gathering_on_device(
 ) -> "DeviceCall":
     """The same on a GPU."""
     in_bytes = tuple(cut * given.dtype.itemsize for cut in cuts)
-    into = taken.as_bytes() if isinstance(taken, Array) else taken.view(np.uint8)
-    return DeviceCall.made(comm, "allgather", given.as_bytes(), into, MOVE, options, cuts=in_bytes, detail=detail)
+    own, all_ = (x.as_bytes() if isinstance(x, Array) else x.view(np.uint8) for x in (given, taken))
+    return DeviceCall.made(comm, "allgather", own, all_, MOVE, options, cuts=in_bytes, detail=detail)
 
 
 def broadcasting(comm: MPI.Intracomm, array: Array, options: Options, root: int, named: bool = True) -> "DeviceCall":
@@ -864,7 +867,11 @@ class DeviceCall(NamedTuple):
         args = self.collective, self.given, self.taken, wired, self.root or 0, self.cuts
         for way in devices.ways(options.algorithm, self.collective, wired, self.dtype, options.deterministic):
             if way == "staged":
-                self._run_staged(state)
+                try:
+                    self._run_staged(state)
+                except BaseException:  # other ranks may be at another piece
+                    state.interrupt()
+                    raise
             elif not state.on_node(devices.run, way, *args):
                 continue
             devices.remember(self._kind(), way)
@@ -889,7 +896,9 @@ class DeviceCall(NamedTuple):
     def _run_staged(self, state: State) -> None:
         """By way of host memory: in pieces, or, where ranks give or take parts, all at once."""
         if self.cuts is None:
-            state.boxes().through(self.given, self.taken, lambda piece: self.hosted(piece).run())
+            array = next(one for one in (self.given, self.taken) if isinstance(one, Array))
+            boxes = state.boxes(array.device)
+            boxes.through(self.given, self.taken, lambda piece: self.hosted(piece).run())
             return
         assert self.given is not None
         assert self.taken is not None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import prod
+from numbers import Integral
 from operator import index
 from threading import get_ident
 from typing import Any, SupportsIndex, TypeVar, cast
@@ -19,6 +20,7 @@ from .buffers import (
     as_bytes,
     block,
     blocks,
+    concerns_device,
     described,
     is_half,
     is_in_place,
@@ -392,16 +394,17 @@ class Comm(MPI.Intracomm):
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.bcast``."""
         options = options_of(self, algorithm, False, segments, None)
         receives = self.rank != root
-        untold = options == Options() and not on_device(buf)
+        there = concerns_device(buf)
+        untold = options == Options() and not there
         unseen = (untold and self._is_native_best("bcast", lambda: payload(buf, receives)[1])) or (
-            options == Options("native") and not on_device(buf)
+            options == Options("native") and not there
         )
         if level_of(self, check) == "off" and unseen and stream is None:
             return self._natively("Bcast", buf, root)()
 
         def calls() -> list[Any]:
             check_root(self, root)
-            if on_device(buf):
+            if there:
                 return [broadcasting(self, Array(buf, stream), options, root, named=False)]
             no_stream(stream)
             if unseen:
@@ -447,7 +450,7 @@ class Comm(MPI.Intracomm):
         options = options_of(self, algorithm, deterministic, None, wire)
 
         def calls() -> list[Any]:
-            if on_device(recvbuf if is_in_place(sendbuf) else sendbuf):
+            if concerns_device(sendbuf, recvbuf):
                 return [self._scattering_on_device(sendbuf, recvbuf, None, op, options, stream)]
             no_stream(stream)
             blocks = 1 if is_in_place(sendbuf) else self.size
@@ -487,7 +490,7 @@ class Comm(MPI.Intracomm):
 
         def calls() -> list[Any]:
             counts = None if recvcounts is None else [int(index(count)) for count in recvcounts]
-            if on_device(recvbuf if is_in_place(sendbuf) else sendbuf):
+            if concerns_device(sendbuf, recvbuf):
                 if counts is None:
                     raise TypeError("arrays in the memory of a GPU need recvcounts: one for each rank")
                 return [self._scattering_on_device(sendbuf, recvbuf, counts, op, options, stream)]
@@ -519,11 +522,10 @@ class Comm(MPI.Intracomm):
         self, sendbuf: Any, recvbuf: Any, counts: Sequence[int] | None, op: MPI.Op | str, options: Options, stream: Any
     ) -> DeviceCall:
         received = operand(recvbuf, stream if on_device(recvbuf) else None)
-        if is_in_place(sendbuf):
-            assert isinstance(received, Array)
-            given = gpu.copied(received)  # others may read there when a result is written
+        if isinstance(received, Array) and is_in_place(sendbuf):
+            given: Array | np.ndarray = gpu.copied(received)  # others may read there when a result is written
         else:
-            given = Array(sendbuf, stream)
+            given = operand(sendbuf, stream if on_device(sendbuf) else None, writable=False)
         cuts = cuts_of(counts, given.size, self.size) if counts is None else cuts_of(counts, None, self.size)
         mine = cuts[self.rank + 1] - cuts[self.rank]
         if counts is None and given.size % self.size:
@@ -533,15 +535,16 @@ class Comm(MPI.Intracomm):
                 f"expected {cuts[-1]} elements to send and room for {mine} of the same dtype, got {given.size} of "
                 f"{given.dtype} and {received.size} of {received.dtype}"
             )
-        taken = received.part(0, mine) if isinstance(received, Array) else received[:mine]
-        found = operation(op, given.dtype)
-        return DeviceCall.made(self, "reduce_scatter", given.part(0, cuts[-1]), taken, found, options, cuts=cuts)
+        found, given, taken = operation(op, given.dtype), gpu.part(given, 0, cuts[-1]), gpu.part(received, 0, mine)
+        return DeviceCall.made(self, "reduce_scatter", given, taken, found, options, cuts=cuts)
 
     def _gathering_on_device(
         self, sendbuf: Any, recvbuf: Any, counts: Sequence[int] | None, algorithm: str, stream: Any
     ) -> DeviceCall:
         received = operand(recvbuf, stream if on_device(recvbuf) else None)
-        given = None if is_in_place(sendbuf) else Array(sendbuf, stream)
+        given = None
+        if not is_in_place(sendbuf):
+            given = operand(sendbuf, stream if on_device(sendbuf) else None, writable=False)
         if counts is None:
             each = received.size // self.size if given is None else given.size
             counts = [each] * self.size
@@ -554,9 +557,8 @@ class Comm(MPI.Intracomm):
                 f"{received.size} of {received.dtype}"
             )
         if given is None:
-            assert isinstance(received, Array)
-            given = received.part(cuts[self.rank], cuts[self.rank + 1])
-        taken = received.part(0, cuts[-1]) if isinstance(received, Array) else received[: cuts[-1]]
+            given = gpu.part(received, cuts[self.rank], cuts[self.rank + 1])
+        taken = gpu.part(received, 0, cuts[-1])
         return gathering_on_device(self, given, taken, cuts, Options(algorithm))
 
     def _is_ours(self, buffer: Any, op: MPI.Op | str) -> bool:
@@ -617,7 +619,7 @@ class Comm(MPI.Intracomm):
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None, stream: Any = None
     ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
-        there = on_device(recvbuf if is_in_place(sendbuf) else sendbuf)
+        there = concerns_device(sendbuf, recvbuf)
         untold = (
             not there
             and algorithm == "auto"
@@ -680,16 +682,20 @@ class Comm(MPI.Intracomm):
     ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
         into, *rest = recvbuf if isinstance(recvbuf, (list, tuple)) and len(recvbuf) else [recvbuf]
-        there = on_device(into if is_in_place(sendbuf) else sendbuf)
+        there = concerns_device(sendbuf, into)
         if level_of(self, check) == "off" and algorithm in ("auto", "native") and not there and stream is None:
             return self._natively("Allgatherv", sendbuf, recvbuf)()
         deliver: list[tuple[np.ndarray, np.ndarray]] = []
 
         def calls() -> list[Any]:
             if there:
-                if len(rest) > 1:
+                counts = rest[0] if rest else None
+                if isinstance(counts, Integral):
+                    counts = [counts] * self.size
+                named = counts is None or (not isinstance(counts, (str, MPI.Datatype)) and _are_numbers(counts))
+                if len(rest) > 1 or not named:
                     raise TypeError("arrays in the memory of a GPU are gathered side by side: pass [recvbuf, counts]")
-                return [self._gathering_on_device(sendbuf, into, rest[0] if rest else None, algorithm, stream)]
+                return [self._gathering_on_device(sendbuf, into, counts, algorithm, stream)]
             no_stream(stream)
             if algorithm in ("auto", "native"):
                 return [
@@ -743,7 +749,7 @@ class Comm(MPI.Intracomm):
         receives = root is None or self.rank == root
         in_place = receives and is_in_place(sendbuf)
         target = recvbuf if receives else sendbuf
-        on_host = not on_device(target) and (in_place or not on_device(sendbuf))
+        on_host = not concerns_device(target, None if in_place else sendbuf)
         as_it_is = on_host and isinstance(op, MPI.Op) and not options.deterministic
         before: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -771,7 +777,7 @@ class Comm(MPI.Intracomm):
                     raise ValueError(f"MPI.IN_PLACE is for the root, {root}, alone: pass what rank {self.rank} sends")
             if on_device(recvbuf if in_place else sendbuf):
                 return [on_devices()]
-            if not on_device(target):
+            if not concerns_device(target):
                 no_stream(stream)
             if options.algorithm == "native" and as_it_is:
                 return natively()
@@ -781,7 +787,7 @@ class Comm(MPI.Intracomm):
                 elif on_device(recvbuf):
                     made = [staged(recvbuf, load=False, stream=stream)]
                 else:
-                    made = parts(recvbuf, masked=True)
+                    made = parts(recvbuf, masked=True, stream=stream)
                 calls = [
                     decide(self, part, operation(op, part.flat.dtype), options, collective=collective, root=root)
                     for part in made
@@ -819,6 +825,10 @@ class Comm(MPI.Intracomm):
         for flat, array in before:
             flat[:] = array
         run(made)
+
+
+def _are_numbers(counts: Any) -> bool:
+    return all(isinstance(count, Integral) for count in counts)
 
 
 def _like(x: Any, flat: np.ndarray) -> np.ndarray:

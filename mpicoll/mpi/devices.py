@@ -29,8 +29,11 @@ from .operations import Operation
 from .probe import probe
 from .shared import Node
 
-KEPT = 64
-"""Allocations of all ranks that stay open, and calls that stay prepared; the one met longest ago goes first."""
+KEPT = 4096
+"""Allocations, of all ranks, that stay open; the one that was of no use for longest goes first."""
+
+CALLS = 256
+"""Calls that stay prepared."""
 
 WHOLE = 64 << 10
 """Bytes up to which each of several GPUs reduces all of an array, for its own ranks.  Not measured."""
@@ -41,6 +44,7 @@ MOST = 500  # arrays of a kernel, whose arguments are 4 KiB at most
 
 NOWHERE = (0, 0)  # in place of an allocation, whose number is above 0, and the byte in it
 Spot = tuple[int, int, int]  # rank, allocation, byte
+Facts = tuple[list[str], int, dict[str, str]]
 Owner = tuple[int, int]  # rank, and the number of its device
 Key = tuple[Owner, int, int]  # who has opened it, whose it is, which allocation
 
@@ -54,12 +58,20 @@ class _Job(NamedTuple):
     hi: int
 
 
+class _Prepared(NamedTuple):
+    """What this rank launches for a call, and what is open for it, here or elsewhere."""
+
+    launches: list[tuple[Any, ...]]
+    met: tuple[Key, ...]
+
+
 class Devices:
     """The ranks of a communicator, as far as their GPUs are concerned; making it is a collective call."""
 
-    def __init__(self, comm: MPI.Intracomm, node: Node, device: int) -> None:
+    def __init__(self, comm: MPI.Intracomm, node: Node, own: Facts) -> None:
+        """``own`` are the ``facts`` of this rank."""
         self.comm, self.node, self.p, self.rank = comm, node, comm.size, comm.rank
-        found = comm.allgather(_facts(device))
+        found, device = comm.allgather(own), own[1]
         self._gpus = [gpus for gpus, *_ in found]
         self._device, owned = device, [gpus[number] for gpus, number, _ in found]
         self.why = {**_reasons([why for *_, why in found], owned, node), "staged": ""}
@@ -69,7 +81,7 @@ class Devices:
         self._own: dict[int, gpu.Allocation] = {}  # of this rank, by number, those of this call and some more
         self._failed: set[Key] = set()
         self._ready: set[str] = set()  # texts of kernels
-        self._prepared: dict[Any, list[tuple[Any, ...]]] = {}
+        self._prepared: dict[Any, _Prepared] = {}
         self._probed: dict[str, str] = {}
         self._nccl: Any = None
         self.went: dict[Any, str] = {}
@@ -124,7 +136,7 @@ class Devices:
 
     def remember(self, kind: Any, way: str) -> None:
         """Which way a call has gone."""
-        if len(self.went) >= KEPT:
+        if len(self.went) >= CALLS:
             self.went.clear()
         self.went[kind] = way
 
@@ -143,6 +155,8 @@ class Devices:
         count, dtype = cuts[-1] if cuts else arrays[0].size, arrays[0].dtype
         if len(self._own) > KEPT:
             self._own.clear()
+        if len(self._failed) > KEPT:  # the same on all ranks
+            self._failed.clear()
         error: Exception | None = None
         mine = [0, 0, *NOWHERE, *NOWHERE]
         try:
@@ -155,16 +169,19 @@ class Devices:
         self._raise_if([failed for failed, *_ in told], collective, error)
         places = [place for _, *place in told]
         key = (collective, operation.name, count, dtype, root, cuts, *(tuple(place) for place in places))
-        launches = self._prepared.get(key)
-        if launches is None:
-            launches = self._prepare(
-                self._jobs(collective, operation, count, dtype, root, cuts, places), operation, dtype
-            )
-            if launches is None:
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            jobs = self._jobs(collective, count, dtype, root, cuts, places)
+            prepared = None if jobs is None else self._prepare(jobs, operation, dtype)
+            if prepared is None:
                 return False
-            while len(self._prepared) >= KEPT:
+            while len(self._prepared) >= CALLS:
                 del self._prepared[next(iter(self._prepared))]
-            self._prepared[key] = launches
+            self._prepared[key] = prepared
+        if 2 * len(self._bases) > KEPT:
+            for met in prepared.met:
+                self._bases[met] = self._bases.pop(met)
+        launches = prepared.launches
         try:
             for launch in launches:
                 gpu.launch(arrays[0], *launch)
@@ -175,16 +192,17 @@ class Devices:
         self._raise_if([failed for (failed,) in self.node.exchange(int(error is not None))], collective, error)
         return True
 
-    @staticmethod
-    def _raise_if(failed: list[int], collective: str, error: Exception | None) -> None:
+    def _raise_if(self, failed: list[int], collective: str, error: Exception | None) -> None:
         """On all ranks, if one has."""
         if any(failed):
-            raise RuntimeError(f"this {collective} failed on the GPU of rank {failed.index(1)}") from error
+            told = self.node.comm.allgather(None if error is None else str(error) or type(error).__name__)
+            rank = failed.index(1)
+            raise RuntimeError(f"this {collective} failed on the GPU of rank {rank}: {told[rank]}") from error
 
     def _place(self, array: Array | np.ndarray | None) -> tuple[int, int]:
         """The number of its allocation, and the byte where it begins; ``NOWHERE`` if it is in none to be shared."""
-        found = gpu.allocation(array.pointer) if isinstance(array, Array) else None
-        if found is None or not isinstance(array, Array) or array.pointer + array.nbytes > found.base + found.size:
+        found = gpu.allocation(array) if isinstance(array, Array) else None
+        if found is None or not isinstance(array, Array):
             return NOWHERE
         self._own[found.number] = found
         return found.number, array.pointer - found.base
@@ -192,7 +210,6 @@ class Devices:
     def _jobs(
         self,
         collective: str,
-        operation: Operation,
         count: int,
         dtype: np.dtype,
         root: int,
@@ -217,7 +234,8 @@ class Devices:
             owners.setdefault(self._gpus[q][places[q][0]], (q, places[q][0]))
         of_same = {owner: [q for q in takers if self._gpus[q][places[q][0]] == at] for at, owner in owners.items()}
         sources = tuple(spot(q, 1) for q in givers)
-        apart = {(place[1], place[2]) for place in places}.isdisjoint({(place[3], place[4]) for place in places})
+        given, taken = ({(q, place[of], place[of + 1]) for q, place in enumerate(places)} for of in (1, 3))
+        apart = given.isdisjoint(taken - {(q, *NOWHERE) for q in ranks})
         jobs: dict[Owner, list[_Job]] = {}
         unit = max(LINE // size, 1)
         for n, (owner, near) in enumerate(of_same.items()):
@@ -233,19 +251,14 @@ class Devices:
                 jobs[owner] = [_Job((its,), tuple(spot(q, 3) for q in near), lo, hi) for its, lo, hi in every]
         return {owner: [job for job in its if job.lo < job.hi and job.targets] for owner, its in jobs.items()}
 
-    def _prepare(
-        self, jobs: dict[Owner, list[_Job]] | None, operation: Operation, dtype: np.dtype
-    ) -> list[tuple[Any, ...]] | None:
-        """What this rank launches; ``None``, on all, if allocations cannot be opened, or kernels not be compiled.
+    def _prepare(self, jobs: dict[Owner, list[_Job]], operation: Operation, dtype: np.dtype) -> _Prepared | None:
+        """``None``, on all ranks, if allocations cannot be opened, or kernels not be compiled.
 
         A collective call, in which what is new is opened, by the owners that need it, and compiled.
         """
-        if jobs is None:
-            return None
         every = [(owner, job) for owner, its in jobs.items() for job in its]
-        met = dict.fromkeys(
-            (owner, rank, number) for owner, job in every for rank, number, _ in (*job.sources, *job.targets)
-        )
+        spots = [(owner, spot) for owner, job in every for spot in (*job.sources, *job.targets)]
+        met = tuple(dict.fromkeys((owner, rank, number) for owner, (rank, number, _) in spots))
         if not self._failed.isdisjoint(met):
             return None
         me, mine = next(((owner, its) for owner, its in jobs.items() if owner[0] == self.rank), ((self.rank, -1), []))
@@ -255,24 +268,14 @@ class Devices:
             divisor = self.p if operation.finish else None
             return kernel.source(operation.name, dtype, len(job.sources), len(job.targets), width, divisor), width
 
-        new, texts = [key for key in met if key not in self._bases], {text(job)[0] for _, job in every}
-        if new or not texts <= self._ready:
-            handles = self._handles(new)
-            self._close([key for key in self._bases if key not in met][: max(len(self._bases) + len(new) - KEPT, 0)])
-            bad, compiles = self._open(new, handles), ""
-            try:
-                for job in mine:
-                    gpu.compiled(text(job)[0], kernel.NAME, kernel.OPTIONS)
-            except Exception as error:
-                compiles = str(error).splitlines()[0]
-            found = self.node.comm.allgather((bad, compiles))
-            self._failed.update(key for bad, _ in found for key in bad)
-            self._close([key for key in new if key in self._failed])
-            if not_compiled := next((why for _, why in found if why), ""):
-                self.why["ipc"] = f"its kernel cannot be compiled ({not_compiled})"
-            if self.why["ipc"] or not self._failed.isdisjoint(met):
+        texts = {text(job)[0] for _, job in every}
+        if not texts <= self._ready:
+            self.why["ipc"] = self._compile({text(job)[0] for job in mine}, me[1])
+            if self.why["ipc"]:
                 return None
             self._ready |= texts
+        if not (self._opens(met) or self._opens(met, again=True)):
+            return None
 
         def address(spot: Spot) -> np.uint64:
             rank, number, at = spot
@@ -287,7 +290,35 @@ class Devices:
             ends = np.int64(job.lo), np.int64(job.hi)
             addresses = [address(spot) for spot in (*job.sources, *job.targets)]
             launches.append((source, kernel.NAME, kernel.OPTIONS, grid, block, (*addresses, *ends)))
-        return launches
+        return _Prepared(launches, met)
+
+    def _compile(self, texts: set[str], device: int) -> str:
+        """Why one cannot be, the same on all ranks; empty if all can."""
+        why = ""
+        try:
+            for text in sorted(texts):
+                gpu.compiled(text, kernel.NAME, kernel.OPTIONS, device)
+                gpu.processors(device)
+        except Exception as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+        found = next(filter(None, self.node.comm.allgather(why)), "")
+        return f"its kernel cannot be compiled ({found})" if found else ""
+
+    def _opens(self, met: tuple[Key, ...], again: bool = False) -> bool:
+        """Open what is not yet; false, on all ranks, if that cannot be.  ``again``: with all else closed, since memory
+        that its owner has given back meanwhile may be in the way."""
+        if again:
+            self._close(list(self._bases))
+        new = [key for key in met if key not in self._bases]
+        if not new:
+            return True
+        handles = self._handles(new)
+        self._close([key for key in self._bases if key not in met][: max(len(self._bases) + len(new) - KEPT, 0)])
+        bad = {key for found in self.node.comm.allgather(self._open(new, handles)) for key in found}
+        self._close([key for key in new if key in bad])
+        if again:
+            self._failed |= bad
+        return not bad
 
     def _handles(self, new: list[Key]) -> dict[tuple[int, int], bytes | None]:
         """Of all that are new, by rank and allocation: each tells its own."""
@@ -310,13 +341,14 @@ class Devices:
         return bad
 
     def _close(self, keys: Sequence[Key]) -> None:
-        """And forget all calls that were prepared for them."""
+        """And forget calls that were prepared for them."""
         for key in keys:
             base, whose = self._bases.pop(key), key[1]
             if base is not None and whose != self.rank:
-                gpu.close(base)
-        if keys:
-            self._prepared.clear()
+                gpu.close(base, key[0][1])
+        closed = {*keys}
+        if closed:
+            self._prepared = {call: one for call, one in self._prepared.items() if closed.isdisjoint(one.met)}
 
     def release(self) -> None:
         """Close all that is open; it is of no use any more."""
@@ -353,14 +385,20 @@ class Devices:
         return True
 
     def _begin_nccl(self) -> bool:
-        number = self.comm.bcast(gpu.nccl_id() if self.rank == 0 else None)
-        why = ""
+        number, why = None, ""
         try:
-            self._nccl = gpu.nccl_communicator(self._device, self.p, number, self.rank)
+            number = gpu.nccl_id() if self.rank == 0 else None
         except Exception as error:
-            why = str(error)
-        self.why["nccl"] = next(filter(None, self.comm.allgather(why)), "")
-        return not self.why["nccl"]
+            why = str(error) or type(error).__name__
+        number, why = self.comm.bcast((number, why))
+        if not why:
+            try:
+                self._nccl = gpu.nccl_communicator(self._device, self.p, number, self.rank)
+            except Exception as error:
+                why = str(error) or type(error).__name__
+            why = next(filter(None, self.comm.allgather(why)), "")
+        self.why["nccl"] = why
+        return not why
 
     def _finish(self, taken: Array, operation: Operation) -> None:
         """What is done to a result that the kernel has not made."""
@@ -388,7 +426,7 @@ class Devices:
         if collective == "reduce_scatter":
             self.comm.Reduce_scatter(send, recv, counts, op)
         elif collective == "allgather":
-            self.comm.Allgatherv(send, [recv, counts])
+            self.comm.Allgatherv(MPI.IN_PLACE if _is_part(given, taken) else send, [recv, counts])
         elif collective == "bcast":
             for piece in _pieces(send if self.rank == root else recv):
                 self.comm.Bcast(piece, root)
@@ -412,6 +450,13 @@ class Devices:
         return self._probed[collective]
 
 
+def _is_part(one: Array | np.ndarray | None, other: Array | np.ndarray | None) -> bool:
+    """Does it lie in the other one?"""
+    if not (isinstance(one, Array) and isinstance(other, Array)):
+        return False
+    return other.pointer <= one.pointer < other.pointer + other.nbytes
+
+
 def _settle(arrays: list[Array]) -> None:
     """Wait for what is on their streams."""
     for array in {array.stream.ptr: array for array in arrays}.values():
@@ -424,7 +469,7 @@ def _pieces(array: Any) -> Iterator[Any]:
     return (array[lo : lo + longest] for lo in range(0, max(len(array), 1), longest))
 
 
-def _facts(device: int) -> tuple[list[str], int, dict[str, str]]:
+def facts(device: int) -> Facts:
     """Of this rank: the UUIDs of the GPUs that it sees, which one it uses, and why it cannot go each way."""
     gpus = [gpu.identity(number)[1] for number in range(gpu.count())]
     trusted = os.environ.get("MPICOLL_GPU_AWARE") == "1"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,8 +95,8 @@ class Array:
             deliver(host, self)
         elif other.pointer != self.pointer and self.nbytes:
             runtime = cupy().cuda.runtime
-            with on(self):
-                self.after(other)
+            self.after(other)
+            with cupy().cuda.Device(self.device):
                 runtime.memcpyAsync(
                     self.pointer, other.pointer, self.nbytes, runtime.memcpyDeviceToDevice, self.stream.ptr
                 )
@@ -123,7 +124,7 @@ class Array:
             here, there = self.pointer + lo * self.dtype.itemsize, host.__array_interface__["data"][0]
             runtime = cupy().cuda.runtime
             target, source = (there, here) if kind == runtime.memcpyDeviceToHost else (here, there)
-            with on(self):
+            with cupy().cuda.Device(self.device):
                 runtime.memcpyAsync(target, source, host.nbytes, kind, (stream or self.stream).ptr)
 
 
@@ -133,6 +134,12 @@ def empty(count: int, dtype: np.dtype, like: Array) -> Any:
         return cupy().empty(count, dtype)
 
 
+def in_c_order(x: Any, stream: Any) -> Any:
+    """A copy row by row, of an array that lies there column by column."""
+    with on(Array(x, stream)):
+        return x.copy(order="C")
+
+
 def copied(array: Array) -> Array:
     """A copy, on the same device and stream."""
     other = Array(empty(array.size, array.dtype, array), array.stream)
@@ -140,11 +147,25 @@ def copied(array: Array) -> Array:
     return other
 
 
+def part(array: "Array | np.ndarray", lo: int, hi: int) -> "Array | np.ndarray":
+    """Elements from ``lo`` to before ``hi``."""
+    return array.part(lo, hi) if isinstance(array, Array) else array[lo:hi]
+
+
 @contextmanager
 def on(array: Array) -> Iterator[None]:
-    """With its device, and its stream, as the current ones."""
-    with cupy().cuda.Device(array.device), array.stream:
-        yield
+    """With its device, and its stream, as the current ones.
+
+    The ``with`` of a CuPy stream ends with the one before it in a ``with``, not with the one that was in use.
+    """
+    cuda = cupy().cuda
+    with cuda.Device(array.device):
+        before = cuda.get_current_stream()
+        array.stream.use()
+        try:
+            yield
+        finally:
+            before.use()
 
 
 def _stream(stream: Any, device: int) -> Any:
@@ -152,7 +173,7 @@ def _stream(stream: Any, device: int) -> Any:
     cuda = cupy().cuda
     if stream is None:
         return cuda.get_current_stream(device)
-    if not hasattr(stream, "wait_event"):
+    if not isinstance(stream, (cuda.Stream, cuda.ExternalStream)):
         if not hasattr(stream, "__cuda_stream__"):
             raise TypeError(
                 f"stream= takes a stream of CuPy's, or one with __cuda_stream__, got {type(stream).__name__}"
@@ -173,15 +194,16 @@ def same_device(*arrays: Array) -> None:
 
 # ---- host memory
 
-_in_use: list[
-    tuple[Any, np.ndarray]
-] = []  # (event, memory): CuPy's pool would hand it out again, pending copies or not
+# Events and memory: CuPy's pool would hand the memory out again, pending copies or not.
+_in_use: list[tuple[Any, np.ndarray]] = []
+_using = Lock()
 
 
 def pinned(nbytes: int) -> np.ndarray:
     """Bytes of page-locked host memory, which copies to and from a GPU need to be fast, and not to wait; from CuPy's
     pool."""
-    _in_use[:] = [(event, memory) for event, memory in _in_use if not event.done]
+    with _using:
+        _in_use[:] = [(event, memory) for event, memory in _in_use if not event.done]
     return np.frombuffer(cupy().cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
 
 
@@ -197,14 +219,15 @@ def staged(array: Array, load: bool) -> np.ndarray:
 def deliver(host: np.ndarray, array: Array) -> None:
     """Have memory that ``staged`` has given copied to the array; it is kept until that is done."""
     array.store(host)
-    _in_use.append((array.record(), host))
+    with _using:
+        _in_use.append((array.record(), host))
 
 
 def register(memory: np.ndarray) -> bool:
     """Lock the pages of host memory, if that can be."""
     runtime = cupy().cuda.runtime
     try:
-        runtime.hostRegister(memory.ctypes.data, memory.nbytes, 0)
+        runtime.hostRegister(memory.ctypes.data, memory.nbytes, 1)  # for all devices of this process
     except runtime.CUDARuntimeError:
         return False
     return True
@@ -217,13 +240,14 @@ class Boxes:
     A copy may still be on its way when a call returns, and so the memory is this one's until it is released.
     """
 
-    def __init__(self, memory: np.ndarray, registered: bool = False) -> None:
+    def __init__(self, memory: np.ndarray, device: int, registered: bool = False) -> None:
         size = len(memory) // BOXES
         self._memory, self._registered = memory, registered
         self._boxes = [memory[n * size : (n + 1) * size] for n in range(BOXES)]
         self._device: int | None = None
         self._out: Any = None
         self._back: Any = None
+        self._use(device)
 
     def _use(self, device: int) -> None:
         """Streams and events are those of a device."""
@@ -243,8 +267,8 @@ class Boxes:
         """``do`` something with each piece of what is ``given`` (if nothing is, with memory that holds anything), and
         bring what it leaves there to ``taken``.  The host copies what is in host memory.
 
-        The host waits for each piece to come, and for nothing else; the GPU waits with a copy to a box until what was
-        there is gone.
+        The host waits for each piece to come, or, if nothing is given, for each box to be free; the GPU waits with a
+        copy to a box until what was there is gone.
         """
         array = next(one for one in (given, taken) if isinstance(one, Array))
         self._use(array.device)
@@ -297,9 +321,10 @@ class Boxes:
     def release(self) -> None:
         """Wait for what is on its way, and give the memory back."""
         runtime = cupy().cuda.runtime
-        with suppress(runtime.CUDARuntimeError):  # at the end of the program CUDA may be gone before MPI
-            if self._device is not None:
-                self._back.synchronize()
+        for stream in (self._out, self._back):
+            with suppress(runtime.CUDARuntimeError):  # at the end of the program CUDA may be gone before MPI
+                stream.synchronize()
+        with suppress(runtime.CUDARuntimeError):
             if self._registered:
                 runtime.hostUnregister(self._memory.ctypes.data)
 
@@ -382,10 +407,11 @@ def count() -> int:
 
 
 @lru_cache
-def compiled(text: str, name: str, options: tuple[str, ...]) -> Any:
-    """A kernel, compiled for the current device; CuPy keeps it on disk for the next program."""
+def compiled(text: str, name: str, options: tuple[str, ...], device: int) -> Any:
+    """A kernel, compiled for a device; CuPy keeps it on disk for the next program."""
     kernel = cupy().RawKernel(text, name, options)
-    kernel.compile()
+    with cupy().cuda.Device(device):
+        kernel.compile()
     return kernel
 
 
@@ -400,24 +426,28 @@ def launch(
 ) -> None:
     """On the device and the stream of an array."""
     with on(array):
-        compiled(text, name, options)((grid,), (block,), arguments)
+        compiled(text, name, options, array.device)((grid,), (block,), arguments)
 
 
 # ---- arrays of other processes
 
 
 class Allocation(NamedTuple):
-    """Memory that the driver has given at once: its number, which is never given again, its address and its bytes."""
+    """Memory that the driver has given at once: its number, which is never given again, its address, its bytes, and
+    the device where it is."""
 
     number: int
     base: int
     size: int
+    device: int
 
 
-def allocation(pointer: int) -> Allocation | None:
-    """The one that an address lies in; none if it cannot be opened by other processes, as managed memory cannot."""
-    base, size, number, capable = _attributes(pointer)
-    return Allocation(number + 1, base, size) if capable else None
+def allocation(array: Array) -> Allocation | None:
+    """The one that an array lies in; none if it cannot be opened by other processes, as managed memory cannot."""
+    base, size, number, capable = _attributes(array.pointer)
+    if not capable or array.pointer + array.nbytes > base + size:
+        return None
+    return Allocation(number + 1, base, size, array.device)
 
 
 def _attributes(pointer: int) -> tuple[int, int, int, bool]:
@@ -457,7 +487,8 @@ def handle(allocation: Allocation) -> bytes | None:
     """By which another process can open it; ``None`` if the driver has none."""
     runtime = cupy().cuda.runtime
     try:
-        return bytes(runtime.ipcGetMemHandle(allocation.base))
+        with cupy().cuda.Device(allocation.device):
+            return bytes(runtime.ipcGetMemHandle(allocation.base))
     except runtime.CUDARuntimeError:
         return None
 
@@ -473,10 +504,10 @@ def opened(handle: bytes, device: int) -> int | None:
         return None
 
 
-def close(base: int) -> None:
+def close(base: int, device: int) -> None:
     """The opposite; what is under way there has ended."""
     runtime = cupy().cuda.runtime
-    with suppress(runtime.CUDARuntimeError):  # its process may be gone
+    with suppress(runtime.CUDARuntimeError), cupy().cuda.Device(device):  # its process may be gone
         runtime.ipcCloseMemHandle(base)
 
 

@@ -238,22 +238,41 @@ class State:
     def join_devices(self, device: int) -> "Devices":
         """Find out what ranks can do on their GPUs, of which this is the number of this rank's.  A collective call."""
         if self.devices is None:
-            from .devices import Devices
+            from .devices import Devices, facts
 
-            self.devices = self.on_node(Devices, self.comm, self.node, device)
+            own = self._together(lambda: facts(device), "GPUs cannot be asked what they can do")
+            self.devices = self.on_node(Devices, self.comm, self.node, own)
         return self.devices
 
-    def boxes(self) -> gpu.Boxes:
+    def boxes(self, device: int) -> gpu.Boxes:
         """What arrays in the memory of a GPU go through: in memory that ranks share, if there is some to be locked.  A
-        collective call."""
+        collective call, which raises on all ranks if one has no memory for it."""
         if self._boxes is None:
             size = gpu.BOXES * gpu.BOX
             memory = self.on_node(self.node.empty, size) if self.node.size > 1 else None
-            registered = memory is not None and gpu.register(memory)
-            if memory is None or not registered:
-                memory = gpu.pinned(size)
-            self._boxes = gpu.Boxes(memory, registered)
+
+            def made() -> gpu.Boxes:
+                if memory is not None and gpu.register(memory):
+                    return gpu.Boxes(memory, device, registered=True)
+                return gpu.Boxes(gpu.pinned(size), device)
+
+            self._boxes = self._together(made, "page-locked memory for arrays on GPUs cannot be had")
         return self._boxes
+
+    def _together(self, action: Callable[[], T], what: str) -> T:
+        """What it returns; if it raises on one rank, an error on all of them.  A collective call."""
+        found: T | None = None
+        error: Exception | None = None
+        try:
+            found = action()
+        except Exception as raised:
+            error = raised
+        with driving(self.comm):
+            everyone = self.comm.allgather(None if error is None else str(error) or type(error).__name__)
+        for rank, why in enumerate(everyone):
+            if why is not None:
+                raise RuntimeError(f"{what} on rank {rank}: {why}") from error
+        return found  # type: ignore[return-value]
 
     def _across(self, piece: np.ndarray, operation: Operation) -> None:
         """Add up with the other nodes, in the canonical order."""

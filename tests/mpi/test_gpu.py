@@ -218,6 +218,55 @@ def test_bits_are_those_of_the_canonical_order(cupy, ours, dtype):
             assert x.get(stream=stream).tobytes() == right.tobytes(), (name, how)
 
 
+@pytest.mark.parametrize("way", ["auto", "staged"])
+def test_the_stream_in_use_stays_so(cupy, ours, way):
+    """Which ``with`` would not see to; and what is put there before and after is in order, without being named."""
+    stream, before = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
+    stream.use()
+    try:
+        x = cupy.asarray(own_data(19, ours.rank))
+        for _ in range(2):
+            mpicoll.allreduce(x, ours, "max", algorithm=way)
+            x += 1
+        other, named = late(own_data(19, ours.rank))
+        mpicoll.reduce_scatter(other, ours, algorithm=way, stream=named)
+        assert cupy.cuda.get_current_stream() == stream
+        foreign = SimpleNamespace(__cuda_stream__=lambda: (0, stream.ptr), wait_event=None)  # as PyTorch's are
+        mpicoll.allreduce(x, ours, "max", algorithm=way, stream=foreign)
+        right = np.max([own_data(19, other) for other in range(P)], axis=0) + 2
+        np.testing.assert_array_equal(x.get(), right)
+    finally:
+        before.use()
+
+
+def test_arrays_here_and_there(cupy, ours):
+    """What is given may be in host memory and what is taken on the GPU, and the other way round; no pointer to a GPU
+    reaches the MPI library, which would follow it."""
+    rank, each, everyone = ours.rank, own_data(2 * P, ours.rank), [own_data(2 * P, other) for other in range(P)]
+    total, mine = np.sum(everyone, axis=0), slice(2 * rank, 2 * rank + 2)
+    for send, take in ((each, cupy.zeros), (cupy.asarray(each), np.zeros)):
+        for how in ({}, {"check": "off"}):
+            part, whole = take(2), take((P, 2 * P))
+            ours.Reduce_scatter_block(send, part, **how)
+            np.testing.assert_array_equal(part.tolist(), total[mine])
+            part = take(2)
+            ours.Reduce_scatter(send, part, [2] * P, **how)
+            np.testing.assert_array_equal(part.tolist(), total[mine])
+            ours.Allgather(send, whole, **how)
+            np.testing.assert_array_equal(whole.tolist(), everyone)
+            whole = take((P, 2 * P))
+            ours.Allgatherv(send, [whole, 2 * P], **how)
+            np.testing.assert_array_equal(whole.tolist(), everyone)
+    x, z = each.copy(), cupy.asarray(each)
+    ours.Allreduce(MPI.IN_PLACE, [x, z])
+    np.testing.assert_array_equal(x, total)
+    np.testing.assert_array_equal(z.get(), total)
+    columns = own_data(6, rank).reshape(2, 3)
+    for order in (np.asfortranarray(columns), cupy.asarray(np.asfortranarray(columns))):
+        found = mpicoll.allgather(order, ours)
+        np.testing.assert_array_equal(found.tolist(), [own_data(6, other).reshape(2, 3) for other in range(P)])
+
+
 def test_all_else_goes_by_way_of_the_host(cupy, ours):
     """Nonblocking calls, lists, mixing, operations that users define, pairs of 16 bit on the wire."""
     own, total = own_data(7, ours.rank), expected("allreduce", 7)
@@ -251,7 +300,18 @@ def test_mistakes_are_told_to_all(cupy, ours):
     there = cupy.asarray(n)
     foreign = SimpleNamespace(__cuda_array_interface__={}, __module__="other", dtype=n.dtype, shape=n.shape)
     stream = cupy.cuda.Stream()
+
+    class Raises:
+        @property
+        def __cuda_array_interface__(self) -> None:
+            raise RuntimeError("it needs gradients")
+
     for call, error, message in (
+        (lambda: ours.Allreduce(MPI.IN_PLACE, Raises()), TypeError, "no CuPy array"),
+        (lambda: ours.Allgather([there], there), TypeError, "got 1 other things"),
+        (lambda: ours.Bcast([there, n]), TypeError, "passed by itself"),
+        (lambda: ours.Allgatherv(there, [there, MPI.DOUBLE]), TypeError, r"pass \[recvbuf, counts\]"),
+        (lambda: ours.Allgatherv(there, [there, ([5], [0])]), TypeError, r"pass \[recvbuf, counts\]"),
         (lambda: mpicoll.allreduce(foreign, ours), TypeError, r"no CuPy array: pass cupy.asarray\(x\)"),
         (lambda: mpicoll.allreduce([n, foreign], ours), TypeError, "no CuPy array"),
         (lambda: mpicoll.butterfly_mix(foreign, ours, step=0), TypeError, "no CuPy array"),
