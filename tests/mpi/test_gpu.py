@@ -222,13 +222,13 @@ def test_bits_are_those_of_the_canonical_order(cupy, ours, dtype):
 def test_the_stream_in_use_stays_so(cupy, ours, way):
     """Which ``with`` would not see to; and what is put there before and after is in order, without being named."""
     stream, before = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
+    other, named = late(own_data(19, ours.rank))
     stream.use()
     try:
         x = cupy.asarray(own_data(19, ours.rank))
         for _ in range(2):
             mpicoll.allreduce(x, ours, "max", algorithm=way)
             x += 1
-        other, named = late(own_data(19, ours.rank))
         mpicoll.reduce_scatter(other, ours, algorithm=way, stream=named)
         assert cupy.cuda.get_current_stream() == stream
         foreign = SimpleNamespace(__cuda_stream__=lambda: (0, stream.ptr), wait_event=None)  # as PyTorch's are
