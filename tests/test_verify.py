@@ -20,7 +20,7 @@ Part = TypeVar("Part", Send, Recv)
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}-{row.collective}")
 def test_every_row_is_proved_with_all_its_roots_and_segments(row):
-    """For some numbers of ranks; ``mpicoll verify``, which the README shows and its test runs, for all from 1 to 64."""
+    """For some numbers of ranks; ``mpicoll verify``, which continuous integration runs, for all from 1 to 64."""
     orders = set()
     for p in (*range(1, 18), 31, 32, 33, 64):
         for given in variants(row, p):
