@@ -41,7 +41,7 @@ LAYERS = [
     ["measure"],
     ["train"],
     ["train.settings", "train.models", "train.optimizers", "train.server", "train.formats", "train.data"],
-    ["train.compress"],
+    ["train.compress", "train.parallel"],
     [
         "train.strategies.base",
         "train.strategies.sync",
@@ -71,7 +71,7 @@ LAYERS = [
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
     "mpi4py": ("mpi.", "measure", "train.", "torch"),
-    "scipy": ("train.formats", "train.data", "train.models"),
+    "scipy": ("train.formats", "train.data", "train.models", "train.parallel"),
     "sklearn": ("train.formats",),
     "safetensors": ("train.files", "train.checkpoint"),
     "threadpoolctl": ("mpi.threads", "mpi.doctor"),

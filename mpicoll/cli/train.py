@@ -16,6 +16,7 @@ from ..algorithms import ALGORITHMS
 from ..errors import UserError
 from ..mpi.launch import launched_rank, launched_ranks, world
 from ..mpi.record import named
+from ..pipeline import PIPELINES
 from ..train.models import MODELS
 from ..train.optimizers import OPTIMIZERS, SCHEDULES
 from ..train.settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag, read_settings
@@ -48,6 +49,16 @@ class _Widths(click.ParamType):
         return text
 
 
+class _Layers(click.ParamType):
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not re.fullmatch(r"\d{1,6}(,\d{1,6})*", text, re.ASCII):
+            self.fail(f"{text!r} is not a list of layers like 1 or 1,3.", param, ctx)
+        return text
+
+
 _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "What is learned": {
         "data": (
@@ -60,6 +71,20 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "shards": (bool, "Every rank reads and keeps a part of the data, instead of all."),
         "model": (click.Choice(list(MODELS)), "What to train."),
         "hidden": (_Widths(), "mlp: widths of the hidden layers, as 256,128 [default: 256]."),
+    },
+    "How the model is split": {
+        "grid": (
+            str,
+            "Ranks as a grid, as data=2,pipe=2,tensor=2: shares of each batch, stages of layers, and shards of layers "
+            "[default: all data].",
+        ),
+        "cut": (_Layers(), "pipe: the first layer of each stage but the first, as 1,3 [default: as even as can be]."),
+        "micro": (
+            click.IntRange(min=LEAST["micro"]),
+            "pipe: into how many parts a group's share of a batch is cut [default: as there are stages].",
+        ),
+        "pipeline": (click.Choice(list(PIPELINES)), "pipe: the order of their tasks [default: 1f1b]."),
+        "recompute": (bool, "pipe: stages keep their inputs only, and compute the rest again when they need it."),
     },
     "How ranks agree": {
         "strategy": (
@@ -284,6 +309,9 @@ class _Progress:
             f"{facts['train_samples']} training{validation} and {facts['test_samples']} test samples, "
             f"{facts['features']} features, {facts['classes']} classes, {facts['parameters']} parameters ({s.dtype})"
         )
+        if facts["grid"]:
+            held = facts["parameters_held"]
+            _say(f"grid {facts['grid']}: {min(held)} to {max(held)} parameters a rank")
         if facts["gpu"]:
             _say("; ".join(f"{named(gpu['ranks'])} on {gpu['name']}" for gpu in facts["gpu"]))
             for gpu in facts["gpu"]:

@@ -1,8 +1,9 @@
 """Checkpoints: folders that appear whole or not at all, in formats that hold data and no code.
 
 ``checkpoints/epoch-00000012/`` holds ``manifest.json`` (where training was, what its bits depend on, and the SHA-256 of
-every file) and ``rank-N.safetensors`` for every rank, or of rank 0 only where all ranks hold the same.  It is written
-under another name, synchronised to disk, and renamed once every rank has written its part.
+every file) and ``rank-N.safetensors`` for every rank, or of rank 0 only where all ranks hold the same; of ranks that
+hold a model together, one file, with all of it.  It is written under another name, synchronised to disk, and renamed
+once every rank has written its part.
 """
 
 import json
@@ -54,7 +55,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def ranks(self) -> int:
-        """How many wrote it."""
+        """How many wrote it, or groups of them that held a model together."""
         return int(self.facts["ranks"])
 
     def tensors(self, rank: int) -> dict[str, np.ndarray]:
@@ -72,36 +73,36 @@ class Checkpoint(NamedTuple):
 
 
 def save(
-    folder: Path, comm: MPI.Intracomm, facts: dict[str, Any], tensors: dict[str, np.ndarray], one_file: bool
+    folder: Path, comm: MPI.Intracomm, facts: dict[str, Any], tensors: dict[str, np.ndarray], number: int | None
 ) -> Path:
     """Write a checkpoint into ``folder``; a collective call.  Returns where it is.
 
+    A rank writes the file of this ``number``, or none; 0 is rank 0's.
     If any rank cannot write its part, nothing is left and all raise the same ``UserError``.
     """
     from safetensors.numpy import save_file
 
     final = folder / f"epoch-{facts['epoch']:08}"
     partial = folder / f".{final.name}.partial"
-    writes = comm.rank == 0 or not one_file
 
     def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)  # of a job that was killed
         partial.mkdir(parents=True)
 
-    def write() -> str | None:
-        if not writes:
+    def write() -> tuple[str, str] | None:
+        if number is None:
             return None
-        path = partial / _file(comm.rank)
+        path = partial / _file(number)
         save_file({name: np.ascontiguousarray(in_host_memory(value)) for name, value in tensors.items()}, path)
         path.chmod(0o666 & ~umask())  # the library makes it private
         _synchronize(path)
         with path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
+            return path.name, file_digest(file, "sha256").hexdigest()
 
-    def finish(digests: list[str | None]) -> None:
-        files = {_file(rank): digest for rank, digest in enumerate(digests) if digest}
+    def finish(written: list[tuple[str, str] | None]) -> None:
         manifest = partial / MANIFEST
-        manifest.write_text(json.dumps({"format": FORMAT, **facts, "ranks": comm.size, "files": files}, indent=1))
+        files = dict(file for file in written if file)
+        manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1))
         _synchronize(manifest)
         _synchronize(partial)
         partial.chmod(0o777 & ~umask())
@@ -112,8 +113,8 @@ def save(
 
     try:
         on_root(comm, lambda: _writing(final, prepare))
-        digests = comm.allgather(on_all(comm, lambda: _writing(final, write)))
-        on_root(comm, lambda: _writing(final, lambda: finish(digests)))
+        written = comm.allgather(on_all(comm, lambda: _writing(final, write)))
+        on_root(comm, lambda: _writing(final, lambda: finish(written)))
     except UserError:
         if comm.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

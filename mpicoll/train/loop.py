@@ -13,11 +13,13 @@ from ..errors import UserError
 from ..mpi import gpu
 from ..mpi.collectives import allreduce, bcast
 from ..mpi.guard import on_all, on_root
+from ..pipeline import PIPELINES
 from ..tuning import WAYS
 from .checkpoint import Checkpoint, save
 from .data import Batches, Dataset, Part, normalized, rebalanced
 from .models import Batch, Model
 from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
+from .parallel import Split
 from .settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag
 from .strategies import STRATEGIES, Now
 from .strategies.average import OUTER
@@ -35,6 +37,7 @@ CHOICES: dict[str, Collection[str]] = {
     "momenta": MOMENTA,
     "dtype": DTYPES,
     "device": DEVICES,
+    "pipeline": PIPELINES,
 }
 
 
@@ -62,6 +65,17 @@ def check(settings: Settings) -> None:
             raise UserError("--compress is not for --device gpu: leave one of them out")
     elif settings.algorithm in WAYS:
         raise UserError(f"--algorithm {settings.algorithm} is for --device gpu: take another, or that device")
+
+
+def check_split(settings: Settings) -> None:
+    """A ``UserError`` for a setting that does not go with a model of which each rank has a part."""
+    if not STRATEGIES[settings.strategy].in_step:  # they do not see the same samples in the same step
+        others = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.in_step)
+        raise UserError(f"--grid with pipe or tensor is not for the {settings.strategy} strategy, but for {others}")
+    if settings.device == "gpu":
+        raise UserError("--grid with pipe or tensor is not for --device gpu: take --device cpu, or data only")
+    if (settings.compress or "").startswith("powersgd"):
+        raise UserError("--compress powersgd is for whole matrices, not for --grid with pipe or tensor: take topk")
 
 
 def weights_of(settings: Settings, p: int, sharded: bool) -> list[float] | None:
@@ -146,7 +160,8 @@ class Training:
     """A run: ``run()`` it.  Made by all ranks together.
 
     The ranks share each global batch of ``settings.batch_size`` samples; how they agree is the strategy's affair.
-    Every epoch visits all samples in a new order drawn from ``settings.seed``.  With device ``gpu`` each rank takes a
+    Every epoch visits all samples in a new order drawn from ``settings.seed``.  Of a ``Split`` model, ``comm`` are the
+    ranks that have the same part of it, and all of its grid make this together.  With device ``gpu`` each rank takes a
     GPU, ``gpu`` says which one, and parameters, data and all else are in its memory; ``arrays`` is the library whose
     arrays they are.
     """
@@ -157,6 +172,14 @@ class Training:
             raise UserError("--patience needs validation samples: hold out a larger share, as with --validation 0.1")
         self.comm, self.data, self.model, self.settings = comm, data, model, settings
         self.weights = weights_of(settings, comm.size, data.sharded)
+        self.split = model if isinstance(model, Split) else None
+        self.world: MPI.Intracomm = self.split.grid.world if self.split else comm
+        if self.split:
+            check_split(settings)
+            train, validation, test = (
+                part._replace(x=self.split.own_features(part.x)) for part in (data.train, data.validation, data.test)
+            )
+            self.data = data._replace(train=train, validation=validation, test=test)
         s, dtype = settings, np.dtype(settings.dtype)
         self.steps_per_epoch = -(-data.train.total // s.batch_size)
         self.gpu: gpu.Gpu | None = None
@@ -189,6 +212,8 @@ class Training:
             getattr(model, "tensors", None),
         )
         self.params, self.sums = self.strategy.params, self.strategy.sums  # where it has them
+        if self.split:
+            self.strategy.clip = self.split.clip
         self.epoch = self.step = 0
         self.seconds = self.resumed_seconds = self.agreeing = self.waiting = 0.0
         self.best = np.inf, 0  # validation loss, epoch
@@ -216,7 +241,7 @@ class Training:
         distance = self._distance(final)
         if self.best_params is not None:
             final = self.best_params
-        return Result(final, history, self.step, self.strategy.algorithm, distance, self._ranks())
+        return Result(self._whole(final), history, self.step, self.strategy.algorithm, distance, self._ranks())
 
     def _epoch(self, max_steps: int | None) -> Epoch:
         self.epoch += 1
@@ -246,12 +271,14 @@ class Training:
         self.seconds += took
         agreeing, weights = self._account(), self.weights
         if weights and s.balance == "auto":
+            if self.split:  # which computes as fast as the slowest of the group
+                computing = self.split.grid.group.allreduce(computing, MPI.MAX)
             self.weights = rebalanced(weights, self.comm.allgather((samples, computing)), self.data.train.total)
         loss, correct, seen = allreduce(totals, self.comm, deterministic=True)
         loss, correct = loss / seen, correct / seen
         if not np.isfinite(loss):
             raise strategy.diverged(f"the loss became {loss}", self.epoch, self.step)
-        if not self.comm.allreduce(bool(np.isfinite(self.params).all()), MPI.LAND):
+        if not self.world.allreduce(bool(np.isfinite(self.params).all()), MPI.LAND):
             raise strategy.diverged("parameters became infinite or nan", self.epoch, self.step)
         return self._evaluated(
             Epoch(
@@ -310,15 +337,30 @@ class Training:
         if self.strategy.replicated:
             return None
         square = np.array([float(np.sum(np.square(self.strategy.point() - model, dtype=np.float64)))])
-        return float(np.sqrt(allreduce(square, self.comm, "mean")[0]))
+        allreduce(square, self.comm, "mean")
+        if self.split:
+            allreduce(square, self.split.grid.group)
+        return float(np.sqrt(square[0]))
 
     def _ranks(self) -> list[Rank]:
         strategy = self.strategy
         seconds = self.seconds - self.resumed_seconds
         own = Rank(seconds, self.agreeing, self.waiting, strategy.bytes_sent, strategy.messages)
-        return [Rank(*rank) for rank in self.comm.allgather(tuple(own))]
+        return [Rank(*rank) for rank in self.world.allgather(tuple(own))]
 
-    # What a checkpoint keeps, and going on from one.
+    # What a checkpoint keeps, and going on from one.  Of a split model that is the whole.
+
+    def _is_long(self, name: str) -> bool:
+        """Is that tensor as long as the parameters, in the last axis?"""
+        return not name.startswith("strategy.") or name.removeprefix("strategy.") in self.strategy.vectors
+
+    def _whole(self, array: np.ndarray) -> np.ndarray:
+        """All parts; a collective call."""
+        return _by_rows(array, self.split.whole, self.split.model.size) if self.split else array
+
+    def _part(self, array: np.ndarray) -> np.ndarray:
+        """The opposite."""
+        return _by_rows(array, self.split.part, self.split.size) if self.split else array
 
     def save(self, folder: Path, facts: dict[str, Any]) -> Path:
         """Write a checkpoint, a collective call; ``facts`` are what else it should say."""
@@ -327,6 +369,7 @@ class Training:
         tensors |= {f"strategy.{name}": array for name, array in self.strategy.state().items()}
         if self.best_params is not None:
             tensors["best"] = self.best_params
+        tensors = {name: self._whole(array) if self._is_long(name) else array for name, array in tensors.items()}
         where = {
             "epoch": self.epoch,
             "step": self.step,
@@ -334,8 +377,10 @@ class Training:
             "optimizer_steps": self.optimizer.steps,
             "best": self.best if self.best_params is not None else None,
             "weights": self.weights,
+            "ranks": self.comm.size,
         }
-        return save(folder, self.comm, {**where, **facts}, tensors, self.strategy.one_file)
+        writes = (self.comm.rank == 0 or not self.strategy.one_file) and (not self.split or self.split.grid.leads)
+        return save(folder, self.world, {**where, **facts}, tensors, self.comm.rank if writes else None)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, a collective call.
@@ -347,9 +392,10 @@ class Training:
 
         def read(rank: int) -> dict[str, np.ndarray]:
             tensors = checkpoint.tensors(rank)
-            if any(name not in tensors or tensors[name].shape != self.params.shape for name in vectors):
+            size = (self.split.model if self.split else self.model).size
+            if any(name not in tensors or tensors[name].shape != (size,) for name in vectors):
                 raise UserError(
-                    f"checkpoint {str(checkpoint.path)!r} is that of another model than {self.model.size} parameters: "
+                    f"checkpoint {str(checkpoint.path)!r} is that of another model than {size} parameters: "
                     "were the data changed?"
                 )
             return tensors
@@ -364,15 +410,16 @@ class Training:
             held.append({**tensors, **{name: total / checkpoint.ranks for name, total in sums.items()}})
 
         if same:
-            tensors = on_all(self.comm, lambda: read(self.comm.rank))
+            tensors = on_all(self.world, lambda: read(self.comm.rank))
         else:  # rank 0 reads, or every file would be read by every rank
             held: list[dict[str, np.ndarray]] = []
-            on_root(self.comm, average)
+            on_root(self.world, average)
             kinds = {name: (array.shape, array.dtype) for name, array in held[0].items()} if held else None
-            kinds = self.comm.bcast(kinds)
+            kinds = self.world.bcast(kinds)
             tensors = held[0] if held else {name: np.empty(*kind) for name, kind in kinds.items()}
             for name in kinds:
-                bcast(tensors[name], self.comm)
+                bcast(tensors[name], self.world)
+        tensors = {name: self._part(array) if self._is_long(name) else array for name, array in tensors.items()}
         self.params[:] = self.arrays.asarray(tensors["params"])
         for name, vector in self.optimizer.state.items():
             vector[:] = self.arrays.asarray(tensors[f"optimizer.{name}"])
@@ -385,6 +432,15 @@ class Training:
         self.best = np.inf, self.epoch  # if patience is new, it begins here
         if facts["best"] is not None:
             self.best, self.best_params = tuple(facts["best"]), self.arrays.asarray(tensors["best"])
+
+
+def _by_rows(array: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarray:
+    """A new array, of that size in the last axis."""
+    rows = array.reshape(-1, array.shape[-1])
+    found = np.empty((len(rows), size), array.dtype)
+    for row, into in zip(rows, found, strict=True):
+        into[:] = convert(row)
+    return found.reshape(*array.shape[:-1], size)
 
 
 def moved(data: Dataset, dtype: np.dtype, arrays: Any) -> Dataset:

@@ -105,6 +105,64 @@ def _signs(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.where(y[:, np.newaxis] == positive, 1, -1).astype(scores.dtype)
 
 
+Layer = tuple[np.ndarray, np.ndarray]
+"""Weight (inputs x outputs), or its gradient, and bias; without elements, if it is added elsewhere."""
+
+
+def nothing(n: int, values: np.ndarray) -> None:
+    """Of a whole layer, no sum has to be completed."""
+
+
+def forward(
+    layers: Sequence[Layer],
+    x: "np.ndarray | csr_array",
+    first: int = 0,
+    complete: Callable[[int, np.ndarray], None] = nothing,
+) -> list[Any]:
+    """The input of each layer, and the outputs of the last.
+
+    Layers are numbered from ``first``.  All but number 0 begin with ReLU, in place.  ``complete`` gets what comes out
+    of each, in case that others have a part of its sums, to complete it in place.
+    """
+    values: list[Any] = [x]
+    for n, (weight, bias) in enumerate(layers, first):
+        if n:
+            np.maximum(values[-1], 0, out=values[-1])
+        values.append(values[-1] @ weight)
+        if len(bias):
+            values[-1] += bias
+        complete(n, values[-1])
+    return values
+
+
+def backward(
+    layers: Sequence[Layer],
+    inputs: Sequence[Any],
+    error: np.ndarray,
+    grads: Sequence[Layer],
+    first: int = 0,
+    complete: Callable[[int, np.ndarray], None] = nothing,
+) -> np.ndarray:
+    """Write all of ``grads``, from the inputs that ``forward`` found and the loss's gradient by the last outputs.
+
+    Returns its gradient by the input of the first of these layers, unless that is number 0.  The derivative of ReLU at
+    0 is 0.
+    """
+    for n in reversed(range(len(layers))):
+        weight_grad, bias_grad = grads[n]
+        if hasattr(inputs[n], "indptr"):  # CSR
+            weight_grad[:] = inputs[n].T @ error
+        else:
+            np.matmul(inputs[n].T, error, out=weight_grad)
+        if len(bias_grad):
+            np.sum(error, axis=0, out=bias_grad)
+        if first + n:
+            error = error @ layers[n][0].T
+            complete(first + n, error)
+            error *= inputs[n] > 0
+    return error
+
+
 class Layered:
     """Fully connected layers, ReLU between them, and a loss at the end; with one layer, a linear model.
 
@@ -116,7 +174,7 @@ class Layered:
     def __init__(self, sizes: Sequence[int], loss: Loss) -> None:
         self.sizes = tuple(sizes)
         self.size = sum((inputs + 1) * outputs for inputs, outputs in pairwise(self.sizes))
-        self._loss = loss
+        self.loss = loss
 
     def tensors(self, params: np.ndarray) -> dict[str, np.ndarray]:
         """``layer0.weight``, ``layer0.bias``, ``layer1.weight``, ...: views of the vector, which they cover."""
@@ -128,8 +186,7 @@ class Layered:
             at += outputs
         return views
 
-    def _layers(self, params: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Weight and bias of each layer."""
+    def _layers(self, params: np.ndarray) -> list[Layer]:
         views = list(self.tensors(params).values())
         return list(zip(views[::2], views[1::2], strict=True))
 
@@ -142,40 +199,23 @@ class Layered:
         return params
 
     def loss_and_grad(self, params: np.ndarray, batch: Batch, grad: np.ndarray) -> Sums:
-        """See ``Model``.  The derivative of ReLU at 0 is 0."""
+        """See ``Model``."""
         layers = self._layers(params)
-        inputs = self._forward(layers, batch.x)
+        inputs = forward(layers, batch.x)
         outputs = inputs.pop()
-        correct: Any = np.count_nonzero(_classes(outputs) == batch.y)
-        loss, error = self._loss(outputs, batch.y)
-        for n, (weight_grad, bias_grad) in reversed(list(enumerate(self._layers(grad)))):
-            if hasattr(inputs[n], "indptr"):  # CSR
-                weight_grad[:] = inputs[n].T @ error
-            else:
-                np.matmul(inputs[n].T, error, out=weight_grad)
-            np.sum(error, axis=0, out=bias_grad)
-            if n:
-                error = error @ layers[n][0].T
-                error *= inputs[n] > 0
+        correct: Any = np.count_nonzero(classes_of(outputs) == batch.y)
+        loss, error = self.loss(outputs, batch.y)
+        backward(layers, inputs, error, self._layers(grad))
         return Sums(loss, correct)
 
     @np.errstate(all="ignore")  # an overflow is an infinite output
     def predict(self, params: np.ndarray, x: "np.ndarray | csr_array") -> np.ndarray:
         """See ``Model``."""
-        return _classes(self._forward(self._layers(params), x)[-1])
-
-    def _forward(self, layers: list[tuple[np.ndarray, np.ndarray]], x: "np.ndarray | csr_array") -> list:
-        """The input of each layer, and the outputs of the last."""
-        values = [x]
-        for n, (weight, bias) in enumerate(layers):
-            if n:
-                np.maximum(values[-1], 0, out=values[-1])
-            values.append(values[-1] @ weight)
-            values[-1] += bias
-        return values
+        return classes_of(forward(self._layers(params), x)[-1])
 
 
-def _classes(outputs: np.ndarray) -> np.ndarray:
+def classes_of(outputs: np.ndarray) -> np.ndarray:
+    """The class that wins, for each sample."""
     return outputs.argmax(axis=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).astype(np.int64)
 
 

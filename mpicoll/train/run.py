@@ -23,8 +23,9 @@ from . import files
 from .checkpoint import Checkpoint, latest
 from .data import fingerprint, load
 from .loop import Epoch, Training, added, check, evaluate
-from .models import MODELS
-from .settings import MAY_CHANGE, NOT_SAVED, Settings, flag
+from .models import MODELS, Layered
+from .parallel import Grid, Split, sizes_of
+from .settings import MAY_CHANGE, NOT_SAVED, OF_PIPELINES, Settings, flag
 
 DEPENDS = (
     "version",
@@ -33,6 +34,7 @@ DEPENDS = (
     "python",
     "machine",
     "ranks",
+    "grid",
     "threads_per_rank",
     "data_crc32",
     "shares",
@@ -61,19 +63,26 @@ def run(
     """
     _check_same(comm, settings, resume)
     check(settings)
+    sizes = sizes_of(settings.grid, comm.size)
+    _check_pipeline(settings, sizes.pipe, resume)
     checkpoint = on_root(comm, lambda: _checkpoint(resume, settings)) if resume else None
     out = checkpoint.path.parent.parent if checkpoint else on_root(comm, lambda: _output(settings, comm.size))
+    grid = Grid(comm, sizes) if sizes.group > 1 else None
+    beside = grid.data if grid else comm  # those who are to agree on what this rank has
     data = load(
         settings.data,
-        comm,
+        beside,
         np.dtype(settings.dtype),
         test=settings.test,
         shards=settings.shards,
         validation=settings.validation,
     )
+    crc = fingerprint(data, beside)
     model = MODELS[settings.model](data.features, data.classes, settings.widths)
+    own = _split(model, grid, settings) if grid else model
     threads = limit_threads(comm, settings.threads)
-    training = Training(comm, data, model, settings)
+    training = Training(beside, data, own, settings)
+    data = training.data  # what this rank needs of it
     facts = {
         "version": __version__,
         "mpi": library_name(),
@@ -83,8 +92,9 @@ def run(
         "python": platform.python_version(),
         "machine": platform.machine(),
         "ranks": comm.size,
+        "grid": str(sizes) if grid else None,
         "threads_per_rank": threads,
-        "data_crc32": fingerprint(data, comm),
+        "data_crc32": crc,
         "graph": training.strategy.digest,
         "train_samples": data.train.total,
         "validation_samples": data.validation.total,
@@ -93,12 +103,13 @@ def run(
         "features": data.features,
         "classes": data.classes,
         "parameters": model.size,
+        "parameters_held": comm.allgather(own.size),
     }
     hosts = comm.gather(socket.gethostname())
     if checkpoint:
         training.restore(checkpoint)
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
-        facts["changed"] = _changed(checkpoint, facts, settings)
+        facts["changed"] = _changed(checkpoint, facts, settings, beside.size)
     started(facts)
 
     with ExitStack() as held:
@@ -140,7 +151,8 @@ def run(
 
         result = training.run(epoch_done, save)
         # Only now is the test set looked at.
-        test_loss, test_accuracy = evaluate(comm, model, result.params, training.data.test, data.sharded)
+        params = own.part(result.params) if isinstance(own, Split) else result.params
+        test_loss, test_accuracy = evaluate(beside, own, params, data.test, data.sharded)
         assert folder is not None
         where = folder
 
@@ -174,7 +186,29 @@ def run(
             files.finish(where, settings, model, result.params, data, summary)
             return summary
 
-        return on_root(comm, finish)
+        summary = on_root(comm, finish)
+        if grid:
+            grid.free()
+        return summary
+
+
+def _check_pipeline(settings: Settings, stages: int, resume: Path | None) -> None:
+    """A resumed run may have no stages any more, and then its settings for them mean nothing."""
+    for name in OF_PIPELINES if stages == 1 and resume is None else ():
+        if getattr(settings, name) not in (None, False):
+            raise UserError(f"{flag(name)} is for stages, as --grid pipe=2 makes them: leave it out")
+
+
+def _split(model: Layered, grid: Grid, settings: Settings) -> Split:
+    """This rank's part."""
+    return Split(
+        model,
+        grid,
+        first=settings.cuts if grid.sizes.pipe > 1 else None,
+        micro=settings.micro if grid.sizes.pipe > 1 else None,
+        pipeline=settings.pipeline or "1f1b",
+        recompute=settings.recompute and grid.sizes.pipe > 1,
+    )
 
 
 def gpus(mine: Gpu, comm: MPI.Intracomm) -> list[dict[str, Any]]:
@@ -213,22 +247,23 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
     return found
 
 
-def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings) -> list[str]:
-    """What bits depend on, and is not as it was."""
+def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, models: int) -> list[str]:
+    """What bits depend on, and is not as it was; of a run where so many ranks, or groups, have a model each."""
     before, ranks = checkpoint.facts["environment"], checkpoint.ranks
-    names = [name for name in DEPENDS if ranks == facts["ranks"] or name not in OF_RANKS]
+    names = [name for name in DEPENDS if ranks == models or name not in OF_RANKS]
     changes = [f"{name} {before.get(name)} -> {facts[name]}" for name in names if before.get(name) != facts[name]]
     epochs = checkpoint.facts["settings"].get("epochs")
     if settings.schedule != "constant" and epochs != settings.epochs:
         changes.append(
             f"epochs {epochs} -> {settings.epochs}, and so the learning rates of the {settings.schedule} schedule"
         )
-    balance = checkpoint.facts["settings"].get("balance")
-    if balance != settings.balance:
-        changes.append(f"balance {balance} -> {settings.balance}")
-    if ranks != facts["ranks"] and len(checkpoint.files) > 1:
+    for name in ("balance", "cut", "micro"):
+        was, now = checkpoint.facts["settings"].get(name), getattr(settings, name)
+        if was != now:
+            changes.append(f"{name} {was} -> {now}")
+    if ranks != models and len(checkpoint.files) > 1:
         changes.append(f"the models and momenta of {ranks} ranks are averaged")
-    if ranks != facts["ranks"] and settings.compress is not None:
+    if ranks != models and settings.compress is not None:
         changes.append(f"what {ranks} rank(s) had kept back for --compress is dropped")
     return changes
 

@@ -18,6 +18,12 @@ class Settings:
     shards: bool = False
     model: str = "mlp"
     hidden: str | None = None
+    # how the model is split
+    grid: str | None = None
+    cut: str | None = None
+    micro: int | None = None
+    pipeline: str | None = None
+    recompute: bool = False
     # how ranks agree; those of one strategy only are in its ``options``
     strategy: str = "sync"
     algorithm: str = "auto"
@@ -60,12 +66,22 @@ class Settings:
     @property
     def widths(self) -> tuple[int, ...]:
         """Of hidden layers; none for the model's own choice."""
-        return tuple(int(width) for width in (self.hidden or "").split(",") if width)
+        return _numbers(self.hidden)
+
+    @property
+    def cuts(self) -> tuple[int, ...] | None:
+        """The first layers of stages; none to cut by cost."""
+        return None if self.cut is None else _numbers(self.cut)
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in (text or "").split(",") if number)
 
 
 LEAST = {
     "epochs": 1,
     "batch_size": 1,
+    "micro": 1,
     "every": 1,
     "sync_epochs": 0,
     "backups": 0,
@@ -86,8 +102,11 @@ DEVICES = ("cpu", "gpu")
 NOT_SAVED = ("out",)
 """What a configuration file written by a run leaves out: another run is not to go to the same folder."""
 
-MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads", "data", "test", "graph", "balance")
-"""What may be another when a run is resumed: how long it is, where things are, and who is how fast."""
+OF_PIPELINES = ("cut", "micro", "pipeline", "recompute")
+"""What is for grids with stages only."""
+
+MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads", "data", "test", "graph", "balance", "grid", *OF_PIPELINES)
+"""What may be another when a run is resumed: how long it is, where things are, who is how fast and has which part."""
 
 LARGE = 2**64
 NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -40,7 +40,8 @@ class Strategy:
     often; ``bytes_sent`` and ``messages`` count up, and are ``None`` where the MPI library does the sending and it
     cannot be known.  ``digest`` stands for what bits depend on beside settings.  ``workers`` have a share of each
     batch: as many as there are ranks, unless some are simulated.  ``compressor`` is there if ranks are to send less
-    than they have; it may need ``tensors``, the model's.
+    than they have; it may need ``tensors``, the model's.  ``clip`` is another one where ranks have a part of the
+    gradient only.
     """
 
     options: ClassVar[dict[str, Any]] = {}
@@ -54,6 +55,9 @@ class Strategy:
 
     in_step = True
     """Do all ranks take part in every step, and have nothing to do with each other in between?"""
+
+    vectors = ("anchor", "change", "residual", "known")
+    """Of its state, what is as long as the parameters in the last axis."""
 
     histogram: list[int] | None = None
     """Of this rank's gradients in an epoch, where they may be stale: how many were so by 0, 1, ... steps."""
@@ -72,6 +76,7 @@ class Strategy:
         self.workers = self.p
         self.sums, self.params, self.optimizer = sums, params, optimizer
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
+        self.clip: Callable[[np.ndarray, float], float] = clip
         self.seconds: list[float] = []
         self.waited: float | None = None
         self.digest = ""
@@ -119,7 +124,7 @@ class Strategy:
         if self.replicated and isinstance(self.sums, np.ndarray) and not np.isfinite(self.sums[-2]):
             raise self.diverged(f"the loss became {self.sums[-2]}", now.epoch, now.step + 1)
         if self.settings.clip is not None:
-            clip(grad, self.settings.clip)
+            self.clip(grad, self.settings.clip)
         self.optimizer.step(self.params, grad, now.lr)
         self.agree_on_parameters(now)
 

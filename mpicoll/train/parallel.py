@@ -1,0 +1,494 @@
+"""Models that are split over ranks: a grid of ranks, layers in shards, stages of a pipeline.
+
+Each parameter is on one rank of the group that holds a model, and all of the group see the same samples.  Groups
+differ in theirs: how ranks that hold the same part agree, be it by gradients or by models, is a strategy's affair.
+
+* Along ``tensor``, layers are cut (Shoeybi et al. 2019, Megatron): by outputs, which leaves each rank with some of
+  them, and the next one by inputs, so that a rank needs those which it has.  Ranks add up what comes out of a layer cut
+  by inputs, and on the way back the gradient by the inputs of a layer cut by outputs.
+* Along ``pipe``, each rank has a stage: layers that follow one another.  Batches are cut into micro-batches, so that
+  stages need not wait for each other all the time; in which order they do them is a schedule (see ``pipeline``).
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
+from itertools import pairwise
+from math import gcd, inf, sqrt
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from ..errors import UserError
+from ..mpi import launch, record
+from ..mpi.collectives import allgather, allreduce, bcast
+from ..mpi.comm import Comm
+from ..mpi.state import state_of
+from ..pipeline import PIPELINES, Kind, cut
+from ..schedule import chunk_start
+from .formats import share
+from .models import Batch, Layer, Layered, Loss, Sums, backward, classes_of, cross_entropy, forward, hinge, log_loss
+from .optimizers import clip
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+EXAMPLE = "data=2,pipe=2,tensor=2"
+
+
+class Sizes(NamedTuple):
+    """How many ranks there are along each axis of a grid; or where in it a rank is."""
+
+    data: int
+    pipe: int
+    tensor: int
+
+    def __str__(self) -> str:
+        named = [f"{axis}={size}" for axis, size in self._asdict().items() if size > 1]
+        return ",".join(named) or "data=1"
+
+    @property
+    def group(self) -> int:
+        """Over how many ranks a model is split."""
+        return self.pipe * self.tensor
+
+
+def sizes_of(text: str | None, ranks: int) -> Sizes:
+    """Of the grid that ``text`` describes, such as ``data=2,pipe=2,tensor=2``, in any order; by default all is data.
+
+    An axis that is left out is of one rank, ``data`` of as many as remain.  A ``UserError`` unless it is one of so many
+    ``ranks``.
+    """
+    given: dict[str, int] = {}
+    for part in (text or f"data={ranks}").split(","):
+        axis, _, number = (piece.strip() for piece in part.partition("="))
+        if axis not in Sizes._fields:
+            raise UserError(f"--grid has axes {', '.join(Sizes._fields)}, as {EXAMPLE}; got {axis!r}")
+        if axis in given or not number.isdecimal() or int(number) < 1:
+            raise UserError(f"--grid must give each axis at least 1 rank, and once, as {EXAMPLE}; got {text!r}")
+        given[axis] = int(number)
+    pipe, tensor = given.get("pipe", 1), given.get("tensor", 1)
+    sizes = Sizes(given.get("data", max(ranks // (pipe * tensor), 1)), pipe, tensor)
+    if sizes.data * sizes.group != ranks:
+        shards = gcd(tensor, ranks)
+        stages = gcd(pipe, ranks // shards)
+        fits = Sizes(ranks // (shards * stages), stages, shards)
+        raise UserError(
+            f"--grid {text} is one of {sizes.data * sizes.group} rank(s), and there are {ranks}: take {fits}, or other "
+            "axes with that product"
+        )
+    return sizes
+
+
+class Grid:
+    """The ranks of ``world`` as a grid of these ``sizes``; made by all of them together.
+
+    ``at`` is where this rank is.  ``data``, ``pipe`` and ``tensor`` are the ranks beside it along each axis, and
+    ``group`` those that hold a model together, stage by stage; each a communicator of its own.  Neighbors along
+    ``tensor``, who have most to tell each other, are side by side in a node as far as there is room; then come those
+    along ``data``, then those along ``pipe``.
+    """
+
+    def __init__(self, world: MPI.Intracomm, sizes: Sizes) -> None:
+        self.world, self.sizes = world, sizes
+        node = launch.node_of(world)
+        nodes = world.allgather(node.bcast(world.rank))  # by the lowest rank there
+        node.Free()
+        place = sorted(range(world.size), key=lambda rank: (nodes[rank], rank)).index(world.rank)
+        rest, tensor = divmod(place, sizes.tensor)
+        pipe, data = divmod(rest, sizes.data)
+        self.at = Sizes(data, pipe, tensor)
+
+        def beside(color: int) -> Comm:
+            made: Any = world.Split(color, place)
+            return Comm(made, deterministic=True)
+
+        self.data = beside(pipe * sizes.tensor + tensor)
+        self.pipe = beside(data * sizes.tensor + tensor)
+        self.tensor = beside(pipe * sizes.data + data)
+        self.group = beside(data)
+
+    @property
+    def leads(self) -> bool:
+        """Of its group, is this rank the one that speaks for it?"""
+        return self.at.pipe == self.at.tensor == 0
+
+    def free(self) -> None:
+        """Give the communicators back; a collective call."""
+        for comm in (self.data, self.pipe, self.tensor, self.group):
+            comm.Free()
+
+
+class Piece(NamedTuple):
+    """Where in a layer's weight the part of a rank is, and in its bias, which may be elsewhere."""
+
+    layer: int
+    rows: slice
+    columns: slice
+    bias: slice
+
+    def of(self, tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Views: weight and bias."""
+        weight, bias = tensors[f"layer{self.layer}.weight"], tensors[f"layer{self.layer}.bias"]
+        return [weight[self.rows, self.columns], bias[self.bias]]
+
+
+class Split:
+    """A rank's part of a model, which is a ``Model`` itself: of the parameters that it has.
+
+    All ranks of a group call ``loss_and_grad``, ``predict``, ``norm``, ``clip`` and ``whole`` together, the first two
+    with the same samples, of which each needs no more than ``own_features``.  Losses are those of the whole model, the
+    same bits on all ranks of the group.
+
+    Layers, numbered from 0, are cut along ``tensor`` by outputs if their number is even, else by inputs; a model of one
+    layer by inputs, that is, by features.  Along ``pipe`` stages are as even as can be, counting inputs times outputs,
+    unless ``first`` names the first layer of each but the first.  Gradients of ``micro`` micro-batches, which differ by
+    a sample at most, by default as many as there are stages, are added up in their order.  ``pipeline`` names a row of
+    ``PIPELINES``.  With ``recompute`` a stage keeps only its input of each until it needs the rest.
+
+    ``held`` is of how many micro-batches this rank has held the activations at most.
+    """
+
+    def __init__(
+        self,
+        model: Layered,
+        grid: Grid,
+        *,
+        first: Sequence[int] | None = None,
+        micro: int | None = None,
+        pipeline: str = "1f1b",
+        recompute: bool = False,
+    ) -> None:
+        self.model, self.grid = model, grid
+        self.micro = grid.sizes.pipe if micro is None else micro
+        self.recompute, self.held = recompute, 0
+        stages = _stages(model, grid.sizes.pipe, first)
+        _check_shards(model, grid.sizes.tensor)
+        self._everyones = [
+            [_piece(model, layer, shard, grid.sizes.tensor) for layer in stage]
+            for stage in stages
+            for shard in range(grid.sizes.tensor)
+        ]
+        self._pieces = self._everyones[grid.group.rank]
+        whole = model.tensors(np.empty(model.size, np.bool_))  # of which only shapes are looked at
+        self._sizes = [sum(view.size for piece in part for view in piece.of(whole)) for part in self._everyones]
+        self.size = self._sizes[grid.group.rank]
+        self._shapes = [view.shape for piece in self._pieces for view in piece.of(whole)]
+        self._is_first, self._is_last = grid.at.pipe == 0, grid.at.pipe == grid.sizes.pipe - 1
+        self._last_rank = (grid.sizes.pipe - 1) * grid.sizes.tensor  # of the group, one that knows the outputs
+        self._shard = self._pieces[-1].columns  # of the outputs, where this is the last stage
+        self._outputs_are_cut = self._is_last and self._shard != slice(0, model.sizes[-1])
+        if self._outputs_are_cut and model.loss not in SHARDED:
+            raise UserError("--grid tensor cuts the outputs, and this loss may need all: take a layer more, or fewer")
+        row = PIPELINES[pipeline]
+        self._tasks = cache(lambda micro: tuple(row.generate(grid.at.pipe, grid.sizes.pipe, micro)))
+
+    # What a model must offer.
+
+    def initial(self, rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
+        """See ``Model``: this rank's part of what the whole model would begin with."""
+        return self.part(self.model.initial(rng, dtype))
+
+    def loss_and_grad(self, params: np.ndarray, batch: Batch, grad: np.ndarray) -> Sums:
+        """See ``Model``; collective in the group."""
+        parts = _cut(len(batch.y), self.micro)
+        layers, grads = self._layers(params), self._layers(grad)
+        more = np.empty_like(grad) if len(parts) > 1 else grad  # of a micro-batch, to be added
+        flow, sums = self._flow(parts, params.dtype, Kind), np.zeros(2)
+        held: dict[int, tuple[list[Any], Any]] = {}  # inputs of layers, gradient by the outputs
+        if not parts:
+            grad[:] = 0
+        for kind, m in self._tasks(len(parts)):
+            y = batch.y[parts[m]]
+            if kind is Kind.FORWARD:
+                x = batch.x[parts[m]] if self._is_first else flow.take(kind)
+                held[m] = [x], None
+                if not (self.recompute and self._is_last):  # which has nobody to send outputs to
+                    inputs, result = self._ahead(layers, x, y, sums)
+                    if not self._is_last:
+                        flow.send(kind, result)
+                    if not self.recompute:
+                        held[m] = inputs, result if self._is_last else None
+                self.held = max(self.held, len(held))
+            else:
+                inputs, error = held[m]
+                if self.recompute:
+                    inputs, error = self._ahead(layers, inputs[0], y, sums)
+                if not self._is_last:
+                    error = flow.take(kind)
+                into = self._layers(more) if m else grads
+                error = backward(layers, inputs, error, into, self._pieces[0].layer, self._complete_errors)
+                if m:
+                    grad += more
+                if not self._is_first:
+                    flow.send(kind, error)
+                del held[m]
+        flow.end()
+        loss, correct = bcast(sums, self.grid.group, self._last_rank)
+        return Sums(loss, int(correct))
+
+    @np.errstate(all="ignore")  # an overflow is an infinite output
+    def predict(self, params: np.ndarray, x: "np.ndarray | csr_array") -> np.ndarray:
+        """See ``Model``; collective in the group."""
+        parts, layers = _cut(x.shape[0], self.micro), self._layers(params)
+        flow = self._flow(parts, params.dtype, [Kind.FORWARD])
+        classes = np.zeros(x.shape[0], np.int64)
+        for part in parts:
+            inputs = x[part] if self._is_first else flow.take(Kind.FORWARD)
+            outputs = forward(layers, inputs, self._pieces[0].layer, self._complete_outputs)[-1]
+            if self._is_last:
+                shard = self._shard_of(outputs)
+                classes[part] = shard.classes if shard else classes_of(outputs)
+            else:
+                flow.send(Kind.FORWARD, outputs)
+        flow.end()
+        bcast(classes, self.grid.group, self._last_rank)
+        return classes
+
+    def tensors(self, params: np.ndarray) -> dict[str, np.ndarray]:
+        """As those of the model: views of this rank's vector, which they cover."""
+        return {name: view for name, view in self._named(params) if view.size}
+
+    # From this rank's part of a vector to the whole, and back.
+
+    def own_features(self, x: "np.ndarray | csr_array") -> Any:
+        """Of samples, the features that this rank needs: its own, all, or none in later stages."""
+        wanted = self._pieces[0].rows if self._is_first else slice(0, 0)
+        if wanted == slice(0, x.shape[1]):
+            return x
+        return x[:, wanted].copy()  # the whole is to be forgotten
+
+    def whole(self, vector: np.ndarray) -> np.ndarray:
+        """The vector of the whole model, of this rank's and the others', a new array; collective in the group."""
+        gathered = np.empty(self.model.size, vector.dtype)
+        self.grid.group.Allgatherv(vector, [gathered, self._sizes])
+        whole, at = np.empty_like(gathered), 0
+        tensors = self.model.tensors(whole)
+        for piece in (piece for pieces in self._everyones for piece in pieces):
+            for view in piece.of(tensors):
+                view[...] = gathered[at : at + view.size].reshape(view.shape)
+                at += view.size
+        return whole
+
+    def part(self, whole: np.ndarray) -> np.ndarray:
+        """This rank's part of a vector of the whole model, a new array."""
+        tensors = self.model.tensors(whole)
+        return np.concatenate([view.ravel() for piece in self._pieces for view in piece.of(tensors)])
+
+    def norm(self, grad: np.ndarray) -> float:
+        """Of the whole gradient, the root of its sum of squares; collective in the group."""
+        square = np.square([clip(grad, inf)])  # which finds the norm of this part, and leaves it as it is
+        return sqrt(allreduce(square, self.grid.group)[0])
+
+    def clip(self, grad: np.ndarray, limit: float) -> float:
+        """As ``optimizers.clip``, by the norm of the whole gradient; collective in the group."""
+        norm = self.norm(grad)
+        if limit < norm < inf:
+            grad *= limit / norm
+        return norm
+
+    def _named(self, params: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        at, names = 0, (f"layer{piece.layer}.{what}" for piece in self._pieces for what in ("weight", "bias"))
+        for name, shape in zip(names, self._shapes, strict=True):
+            size = int(np.prod(shape))
+            yield name, params[at : at + size].reshape(shape)
+            at += size
+
+    def _layers(self, params: np.ndarray) -> list[Layer]:
+        views = [view for _, view in self._named(params)]
+        return list(zip(views[::2], views[1::2], strict=True))
+
+    def _ahead(self, layers: list[Layer], x: Any, y: np.ndarray, sums: np.ndarray) -> tuple[list[Any], np.ndarray]:
+        """The inputs of layers, and the outputs; in the last stage instead their error, the gradient of the loss by
+        them, and the loss and correct predictions are added to ``sums``."""
+        values = forward(layers, x, self._pieces[0].layer, self._complete_outputs)
+        outputs = values.pop()
+        if not self._is_last:
+            return values, outputs
+        if shard := self._shard_of(outputs):
+            classes, (loss, error) = shard.classes, SHARDED[self.model.loss](shard, y)
+        else:
+            classes, (loss, error) = classes_of(outputs), self.model.loss(outputs, y)
+        sums += loss, np.count_nonzero(classes == y)
+        return values, error
+
+    # What ranks tell each other.
+
+    def _shard_of(self, outputs: np.ndarray) -> "_Shard | None":
+        """Of the last layer's outputs, unless they are all of them."""
+        return _Shard(outputs, self._shard, self.grid.tensor) if self._outputs_are_cut else None
+
+    def _complete_outputs(self, n: int, outputs: np.ndarray) -> None:
+        if _is_cut_by_inputs(self.model, n):
+            self._add_up(outputs)
+
+    def _complete_errors(self, n: int, error: np.ndarray) -> None:
+        if not _is_cut_by_inputs(self.model, n):
+            self._add_up(error)
+
+    def _add_up(self, values: np.ndarray) -> None:
+        if self.grid.sizes.tensor > 1:
+            allreduce(values, self.grid.tensor)
+
+    def _flow(self, parts: Sequence[slice], dtype: np.dtype, kinds: Iterable[Kind]) -> "_Flow":
+        """Between this stage and its neighbors: which kinds of messages, about which parts of a batch."""
+        lengths, widths = [part.stop - part.start for part in parts], {}
+        if not self._is_first:
+            widths[Kind.FORWARD] = self._shapes[0][0]
+        if not self._is_last:
+            widths[Kind.BACKWARD] = self._shapes[-2][1]
+        return _Flow(
+            self.grid.pipe, dtype, {kind: [(n, widths[kind]) for n in lengths] for kind in kinds if kind in widths}
+        )
+
+
+class _Flow:
+    """Messages between a stage and its neighbors in ``comm``: outputs come from the stage before and go to the next,
+    errors the other way.
+
+    ``shapes`` are those of the arrays that come, in the order of micro-batches.  There is always a receive posted for
+    the next one of a kind, and sends are waited for at the ``end`` only, so that no stage waits for another to receive.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, dtype: np.dtype, shapes: dict[Kind, list[tuple[int, int]]]) -> None:
+        self._comm, self._dtype = comm, dtype
+        self._from = {Kind.FORWARD: comm.rank - 1, Kind.BACKWARD: comm.rank + 1}
+        self._to = {Kind.FORWARD: comm.rank + 1, Kind.BACKWARD: comm.rank - 1}
+        self._shapes = {kind: iter(found) for kind, found in shapes.items()}
+        self._coming: dict[Kind, tuple[np.ndarray, MPI.Request]] = {}
+        self._going: list[tuple[np.ndarray, MPI.Request]] = []  # which must stay as they are until they have been sent
+        for kind in shapes:
+            self._post(kind)
+
+    def _post(self, kind: Kind) -> None:
+        shape = next(self._shapes[kind], None)
+        if shape is not None:
+            array = np.empty(shape, self._dtype)
+            self._coming[kind] = array, self._comm.Irecv(array, self._from[kind], TAGS[kind])
+
+    def take(self, kind: Kind) -> np.ndarray:
+        """The next one that comes."""
+        array, request = self._coming.pop(kind)
+        self._wait(request, f"waiting for {NAMES[kind]} of another stage")
+        self._post(kind)
+        return array
+
+    def send(self, kind: Kind, array: np.ndarray) -> None:
+        """To the neighbor that this kind goes to; nobody may write to the array any more."""
+        self._going = [sent for sent in self._going if not sent[1].Test()]
+        self._going.append((array, self._comm.Isend(array, self._to[kind], TAGS[kind])))
+
+    def end(self) -> None:
+        """Wait until all has been sent."""
+        for _, request in self._going:
+            self._wait(request, "waiting for another stage to receive")
+
+    def _wait(self, request: MPI.Request, what: str) -> None:
+        if not request.Test():
+            with record.during(what, state_of(self._comm)):
+                while not request.Test():
+                    os.sched_yield()  # MPI itself would not, and the other stage may need this core
+
+
+TAGS = {Kind.FORWARD: 1, Kind.BACKWARD: 2}
+NAMES = {Kind.FORWARD: "outputs", Kind.BACKWARD: "errors"}
+
+
+def _cut(samples: int, micro: int) -> list[slice]:
+    """A batch as micro-batches, none of them empty."""
+    parts = min(micro, samples)
+    return [share(samples, m, parts) for m in range(parts)]
+
+
+def _stages(model: Layered, stages: int, first: Sequence[int] | None) -> list[range]:
+    """The layers of each."""
+    layers = len(model.sizes) - 1
+    if stages > layers:
+        raise UserError(
+            f"--grid pipe={stages} is more stages than the model has layers, {layers}: take pipe={layers}, or more "
+            "hidden layers"
+        )
+    if first is None:
+        return cut([inputs * outputs for inputs, outputs in pairwise(model.sizes)], stages)
+    bounds = [0, *first, layers]
+    if len(first) != stages - 1 or any(lo >= hi for lo, hi in pairwise(bounds)):
+        raise UserError(
+            f"--cut must name the first layer of each stage but the first, {stages - 1} number(s) from 1 to "
+            f"{layers - 1}, ascending; got {','.join(map(str, first))}"
+        )
+    return [range(lo, hi) for lo, hi in pairwise(bounds)]
+
+
+def _is_cut_by_inputs(model: Layered, layer: int) -> bool:
+    return layer % 2 == 1 or len(model.sizes) == 2
+
+
+def _check_shards(model: Layered, shards: int) -> None:
+    """All of them must have something of every layer."""
+    for layer, (inputs, outputs) in enumerate(pairwise(model.sizes)):
+        by_inputs = _is_cut_by_inputs(model, layer)
+        there, what = (inputs, "inputs") if by_inputs else (outputs, "outputs")
+        if there < shards:
+            of = "there are features" if by_inputs and not layer else f"layer {layer} has {what}"
+            raise UserError(f"--grid tensor={shards} is more shards than {of}, {there}: take tensor={there} or fewer")
+
+
+def _piece(model: Layered, layer: int, shard: int, shards: int) -> Piece:
+    """What a rank has of a layer.  A bias that is added to sums over all shards is the first one's."""
+    inputs, outputs = model.sizes[layer : layer + 2]
+
+    def mine(width: int) -> slice:
+        return slice(chunk_start(width, shard, shards), chunk_start(width, shard + 1, shards))
+
+    if _is_cut_by_inputs(model, layer):
+        return Piece(layer, mine(inputs), slice(0, outputs), slice(0, outputs if shard == 0 else 0))
+    return Piece(layer, slice(0, inputs), mine(outputs), mine(outputs))
+
+
+class _Shard:
+    """Of ``outputs`` of samples those in ``shard``, the others being on the other ranks of ``comm``; a collective call.
+
+    ``highest`` is of each sample the highest of all outputs, and ``classes`` the first that has it.
+    """
+
+    def __init__(self, outputs: np.ndarray, shard: slice, comm: MPI.Intracomm) -> None:
+        self.outputs, self.shard, self.comm = outputs, shard, comm
+        own = np.stack([outputs.max(axis=1), shard.start + outputs.argmax(axis=1)]).astype(np.float64)
+        everyones = allgather(own, comm)  # shape (shards, 2, samples)
+        self.highest, classes = everyones[everyones[:, 0].argmax(axis=0), :, np.arange(len(outputs))].T
+        self.classes = classes.astype(np.int64)
+
+
+def _cross_entropy(shard: _Shard, y: np.ndarray) -> tuple[Any, np.ndarray]:
+    """See ``cross_entropy``."""
+    outputs, first = shard.outputs, shard.shard.start
+    outputs -= shard.highest[:, np.newaxis]
+    error = np.exp(outputs)
+    mine = np.flatnonzero((first <= y) & (y < shard.shard.stop))
+    truth = mine, y[mine] - first
+    sums = np.zeros((2, len(y)), outputs.dtype)
+    sums[0] = error.sum(axis=1)
+    sums[1, mine] = outputs[truth]
+    normalizer, likelihood = allreduce(sums, shard.comm)
+    error /= normalizer[:, np.newaxis]
+    error[truth] -= 1
+    return np.sum(np.log(normalizer) - likelihood, dtype=np.float64), error
+
+
+def _separate(loss: Loss, shard: _Shard, y: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Of a loss that is a sum over outputs, each for a class of its own."""
+    own = y - shard.shard.start
+    if shard.outputs.shape[1] == 1:  # which a loss would take for the one that stands for class 1 of two
+        own = (own == 0).astype(y.dtype)
+    part, error = loss(shard.outputs, own)
+    return allreduce(np.array([part]), shard.comm)[0], error
+
+
+SHARDED: dict[Loss, Callable[[_Shard, np.ndarray], tuple[Any, np.ndarray]]] = {
+    cross_entropy: _cross_entropy,
+    log_loss: partial(_separate, log_loss),
+    hinge: partial(_separate, hinge),
+}
+"""Losses where outputs are cut: from a shard to the loss over all shards, and the gradient by the outputs in this one.
+Collective calls."""
