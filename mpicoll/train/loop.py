@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, save
 from .data import Batches, Dataset, Part, normalized, rebalanced
 from .models import Batch, Model
 from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
-from .parallel import Split
+from .parallel import Spent, Split
 from .settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag
 from .strategies import STRATEGIES, Now
 from .strategies.average import OUTER
@@ -134,7 +134,8 @@ class Rank(NamedTuple):
     """What a rank did since the run was started or resumed: seconds of training, of agreement, and of waiting.
 
     Waiting is the part of an agreement that goes beyond the time of the rank that got through it fastest: the last to
-    arrive, which waits for nobody.  Where ranks do not agree all at once, it is waiting for messages.
+    arrive, which waits for nobody.  Where ranks do not agree all at once, it is waiting for messages; so it is between
+    the stages of a pipeline.
     """
 
     seconds: float
@@ -248,6 +249,8 @@ class Training:
         s, strategy, x, y = self.settings, self.strategy, self.data.train.x, self.data.train.y
         grad, loss, correct, samples = self.sums[:-2], np.float64(0), 0, 0  # sums over this rank's samples
         total_steps, sent = s.epochs * self.steps_per_epoch, strategy.bytes_sent
+        if self.split:
+            self.split.spent.clear()  # of evaluation
         start, computing = perf_counter(), 0.0
         batches = Batches(self.data, strategy.workers, s.batch_size, s.seed, self.epoch, self.weights)
         first = self.step
@@ -296,10 +299,15 @@ class Training:
         )
 
     def _account(self) -> float:
-        """Add up the times of the epoch's agreements; returns this rank's seconds in them."""
+        """Add up the times of the epoch's agreements, among them those on outputs and errors of ranks that hold a model
+        together; returns this rank's seconds in them."""
         strategy, seconds = self.strategy, np.array(self.strategy.seconds)
         strategy.seconds.clear()
-        self.agreeing += float(np.sum(seconds))
+        spent = self.split.spent if self.split else Spent()
+        strategy.count(spent.bytes_sent, spent.messages)
+        agreeing = float(np.sum(seconds)) + spent.seconds
+        self.agreeing += agreeing
+        self.waiting += spent.waiting
         if strategy.waited is None:
             fastest = seconds.copy()
             self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
@@ -307,7 +315,7 @@ class Training:
         else:
             self.waiting += strategy.waited
             strategy.waited = 0.0
-        return float(np.sum(seconds))
+        return agreeing
 
     def _staleness(self) -> list[int] | None:
         if self.strategy.histogram is None:

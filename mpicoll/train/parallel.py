@@ -12,9 +12,11 @@ differ in theirs: how ranks that hold the same part agree, be it by gradients or
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from math import gcd, inf, sqrt
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +24,7 @@ from mpi4py import MPI
 
 from ..errors import UserError
 from ..mpi import launch, record
-from ..mpi.collectives import allgather, allreduce, bcast
+from ..mpi.collectives import Account, account, allgather, allreduce, bcast
 from ..mpi.comm import Comm
 from ..mpi.state import state_of
 from ..pipeline import PIPELINES, Kind, cut
@@ -61,7 +63,7 @@ def sizes_of(text: str | None, ranks: int) -> Sizes:
     ``ranks``.
     """
     given: dict[str, int] = {}
-    for part in (text or f"data={ranks}").split(","):
+    for part in (f"data={ranks}" if text is None else text).split(","):
         axis, _, number = (piece.strip() for piece in part.partition("="))
         if axis not in Sizes._fields:
             raise UserError(f"--grid has axes {', '.join(Sizes._fields)}, as {EXAMPLE}; got {axis!r}")
@@ -147,7 +149,8 @@ class Split:
     a sample at most, by default as many as there are stages, are added up in their order.  ``pipeline`` names a row of
     ``PIPELINES``.  With ``recompute`` a stage keeps only its input of each until it needs the rest.
 
-    ``held`` is of how many micro-batches this rank has held the activations at most.
+    ``held`` is of how many micro-batches this rank has held the activations at most, and ``spent`` what it took to
+    tell each other about layers, losses and norms.
     """
 
     def __init__(
@@ -162,7 +165,8 @@ class Split:
     ) -> None:
         self.model, self.grid = model, grid
         self.micro = grid.sizes.pipe if micro is None else micro
-        self.recompute, self.held = recompute, 0
+        self.recompute, self.held, self.spent = recompute, 0, Spent()
+        self._beside, self._group = _Talk(grid.tensor, self.spent), _Talk(grid.group, self.spent)
         stages = _stages(model, grid.sizes.pipe, first)
         _check_shards(model, grid.sizes.tensor)
         self._everyones = [
@@ -225,7 +229,9 @@ class Split:
                     flow.send(kind, error)
                 del held[m]
         flow.end()
-        loss, correct = bcast(sums, self.grid.group, self._last_rank)
+        if self.grid.group.rank != self._last_rank:
+            sums[:] = 0
+        loss, correct = self._group.allreduce(sums)
         return Sums(loss, int(correct))
 
     @np.errstate(all="ignore")  # an overflow is an infinite output
@@ -279,7 +285,7 @@ class Split:
     def norm(self, grad: np.ndarray) -> float:
         """Of the whole gradient, the root of its sum of squares; collective in the group."""
         square = np.square([clip(grad, inf)])  # which finds the norm of this part, and leaves it as it is
-        return sqrt(allreduce(square, self.grid.group)[0])
+        return sqrt(self._group.allreduce(square)[0])
 
     def clip(self, grad: np.ndarray, limit: float) -> float:
         """As ``optimizers.clip``, by the norm of the whole gradient; collective in the group."""
@@ -317,19 +323,15 @@ class Split:
 
     def _shard_of(self, outputs: np.ndarray) -> "_Shard | None":
         """Of the last layer's outputs, unless they are all of them."""
-        return _Shard(outputs, self._shard, self.grid.tensor) if self._outputs_are_cut else None
+        return _Shard(outputs, self._shard, self._beside) if self._outputs_are_cut else None
 
     def _complete_outputs(self, n: int, outputs: np.ndarray) -> None:
         if _is_cut_by_inputs(self.model, n):
-            self._add_up(outputs)
+            self._beside.allreduce(outputs)
 
     def _complete_errors(self, n: int, error: np.ndarray) -> None:
         if not _is_cut_by_inputs(self.model, n):
-            self._add_up(error)
-
-    def _add_up(self, values: np.ndarray) -> None:
-        if self.grid.sizes.tensor > 1:
-            allreduce(values, self.grid.tensor)
+            self._beside.allreduce(error)
 
     def _flow(self, parts: Sequence[slice], dtype: np.dtype, kinds: Iterable[Kind]) -> "_Flow":
         """Between this stage and its neighbors: which kinds of messages, about which parts of a batch."""
@@ -338,9 +340,58 @@ class Split:
             widths[Kind.FORWARD] = self._shapes[0][0]
         if not self._is_last:
             widths[Kind.BACKWARD] = self._shapes[-2][1]
-        return _Flow(
-            self.grid.pipe, dtype, {kind: [(n, widths[kind]) for n in lengths] for kind in kinds if kind in widths}
-        )
+        shapes = {kind: [(n, widths[kind]) for n in lengths] for kind in kinds if kind in widths}
+        return _Flow(self.grid.pipe, dtype, shapes, self.spent)
+
+
+@dataclass
+class Spent:
+    """Seconds of a rank with others that hold the same model, and those of them that it waited for messages from
+    another stage; bytes and messages that it sent, ``None`` where that cannot be known."""
+
+    seconds: float = 0.0
+    waiting: float = 0.0
+    bytes_sent: int | None = 0
+    messages: int | None = 0
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.seconds, self.waiting, self.bytes_sent, self.messages = 0.0, 0.0, 0, 0
+
+    def count(self, bytes_sent: int | None, messages: int | None) -> None:
+        """So much more was sent."""
+        if bytes_sent is None or messages is None or self.bytes_sent is None or self.messages is None:
+            self.bytes_sent = self.messages = None
+        else:
+            self.bytes_sent, self.messages = self.bytes_sent + bytes_sent, self.messages + messages
+
+
+class _Talk:
+    """Collectives of the ranks in ``comm``, and what they cost is added to ``spent``.  One rank alone does nothing."""
+
+    def __init__(self, comm: MPI.Intracomm, spent: Spent) -> None:
+        self._comm, self._spent = comm, spent
+        self._accounts: dict[tuple[str, int, np.dtype], Account] = {}
+
+    def allreduce(self, x: np.ndarray) -> np.ndarray:
+        """The sums, in place."""
+        return self._timed("allreduce", x, lambda: allreduce(x, self._comm))
+
+    def allgather(self, x: np.ndarray) -> np.ndarray:
+        """Those of all ranks, in a new dimension in front."""
+        return self._timed("allgather", x, lambda: allgather(x, self._comm))
+
+    def _timed(self, collective: str, x: np.ndarray, call: Callable[[], np.ndarray]) -> np.ndarray:
+        if self._comm.size == 1:
+            return x if collective == "allreduce" else x[np.newaxis]
+        start = perf_counter()
+        result = call()
+        self._spent.seconds += perf_counter() - start
+        key = collective, x.size, x.dtype
+        if key not in self._accounts:
+            self._accounts[key] = account(x, self._comm, collective=collective)
+        self._spent.count(self._accounts[key].bytes_sent, self._accounts[key].messages)
+        return result
 
 
 class _Flow:
@@ -351,8 +402,10 @@ class _Flow:
     the next one of a kind, and sends are waited for at the ``end`` only, so that no stage waits for another to receive.
     """
 
-    def __init__(self, comm: MPI.Intracomm, dtype: np.dtype, shapes: dict[Kind, list[tuple[int, int]]]) -> None:
-        self._comm, self._dtype = comm, dtype
+    def __init__(
+        self, comm: MPI.Intracomm, dtype: np.dtype, shapes: dict[Kind, list[tuple[int, int]]], spent: Spent
+    ) -> None:
+        self._comm, self._dtype, self._spent = comm, dtype, spent
         self._from = {Kind.FORWARD: comm.rank - 1, Kind.BACKWARD: comm.rank + 1}
         self._to = {Kind.FORWARD: comm.rank + 1, Kind.BACKWARD: comm.rank - 1}
         self._shapes = {kind: iter(found) for kind, found in shapes.items()}
@@ -378,6 +431,7 @@ class _Flow:
         """To the neighbor that this kind goes to; nobody may write to the array any more."""
         self._going = [sent for sent in self._going if not sent[1].Test()]
         self._going.append((array, self._comm.Isend(array, self._to[kind], TAGS[kind])))
+        self._spent.count(array.nbytes, 1)
 
     def end(self) -> None:
         """Wait until all has been sent."""
@@ -386,9 +440,12 @@ class _Flow:
 
     def _wait(self, request: MPI.Request, what: str) -> None:
         if not request.Test():
+            start = perf_counter()
             with record.during(what, state_of(self._comm)):
                 while not request.Test():
                     os.sched_yield()  # MPI itself would not, and the other stage may need this core
+            took = perf_counter() - start
+            self._spent.seconds, self._spent.waiting = self._spent.seconds + took, self._spent.waiting + took
 
 
 TAGS = {Kind.FORWARD: 1, Kind.BACKWARD: 2}
@@ -447,15 +504,15 @@ def _piece(model: Layered, layer: int, shard: int, shards: int) -> Piece:
 
 
 class _Shard:
-    """Of ``outputs`` of samples those in ``shard``, the others being on the other ranks of ``comm``; a collective call.
+    """Of ``outputs`` of samples those in ``shard``, the others being on other ranks; a collective call of these.
 
     ``highest`` is of each sample the highest of all outputs, and ``classes`` the first that has it.
     """
 
-    def __init__(self, outputs: np.ndarray, shard: slice, comm: MPI.Intracomm) -> None:
-        self.outputs, self.shard, self.comm = outputs, shard, comm
+    def __init__(self, outputs: np.ndarray, shard: slice, ranks: _Talk) -> None:
+        self.outputs, self.shard, self.ranks = outputs, shard, ranks
         own = np.stack([outputs.max(axis=1), shard.start + outputs.argmax(axis=1)]).astype(np.float64)
-        everyones = allgather(own, comm)  # shape (shards, 2, samples)
+        everyones = ranks.allgather(own)  # shape (shards, 2, samples)
         self.highest, classes = everyones[everyones[:, 0].argmax(axis=0), :, np.arange(len(outputs))].T
         self.classes = classes.astype(np.int64)
 
@@ -470,7 +527,7 @@ def _cross_entropy(shard: _Shard, y: np.ndarray) -> tuple[Any, np.ndarray]:
     sums = np.zeros((2, len(y)), outputs.dtype)
     sums[0] = error.sum(axis=1)
     sums[1, mine] = outputs[truth]
-    normalizer, likelihood = allreduce(sums, shard.comm)
+    normalizer, likelihood = shard.ranks.allreduce(sums)
     error /= normalizer[:, np.newaxis]
     error[truth] -= 1
     return np.sum(np.log(normalizer) - likelihood, dtype=np.float64), error
@@ -482,7 +539,7 @@ def _separate(loss: Loss, shard: _Shard, y: np.ndarray) -> tuple[Any, np.ndarray
     if shard.outputs.shape[1] == 1:  # which a loss would take for the one that stands for class 1 of two
         own = (own == 0).astype(y.dtype)
     part, error = loss(shard.outputs, own)
-    return allreduce(np.array([part]), shard.comm)[0], error
+    return shard.ranks.allreduce(np.array([part]))[0], error
 
 
 SHARDED: dict[Loss, Callable[[_Shard, np.ndarray], tuple[Any, np.ndarray]]] = {

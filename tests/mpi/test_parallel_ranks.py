@@ -1,5 +1,6 @@
 """Models that are split over ranks are the same models: losses, gradients, predictions, training, checkpoints."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +11,13 @@ from scipy.sparse import csr_array
 
 from mpicoll import UserError
 from mpicoll.mpi import launch
+from mpicoll.mpi.collectives import account
 from mpicoll.pipeline import PIPELINES
+from mpicoll.train import parallel
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.data import from_arrays
 from mpicoll.train.loop import Epoch, Training
-from mpicoll.train.models import MODELS, Batch, Layered, Sums, hinge, log_loss
+from mpicoll.train.models import MODELS, Batch, Layered, Sums, forward, hinge, log_loss
 from mpicoll.train.parallel import Grid, Sizes, Split
 from mpicoll.train.settings import Settings
 
@@ -133,7 +136,14 @@ def test_pipelines_have_the_bits_of_one_process_and_hold_what_they_promise(grid,
             sums, grad = gradient(split, params, found)
             assert sums == expected
             assert grad.tobytes() == total.tobytes()
-            assert split.held == PIPELINES[pipeline].held(grid.at.pipe, sizes.pipe, min(micro, samples))
+            parts = min(micro, samples)
+            assert split.held == PIPELINES[pipeline].held(grid.at.pipe, sizes.pipe, parts)
+            told = account(np.zeros(2), grid.group)  # of loss and correct predictions
+            ahead, back = grid.at.pipe < sizes.pipe - 1, grid.at.pipe > 0
+            assert split.spent.messages == told.messages + parts * (ahead + back)
+            layers = list(split.tensors(np.empty(split.size)).values())[::2]
+            widths = ahead * layers[-1].shape[1] + back * layers[0].shape[0]
+            assert split.spent.bytes_sent == told.bytes_sent + 8 * samples * widths
 
 
 @pytest.mark.parametrize("sizes", [Sizes(P // 2, 2, 1)] if P % 2 == 0 else [], ids=str)
@@ -145,6 +155,24 @@ def test_stages_cut_by_hand(grid):
         split = Split(model, grid, first=[first])
         assert split.size == sum(sizes[first:] if grid.at.pipe else sizes[:first])
         assert gradient(split, params, found)[1].tobytes() == added(model, params, found, 2)[1].tobytes()
+
+
+@pytest.mark.parametrize("sizes", [Sizes(1, P, 1)] if P in (2, 3) else [], ids=str)
+def test_waiting_for_another_stage_is_told(grid, monkeypatch):
+    def slow(*args: Any) -> Any:
+        time.sleep(0.02)
+        return forward(*args)
+
+    split = Split(DEEP[2], grid)
+    if RANK == 0:
+        monkeypatch.setattr(parallel, "forward", slow)
+    grid.world.Barrier()
+    gradient(split, vector(DEEP[2]), batch(DEEP[2], 9))
+    spent = split.spent
+    assert 0 <= spent.waiting <= spent.seconds
+    assert RANK == 0 or spent.waiting > 0.02
+    spent.clear()
+    assert spent == parallel.Spent()
 
 
 def data() -> Any:
