@@ -114,6 +114,8 @@ def test_losses_gradients_and_predictions_are_those_of_the_whole_model(grid, siz
         np.testing.assert_array_equal(classes, model.predict(params, found.x))
         np.testing.assert_allclose(split.norm(split.part(grad)), np.linalg.norm(grad))
         np.testing.assert_array_equal(split.whole(split.part(params)), params)
+        needed = split.own_features(found.x).shape[1]
+        assert needed == (0 if grid.at.pipe else split.tensors(params[: split.size])["layer0.weight"].shape[0])
 
 
 @EVERY_GRID
@@ -213,6 +215,25 @@ def test_training_is_that_of_whole_models_on_as_many_ranks_as_there_are_groups(g
         for mine, other in zip(split.epochs, whole.epochs, strict=True):
             for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "consensus"):
                 np.testing.assert_allclose(shown(mine, name), shown(other, name), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [sizes for sizes in SOME if sizes.data > 1 and sizes.group > 1], ids=str)
+def test_a_group_is_as_fast_as_its_slowest_rank(grid, sizes):
+    result = training(grid.data, Split(DEEP[2], grid), balance="auto", epochs=3).run()
+    assert len({str(epoch.weights) for epochs in grid.world.allgather(result.epochs) for epoch in epochs[1:2]}) == 1
+    assert len(set(grid.world.allgather(result.params.tobytes()))) == 1
+
+
+@pytest.mark.parametrize("sizes", [Sizes(1, P, 1)] if P == 2 else [], ids=str)
+def test_what_ranks_tell_each_other_while_they_train_is_in_their_account(grid):
+    """And not what they do to see how good the model is."""
+    split = Split(DEEP[2], grid, first=[3])
+    told = account(np.zeros(2), grid.group)
+    result = training(grid.data, split).run()
+    assert [rank.bytes_sent for rank in result.ranks] == P * [2 * (51 * 8 * 8 + 4 * told.bytes_sent)]
+    assert [rank.messages for rank in result.ranks] == P * [2 * 4 * (2 + told.messages)]
+    assert sum(epoch.bytes_sent for epoch in result.epochs) == result.ranks[RANK].bytes_sent
+    assert all(0 <= rank.waiting <= rank.agreeing <= rank.seconds for rank in result.ranks)
 
 
 def stopped_after(made: Training, epochs: int, folder: Any) -> None:
