@@ -70,9 +70,9 @@ def on(model: Layered, **given: Any) -> Split:
         (MODELS["svm"](4, 3, ()), {"tensor": 5}, "tensor=5 is more shards than there are features, 4: take tensor=4"),
         (MODELS["mlp"](9, 3, (4,)), {"tensor": 5}, "tensor=5 is more shards than layer 0 has outputs, 4"),
         (MODELS["mlp"](9, 3, (8, 8)), {"tensor": 4}, "tensor=4 is more shards than layer 2 has outputs, 3"),
-        (MODELS["mlp"](4, 3, (5, 6)), {"pipe": 2, "first": (1, 2)}, "--cut must name .* 1 number.s. from 1 to 2"),
-        (MODELS["mlp"](4, 3, (5, 6)), {"pipe": 2, "first": (3,)}, "from 1 to 2, ascending; got 3"),
-        (MODELS["mlp"](4, 3, (5, 6)), {"pipe": 3, "first": (2, 1)}, "ascending; got 2,1"),
+        (MODELS["mlp"](4, 3, (5, 6)), {"pipe": 2, "cuts": (1, 2)}, "--cut must name .* 1 number.s. from 1 to 2"),
+        (MODELS["mlp"](4, 3, (5, 6)), {"pipe": 2, "cuts": (3,)}, "from 1 to 2, ascending; got 3"),
+        (MODELS["mlp"](4, 3, (5, 6)), {"pipe": 3, "cuts": (2, 1)}, "ascending; got 2,1"),
         (Layered((4, 5, 6, 3), lambda outputs, y: (0, outputs)), {"tensor": 2}, "--grid tensor cuts the outputs"),
     ],
 )  # fmt: skip
@@ -84,7 +84,7 @@ def test_models_that_do_not_fit(model, given, message):
 def test_stages_are_cut_by_cost_and_shards_share_the_parameters_out():
     model = MODELS["mlp"](100, 10, (20, 20, 20))
     assert on(model, pipe=2).size == 101 * 20  # 2000 of 3000 multiplications a sample
-    assert on(model, pipe=2, first=(3,)).size == 101 * 20 + 2 * 21 * 20
+    assert on(model, pipe=2, cuts=(3,)).size == 101 * 20 + 2 * 21 * 20
     assert on(model, tensor=2).size == 101 * 10 + 10 * 20 + 20 + 21 * 10 + 10 * 10 + 10
     assert on(MODELS["softmax"](7, 3, ()), tensor=2).size == 3 * 3 + 3
 

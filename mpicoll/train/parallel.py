@@ -145,12 +145,12 @@ class Split:
 
     Layers, numbered from 0, are cut along ``tensor`` by outputs if their number is even, else by inputs; a model of one
     layer by inputs, that is, by features.  Along ``pipe`` stages are as even as can be, counting inputs times outputs,
-    unless ``first`` names the first layer of each but the first.  Gradients of ``micro`` micro-batches, which differ by
+    unless ``cuts`` name the first layer of each but the first.  Gradients of ``micro`` micro-batches, which differ by
     a sample at most, by default as many as there are stages, are added up in their order.  ``pipeline`` names a row of
     ``PIPELINES``.  With ``recompute`` a stage keeps only its input of each until it needs the rest.
 
-    ``held`` is of how many micro-batches this rank has held the activations at most, and ``spent`` what it took to
-    tell each other about layers, losses and norms.
+    ``first`` is this rank's first layer; ``held`` of how many micro-batches it has held the activations at most; and
+    ``spent`` what it took to tell each other about layers, losses and norms.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Split:
         model: Layered,
         grid: Grid,
         *,
-        first: Sequence[int] | None = None,
+        cuts: Sequence[int] | None = None,
         micro: int | None = None,
         pipeline: str = "1f1b",
         recompute: bool = False,
@@ -167,7 +167,7 @@ class Split:
         self.micro = grid.sizes.pipe if micro is None else micro
         self.recompute, self.held, self.spent = recompute, 0, Spent()
         self._beside, self._group = _Talk(grid.tensor, self.spent), _Talk(grid.group, self.spent)
-        stages = _stages(model, grid.sizes.pipe, first)
+        stages = _stages(model, grid.sizes.pipe, cuts)
         _check_shards(model, grid.sizes.tensor)
         self._everyones = [
             [_piece(model, layer, shard, grid.sizes.tensor) for layer in stage]
@@ -175,14 +175,15 @@ class Split:
             for shard in range(grid.sizes.tensor)
         ]
         self._pieces = self._everyones[grid.group.rank]
+        self.first = self._pieces[0].layer
         whole = model.tensors(np.empty(model.size, np.bool_))  # of which only shapes are looked at
         self._sizes = [sum(view.size for piece in part for view in piece.of(whole)) for part in self._everyones]
         self.size = self._sizes[grid.group.rank]
         self._shapes = [view.shape for piece in self._pieces for view in piece.of(whole)]
-        self._is_first, self._is_last = grid.at.pipe == 0, grid.at.pipe == grid.sizes.pipe - 1
+        self.is_first, self.is_last = grid.at.pipe == 0, grid.at.pipe == grid.sizes.pipe - 1
         self._last_rank = (grid.sizes.pipe - 1) * grid.sizes.tensor  # of the group, one that knows the outputs
         self._shard = self._pieces[-1].columns  # of the outputs, where this is the last stage
-        self._outputs_are_cut = self._is_last and self._shard != slice(0, model.sizes[-1])
+        self._outputs_are_cut = self.is_last and self._shard != slice(0, model.sizes[-1])
         if self._outputs_are_cut and model.loss not in SHARDED:
             raise UserError("--grid tensor cuts the outputs, and this loss may need all: take a layer more, or fewer")
         row = PIPELINES[pipeline]
@@ -197,54 +198,29 @@ class Split:
     def loss_and_grad(self, params: np.ndarray, batch: Batch, grad: np.ndarray) -> Sums:
         """See ``Model``; collective in the group."""
         parts = _cut(len(batch.y), self.micro)
-        layers, grads = self._layers(params), self._layers(grad)
-        more = np.empty_like(grad) if len(parts) > 1 else grad  # of a micro-batch, to be added
-        flow, sums = self._flow(parts, params.dtype, Kind), np.zeros(2)
-        held: dict[int, tuple[list[Any], Any]] = {}  # inputs of layers, gradient by the outputs
-        if not parts:
-            grad[:] = 0
+        work = _Work(self, params, batch, grad, parts)
         for kind, m in self._tasks(len(parts)):
-            y = batch.y[parts[m]]
             if kind is Kind.FORWARD:
-                x = batch.x[parts[m]] if self._is_first else flow.take(kind)
-                held[m] = [x], None
-                if not (self.recompute and self._is_last):  # which has nobody to send outputs to
-                    inputs, result = self._ahead(layers, x, y, sums)
-                    if not self._is_last:
-                        flow.send(kind, result)
-                    if not self.recompute:
-                        held[m] = inputs, result if self._is_last else None
-                self.held = max(self.held, len(held))
+                work.forward(m)
+                self.held = max(self.held, len(work.held))
             else:
-                inputs, error = held[m]
-                if self.recompute:
-                    inputs, error = self._ahead(layers, inputs[0], y, sums)
-                if not self._is_last:
-                    error = flow.take(kind)
-                into = self._layers(more) if m else grads
-                error = backward(layers, inputs, error, into, self._pieces[0].layer, self._complete_errors)
-                if m:
-                    grad += more
-                if not self._is_first:
-                    flow.send(kind, error)
-                del held[m]
-        flow.end()
-        if self.grid.group.rank != self._last_rank:
-            sums[:] = 0
+                work.backward(m)
+        work.flow.end()
+        sums = work.sums if self.grid.group.rank == self._last_rank else np.zeros(2)
         loss, correct = self._group.allreduce(sums)
         return Sums(loss, int(correct))
 
     @np.errstate(all="ignore")  # an overflow is an infinite output
     def predict(self, params: np.ndarray, x: "np.ndarray | csr_array") -> np.ndarray:
         """See ``Model``; collective in the group."""
-        parts, layers = _cut(x.shape[0], self.micro), self._layers(params)
-        flow = self._flow(parts, params.dtype, [Kind.FORWARD])
+        parts, layers = _cut(x.shape[0], self.micro), self.layers(params)
+        flow = self.flow(parts, params.dtype, [Kind.FORWARD])
         classes = np.zeros(x.shape[0], np.int64)
         for part in parts:
-            inputs = x[part] if self._is_first else flow.take(Kind.FORWARD)
-            outputs = forward(layers, inputs, self._pieces[0].layer, self._complete_outputs)[-1]
-            if self._is_last:
-                shard = self._shard_of(outputs)
+            inputs = x[part] if self.is_first else flow.take(Kind.FORWARD)
+            outputs = forward(layers, inputs, self.first, self.complete_outputs)[-1]
+            if self.is_last:
+                shard = self.shard_of(outputs)
                 classes[part] = shard.classes if shard else classes_of(outputs)
             else:
                 flow.send(Kind.FORWARD, outputs)
@@ -260,7 +236,7 @@ class Split:
 
     def own_features(self, x: "np.ndarray | csr_array") -> Any:
         """Of samples, the features that this rank needs: its own, all, or none in later stages."""
-        wanted = self._pieces[0].rows if self._is_first else slice(0, 0)
+        wanted = self._pieces[0].rows if self.is_first else slice(0, 0)
         if wanted == slice(0, x.shape[1]):
             return x
         return x[:, wanted].copy()  # the whole is to be forgotten
@@ -301,47 +277,95 @@ class Split:
             yield name, params[at : at + size].reshape(shape)
             at += size
 
-    def _layers(self, params: np.ndarray) -> list[Layer]:
+    def layers(self, params: np.ndarray) -> list[Layer]:
+        """This rank's part of each that it has a part of."""
         views = [view for _, view in self._named(params)]
         return list(zip(views[::2], views[1::2], strict=True))
 
-    def _ahead(self, layers: list[Layer], x: Any, y: np.ndarray, sums: np.ndarray) -> tuple[list[Any], np.ndarray]:
-        """The inputs of layers, and the outputs; in the last stage instead their error, the gradient of the loss by
-        them, and the loss and correct predictions are added to ``sums``."""
-        values = forward(layers, x, self._pieces[0].layer, self._complete_outputs)
-        outputs = values.pop()
-        if not self._is_last:
-            return values, outputs
-        if shard := self._shard_of(outputs):
-            classes, (loss, error) = shard.classes, SHARDED[self.model.loss](shard, y)
-        else:
-            classes, (loss, error) = classes_of(outputs), self.model.loss(outputs, y)
-        sums += loss, np.count_nonzero(classes == y)
-        return values, error
-
     # What ranks tell each other.
 
-    def _shard_of(self, outputs: np.ndarray) -> "_Shard | None":
+    def shard_of(self, outputs: np.ndarray) -> "_Shard | None":
         """Of the last layer's outputs, unless they are all of them."""
         return _Shard(outputs, self._shard, self._beside) if self._outputs_are_cut else None
 
-    def _complete_outputs(self, n: int, outputs: np.ndarray) -> None:
+    def complete_outputs(self, n: int, outputs: np.ndarray) -> None:
+        """Of layer ``n``."""
         if _is_cut_by_inputs(self.model, n):
             self._beside.allreduce(outputs)
 
-    def _complete_errors(self, n: int, error: np.ndarray) -> None:
+    def complete_errors(self, n: int, error: np.ndarray) -> None:
+        """By the inputs of layer ``n``."""
         if not _is_cut_by_inputs(self.model, n):
             self._beside.allreduce(error)
 
-    def _flow(self, parts: Sequence[slice], dtype: np.dtype, kinds: Iterable[Kind]) -> "_Flow":
+    def flow(self, parts: Sequence[slice], dtype: np.dtype, kinds: Iterable[Kind]) -> "_Flow":
         """Between this stage and its neighbors: which kinds of messages, about which parts of a batch."""
         lengths, widths = [part.stop - part.start for part in parts], {}
-        if not self._is_first:
+        if not self.is_first:
             widths[Kind.FORWARD] = self._shapes[0][0]
-        if not self._is_last:
+        if not self.is_last:
             widths[Kind.BACKWARD] = self._shapes[-2][1]
         shapes = {kind: [(n, widths[kind]) for n in lengths] for kind in kinds if kind in widths}
         return _Flow(self.grid.pipe, dtype, shapes, self.spent)
+
+
+class _Work:
+    """One batch in this stage, cut into ``parts``: what is ``held`` of each until it goes back, and, in the last stage,
+    ``sums``, the loss and the correct predictions.  ``grad`` is written."""
+
+    def __init__(
+        self, split: Split, params: np.ndarray, batch: Batch, grad: np.ndarray, parts: Sequence[slice]
+    ) -> None:
+        self.split, self.batch, self.parts, self.grad = split, batch, parts, grad
+        self.layers, self.grads = split.layers(params), split.layers(grad)
+        self.more = np.empty_like(grad) if len(parts) > 1 else grad  # of a micro-batch, to be added
+        self.flow, self.sums = split.flow(parts, params.dtype, Kind), np.zeros(2)
+        self.held: dict[int, tuple[list[Any], Any]] = {}  # inputs of layers, gradient by the outputs
+        if not parts:
+            grad[:] = 0
+
+    def forward(self, m: int) -> None:
+        """Micro-batch ``m`` comes from the stage before, and goes to the next."""
+        split = self.split
+        x = self.batch.x[self.parts[m]] if split.is_first else self.flow.take(Kind.FORWARD)
+        self.held[m] = [x], None
+        if split.recompute and split.is_last:  # which has nobody to send outputs to
+            return
+        inputs, result = self._ahead(m, x)
+        if not split.is_last:
+            self.flow.send(Kind.FORWARD, result)
+        if not split.recompute:
+            self.held[m] = inputs, result if split.is_last else None
+
+    def backward(self, m: int) -> None:
+        """The error of micro-batch ``m`` comes from the next stage, and goes to the one before."""
+        split, (inputs, error) = self.split, self.held[m]
+        if split.recompute:
+            inputs, error = self._ahead(m, inputs[0])
+        if not split.is_last:
+            error = self.flow.take(Kind.BACKWARD)
+        into = split.layers(self.more) if m else self.grads
+        error = backward(self.layers, inputs, error, into, split.first, split.complete_errors)
+        if m:
+            self.grad += self.more
+        if not split.is_first:
+            self.flow.send(Kind.BACKWARD, error)
+        del self.held[m]
+
+    def _ahead(self, m: int, x: Any) -> tuple[list[Any], np.ndarray]:
+        """The inputs of layers, and the outputs; in the last stage their error instead, the gradient of the loss by
+        them."""
+        values = forward(self.layers, x, self.split.first, self.split.complete_outputs)
+        outputs = values.pop()
+        if not self.split.is_last:
+            return values, outputs
+        y = self.batch.y[self.parts[m]]
+        if shard := self.split.shard_of(outputs):
+            classes, (loss, error) = shard.classes, SHARDED[self.split.model.loss](shard, y)
+        else:
+            classes, (loss, error) = classes_of(outputs), self.split.model.loss(outputs, y)
+        self.sums += loss, np.count_nonzero(classes == y)
+        return values, error
 
 
 @dataclass
@@ -458,7 +482,7 @@ def _cut(samples: int, micro: int) -> list[slice]:
     return [share(samples, m, parts) for m in range(parts)]
 
 
-def _stages(model: Layered, stages: int, first: Sequence[int] | None) -> list[range]:
+def _stages(model: Layered, stages: int, cuts: Sequence[int] | None) -> list[range]:
     """The layers of each."""
     layers = len(model.sizes) - 1
     if stages > layers:
@@ -466,13 +490,13 @@ def _stages(model: Layered, stages: int, first: Sequence[int] | None) -> list[ra
             f"--grid pipe={stages} is more stages than the model has layers, {layers}: take pipe={layers}, or more "
             "hidden layers"
         )
-    if first is None:
+    if cuts is None:
         return cut([inputs * outputs for inputs, outputs in pairwise(model.sizes)], stages)
-    bounds = [0, *first, layers]
-    if len(first) != stages - 1 or any(lo >= hi for lo, hi in pairwise(bounds)):
+    bounds = [0, *cuts, layers]
+    if len(cuts) != stages - 1 or any(lo >= hi for lo, hi in pairwise(bounds)):
         raise UserError(
             f"--cut must name the first layer of each stage but the first, {stages - 1} number(s) from 1 to "
-            f"{layers - 1}, ascending; got {','.join(map(str, first))}"
+            f"{layers - 1}, ascending; got {','.join(map(str, cuts))}"
         )
     return [range(lo, hi) for lo, hi in pairwise(bounds)]
 

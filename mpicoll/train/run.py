@@ -103,7 +103,7 @@ def run(
         "features": data.features,
         "classes": data.classes,
         "parameters": model.size,
-        "parameters_held": comm.allgather(own.size),
+        "parameters_held": comm.allgather(own.size) if grid else None,
     }
     hosts = comm.gather(socket.gethostname())
     if checkpoint:
@@ -204,7 +204,7 @@ def _split(model: Layered, grid: Grid, settings: Settings) -> Split:
     return Split(
         model,
         grid,
-        first=settings.cuts if grid.sizes.pipe > 1 else None,
+        cuts=settings.cuts if grid.sizes.pipe > 1 else None,
         micro=settings.micro if grid.sizes.pipe > 1 else None,
         pipeline=settings.pipeline or "1f1b",
         recompute=settings.recompute and grid.sizes.pipe > 1,
