@@ -273,7 +273,7 @@ def main() -> None:
     """Launch, collect, record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES")
-    parser.add_argument("--launches", type=int, default=LAUNCHES)
+    parser.add_argument("--launches", type=int, default=LAUNCHES, choices=range(1, 100), metavar="N")
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = command(parser, lambda: measure(parser.parse_args().sizes), show, draw)
     if args is None:

@@ -176,7 +176,7 @@ class Fake:
 
     def memory_at(self, pointer: int, nbytes: int) -> np.ndarray:
         """The bytes that a kernel finds at an address: of a device, or of page-locked host memory."""
-        for a in self.allocations.values():
+        for a in list(self.allocations.values()):
             if a.base <= pointer <= pointer + nbytes <= a.base + a.size:
                 return a.memory[pointer - a.base : pointer - a.base + nbytes]
         if not nbytes or self.is_pinned(pointer, nbytes):
@@ -620,6 +620,9 @@ class MemoryPointer:
     def __init__(self, mem: Any, offset: int) -> None:
         self.mem, self.ptr = mem, (mem.ptr if mem else 0) + offset
         self.device_id = mem.device_id if mem else runtime.getDevice()
+
+    def __add__(self, offset: int) -> "MemoryPointer":
+        return MemoryPointer(self.mem, self.ptr - (self.mem.ptr if self.mem else 0) + offset)
 
     @property
     def device(self) -> Device:

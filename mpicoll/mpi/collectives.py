@@ -494,6 +494,8 @@ def _account_on_device(array: Array, comm: MPI.Intracomm, op: str, options: Opti
     else:
         call = DeviceCall.made(comm, collective, array, array, operation(op, array.dtype), options)
     way = "native" if comm.size == 1 else call.went()
+    if way == "ipc":
+        return Account(way, 0, 0)
     if way != "staged":
         return Account(way or "unknown", None, None)
     found = [_account([call.hosted(call.stand_in(length))]) for length in call.pieces()]
@@ -920,7 +922,7 @@ class DeviceCall(NamedTuple):
     def pieces(self) -> list[int]:
         """The lengths of those in which it is staged."""
         longest = self.elements if self.cuts else max(gpu.BOX // self.dtype.itemsize, 1)
-        return [min(longest, self.elements - lo) for lo in range(0, self.elements, max(longest, 1))] or [0]
+        return [min(longest, self.elements - lo) for lo in range(0, self.elements, longest)]
 
     def stand_in(self, length: int) -> np.ndarray:
         """So many elements, but no memory for them."""

@@ -470,7 +470,7 @@ def _pieces(array: Any) -> Iterator[Any]:
 
 
 def facts(device: int) -> Facts:
-    """Of this rank: the UUIDs of the GPUs that it sees, which one it uses, and why it cannot go each way."""
+    """Of this rank: what tells the GPUs that it sees from all others, which it uses, and why it cannot go each way."""
     gpus = [gpu.identity(number)[1] for number in range(gpu.count())]
     trusted = os.environ.get("MPICOLL_GPU_AWARE") == "1"
     untrusted = "not unless it is asked for by its name, and tried, or MPICOLL_GPU_AWARE=1 says that it works"
@@ -479,6 +479,8 @@ def facts(device: int) -> Facts:
 
 def _reasons(whys: list[dict[str, str]], owned: list[str], node: Node) -> dict[str, str]:
     """Why each way cannot be gone by all ranks together."""
+    if len(whys) == 1:
+        return dict.fromkeys(whys[0], "one rank has nobody to share with: mpirun -n N")
     found = {}
     for way in whys[0]:
         reasons = [why[way] for why in whys]

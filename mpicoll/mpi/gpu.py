@@ -88,14 +88,13 @@ class Array:
         self._copy(host, lo, stream, cupy().cuda.runtime.memcpyHostToDevice)
 
     def fill_from(self, other: "Array | np.ndarray") -> None:
-        """Have all elements copied from an array on the same device, or in host memory."""
+        """Have all elements copied from an array on the same device and stream, or in host memory."""
         if isinstance(other, np.ndarray):
             host = staged(self, load=False)
             host[:] = other
             deliver(host, self)
         elif other.pointer != self.pointer and self.nbytes:
             runtime = cupy().cuda.runtime
-            self.after(other)
             with cupy().cuda.Device(self.device):
                 runtime.memcpyAsync(
                     self.pointer, other.pointer, self.nbytes, runtime.memcpyDeviceToDevice, self.stream.ptr
@@ -111,13 +110,6 @@ class Array:
         cuda = cupy().cuda
         with cuda.Device(self.device):
             return self.stream.record(cuda.Event(disable_timing=True))
-
-    def after(self, other: "Array") -> None:
-        """What is put on its stream from now on comes after all that is on the other one's."""
-        if other.stream.ptr != self.stream.ptr:
-            event = other.record()
-            with cupy().cuda.Device(self.device):
-                self.stream.wait_event(event)
 
     def _copy(self, host: np.ndarray, lo: int, stream: Any, kind: int) -> None:
         if host.nbytes:
@@ -209,7 +201,8 @@ def pinned(nbytes: int) -> np.ndarray:
 
 def staged(array: Array, load: bool) -> np.ndarray:
     """Page-locked host memory with what the array holds, or with anything in it, if that is not asked for."""
-    host = pinned(array.nbytes).view(array.dtype)
+    with cupy().cuda.Device(array.device):
+        host = pinned(array.nbytes).view(array.dtype)
     if load:
         array.load(host)
         array.synchronize()
@@ -294,15 +287,15 @@ class Boxes:
             given.load(self._view(number, count, array.dtype), lo, self._out)
             self._out.record(self._loaded[number])
 
-        if isinstance(given, Array) and pieces:
+        if isinstance(given, Array):
             load(*pieces[0])
-        for n, (number, lo, count) in enumerate(pieces or [(0, 0, 0)]):
+        for n, (number, lo, count) in enumerate(pieces):
             box = self._view(number, count, array.dtype)
             if not isinstance(given, Array):
                 self._stored[number].synchronize()
                 if given is not None:
                     box[:] = given[lo : lo + count]
-            elif pieces:
+            else:
                 if pieces[n + 1 :]:
                     load(*pieces[n + 1])
                 self._loaded[number].synchronize()
@@ -327,6 +320,14 @@ class Boxes:
         with suppress(runtime.CUDARuntimeError):
             if self._registered:
                 runtime.hostUnregister(self._memory.ctypes.data)
+
+
+def boxes(memory: np.ndarray | None, device: int) -> Boxes:
+    """In this host memory, of so many bytes, if its pages can be locked, else in memory of CuPy's pool."""
+    with cupy().cuda.Device(device):
+        if memory is not None and register(memory):
+            return Boxes(memory, device, registered=True)
+        return Boxes(pinned(BOXES * BOX), device)
 
 
 # ---- which GPU
@@ -424,7 +425,7 @@ def processors(device: int) -> int:
 def launch(
     array: Array, text: str, name: str, options: tuple[str, ...], grid: int, block: int, arguments: tuple[Any, ...]
 ) -> None:
-    """On the device and the stream of an array."""
+    """On the device and the stream of an array: so many blocks of so many threads."""
     with on(array):
         compiled(text, name, options, array.device)((grid,), (block,), arguments)
 
@@ -563,15 +564,13 @@ def nccl_communicator(device: int, p: int, number: Any, rank: int) -> Any:
 def by_nccl(
     communicator: Any, collective: str, given: Array | None, taken: Array | None, operation: str, root: int
 ) -> None:
-    """Have it done, on the stream of what is given, or of what is taken."""
+    """Have it done, on the stream of what is given and taken, which is the same; ``root`` is a rank."""
     nccl, array = _nccl(), taken if given is None else given
     assert array is not None
     send, recv = array.pointer, array.pointer if taken is None else taken.pointer
     kind = getattr(nccl, f"NCCL_{_NCCL_TYPES[array.dtype.name]}")
     op = getattr(nccl, f"NCCL_{_NCCL_OPERATIONS[operation]}")
     with on(array):
-        if taken is not None:
-            array.after(taken)
         stream = array.stream.ptr
         if collective == "allreduce":
             communicator.allReduce(send, recv, array.size, kind, op, stream)
@@ -584,5 +583,3 @@ def by_nccl(
             communicator.reduceScatter(send, recv, taken.size, kind, op, stream)
         else:
             communicator.allGather(send, recv, array.size, kind, stream)
-        if taken is not None:
-            taken.after(array)

@@ -65,22 +65,29 @@ def main(collective: str) -> None:
         x = module.arange(size * p, dtype="float32") + rank
         y = module.zeros(size * p, "float32")
         total = module.arange(size * p, dtype="float32") * p + p * (p - 1) // 2
+        z, other = x.copy(), total  # and what is done in place
         module.cuda.get_current_stream().synchronize()
         if collective == "allreduce":
             comm.Allreduce(x, y)
+            comm.Allreduce(MPI.IN_PLACE, z)
         elif collective == "reduce":
             comm.Reduce(x, y if rank == 1 else None, root=1)
-            y, total = (y, total) if rank == 1 else (x, x)
+            comm.Reduce(MPI.IN_PLACE if rank == 1 else z, z if rank == 1 else None, root=1)
+            y, total, other = (y, total, other) if rank == 1 else (x, x, z)
         elif collective == "bcast":
             comm.Bcast(x, root=1)
             y, total = x, module.arange(size * p, dtype="float32") + 1
+            other = z
         elif collective == "reduce_scatter":
             comm.Reduce_scatter(x, y[:size], [size] * p)
-            y, total = y[:size], total[rank * size : (rank + 1) * size]
+            y, total, other = y[:size], total[rank * size : (rank + 1) * size], z
         else:
             comm.Allgatherv(x[:size], [y, [size] * p])
-            total = module.concatenate([module.arange(size, dtype="float32") + other for other in range(p)])
-        if not bool((y == total).all()):
+            total = other = module.concatenate([module.arange(size, dtype="float32") + n for n in range(p)])
+            z[rank * size : (rank + 1) * size] = x[:size]
+            module.cuda.get_current_stream().synchronize()
+            comm.Allgatherv(MPI.IN_PLACE, [z, [size] * p])
+        if not bool((y == total).all() and (z == other).all()):
             sys.exit(f"{SAYS}its {collective} of {x.nbytes} bytes on a GPU is wrong")
     print("right", flush=True)
 

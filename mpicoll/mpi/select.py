@@ -179,7 +179,7 @@ def choose(
         return ", ".join(name for name, row in ALGORITHMS[collective].items() if which(row))
 
     if algorithm in WAYS:
-        raise ValueError(f"{algorithm} is for arrays in the memory of a GPU, and for calls that wait")
+        raise ValueError(f"{algorithm} is for an array in the memory of a GPU, no list, and for calls that wait")
     if segments is not None and algorithm in ("auto", NATIVE):
         pipelining = names(lambda row: "segments" in row.parameters)
         raise ValueError(f"segments are for a pipelining algorithm: name one, {pipelining}")

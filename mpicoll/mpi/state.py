@@ -248,15 +248,9 @@ class State:
         """What arrays in the memory of a GPU go through: in memory that ranks share, if there is some to be locked.  A
         collective call, which raises on all ranks if one has no memory for it."""
         if self._boxes is None:
-            size = gpu.BOXES * gpu.BOX
-            memory = self.on_node(self.node.empty, size) if self.node.size > 1 else None
-
-            def made() -> gpu.Boxes:
-                if memory is not None and gpu.register(memory):
-                    return gpu.Boxes(memory, device, registered=True)
-                return gpu.Boxes(gpu.pinned(size), device)
-
-            self._boxes = self._together(made, "page-locked memory for arrays on GPUs cannot be had")
+            memory = self.on_node(self.node.empty, gpu.BOXES * gpu.BOX) if self.node.size > 1 else None
+            lacking = "page-locked memory for arrays on GPUs cannot be had"
+            self._boxes = self._together(lambda: gpu.boxes(memory, device), lacking)
         return self._boxes
 
     def _together(self, action: Callable[[], T], what: str) -> T:

@@ -234,7 +234,14 @@ class Training:
         """
         s, history = self.settings, []
         while self.epoch < s.epochs and self.step != max_steps and not self._is_done():
-            history.append(self._epoch(max_steps))
+            try:
+                history.append(self._epoch(max_steps))
+            except MemoryError as error:
+                if self.gpu is None:
+                    raise
+                raise UserError(
+                    f"the memory of {self.gpu} is full ({error}): take a smaller --batch-size, or fewer ranks on it"
+                ) from error
             report(history[-1])
             if self.step % self.steps_per_epoch == 0:
                 checkpoint(self)

@@ -321,7 +321,7 @@ def test_mistakes_are_told_to_all(cupy, ours):
         (lambda: mpicoll.allreduce(n, ours, stream=stream), TypeError, "stream= is for arrays in the memory of a GPU"),
         (lambda: ours.Bcast(n, stream=stream), TypeError, "stream= is for arrays"),
         (lambda: mpicoll.allreduce(there, ours, stream=7), TypeError, "stream= takes a stream of CuPy's"),
-        (lambda: mpicoll.allreduce(n, ours, algorithm="ipc"), ValueError, "ipc is for arrays in the memory of a GPU"),
+        (lambda: mpicoll.allreduce(n, ours, algorithm="ipc"), ValueError, "ipc is for an array in the memory of a GPU"),
         (lambda: mpicoll.allreduce(there, ours, algorithm="rings"), ValueError, "rings"),
         (lambda: mpicoll.allreduce(there, ours, "sums"), ValueError, "unknown operation"),
         (lambda: mpicoll.allreduce(cupy.zeros((4, 4))[:, :2], ours), ValueError, "ascontiguousarray"),
@@ -543,7 +543,10 @@ def test_the_mpi_library_is_given_arrays_only_where_that_is_known_to_work(fake, 
         mpicoll.allreduce(x, ours, algorithm="aware")
     monkeypatch.setenv("MPICOLL_GPU_AWARE", "1")
 
+    flat = gpu.Array.flat
+
     def seen(array: gpu.Array) -> np.ndarray:
+        assert (flat(array).size, flat(array).data.ptr) == (array.size, array.pointer)
         return np.empty(0) if not array.size else fake.memory_at(array.pointer, array.nbytes).view(array.dtype)
 
     monkeypatch.setattr(gpu.Array, "flat", seen)

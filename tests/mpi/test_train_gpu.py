@@ -44,6 +44,7 @@ RUNS: list[dict[str, Any]] = [
     {"strategy": "average", "every": 3, "outer": "easgd", "optimizer": "adam", "momenta": "reset", "lr": 0.01},
     {"strategy": "butterfly", "optimizer": "nesterov", "momenta": "average"},
     {"strategy": "gossip", "mix_first": True},
+    {"strategy": "average", "every": 2, "momenta": "average"},
 ]
 
 

@@ -181,6 +181,10 @@ class Strategy:
         by whatever algorithm that takes, whose name is ``algorithm`` then."""
         from ...mpi.collectives import account, allreduce
 
+        if len(arrays) > 1 and self.settings.device == "gpu":  # a list would go by way of the host
+            for array in arrays:
+                self.allreduce([array], op)
+            return
         named = self.settings.algorithm
         x = arrays[0] if len(arrays) == 1 else list(arrays)
         canonical = named == "auto"
