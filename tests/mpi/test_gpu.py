@@ -30,7 +30,7 @@ BOX = 64  # bytes
 COUNTS = sorted({0, 1, P + 1, BOX // 8 - 1, BOX // 8, BOX // 8 + 1, 3 * BOX // 8 + 5})
 WAYS = ["auto", "staged", "ours"]
 
-pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 4, reason="four ranks show what more would, and sooner")]
 fake_alone = pytest.mark.skipif(REAL, reason="asks the fake what it has seen")
 
 

@@ -23,7 +23,7 @@ from mpicoll.train.parallel import Grid, Sizes, Split
 from mpicoll.train.settings import Settings
 
 P, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
-pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P == 7, reason="five ranks have the same grids")]
+pytestmark = pytest.mark.mpi
 FACTS: dict[str, Any] = {"settings": {}, "environment": {}}
 
 # Widths that most numbers of shards do not divide, and that are enough for 8 of them.

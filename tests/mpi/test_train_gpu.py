@@ -34,7 +34,7 @@ from training import blobs, trained, training
 
 P = MPI.COMM_WORLD.size
 REAL = os.environ.get("MPICOLL_TEST_GPU") == "1"
-pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 4, reason="four ranks show what more would, and sooner")]
 
 RUNS: list[dict[str, Any]] = [
     {"strategy": "sync"},
