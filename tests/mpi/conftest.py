@@ -31,12 +31,20 @@ FIVE_SHOW_IT = {
 }
 
 
+FOUR_SHOW_ALL = {
+    *("test_async.py", "test_balance.py", "test_checkpoints.py", "test_compress_ranks.py", "test_data_ranks.py"),
+    *("test_measure_ranks.py", "test_strategies.py", "test_train_ranks.py"),
+}
+"""Of training, and measuring: 5 ranks are there for what collectives do with such a number."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Beyond five ranks those are skipped."""
-    five = pytest.mark.skip(reason="five ranks show what more would, and sooner")
-    for item in items if WORLD.size > 5 else ():
-        if getattr(item, "originalname", "") in FIVE_SHOW_IT.get(item.path.name, ()):
-            item.add_marker(five)
+    """Beyond five ranks those are skipped, and at five these."""
+    for item in items:
+        if WORLD.size > 5 and getattr(item, "originalname", "") in FIVE_SHOW_IT.get(item.path.name, ()):
+            item.add_marker(pytest.mark.skip(reason="five ranks show what more would, and sooner"))
+        if WORLD.size == 5 and item.path.name in FOUR_SHOW_ALL:
+            item.add_marker(pytest.mark.skip(reason="3 and 4 ranks show it, and sooner"))
 
 
 @pytest.hookimpl(trylast=True)
