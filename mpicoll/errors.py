@@ -11,3 +11,8 @@ class UserError(Exception):
 
 class MismatchError(RuntimeError):
     """Ranks do not make the same call; the text is a table of who made which.  All of them raise the same one."""
+
+
+def reason(error: BaseException) -> str:
+    """What it says, or, if it says nothing, what it is."""
+    return str(error) or type(error).__name__

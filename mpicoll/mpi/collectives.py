@@ -864,9 +864,9 @@ class DeviceCall(NamedTuple):
         if not self.elements:
             return
         state, options = state_of(self.comm), self.options
-        devices = state.join_devices(next(one for one in (self.given, self.taken) if isinstance(one, Array)).device)
+        devices = state.join_devices(self._array.device)
         wired = self.operation.on_wire(options.wire, self.dtype) if options.wire else self.operation
-        args = self.collective, self.given, self.taken, wired, self.root or 0, self.cuts
+        asked = self.collective, self.given, self.taken, wired, self.root or 0, self.cuts
         for way in devices.ways(options.algorithm, self.collective, wired, self.dtype, options.deterministic):
             if way == "staged":
                 try:
@@ -874,10 +874,15 @@ class DeviceCall(NamedTuple):
                 except BaseException:  # other ranks may be at another piece
                     state.interrupt()
                     raise
-            elif not state.on_node(devices.run, way, *args):
+            elif not state.on_node(devices.run, way, asked):
                 continue
             devices.remember(self._kind(), way)
             return
+
+    @property
+    def _array(self) -> Array:
+        """One that is on a GPU."""
+        return next(one for one in (self.given, self.taken) if isinstance(one, Array))
 
     def _kind(self) -> tuple[Any, ...]:
         return self.collective, self.operation.name, self.elements, self.dtype, self.options
@@ -898,8 +903,7 @@ class DeviceCall(NamedTuple):
     def _run_staged(self, state: State) -> None:
         """By way of host memory: in pieces, or, where ranks give or take parts, all at once."""
         if self.cuts is None:
-            array = next(one for one in (self.given, self.taken) if isinstance(one, Array))
-            boxes = state.boxes(array.device)
+            boxes = state.boxes(self._array.device)
             boxes.through(self.given, self.taken, lambda piece: self.hosted(piece).run())
             return
         assert self.given is not None
@@ -921,8 +925,7 @@ class DeviceCall(NamedTuple):
 
     def pieces(self) -> list[int]:
         """The lengths of those in which it is staged."""
-        longest = self.elements if self.cuts else max(gpu.BOX // self.dtype.itemsize, 1)
-        return [min(longest, self.elements - lo) for lo in range(0, self.elements, longest)]
+        return [self.elements] if self.cuts else [n for _, n in gpu.pieces(self.elements, self.dtype, gpu.BOX)]
 
     def stand_in(self, length: int) -> np.ndarray:
         """So many elements, but no memory for them."""

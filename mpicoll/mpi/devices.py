@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
+from ..errors import reason
 from ..schedule import chunk_start
 from ..tuning import WAYS
 from . import gpu, kernel, operations
@@ -47,6 +48,12 @@ Spot = tuple[int, int, int]  # rank, allocation, byte
 Facts = tuple[list[str], int, dict[str, str]]
 Owner = tuple[int, int]  # rank, and the number of its device
 Key = tuple[Owner, int, int]  # who has opened it, whose it is, which allocation
+
+
+Asked = tuple[str, Array | np.ndarray | None, Array | np.ndarray | None, Operation, int, tuple[int, ...] | None]
+"""A call: the collective, what is given and taken, the operation, the root, and the cuts.  Arrays are those of
+``Node.run``, and the whole is not empty; given and taken may be one, or none where a rank gives or takes nothing.  One
+that is in host memory is found by the MPI library only."""
 
 
 class _Job(NamedTuple):
@@ -116,23 +123,9 @@ class Devices:
             raise ValueError(f"{asked} cannot do this {collective} here: {why}")
         return [asked, "staged"]
 
-    def run(
-        self,
-        way: str,
-        collective: str,
-        given: Array | np.ndarray | None,
-        taken: Array | np.ndarray | None,
-        operation: Operation,
-        root: int = 0,
-        cuts: tuple[int, ...] | None = None,
-    ) -> bool:
-        """Do it; false, on all ranks, if this way cannot be gone with these arrays, and nothing was done.
-
-        Arrays are those of ``Node.run``, and the whole is not empty; given and taken may be one, or none where a rank
-        gives or takes nothing.  One that is in host memory is found by the MPI library only.
-        """
-        do = {"ipc": self._by_ipc, "nccl": self._by_nccl, "aware": self._by_mpi}[way]
-        return do(collective, given, taken, operation, root, cuts)
+    def run(self, way: str, asked: Asked) -> bool:
+        """Do it; false, on all ranks, if this way cannot be gone with these arrays, and nothing was done."""
+        return {"ipc": self._by_ipc, "nccl": self._by_nccl, "aware": self._by_mpi}[way](asked)
 
     def remember(self, kind: Any, way: str) -> None:
         """Which way a call has gone."""
@@ -142,15 +135,8 @@ class Devices:
 
     # ---- by IPC
 
-    def _by_ipc(
-        self,
-        collective: str,
-        given: Array | np.ndarray | None,
-        taken: Array | np.ndarray | None,
-        operation: Operation,
-        root: int,
-        cuts: tuple[int, ...] | None,
-    ) -> bool:
+    def _by_ipc(self, asked: Asked) -> bool:
+        collective, given, taken, operation, root, cuts = asked
         arrays = [array for array in (given, taken) if isinstance(array, Array)]
         count, dtype = cuts[-1] if cuts else arrays[0].size, arrays[0].dtype
         if len(self._own) > KEPT:
@@ -195,7 +181,7 @@ class Devices:
     def _raise_if(self, failed: list[int], collective: str, error: Exception | None) -> None:
         """On all ranks, if one has."""
         if any(failed):
-            told = self.node.comm.allgather(None if error is None else str(error) or type(error).__name__)
+            told = self.node.comm.allgather(None if error is None else reason(error))
             rank = failed.index(1)
             raise RuntimeError(f"this {collective} failed on the GPU of rank {rank}: {told[rank]}") from error
 
@@ -300,7 +286,7 @@ class Devices:
                 gpu.compiled(text, kernel.NAME, kernel.OPTIONS, device)
                 gpu.processors(device)
         except Exception as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            why = reason(error).splitlines()[0]
         found = next(filter(None, self.node.comm.allgather(why)), "")
         return f"its kernel cannot be compiled ({found})" if found else ""
 
@@ -360,15 +346,8 @@ class Devices:
 
     # ---- by NCCL
 
-    def _by_nccl(
-        self,
-        collective: str,
-        given: Array | np.ndarray | None,
-        taken: Array | np.ndarray | None,
-        operation: Operation,
-        root: int,
-        cuts: tuple[int, ...] | None,
-    ) -> bool:
+    def _by_nccl(self, asked: Asked) -> bool:
+        collective, given, taken, operation, root, cuts = asked
         if len({after - before for before, after in pairwise(cuts or ())}) > 1:
             return False
         there = [array for array in (given, taken) if array is not None]
@@ -389,13 +368,13 @@ class Devices:
         try:
             number = gpu.nccl_id() if self.rank == 0 else None
         except Exception as error:
-            why = str(error) or type(error).__name__
+            why = reason(error)
         number, why = self.comm.bcast((number, why))
         if not why:
             try:
                 self._nccl = gpu.nccl_communicator(self._device, self.p, number, self.rank)
             except Exception as error:
-                why = str(error) or type(error).__name__
+                why = reason(error)
             why = next(filter(None, self.comm.allgather(why)), "")
         self.why["nccl"] = why
         return not why
@@ -411,15 +390,8 @@ class Devices:
 
     # ---- by the MPI library
 
-    def _by_mpi(
-        self,
-        collective: str,
-        given: Array | np.ndarray | None,
-        taken: Array | np.ndarray | None,
-        operation: Operation,
-        root: int,
-        cuts: tuple[int, ...] | None,
-    ) -> bool:
+    def _by_mpi(self, asked: Asked) -> bool:
+        collective, given, taken, operation, root, cuts = asked
         _settle([array for array in (given, taken) if isinstance(array, Array)])  # MPI knows nothing of streams
         op, counts = operation.native, [after - before for before, after in pairwise(cuts or ())]
         send, recv = (array.flat() if isinstance(array, Array) else array for array in (given, taken))

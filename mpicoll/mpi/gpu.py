@@ -226,6 +226,12 @@ def register(memory: np.ndarray) -> bool:
     return True
 
 
+def pieces(count: int, dtype: np.dtype, box: int) -> list[tuple[int, int]]:
+    """Of so many elements, as many at a time as a box of so many bytes holds: the first, and how many."""
+    length = max(box // dtype.itemsize, 1)
+    return [(lo, min(length, count - lo)) for lo in range(0, count, length)]
+
+
 class Boxes:
     """Page-locked host memory that arrays of any length go through, a piece at a time: while one is with MPI, the next
     comes from the GPU, and the one before goes back to it.
@@ -275,8 +281,8 @@ class Boxes:
         taken: Array | np.ndarray | None,
         do: Callable[[np.ndarray], None],
     ) -> None:
-        length = max(len(self._boxes[0]) // array.dtype.itemsize, 1)
-        pieces = [(n % BOXES, lo, min(length, array.size - lo)) for n, lo in enumerate(range(0, array.size, length))]
+        cut = pieces(array.size, array.dtype, len(self._boxes[0]))
+        steps = [(n % BOXES, lo, count) for n, (lo, count) in enumerate(cut)]
         for stream, one in ((self._out, given), (self._back, taken)):
             if isinstance(one, Array):
                 stream.wait_event(one.record())  # what was put there before the call comes first
@@ -288,16 +294,16 @@ class Boxes:
             self._out.record(self._loaded[number])
 
         if isinstance(given, Array):
-            load(*pieces[0])
-        for n, (number, lo, count) in enumerate(pieces):
+            load(*steps[0])
+        for n, (number, lo, count) in enumerate(steps):
             box = self._view(number, count, array.dtype)
             if not isinstance(given, Array):
                 self._stored[number].synchronize()
                 if given is not None:
                     box[:] = given[lo : lo + count]
             else:
-                if pieces[n + 1 :]:
-                    load(*pieces[n + 1])
+                if steps[n + 1 :]:
+                    load(*steps[n + 1])
                 self._loaded[number].synchronize()
             do(box)
             if isinstance(taken, Array):

@@ -17,7 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..algorithms import Algorithm, find
-from ..errors import MismatchError
+from ..errors import MismatchError, reason
 from ..graphs import Graph
 from ..schedule import Schedule
 from ..tuning import COLLECTIVES, Fingerprint, Rule, Rules, machine
@@ -262,7 +262,7 @@ class State:
         except Exception as raised:
             error = raised
         with driving(self.comm):
-            everyone = self.comm.allgather(None if error is None else str(error) or type(error).__name__)
+            everyone = self.comm.allgather(None if error is None else reason(error))
         for rank, why in enumerate(everyone):
             if why is not None:
                 raise RuntimeError(f"{what} on rank {rank}: {why}") from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, reason
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -115,8 +115,8 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"data file {str(path)!r} cannot be read: {reason}") from error
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"data file {str(path)!r} cannot be read: {why}") from error
 
 
 # Arrays: X, y, X_test, y_test, of which nothing but the rank's own rows is touched where they are mapped.
@@ -146,8 +146,8 @@ def _open_npz(path: Path) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # a foreign or torn file fails in any way that zipfile, zlib and NumPy know
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} cannot be read as an .npz file of plain arrays: {reason}") from error
+        why = reason(error).splitlines()[0]
+        raise UserError(f"{what} cannot be read as an .npz file of plain arrays: {why}") from error
     if "X" not in arrays:
         listed = ", ".join(map(repr, names[:9])) + (", ..." if len(names) > 9 else "")
         raise UserError(f"{what} has no array 'X' (samples x features); it has {listed or 'none'}")
@@ -165,8 +165,8 @@ def _map_npy(folder: Path) -> dict[str, np.ndarray]:
             try:
                 arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
             except Exception as error:  # as above
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise UserError(f"data file {str(path)!r} cannot be mapped as a plain array: {reason}") from error
+                why = reason(error).splitlines()[0]
+                raise UserError(f"data file {str(path)!r} cannot be mapped as a plain array: {why}") from error
     return arrays
 
 
