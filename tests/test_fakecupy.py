@@ -440,6 +440,8 @@ def test_all_names_are_those_of_cupy():
         modules, mine = dict(fake.modules), importlib.import_module("cupy")
     pairs = [(cupy, mine), (cupy.ndarray, mine.ndarray), (cupy.cuda, mine.cuda), (cupy.cuda.runtime, mine.cuda.runtime)]
     pairs += [(getattr(cupy.cuda, name), getattr(mine.cuda, name)) for name in ("Stream", "Event", "Device")]
+    sparse = importlib.import_module("cupyx.scipy.sparse")
+    pairs += [(getattr(sparse, name), getattr(fakecupy, name)) for name in ("csr_matrix", "csc_matrix")]
     assert modules
     missing = [
         f"{mine.__name__}.{name}"
