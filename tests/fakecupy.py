@@ -1112,8 +1112,7 @@ class _Sparse:
     @property
     def has_canonical_format(self) -> bool:
         if self._canonical is None:
-            checked = self._computed(lambda matrix: np.array(matrix.has_canonical_format), waits=True)
-            self._canonical = bool(checked._hidden)
+            self._canonical = bool(self._computed(lambda matrix: np.array(matrix.has_canonical_format)))
         return self._canonical
 
     def sum_duplicates(self) -> None:
