@@ -3,10 +3,13 @@
 from collections.abc import Callable, Sequence
 from threading import Barrier, Thread
 
+import fakecupy
 import numpy as np
 import pytest
 
 from mpicoll import UserError
+from mpicoll.mpi import gpu
+from mpicoll.train import optimizers
 from mpicoll.train.compress import Compressor, PowerSGD, compressor
 from mpicoll.train.models import MODELS
 
@@ -27,12 +30,12 @@ class Together:
     def rank(self, rank: int) -> "Rank":
         return Rank(self, rank)
 
-    def exchange(self, rank: int, array: np.ndarray) -> list[np.ndarray]:
+    def exchange(self, rank: int, array: np.ndarray) -> np.ndarray:
         self.given[rank] = array.copy()
         if rank == 0:
             self.nbytes.append(array.nbytes)
         self.barrier.wait(10)
-        found = list(self.given)
+        found = np.stack(self.given)
         self.barrier.wait(10)
         return found
 
@@ -47,11 +50,11 @@ class Rank:
             array[:] = np.sum(self._together.exchange(self._rank, array), axis=0)
 
     def allgather(self, array: np.ndarray) -> np.ndarray:
-        return np.stack(self._together.exchange(self._rank, array))
+        return self._together.exchange(self._rank, array)
 
 
-def made(kind: str, dtype: str = "f4", size: int = N) -> Compressor:
-    return compressor(kind, size, np.dtype(dtype), MODEL.tensors if size == N else None, seed=3)
+def made(kind: str, dtype: str = "f4", size: int = N, like: np.ndarray | None = None) -> Compressor:
+    return compressor(kind, size, np.dtype(dtype), MODEL.tensors if size == N else None, 3, like)
 
 
 def sent(one: Compressor, vector: np.ndarray, exact: np.ndarray | None = None) -> tuple[np.ndarray, list[int]]:
@@ -92,16 +95,17 @@ def test_what_is_exact_travels_as_it_is(kind):
 @pytest.mark.parametrize(
     ("kind", "length"),
     [
-        ("16bit", lambda item: item + 2 * N),
-        ("sign", lambda item: item + -(-N // 8)),
-        ("topk:0.1", lambda item: 32 * (item + 2)),  # of 317 elements, whose places take two bytes
-        ("topk:1e-9", lambda item: item + 2),
-        ("topk:1", lambda item: N * (item + 2)),
+        ("16bit", lambda item: [item, 2 * N]),
+        ("sign", lambda item: [item, -(-N // 8)]),
+        ("topk:0.1", lambda item: [32 * item, 32 * 2]),  # of 317 elements, whose places take two bytes
+        ("topk:1e-9", lambda item: [item, 2]),
+        ("topk:1", lambda item: [N * item, N * 2]),
     ],
 )
 def test_messages_are_as_long_as_the_code(kind, dtype, length):
     assert N == 317
-    assert sent(made(kind, dtype), noise(dtype))[1] == [length(np.dtype(dtype).itemsize)]
+    whole = sum(-(-field // 8) * 8 for field in length(np.dtype(dtype).itemsize))
+    assert sent(made(kind, dtype), noise(dtype))[1] == [whole]
 
 
 def test_powersgd_sends_factors_and_what_is_no_matrix():
@@ -141,11 +145,13 @@ def test_sign_is_a_bit_and_their_mean_magnitude(dtype, size):
 @pytest.mark.parametrize("power", [-140, -100, 0, 100, 126])  # beyond what float16 could hold
 @pytest.mark.parametrize("size", [N, 2**16 + 3])
 def test_sixteen_bits_are_off_by_little(dtype, power, size):
-    vector = np.ldexp(noise(dtype, size=size) / 8, power).astype(dtype)
-    decoded, _ = sent(made("16bit", dtype, size), vector)
-    bound = np.maximum(abs(vector) * 2.0**-11, abs(vector).max() * 2.0**-25)
-    assert (abs(decoded.astype("f8") - vector) <= bound).all()
-    assert power < -130 or (decoded != vector).any()
+    both = np.ldexp(noise(dtype, size=size) / 8, power).astype(dtype)
+    for small in (False, both > 0, both < 0):
+        vector = np.where(small, both * 2.0**-20, both)
+        decoded, _ = sent(made("16bit", dtype, size), vector)
+        bound = np.maximum(abs(vector) * 2.0**-11, abs(vector).max() * 2.0**-25)
+        assert (abs(decoded.astype("f8") - vector) <= bound).all()
+        assert power < -120 or (decoded != vector).any()
 
 
 @every_dtype
@@ -225,6 +231,37 @@ def test_ranks_end_with_the_same_sum_of_what_they_send(kind, p):
 
 
 @every_kind
+@every_dtype
+@pytest.mark.parametrize("mode", fakecupy.MODES)
+def test_in_the_memory_of_a_gpu_it_does_the_same(kind, dtype, mode, monkeypatch):
+    """Without reading anything back, but for the number of elements that ``topk`` finds; and a GPU has no caches that
+    blocks would have to fit in."""
+    one, launches, few = made(kind, dtype), [], 30 * np.finfo(dtype).eps
+    with fakecupy.installed(mode=mode) as fake:
+        cupy = gpu.cupy()
+        other = made(kind, dtype, like=cupy.empty(1))
+        for step in range(4):
+            exact, vector = np.array([1 / 3, step], dtype), noise(dtype, step)
+            if step == 2:
+                monkeypatch.setattr(optimizers, "BLOCK", 64)
+            if step == 3:
+                vector[7:] = 0  # of equals the first
+                other.residual[:] = one.residual[:] = 0
+            exact_there, vector_there, before = cupy.asarray(exact), cupy.asarray(vector), fake.queue(0).put_in
+            decoded, nbytes = sent(one, vector, exact)
+            there, nbytes_there = sent(other, vector_there, exact_there)
+            assert nbytes_there == nbytes
+            launches.append(fake.queue(0).put_in - before)
+            assert fake.log == ["get"] * (0 if kind != "topk:0.1" else 3 if step == 3 else 1)
+            np.testing.assert_allclose(there.get(), decoded, rtol=0, atol=few)
+            np.testing.assert_array_equal(exact_there.get(), exact)
+            for name, array in one.state.items():
+                np.testing.assert_allclose(other.state[name].get(), array, rtol=0, atol=few)
+            fake.log.clear()
+    assert launches[1] == launches[2]
+
+
+@every_kind
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @np.errstate(all="ignore")
 def test_what_is_not_finite_does_not_stay_behind(kind, value):
@@ -234,9 +271,11 @@ def test_what_is_not_finite_does_not_stay_behind(kind, value):
         assert not np.isfinite(sent(made(kind), vector)[0]).all()
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(3e38, "f4"), (1e200, "f8")])
 @np.errstate(all="ignore")
-def test_factors_that_overflow_do_not_stay_behind():
-    assert not np.isfinite(sent(made("powersgd:2"), np.full(N, 3e38, "f4"))[0]).all()
+def test_factors_that_overflow_do_not_stay_behind(value, dtype):
+    """Or only the squares of their elements."""
+    assert not np.isfinite(sent(made("powersgd:2", dtype), np.full(N, value, dtype))[0]).all()
 
 
 @pytest.mark.parametrize(

@@ -424,6 +424,41 @@ def test_nccl_works_on_streams_of_gpus_that_differ(mode):
         assert x.get(stream=stream).tolist() == [2, 2, 2]
 
 
+def test_sparse_matrices_are_there_when_the_stream_gets_there():
+    with fakecupy.installed(mode="lazy") as fake:
+        cupy, sparse = importlib.import_module("cupy"), importlib.import_module("cupyx.scipy.sparse")
+        parts = (cupy.asarray(x) for x in (np.array([1.0, 2.0, 3.0]), np.array([1, 1, 0]), np.array([0, 2, 3])))
+        matrix = sparse.csr_matrix(tuple(parts), shape=(2, 2))
+        matrix.sum_duplicates()
+        assert matrix.data.get().tolist() == [3, 3]
+        stream, dense, queue = cupy.cuda.Stream(non_blocking=True), cupy.asarray(np.eye(2)), fake.queue(0)
+        waits = fake.log.count("get")
+        chosen = matrix[cupy.asarray(np.array([1, 0, 1]))]
+        assert fake.log.count("get") == waits + 1  # for the number of its values
+        product, transposed = chosen @ dense, chosen.T @ cupy.asarray(np.ones((3, 1)))
+        assert fake.log.count("get") == waits + 1
+        assert queue.works
+        assert product.get().tolist() == [[3, 0], [0, 3], [3, 0]]
+        assert transposed.get().tolist() == [[6], [3]]
+        assert matrix[0:1].indices.get().tolist() == [1]
+        chosen = matrix[cupy.asarray(np.array([1]))]
+        with stream:
+            early = chosen @ dense
+        with pytest.raises(RuntimeError, match="looked at before it was there"):
+            early.get(stream=stream)
+
+
+def test_numbers_have_to_be_aligned():
+    with fakecupy.installed():
+        cupy = importlib.import_module("cupy")
+        memory = cupy.zeros(32, np.uint8)
+        assert (memory[8:16].view(np.float64) + 1).get() == [1]
+        with pytest.raises(RuntimeError, match="cudaErrorMisalignedAddress"):
+            memory[4:12].view(np.float64) + 1
+        with pytest.raises(TypeError, match="unexpected keyword argument 'count'"):
+            np.unpackbits(memory, count=3)
+
+
 def test_without_a_driver_nothing_works():
     with fakecupy.installed(devices=0):
         cupy = importlib.import_module("cupy")
@@ -440,6 +475,8 @@ def test_all_names_are_those_of_cupy():
         modules, mine = dict(fake.modules), importlib.import_module("cupy")
     pairs = [(cupy, mine), (cupy.ndarray, mine.ndarray), (cupy.cuda, mine.cuda), (cupy.cuda.runtime, mine.cuda.runtime)]
     pairs += [(getattr(cupy.cuda, name), getattr(mine.cuda, name)) for name in ("Stream", "Event", "Device")]
+    sparse = importlib.import_module("cupyx.scipy.sparse")
+    pairs += [(getattr(sparse, name), getattr(fakecupy, name)) for name in ("csr_matrix", "csc_matrix")]
     assert modules
     missing = [
         f"{mine.__name__}.{name}"

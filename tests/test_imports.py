@@ -77,6 +77,7 @@ EXTERNAL = {  # who may import what from outside; the standard library and NumPy
     "threadpoolctl": ("mpi.threads", "mpi.doctor"),
     "torch": ("torch",),
     "cupy": ("mpi.gpu",),
+    "cupyx": ("mpi.gpu",),
     "ml_dtypes": ("mpi.buffers", "cli.bench"),
     "click": ("cli",),
     "tqdm": ("cli.train",),

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from ..algorithms import mixing
 from ..graphs import Graph, graph
 from . import record
-from .buffers import is_half, parts
+from .buffers import Part, is_half, on_device, parts, staged
 from .operations import MOVE
 from .state import MIXING_TAGS, check_comm, state_of, whole
 
@@ -115,18 +115,24 @@ class PushSum:
 def exchange(messages: dict[int, np.ndarray], comm: MPI.Intracomm, graph: Graph, step: int) -> dict[int, np.ndarray]:
     """Instead of one array for all neighbors, some bytes for each; returns as many from each, by rank.
 
-    ``graph`` is symmetric, and ``messages`` are for all neighbors in the round of ``step``.
+    ``graph`` is symmetric, and ``messages`` are for all neighbors in the round of ``step``.  What is in the memory of a
+    GPU goes by way of host memory.
     """
     _agreed(graph, comm)
     with whole(comm):
         state = state_of(comm)
         record.begin(record.Entry(f"exchange on a {graph}, step {step}", state.name))
+        given = {rank: parts(message)[0] for rank, message in messages.items()}
         came = {rank: np.empty_like(message) for rank, message in messages.items()}
+        taken = {rank: staged(x, load=False) if on_device(x) else Part(x) for rank, x in came.items()}
         tag = _tag(graph, graph.round(step))
         try:
-            requests = [state.comm.Irecv(message, rank, tag) for rank, message in came.items()]
-            requests += [state.comm.Isend(message, rank, tag) for rank, message in messages.items()]
+            requests = [state.comm.Irecv(flat, rank, tag) for rank, (flat, _) in taken.items()]
+            requests += [state.comm.Isend(flat, rank, tag) for rank, (flat, _) in given.items()]
             MPI.Request.Waitall(requests)
+            for _, deliver in taken.values():
+                if deliver:
+                    deliver()
         except BaseException:
             state.interrupt()
             raise

@@ -6,7 +6,12 @@ all that there was.  That holds for vectors which mean the same each time: means
 samples.
 
 Nothing here communicates.  All ranks decode the same numbers and add them up in the same order, elementwise and without
-BLAS (see ``optimizers``), and so end with the same bits.
+BLAS (see ``optimizers``), and so end with the same bits.  So they do on GPUs that are of one kind: there sums, of which
+only PowerSGD has some that ranks must agree in, are CuPy's, of new arrays, since the order of additions may depend on
+where one begins in memory.
+
+Arrays are where the vector is, and nothing is read back from a GPU but by TopK, which has to know how many elements it
+has found.
 """
 
 import math
@@ -16,10 +21,13 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import UserError
-from .optimizers import BLOCK
+from .optimizers import at_once
 
-Tensors = Callable[[np.ndarray], dict[str, np.ndarray]]
+Views = dict[str, np.ndarray]
+Tensors = Callable[[np.ndarray], Views]
 """Views of a model's flat vector, by name."""
+
+BYTE = np.dtype(np.uint8)
 
 
 class Ranks(Protocol):
@@ -32,15 +40,35 @@ class Ranks(Protocol):
         """Those of all ranks, shape (p, *array.shape)."""
 
 
+class Fields:
+    """Arrays, by name, side by side in a vector of bytes: as a structured dtype would have it, but CuPy knows none.
+
+    Each begins at a multiple of 8 bytes, since a GPU reads no number elsewhere, and so does the next such vector.
+    """
+
+    def __init__(self, **arrays: tuple[np.dtype, int]) -> None:
+        """Of each its dtype and its elements."""
+        self.nbytes = 0
+        self._places: dict[str, tuple[slice, np.dtype]] = {}
+        for name, (dtype, count) in arrays.items():
+            end = self.nbytes + dtype.itemsize * count
+            self._places[name] = slice(self.nbytes, end), dtype
+            self.nbytes = -(-end // 8) * 8
+
+    def of(self, memory: np.ndarray) -> dict[str, np.ndarray]:
+        """Views of such a vector."""
+        return {name: memory[place].view(dtype) for name, (place, dtype) in self._places.items()}
+
+
 class Compressor:
-    """For vectors of ``size`` elements, at least one, of float32 or float64.
+    """For vectors of ``size`` elements, at least one, of float32 or float64, in host memory or where ``like`` is.
 
     ``state`` holds what it keeps from one vector to the next, written in place: the ``residual``, which is this rank's
     own, and what all ranks hold alike.
     """
 
-    def __init__(self, size: int, dtype: np.dtype) -> None:
-        self.residual = np.zeros(size, dtype)
+    def __init__(self, size: int, dtype: np.dtype, like: np.ndarray | None = None) -> None:
+        self.residual = np.zeros(size, dtype, like=like)
         self.state = {"residual": self.residual}
 
     def add_up(self, vector: np.ndarray, exact: np.ndarray, ranks: Ranks) -> None:
@@ -61,36 +89,39 @@ class Code(Compressor):
 
     pace = 1.0
 
-    fields: np.dtype
-    """Of what it sends."""
+    fields: Fields
+    """Of what it sends, which is ``fields.nbytes`` bytes, and given to its methods as views."""
 
     def add_up(self, vector: np.ndarray, exact: np.ndarray, ranks: Ranks) -> None:
         """See ``Compressor``."""
-        sent = np.empty((), [("exact", vector.dtype, exact.shape), ("code", self.fields)])
-        sent["exact"] = exact
-        self.send(vector, sent["code"])
-        gathered = ranks.allgather(sent.reshape(1).view(np.uint8))
+        message = Fields(exact=(exact.dtype, exact.size), code=(BYTE, self.fields.nbytes))
+        memory = np.zeros(message.nbytes, np.uint8, like=vector)
+        sent = message.of(memory)
+        sent["exact"][:] = exact
+        self.send(vector, self.fields.of(sent["code"]))
+        gathered = ranks.allgather(memory)
         vector[:] = 0
         exact[:] = 0
-        for row in gathered.reshape(-1).view(sent.dtype):
-            exact += row["exact"]
-            self.decode(row["code"], vector, 1)
+        for row in gathered:
+            came = message.of(row)
+            exact += came["exact"]
+            self.decode(self.fields.of(came["code"]), vector, 1)
 
     def resized(self, size: int) -> "Code":
         """Another of its kind."""
-        return type(self)(size, self.residual.dtype)
+        return type(self)(size, self.residual.dtype, self.residual)
 
-    def send(self, vector: np.ndarray, code: np.ndarray) -> None:
+    def send(self, vector: np.ndarray, code: Views) -> None:
         """Fill ``code`` with what is to be sent, and keep the rest."""
         self.residual += vector
         self.encode(self.residual, code)
         self.decode(code, self.residual, -1)
 
-    def encode(self, vector: np.ndarray, code: np.ndarray) -> None:
+    def encode(self, vector: np.ndarray, code: Views) -> None:
         """Fill the fields of ``code``."""
         raise NotImplementedError
 
-    def decode(self, code: np.ndarray, into: np.ndarray, times: int) -> None:
+    def decode(self, code: Views, into: np.ndarray, times: int) -> None:
         """Add what it stands for, ``times`` 1 or -1."""
         raise NotImplementedError
 
@@ -107,7 +138,7 @@ class Differences:
 
     def __init__(self, code: Code, params: np.ndarray, peers: list[int]) -> None:
         self.code, self._at = code, {peer: n for n, peer in enumerate(peers)}
-        self.known = np.empty((len(peers), 2, params.size), params.dtype)
+        self.known = np.empty((len(peers), 2, params.size), params.dtype, like=params)
         self.begin(params)
 
     def begin(self, params: np.ndarray) -> None:
@@ -117,17 +148,18 @@ class Differences:
     def encode(self, params: np.ndarray, peer: int) -> np.ndarray:
         """What to send to it, bytes."""
         own = self.known[self._at[peer], 0]
-        code = np.zeros((), self.code.fields)
+        message = np.zeros(self.code.fields.nbytes, np.uint8, like=params)
+        code = self.code.fields.of(message)
         self.code.encode(np.subtract(params, own, out=self.code.residual), code)
         self.code.decode(code, own, 1)
-        return code.reshape(1).view(np.uint8)
+        return message
 
     def mix(self, params: np.ndarray, came: dict[int, np.ndarray], weights: dict[int, float]) -> None:
         """Go towards what is known of those from whom codes came, in place."""
         way = self.code.residual
-        for peer, code in sorted(came.items()):
+        for peer, message in sorted(came.items()):
             own, other = self.known[self._at[peer]]
-            self.code.decode(code.view(self.code.fields)[0], other, 1)
+            self.code.decode(self.code.fields.of(message), other, 1)
             np.subtract(other, own, out=way)
             way *= self.code.pace * weights[peer]
             params += way
@@ -139,43 +171,44 @@ class Half(Code):
     Off by at most 2^-11 of an element, or 2^-25 of the largest if that is more; the residual is exact.
     """
 
-    def __init__(self, size: int, dtype: np.dtype) -> None:
-        super().__init__(size, dtype)
-        self.fields = np.dtype([("scale", dtype), ("halves", np.float16, (size,))])
+    def __init__(self, size: int, dtype: np.dtype, like: np.ndarray | None = None) -> None:
+        super().__init__(size, dtype, like)
+        self.fields = Fields(scale=(dtype, 1), halves=(np.dtype(np.float16), size))
 
-    def encode(self, vector: np.ndarray, code: np.ndarray) -> None:
+    def encode(self, vector: np.ndarray, code: Views) -> None:
         """See ``Code``."""
-        one = vector.dtype.type(1)
-        _, exponent = np.frexp(max(np.max(vector), -np.min(vector)))  # what is not finite is so in any units
-        code["scale"] = scale = np.ldexp(one, exponent - 1)
-        for block in _blocks(vector.size):
-            code["halves"][block] = vector[block] / scale
+        largest = np.maximum(np.max(vector), -np.min(vector))
+        _, exponent = np.frexp(largest)  # what is not finite is so in any units
+        code["scale"][:] = np.ldexp(np.ones_like(largest), exponent - 1)
+        for block in _blocks(vector):
+            code["halves"][block] = vector[block] / code["scale"]
 
-    def decode(self, code: np.ndarray, into: np.ndarray, times: int) -> None:
+    def decode(self, code: Views, into: np.ndarray, times: int) -> None:
         """See ``Code``."""
-        for block in _blocks(into.size):
+        for block in _blocks(into):
             into[block] += code["halves"][block].astype(into.dtype) * (times * code["scale"])
 
 
 class Sign(Code):
     """A bit for each element, its sign, and their mean magnitude (EF-signSGD: Karimireddy et al. 2019)."""
 
-    def __init__(self, size: int, dtype: np.dtype) -> None:
-        super().__init__(size, dtype)
-        self.fields = np.dtype([("scale", dtype), ("bits", np.uint8, (-(-size // 8),))])
+    def __init__(self, size: int, dtype: np.dtype, like: np.ndarray | None = None) -> None:
+        super().__init__(size, dtype, like)
+        self.fields = Fields(scale=(dtype, 1), bits=(BYTE, -(-size // 8)))
         self.pace = 0.6
 
-    def encode(self, vector: np.ndarray, code: np.ndarray) -> None:
+    def encode(self, vector: np.ndarray, code: Views) -> None:
         """See ``Code``."""
-        code["scale"] = np.mean(np.abs(vector), dtype=np.float64)
+        code["scale"][:] = np.mean(np.abs(vector), dtype=np.float64)
         code["bits"][:] = np.packbits(vector >= 0)
 
-    def decode(self, code: np.ndarray, into: np.ndarray, times: int) -> None:
+    def decode(self, code: Views, into: np.ndarray, times: int) -> None:
         """See ``Code``."""
         scale = times * code["scale"]
-        for block in _blocks(into.size):
+        for block in _blocks(into):
             part = into[block]
-            part += np.where(np.unpackbits(code["bits"][block.start // 8 :], count=part.size), scale, -scale)
+            bits = np.unpackbits(code["bits"][block.start // 8 : -(-block.stop // 8)])[: part.size]
+            part += np.where(bits, scale, -scale)
 
 
 class TopK(Code):
@@ -184,30 +217,31 @@ class TopK(Code):
     They are sent as they are, and the others are the residual.
     """
 
-    def __init__(self, size: int, dtype: np.dtype, share: float) -> None:
+    def __init__(self, size: int, dtype: np.dtype, share: float, like: np.ndarray | None = None) -> None:
         self.share, self.k = share, max(math.ceil(share * size), 1)
         self.pace = min(3 * self.k / size, 1)
-        place = np.min_scalar_type(size - 1)
-        super().__init__(size, dtype)
-        self.fields = np.dtype([("values", dtype, (self.k,)), ("places", place, (self.k,))])
+        super().__init__(size, dtype, like)
+        self.fields = Fields(values=(dtype, self.k), places=(np.min_scalar_type(size - 1), self.k))
 
     def resized(self, size: int) -> "TopK":
         """See ``Code``."""
-        return TopK(size, self.residual.dtype, self.share)
+        return TopK(size, self.residual.dtype, self.share, self.residual)
 
-    def encode(self, vector: np.ndarray, code: np.ndarray) -> None:
+    def encode(self, vector: np.ndarray, code: Views) -> None:
         """See ``Code``."""
         magnitude = np.abs(vector)
         magnitude[np.isnan(magnitude)] = np.inf  # it must not stay behind
         least = np.partition(magnitude, -self.k)[-self.k]
-        above = np.flatnonzero(magnitude > least)
-        equal = np.flatnonzero(magnitude == least)[: self.k - len(above)]
-        code["places"][:] = places = np.concatenate([above, equal])
+        places = np.flatnonzero(magnitude >= least)
+        if len(places) > self.k:
+            found = magnitude[places]
+            places = np.concatenate([places[found > least], places[found == least]])[: self.k]
+        code["places"][:] = places
         code["values"][:] = vector[places]
 
-    def decode(self, code: np.ndarray, into: np.ndarray, times: int) -> None:
+    def decode(self, code: Views, into: np.ndarray, times: int) -> None:
         """See ``Code``."""
-        into[code["places"]] += times * code["values"]
+        into[code["places"].astype(np.int64)] += times * code["values"]  # no place is there twice
 
 
 class PowerSGD(Compressor):
@@ -220,8 +254,16 @@ class PowerSGD(Compressor):
     keeps what is left.  What is no matrix, or one that factors would not make smaller, travels as it is.
     """
 
-    def __init__(self, size: int, dtype: np.dtype, rank: int, tensors: Tensors, seed: int) -> None:
-        super().__init__(size, dtype)
+    def __init__(
+        self,
+        size: int,
+        dtype: np.dtype,
+        rank: int,
+        tensors: Tensors,
+        seed: int,
+        like: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(size, dtype, like)
         self.rank, self._tensors = rank, tensors
         self._names = [name for name, view in tensors(self.residual).items() if self._gets_smaller(view)]
         self._matrices = self._views(self.residual)
@@ -233,10 +275,14 @@ class PowerSGD(Compressor):
         dense = np.ones(size, bool)
         for view in self._views(dense):
             view[:] = False
-        self._dense = np.flatnonzero(dense)
-        rows, columns = zip(*(matrix.shape for matrix in self._matrices), strict=True)
-        self._ps, self._qs = rank * np.cumsum(rows), rank * np.cumsum(columns)  # where each ends, in one vector
-        self.state["q"] = np.random.default_rng(seed).normal(size=self._qs[-1]).astype(dtype)
+        self._dense = np.asarray(np.flatnonzero(dense), like=like)
+        # Where the factors of each matrix end, in one vector.
+        self._ps, self._qs = (
+            (rank * np.cumsum(lengths)).tolist()
+            for lengths in zip(*(matrix.shape for matrix in self._matrices), strict=True)
+        )
+        q = np.random.default_rng(seed).normal(size=self._qs[-1]).astype(dtype)
+        self.state["q"] = np.asarray(q, like=like)
 
     def _gets_smaller(self, view: np.ndarray) -> bool:
         return view.ndim == 2 and self.rank * sum(view.shape) < view.size
@@ -245,7 +291,7 @@ class PowerSGD(Compressor):
         views = self._tensors(vector)
         return [views[name] for name in self._names]
 
-    def _factors(self, vector: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    def _factors(self, vector: np.ndarray, ends: list[int]) -> list[np.ndarray]:
         """That are in a vector, shape (rank, rows or columns of the matrix) each."""
         return [factor.reshape(self.rank, -1) for factor in np.split(vector, ends)[: len(ends)]]
 
@@ -268,14 +314,15 @@ class PowerSGD(Compressor):
         for p, q, view, kept in zip(ps, self._factors(second, self._qs), self._views(vector), qs, strict=True):
             view[:] = 0
             _add_product(p, q, view)
-            for before, row in zip(kept, q, strict=True):
-                if length := _norm(row):  # or it would find nothing ever again
-                    before[:] = row / length  # or it would grow and vanish as gradients do
+            lengths = _norms(q)
+            none = lengths == 0
+            scaled = q / np.where(none, 1, lengths)  # or it would grow and vanish as gradients do
+            kept[:] = np.where(none, kept, scaled)  # or it would find nothing ever again
 
 
 def _add_product(p: np.ndarray, q: np.ndarray, into: np.ndarray) -> None:
     """Add p^T q, for p of shape (rank, rows) and q (rank, columns); without BLAS."""
-    step = max(BLOCK // into.shape[1], 1)
+    step = max(at_once(into.size, into) // into.shape[1], 1)
     for start in range(0, into.shape[0], step):
         block = into[start : start + step]
         for column, row in zip(p, q, strict=True):
@@ -284,43 +331,42 @@ def _add_product(p: np.ndarray, q: np.ndarray, into: np.ndarray) -> None:
 
 def _orthonormal(p: np.ndarray) -> np.ndarray:
     """Its rows made so, by Gram and Schmidt in float64; those that add nothing to the ones before become zero."""
-    rows = p.astype(np.float64)
+    rows, before = p.astype(np.float64), _norms(p)
     for n, row in enumerate(rows):
-        length = _norm(row)
         for _ in range(2):  # twice is enough (Giraud et al. 2005)
             for other in rows[:n]:
                 row -= np.sum(row * other) * other
-        left = _norm(row)
-        if not math.isfinite(length):
-            row[:] = np.nan
-        elif left <= 100 * np.finfo(p.dtype).eps * length:
-            row[:] = 0
-        else:
-            row /= left
+        left, length = _norms(row), before[n]
+        left = np.where(left <= 100 * float(np.finfo(p.dtype).eps) * length, np.inf, left)
+        row /= np.where(np.isfinite(length), left, np.nan)
     return rows.astype(p.dtype)
 
 
-def _norm(row: np.ndarray) -> float:
-    return math.sqrt(np.sum(np.square(row, dtype=np.float64)))
+def _norms(rows: np.ndarray) -> np.ndarray:
+    """Of each row, shape (rows, 1), or of a single one, shape (1,)."""
+    return np.sqrt(np.sum(np.square(rows, dtype=np.float64), axis=-1, keepdims=True))
 
 
-def _blocks(size: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+def _blocks(vector: np.ndarray) -> list[slice]:
+    step = at_once(vector.size, vector)
+    return [slice(start, min(start + step, vector.size)) for start in range(0, vector.size, step)]
 
 
-def compressor(text: str, size: int, dtype: np.dtype, tensors: Tensors | None, seed: int) -> Compressor:
+def compressor(
+    text: str, size: int, dtype: np.dtype, tensors: Tensors | None, seed: int, like: np.ndarray | None = None
+) -> Compressor:
     """The one that ``text`` describes, as ``--compress`` has it; a ``UserError`` if there is none.
 
     ``tensors`` are the model's, if it has any, and ``seed`` is that of random numbers all ranks have in common.
     """
     kind, _, number = text.partition(":")
     if text == "16bit":
-        return Half(size, dtype)
+        return Half(size, dtype, like)
     if text == "sign":
-        return Sign(size, dtype)
+        return Sign(size, dtype, like)
     try:
         if kind == "topk" and 0 < float(number) <= 1:
-            return TopK(size, dtype, float(number))
+            return TopK(size, dtype, float(number), like)
         rank = int(number) if kind == "powersgd" else 0
     except ValueError:
         rank = 0
@@ -331,4 +377,4 @@ def compressor(text: str, size: int, dtype: np.dtype, tensors: Tensors | None, s
         )
     if tensors is None:
         raise UserError(f"--compress {text} needs the matrices of a model, and this one has no tensors: take another")
-    return PowerSGD(size, dtype, rank, tensors, seed)
+    return PowerSGD(size, dtype, rank, tensors, seed, like)

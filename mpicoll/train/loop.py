@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from ..errors import UserError
 from ..mpi import gpu
-from ..mpi.collectives import allreduce, bcast
+from ..mpi.collectives import allgather, allreduce, bcast
 from ..mpi.guard import on_all, on_root
 from ..pipeline import PIPELINES
 from ..tuning import WAYS
@@ -61,8 +61,6 @@ def check(settings: Settings) -> None:
             raise UserError(
                 f"--device gpu is not for the {settings.strategy} strategy, but for {others}: take one of these"
             )
-        if settings.compress is not None:
-            raise UserError("--compress is not for --device gpu: leave one of them out")
     elif settings.algorithm in WAYS:
         raise UserError(f"--algorithm {settings.algorithm} is for --device gpu: take another, or that device")
 
@@ -186,13 +184,13 @@ class Training:
         self.gpu: gpu.Gpu | None = None
         self.arrays: Any = np
         if s.device == "gpu":
-            if not isinstance(data.train.x, np.ndarray):
-                raise UserError("--device gpu is not for sparse data: take --device cpu")
             self.gpu, self.arrays = gpu.take(comm), gpu.cupy()
             self.data = on_all(comm, lambda: moved(data, dtype, self.arrays))
             if s.algorithm in WAYS:
                 try:
                     allreduce(self.arrays.zeros(1, dtype), comm, algorithm=s.algorithm)
+                    if s.compress is not None:
+                        allgather(self.arrays.zeros(1, dtype), comm, algorithm=s.algorithm)
                 except ValueError as error:  # on all ranks
                     raise UserError(f"--algorithm {s.algorithm}: {error}") from error
         params = model.initial(np.random.default_rng(s.seed), dtype)
@@ -464,7 +462,10 @@ def moved(data: Dataset, dtype: np.dtype, arrays: Any) -> Dataset:
         square = arrays.ones((2, 2), dtype)
         float((square @ square).sum())  # CuPy comes without what multiplies matrices, and finds it when it has to
         train, validation, test = (
-            part._replace(x=arrays.asarray(part.x), y=arrays.asarray(part.y))
+            part._replace(
+                x=arrays.asarray(part.x) if isinstance(part.x, np.ndarray) else gpu.sparse(part.x),
+                y=arrays.asarray(part.y),
+            )
             for part in (data.train, data.validation, data.test)
         )
         return data._replace(train=train, validation=validation, test=test)

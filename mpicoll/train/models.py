@@ -37,7 +37,7 @@ class Model(Protocol):
     ``params[:n].reshape(rows, columns)``.
 
     On a GPU all arrays are CuPy's, but for the initial ones, and NumPy's functions leave it to CuPy to compute with
-    them.
+    them; sparse samples are a ``cupyx.scipy.sparse.csr_matrix``.
 
     Nothing here communicates: each rank calls these methods on its own samples, and not always equally often.  So a
     method must depend on its arguments alone, neither change nor keep them (``grad`` is there to be written), and

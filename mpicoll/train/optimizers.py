@@ -16,7 +16,7 @@ Array = np.ndarray
 BLOCK = 2**16  # elements; vectors are worked through in blocks that stay in the cache, which saves a third of the time
 
 
-def _block(size: int, like: Array | None) -> int:
+def at_once(size: int, like: Array | None) -> int:
     """Elements of a vector that are worked through at once: on a GPU, where each operation is a launch, all of them."""
     return min(size, BLOCK) if like is None or isinstance(like, np.ndarray) else size
 
@@ -60,7 +60,7 @@ class Optimizer:
         self.steps, self.part = 0, slice(0, size)
         names = [name for name in self.vectors if momentum or name != "velocity"]
         self.state = {name: np.zeros(size, dtype, like=like) for name in names}
-        self._scratch = np.empty(_block(size, like), dtype, like=like)
+        self._scratch = np.empty(at_once(size, like), dtype, like=like)
 
     def step(self, params: np.ndarray, grad: np.ndarray, lr: float) -> None:
         """Update its part of ``params`` in place; that of ``grad`` may be overwritten."""
@@ -224,7 +224,7 @@ def clip(grad: np.ndarray, limit: float) -> float:
     Returns the norm before (Pascanu et al., 2013).  One that is not finite, because an element is not or its square
     overflows float64, leaves ``grad`` as it is, for the caller to see.  PyTorch divides by norm + 1e-6.
     """
-    total, squares = 0.0, np.empty(_block(len(grad), grad), like=grad)
+    total, squares = 0.0, np.empty(at_once(len(grad), grad), like=grad)
     for start in range(0, len(grad), max(len(squares), 1)):
         block = grad[start : start + len(squares)]
         total += float(np.sum(np.square(block, out=squares[: len(block)], dtype=np.float64)))

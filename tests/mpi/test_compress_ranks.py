@@ -121,9 +121,9 @@ def test_what_is_kept_back_counts_the_same_in_a_short_batch(comm):
     ("kind", "bytes_sent"),
     [
         (None, 2 * (P - 1) * (MODEL.size + 2) * 4),
-        ("16bit", P * (P - 1) * (2 * 4 + 4 + 2 * MODEL.size)),
-        ("sign", P * (P - 1) * (2 * 4 + 4 + -(-MODEL.size // 8))),
-        ("topk:0.1", P * (P - 1) * (2 * 4 + 9 * (4 + 1))),
+        ("16bit", P * (P - 1) * (8 + 8 + 168)),  # fields begin at multiples of 8 bytes
+        ("sign", P * (P - 1) * (8 + 8 + 16)),
+        ("topk:0.1", P * (P - 1) * (8 + 40 + 16)),
         ("powersgd:1", 2 * (P - 1) * 4 * ((6 + 8 + 8 + 3 + 2) + (8 + 3))),
     ],
 )

@@ -22,8 +22,9 @@ from test_checkpoints import stopped_after
 from mpicoll import UserError
 from mpicoll.mpi import gpu
 from mpicoll.mpi.gpu import is_cupy
-from mpicoll.train import optimizers
+from mpicoll.train import loop, optimizers
 from mpicoll.train.checkpoint import latest
+from mpicoll.train.data import Dataset
 from mpicoll.train.files import read_model
 from mpicoll.train.loop import Result
 from mpicoll.train.models import MODELS, Batch
@@ -46,7 +47,12 @@ RUNS: list[dict[str, Any]] = [
     {"strategy": "butterfly", "optimizer": "nesterov", "momenta": "average"},
     {"strategy": "gossip", "mix_first": True},
     {"strategy": "average", "every": 2, "momenta": "average"},
+    {"strategy": "sync", "compress": "16bit", "algorithm": "ring"},
+    {"strategy": "sync", "compress": "powersgd:1"},
+    {"strategy": "average", "every": 2, "compress": "topk:0.1"},
+    {"strategy": "gossip", "graph": "ring", "compress": "sign", "momenta": "average"},
 ]
+CODED: list[dict[str, Any]] = [{"strategy": "sync", "compress": "powersgd:1"}, RUNS[-1]]
 
 
 @pytest.fixture
@@ -76,6 +82,18 @@ def close(ours: Any, theirs: Any) -> None:
     np.testing.assert_allclose(np.asarray(ours, float), np.asarray(theirs, float), rtol=1e-9, atol=1e-12)
 
 
+def sparse(data: Dataset) -> Dataset:
+    """Of every other feature of a sample there is nothing left, of one there is a value in two parts."""
+    train, validation, test = (
+        part._replace(x=csr_array(part.x * ((np.arange(len(part.x))[:, np.newaxis] + np.arange(6)) % 2)))
+        for part in data[:3]
+    )
+    x: Any = train.x
+    parts = np.insert(x.data, 1, x.data[0] / 4), np.insert(x.indices, 1, x.indices[0]), x.indptr + (x.indptr > 0)
+    parts[0][0] *= 0.75
+    return data._replace(train=train._replace(x=csr_array(parts, shape=x.shape)), validation=validation, test=test)
+
+
 def same(ours: Any, theirs: Result) -> None:
     """To rounding: matrices are multiplied by other libraries, and sums taken in another order.  (The fake one has
     NumPy's, and in places its bits.)"""
@@ -88,6 +106,14 @@ def same(ours: Any, theirs: Result) -> None:
 @pytest.mark.parametrize("given", RUNS, ids=lambda given: "-".join(str(value) for value in given.values()))
 def test_a_gpu_computes_what_a_cpu_does(comm, cupy, given):
     data = blobs(37, validation=13)
+    ours = trained(comm, data, device="gpu", **given)
+    same(ours, trained(comm, data, **given))
+    assert len(set(comm.allgather(ours.params.get().tobytes()))) == 1
+
+
+def test_so_it_does_with_sparse_data(comm, cupy):
+    data = sparse(blobs(37, validation=13))
+    given = {"batch_size": 12, "epochs": 2}  # the last batch has nothing for some ranks
     same(trained(comm, data, device="gpu", **given), trained(comm, data, **given))
 
 
@@ -128,18 +154,32 @@ def test_everything_is_there(comm, cupy):
     ]
     sets = [array for part in made.data[:3] for array in part[:2]]
     assert [array.shape for array in (*kept, *sets) if not is_cupy(array)] == [(1,)]  # the outer learning rate
+    coded = [training(comm, sparse(blobs(37)), device="gpu", **given) for given in CODED]
+    (x, _, *_), codes, known = coded[0].data.train, coded[0].strategy.compressor, coded[1].strategy.differences.known
+    assert all(map(is_cupy, [x.data, x.indices, x.indptr, *codes.state.values(), codes._dense, known]))
 
 
-@pytest.mark.parametrize("strategy", ["sync", "average", "gossip"])
-def test_steps_do_not_read_numbers_back(comm, fake, strategy):
-    """Only epochs do."""
+def reads(comm: MPI.Intracomm, fake: Any, data: Dataset, batch_size: int, given: dict[str, Any]) -> int:
+    """From the GPU, in an epoch."""
+    made = training(comm, data, device="gpu", epochs=1, batch_size=batch_size, **given)
+    before = fake.log.count("get")
+    made.run()
+    return fake.log.count("get") - before
 
-    def reads(batch_size: int) -> int:
-        before = fake.log.count("get")
-        trained(comm, blobs(64), device="gpu", strategy=strategy, epochs=1, batch_size=batch_size)
-        return fake.log.count("get") - before
 
-    assert reads(64) == reads(4)
+@pytest.mark.parametrize("given", [{"strategy": "average"}, *CODED])
+def test_steps_do_not_read_numbers_back(comm, fake, given):
+    """Only epochs do; and steps on sparse data, how many there are."""
+    data = blobs(64)
+    assert reads(comm, fake, data, 64, given) == reads(comm, fake, data, 16, given)
+    assert reads(comm, fake, sparse(data), 16, given) == reads(comm, fake, data, 16, given) + 4
+
+
+@pytest.mark.skipif(P == 1, reason="one rank has nothing to gather")
+@pytest.mark.parametrize(("asked", "went"), [("auto", "ipc"), ("tree", "ipc"), ("ring", "staged ring")])
+def test_codes_are_gathered_the_way_that_is_named_or_the_best_one(comm, fake, asked, went):
+    """By trees nothing is gathered."""
+    assert trained(comm, blobs(37), 1, device="gpu", algorithm=asked, compress="sign").algorithm == went
 
 
 @pytest.mark.parametrize("balance", [None, "auto"])
@@ -167,12 +207,11 @@ def test_on_a_gpu_a_step_is_one_of_the_whole_vector(fake, cupy, monkeypatch, nam
     assert launches() == whole
 
 
-@pytest.mark.parametrize("strategy", ["sync", "average"])
-def test_a_resumed_run_ends_with_the_same_bits(comm, cupy, folder, strategy):
-    more = {"every": 3, "outer": "slowmo"} if strategy == "average" else {}
+@pytest.mark.parametrize("more", [{"strategy": "average", "every": 3, "outer": "slowmo"}, *CODED])
+def test_a_resumed_run_ends_with_the_same_bits(comm, cupy, folder, more):
     data = blobs(41, validation=20)
     data = data._replace(validation=data.validation._replace(y=(data.validation.y + 1) % 3))  # the first model is best
-    given = {"device": "gpu", "strategy": strategy, "optimizer": "adam", "epochs": 4, "patience": 3, **more}
+    given = {"device": "gpu", "optimizer": "adam", "epochs": 4, "patience": 3, **more}
     whole = trained(comm, data, **given)
     path = stopped_after(training(comm, data, **given), 2, folder / "checkpoints")
     other = training(comm, data, **{**given, "seed": 5})
@@ -203,7 +242,6 @@ def test_a_loss_that_is_no_number_ends_training_on_all_ranks(comm, cupy, strateg
 REFUSED = [
     ({"strategy": "async"}, "--device gpu is not for the async strategy, but for sync, average, butterfly, gossip"),
     ({"strategy": "ad-psgd"}, "--device gpu is not for the ad-psgd strategy"),
-    ({"compress": "16bit"}, "--compress is not for --device gpu"),
     ({"device": "tpu"}, "--device must be one of cpu, gpu, got 'tpu'"),
 ]
 
@@ -214,11 +252,13 @@ def test_what_is_not_for_gpus_is_refused_by_name(comm, cupy, given, said):
         trained(comm, blobs(37), **{"device": "gpu", **given})
 
 
-def test_sparse_data_are_refused(comm, cupy):
-    data = blobs(37)
-    data = data._replace(train=data.train._replace(x=csr_array(data.train.x)))
-    with pytest.raises(UserError, match="--device gpu is not for sparse data"):
-        trained(comm, data, device="gpu")
+def test_a_way_that_cannot_gather_codes_is_refused(comm, cupy, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("staged cannot do this allgather here")
+
+    monkeypatch.setattr(loop, "allgather", fail)
+    with pytest.raises(UserError, match="--algorithm staged: staged cannot do this allgather here"):
+        training(comm, blobs(37), device="gpu", algorithm="staged", compress="sign")
 
 
 @pytest.mark.parametrize(

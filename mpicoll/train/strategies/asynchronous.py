@@ -150,9 +150,7 @@ class _Messages(Messages):
         parts, dtype = [hi - lo for lo, hi in pairwise(self.cuts)], self.point.dtype
         strategy.optimizer.part = slice(*self.cuts[self.rank :][:2])
         self._codes = self._coded() if strategy.compressor else []
-        sizes, kind = (
-            ([code.fields.itemsize for code in self._codes], np.dtype("u1")) if self._codes else (parts, dtype)
-        )
+        sizes, kind = ([code.fields.nbytes for code in self._codes], np.dtype("u1")) if self._codes else (parts, dtype)
         self._out = [Packet(size, kind) for size in sizes]  # gradients to each server, or codes
         self._in = [Packet(sizes[self.rank], kind) for _ in sizes]  # gradients from each rank, or codes
         self._gradients = [Packet(parts[self.rank], dtype) for _ in parts] if self._codes else self._in
@@ -214,7 +212,7 @@ class _Messages(Messages):
                 if not self._codes:
                     packet.body[:] = grad[lo:hi]
                 elif numbers["samples"]:
-                    self._codes[server].send(grad[lo:hi], packet.body.view(self._codes[server].fields)[0])
+                    self._codes[server].send(grad[lo:hi], self._codes[server].fields.of(packet.body))
                 else:
                     packet.body[:] = 0  # the code of nothing, and what is kept stays
                 packet.say(**numbers, number=taken_at[server])
@@ -236,7 +234,7 @@ class _Messages(Messages):
         code, gradient = self._codes[self.rank], self._gradients[rank]
         gradient.copy_head(came)
         gradient.body[:] = 0
-        code.decode(came.body.view(code.fields)[0], gradient.body, 1)
+        code.decode(code.fields.of(came.body), gradient.body, 1)
         return gradient
 
     def _is_answered(self) -> bool:

@@ -115,7 +115,7 @@ class Average(Strategy):
         assert self.compressor
         anchor = self._state["anchor"]
         self.params -= anchor
-        self.compressor.add_up(self.params, np.zeros(0, anchor.dtype), self)
+        self.compressor.add_up(self.params, np.zeros(0, anchor.dtype, like=anchor), self)
         self.params /= self.p
         anchor += self.params
         self.params[:] = anchor

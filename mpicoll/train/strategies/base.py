@@ -9,6 +9,7 @@ import numpy as np
 
 from ...algorithms import ALGORITHMS
 from ...errors import UserError
+from ...tuning import NATIVE, WAYS
 from ..compress import Code, Compressor, Tensors, compressor
 from ..optimizers import clip
 
@@ -86,7 +87,7 @@ class Strategy:
         self._accounts: dict[tuple[str, int], Any] = {}  # of collectives, by the number of elements
         self.compressor: Compressor | None = None
         if settings.compress is not None:
-            self.compressor = compressor(settings.compress, params.size, params.dtype, tensors, settings.seed)
+            self.compressor = compressor(settings.compress, params.size, params.dtype, tensors, settings.seed, params)
 
     def code(self, size: int | None = None) -> Code:
         """The compressor, which has to be one that works for each rank by itself; or another such, for that size."""
@@ -163,7 +164,7 @@ class Strategy:
         """The opposite; if the number of ranks has changed since, ``state`` is that of rank 0, and no residual is."""
         if self.compressor:
             for name, array in self.compressor.state.items():
-                array[:] = state[name]
+                array[:] = np.asarray(state[name], like=array)
             if state["ranks"][0] != self.p:
                 self.compressor.residual[:] = 0
 
@@ -195,11 +196,13 @@ class Strategy:
 
     def allgather(self, array: np.ndarray) -> np.ndarray:
         """The arrays of all ranks, shape (p, *array.shape), by the algorithm that the settings name, if there is one
-        of that name, else by a schedule that is short and sends no more than it must."""
+        of that name; else in host memory by a schedule that is short and sends no more than it must, and on GPUs the
+        way that is best."""
         from ...mpi.collectives import account, allgather
 
+        ways, usual = ((), "circulant") if isinstance(array, np.ndarray) else (WAYS, "auto")
         named = self.settings.algorithm
-        named = named if named in (*ALGORITHMS["allgather"], "native") else "circulant"
+        named = named if named in (*ALGORITHMS["allgather"], NATIVE, *ways) else usual
         with self.agreeing():
             gathered = allgather(array, self.comm, algorithm=named)
         self._accounted(("allgather", array.size), lambda: account(array, self.comm, named, collective="allgather"))

@@ -156,7 +156,8 @@ class Gossip(Strategy):
                 raise UserError(
                     "--graph has become another, of which no rank knows its neighbors: with --compress, keep it"
                 )
-            self.differences.known[:] = state["known"]
+            known = self.differences.known
+            known[:] = np.asarray(state["known"], like=known)
 
 
 class Butterfly(Gossip):
