@@ -613,7 +613,7 @@ def warnings(facts: Record, records: list[Record]) -> Iterator[str]:
         yield f"the clock's resolution is more than a tenth of the median of {', '.join(sorted(coarse))}"
     late, forward = (max(one.get(key, 0) for one in records) for key in ("late_us", "forward_us"))
     if late > forward / 100 > 0:
-        yield f"tasks ended {late:.0f} us late: cores had other work, and the bubble looks larger than it is"
+        yield f"tasks ended {late:.0f} us late: their cores had more to do, and the bubble looks larger than it is"
     yield "one launch: claim nothing before you have run it several times (docs/benchmarks.md says why)"
 
 
