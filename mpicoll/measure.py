@@ -613,7 +613,7 @@ def _at(
         comm.Allreduce(MPI.IN_PLACE, us, MPI.MAX)
         if repetition >= 0:
             rounds.append(us)
-        if comm.bcast(comm.rank == 0 and _is_enough(rounds, settings, until)):
+        if comm.bcast(comm.rank == 0 and is_enough(rounds, len(keys) - 1, settings, until)):  # all but the empty call
             break
     comm.Allreduce(MPI.IN_PLACE, wrong, MPI.SUM)
     columns = dict(zip(keys, np.array(rounds).T, strict=True))
@@ -624,7 +624,8 @@ def _at(
     ]
 
 
-def _is_enough(rounds: list[np.ndarray], settings: Settings, until: float) -> bool:
+def is_enough(rounds: Sequence[np.ndarray], compared: int, settings: Settings, until: float) -> bool:
+    """Whether to end: ``rounds`` are the times of all, of which so many, the first, must be precise."""
     n = len(rounds)
     if n < settings.min_reps:
         return False
@@ -632,7 +633,7 @@ def _is_enough(rounds: list[np.ndarray], settings: Settings, until: float) -> bo
         return True
     if n % max(8, 1 << n.bit_length() >> 4):  # sorting takes its time
         return False
-    ordered = np.sort(np.array(rounds)[:, :-1], axis=0)  # the empty call is the last
+    ordered = np.sort(np.array(rounds)[:, :compared], axis=0)
     low, high = median_ranks(n)
     middle = np.median(ordered, axis=0)
     return bool(np.all(np.maximum(ordered[high] - middle, middle - ordered[low]) <= settings.precision * middle))

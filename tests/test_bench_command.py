@@ -201,6 +201,13 @@ def test_without_a_gpu_or_a_way_it_ends_in_one_line(tmp_path, devices, message):
         ("--algorithm ring,rnig", "--algorithm 'rnig' is none of auto, native, shared, shared_arrays, shared_result,"),
         ("--sizes 3", "--sizes: 3 bytes are no whole number of float32, 4 bytes each"),
         ("--sizes 4:2", "'4:2' is not a range from 1 or more upwards"),
+        ("pipeline --op sum", "pipeline has no use for --op: it takes --algorithm, --sizes, --micro, --forward,"),
+        ("pipeline --algorithm ring", "--algorithm 'ring' is none of gpipe, 1f1b"),
+        ("pipeline --micro 0,4", "--micro must be 1 to 4096 micro-batches, got 0"),
+        ("pipeline --sizes 4,2G", "--sizes: a message of pipeline is at most 1 GiB, got 2147483648 bytes"),
+        ("pipeline --forward -1", "-1.0 is not in the range"),
+        ("pipeline --forward nan", "--forward nan is no number"),
+        ("bcast --micro 4", "--micro is for pipeline, not for bcast"),
         ("--plot a.gif", "--plot must end with .png, .svg, .pdf, got 'a.gif'"),
         ("--plot a.png --count 0", "--plot shows sizes above 0"),
         ("--max-time -1", "-1.0 is not in the range"),
@@ -211,6 +218,37 @@ def test_wrong_usage(options, message):
     result = CliRunner().invoke(app, ["bench", *options.split()])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+def test_pipelines_are_measured_and_written(tmp_path):
+    options = ["--forward", "0", "--sizes", "0,1K", "--max-time", "0", "--min-reps", "2", "--warmup", "1"]
+    files = ["--out", "out.json", "--format", "json", "--raw", "raw.csv"]
+    done = mpirun(3, ["mpicoll", "bench", "pipeline", *options, *files], tmp_path)
+    assert (done.status, told(done)) == (0, [])
+    wanted = [
+        (name, size, micro, held)
+        for name, most in (("gpipe", None), ("1f1b", 3))
+        for size in (0, 1024)
+        for micro in (3, 6, 12)
+        for held in [[most - stage if most else micro for stage in range(3)]]
+    ]
+    whole = json.loads((tmp_path / "out.json").read_text())
+    found = [one for made in whole["implementations"] for one in made["results"]]
+    assert [(one["implementation"], one["bytes"], one["micro"], one["held"]) for one in found] == wanted
+    assert {(one["n"], one["wrong"], one["idle"]) for one in found} == {(2, 0, 1.0)}
+    assert [made["name"] for made in whole["implementations"]] == ["gpipe", "1f1b"]
+    with (tmp_path / "raw.csv").open() as file:
+        assert [row["micro"] for row in csv.DictReader(file)] == [str(micro) for _, _, micro, _ in wanted for _ in "ab"]
+    assert "# 3 stages, a rank each; forward 0 ms, backward twice as long, asleep\n" in done.out
+    rows = [line.split() for line in done.out.splitlines() if not line.startswith("#")]
+    assert [(row[0], int(row[2]), int(row[1])) for row in rows] == [row[:3] for row in wanted]
+    assert done.out.endswith("# Wrong messages: 0 OK\n")
+
+
+def test_one_stage_is_no_pipeline(tmp_path):
+    failed = run(["mpicoll", "bench", "pipeline"], tmp_path)
+    wanted = "bench pipeline needs two ranks or more, one for each stage: mpirun -n N mpicoll bench pipeline"
+    assert (failed.status, failed.out, failed.err) == (1, "", f"mpicoll: {wanted}\n")
 
 
 def test_two_files_of_one_name(tmp_path):

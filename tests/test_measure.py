@@ -11,6 +11,7 @@ import pytest
 
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli import bench
+from mpicoll.errors import UserError
 from mpicoll.fit import median, median_ranks
 from mpicoll.measure import (
     OPS,
@@ -18,13 +19,14 @@ from mpicoll.measure import (
     Result,
     Settings,
     Task,
-    _is_enough,
     bandwidths,
+    is_enough,
     memory_share,
     record,
     summary,
     timer_resolution,
 )
+from mpicoll.train import bubble
 
 MEMORY = {"copy": 10.0, "add": 5.0}
 
@@ -90,12 +92,14 @@ def rounds(*medians, spread=0.0, n=16):
     ],
 )
 def test_when_it_is_enough(measured, until, expected):
-    assert _is_enough(measured, Settings(min_reps=10, precision=0.02), until) is expected
+    assert is_enough(measured, len(measured[0]) - 1, Settings(min_reps=10, precision=0.02), until) is expected
 
 
 def test_one_that_is_not_known_well_enough_keeps_all_going():
     steady, wild = rounds(5.0, spread=0.001), rounds(7.0, spread=0.9)
-    assert not _is_enough([np.array([a[0], b[0], 1]) for a, b in zip(steady, wild, strict=True)], Settings(), 1e30)
+    both = [np.array([a[0], b[0], 1]) for a, b in zip(steady, wild, strict=True)]
+    assert not is_enough(both, 2, Settings(), 1e30)
+    assert is_enough(both, 1, Settings(), 1e30)
 
 
 def test_the_clock_is_finer_than_what_is_measured():
@@ -104,7 +108,7 @@ def test_the_clock_is_finer_than_what_is_measured():
 
 def test_the_command_offers_what_there_is():
     options = {option.name: option.type for option in bench.bench.params}
-    assert [*options["collective"].choices, "mix"] == [*ALGORITHMS]
+    assert [*options["collective"].choices] == [*(name for name in ALGORITHMS if name != "mix"), "pipeline"]
     assert [*options["sync"].choices] == [*SYNC]
     assert [*options["op"].choices] == [*OPS]
 
@@ -280,3 +284,77 @@ def test_a_picture_is_drawn(tmp_path, name):
     picture = (tmp_path / name).read_bytes()
     assert picture.startswith(b"\x89PNG") or b"<svg" in picture
     bench.draw(FACTS, made(names=("auto", "ring"), places=(True,)), tmp_path / name)  # without native
+
+
+# ---- the bubble of pipelines
+
+
+def bubbles(pipeline, seconds, late=0.0, calls=0.0, handoff=0.0, held=(3, 3, 3), wrong=0):
+    """Three micro-batches at three stages, a forward of one second: 15 s, of which each stage works for 9."""
+    times = [np.full(len(seconds), of_each) for of_each in (late, calls, handoff)]
+    case = bubble.Case(pipeline, 3, 1000)
+    return bubble.record(bubble.Result(case, np.array(seconds), *times, held, wrong), forward=1.0)
+
+
+def test_idle_is_what_is_left_of_a_batch_when_tasks_are_taken_off():
+    one = bubbles("gpipe", [15.0, 15.0, 15.0])
+    assert (one["idle"], one["textbook"], one["ratio"], one["model"]) == pytest.approx((0.4, 0.4, 1, 0.4))
+    assert (one["median"], one["n"], one["us"]) == (15e6, 3, [15e6] * 3)
+    assert (one["held"], one["promised"]) == ([3, 3, 3], [3, 3, 3])
+    slower = bubbles("gpipe", [18.0, 20.0, 36.0])
+    assert (slower["idle"], slower["ratio"]) == pytest.approx((1 - 9 / 20, (1 - 9 / 20) / 0.4))
+    assert (slower["ratio_low"], slower["ratio_high"]) == pytest.approx((0.5 / 0.4, 0.75 / 0.4))
+    assert bubbles("1f1b", [15.0])["promised"] == [3, 2, 1]
+
+
+def test_the_model_has_tasks_and_handoffs_take_what_they_took():
+    """Of gpipe two handoffs fill the pipeline and two empty it; what a task takes longer counts ten times, forward and
+    backward in each of five turns, and is a part of the handoff behind it."""
+    assert bubbles("gpipe", [17.0], handoff=0.5)["model"] == pytest.approx(1 - 9 / 17)
+    assert bubbles("gpipe", [20.0], late=0.5, handoff=0.5)["model"] == pytest.approx(1 - 9 / 20)
+    assert bubbles("gpipe", [21.0], late=0.25, calls=0.25, handoff=0.75)["model"] == pytest.approx(1 - 9 / 21)
+
+
+def test_what_is_printed_and_written_of_pipelines():
+    records = [bubbles("gpipe", [15.0, 16.0]), bubbles("1f1b", [15.0, 18.0], held=(3, 2, 1))]
+    lines = bench.pipeline_body(records).splitlines()
+    assert [line.split()[:4] for line in lines[1:3]] == [
+        [name, "3", "1000", ms] for name, ms in (("gpipe", "15500.00"), ("1f1b", "16500.00"))
+    ]
+    assert {len(line) for line in lines[:3]} == {len(lines[0])}
+    assert lines[3:] == ["# Wrong messages: 0 OK"]
+    facts = {"start_time": "now", "mpi": "MPICH"}
+    rows = list(csv.DictReader(io.StringIO(bench.table(facts, records, raw=True))))
+    assert [(row["implementation"], row["micro"], row["us"]) for row in rows[:2]] == [
+        ("gpipe", "3", "15000000.0"),
+        ("gpipe", "3", "16000000.0"),
+    ]
+    made = json.loads(bench.pipeline_document(facts, records))["implementations"]
+    assert [(one["name"], one["results"][0]["held"]) for one in made] == [("gpipe", [3, 3, 3]), ("1f1b", [3, 2, 1])]
+
+
+@pytest.mark.parametrize(("late", "told"), [(0.01, 1), (0.02, 2)])
+def test_a_machine_that_has_other_work_is_told_of(late, told):
+    facts = {"config": {"ranks": 3}, "resolution": 0.1}
+    lines = [*bench.warnings(facts, [bubbles("gpipe", [16.0]), bubbles("gpipe", [16.0], late=late)])]
+    assert len(lines) == told
+    assert told == 1 or lines[0].startswith("tasks ended 20000 us late: ")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (bubbles("1f1b", [15.0], held=(3, 2, 1)), None),
+        (bubbles("1f1b", [15.0], held=(3, 2, 1), wrong=2), "2 wrong messages: 1f1b of 3 micro-batches and 1000 bytes"),
+        (
+            bubbles("1f1b", [15.0]),
+            "stages have held activations of 3, 3, 3 micro-batches, promised are 3, 2, 1: 1f1b of",
+        ),
+    ],
+)
+def test_a_schedule_that_does_not_do_what_it_promises_is_an_error(record, message):
+    if message is None:
+        bench.check_promises([record])
+    else:
+        with pytest.raises(UserError, match=message):
+            bench.check_promises([bubbles("gpipe", [15.0]), record])

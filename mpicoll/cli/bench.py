@@ -1,4 +1,4 @@
-"""``mpicoll bench``: every algorithm beside the MPI library's own."""
+"""``mpicoll bench``: every algorithm beside the MPI library's own, and the bubble of pipelines."""
 
 import csv
 import io
@@ -10,19 +10,31 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
 from ..algorithms import ALGORITHMS
 from ..errors import UserError
 from ..mpi.launch import world
+from ..pipeline import PIPELINES
 from ..tuning import COLLECTIVES, NATIVE, WAYS
 
 if TYPE_CHECKING:
     from ..measure import Task
 
+PIPELINE = "pipeline"
+OF_PIPELINE = (
+    *("algorithms", "sizes", "micro", "forward", "max_time", "min_reps", "warmup", "precision", "seed"),
+    *("form", "out", "raw"),
+)
+MICRO = 4096  # micro-batches of a batch, at most
+MESSAGE = 1 << 16  # bytes, by default
+LONGEST = 1 << 30
+FORWARD = 20.0  # ms, by default
+FIRST = "# Pipeline"
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
 MOST = 100  # sizes
 NEEDED = 10  # times the array, on each rank
@@ -35,6 +47,14 @@ HEAD += f"{'Iterations':>12}{'Wrong':>7}{'algbw':>9}{'busbw':>9}{'memory':>8}"
 WIDE = max(map(len, WAYS))
 SPEED = f"{'speed':>8}  95 % interval"
 Record = dict[str, Any]
+
+
+class Files(NamedTuple):
+    """What is written, and where."""
+
+    form: str
+    out: Path | None
+    raw: Path | None
 
 
 class Numbers(click.ParamType):
@@ -66,20 +86,32 @@ def _number(text: str) -> int:
 
 
 @click.command(short_help="Measure algorithms beside the MPI library's own.")
-@click.argument("collective", type=click.Choice(COLLECTIVES), default="allreduce")
+@click.argument("collective", type=click.Choice([*COLLECTIVES, PIPELINE]), default="allreduce")
 @click.option(
     "--algorithm",
     "algorithms",
     envvar="MPICOLL_BENCH_ALGORITHM",
     multiple=True,
     help="Which: auto, native, ring, ... or several, by commas; also shared_arrays, and shared_result of allreduce; on "
-    "a gpu ipc, nccl, aware, staged.",
+    "a gpu ipc, nccl, aware, staged; of pipeline gpipe, 1f1b.",
 )
-@click.option("--sizes", type=Numbers(), help="Bytes of the whole array, as 4,1000,64K:64M or 4:64M:4.")
+@click.option(
+    "--sizes",
+    type=Numbers(),
+    help="Bytes of the whole array, as 4,1000,64K:64M or 4:64M:4; of pipeline those of a message [default: 64K].",
+)
 @click.option("--count", type=Numbers(), help="The same in elements [default: 1:4M:4].")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option("--op", type=click.Choice(["sum", "prod", "max", "min"]), help="If it reduces [default: sum].")
 @click.option("--root", type=click.IntRange(min=0), help="Of reduce and bcast [default: 0].")
+@click.option(
+    "--micro", type=Numbers(), help="Of pipeline: micro-batches of a batch, as 4,8 [default: 1, 2 and 4 a stage]."
+)
+@click.option(
+    "--forward",
+    type=click.FloatRange(0, 1e6),
+    help=f"Of pipeline: ms that a forward task takes; a backward takes twice as long [default: {FORWARD:g}].",
+)
 @click.option("--in-place/--out-of-place", default=None, help="Only one of them [default: both].")
 @click.option(
     "--device",
@@ -134,7 +166,9 @@ def _number(text: str) -> int:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A new file for it; text is printed.")
 @click.option("--raw", type=click.Path(path_type=Path, dir_okay=False), help="A new csv file: every repetition.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf.")
+@click.pass_context
 def bench(
+    ctx: click.Context,
     collective: str,
     algorithms: tuple[str, ...],
     sizes: list[int] | None,
@@ -142,6 +176,8 @@ def bench(
     dtype: str,
     op: str | None,
     root: int | None,
+    micro: list[int] | None,
+    forward: float | None,
     in_place: bool | None,
     check: str,
     form: str,
@@ -154,15 +190,26 @@ def bench(
 
     Results are checked, element by element: exit status 1 if any is wrong.  What the numbers mean, and how to make a
     claim of them: docs/benchmarks.md.
+
+    pipeline measures how long stages are idle, by each schedule of a pipeline: every rank is a stage, and its tasks are
+    to sleep.
     """
-    if nan := [name for name in ("max_time", "precision") if how[name] != how[name]]:
+    if nan := [name for name, value in {"forward": forward, **how}.items() if value != value]:
         raise click.UsageError(f"--{nan[0].replace('_', '-')} nan is no number")
+    chosen = [name for given in algorithms for name in given.split(",")]
+    files = Files(form, out, raw)
+    if collective == PIPELINE:
+        _check_pipeline(ctx, chosen, micro, sizes)
+        of_both = {name: how[name] for name in OF_PIPELINE if name in how}
+        _bench_pipeline(chosen, micro, sizes, FORWARD if forward is None else forward, of_both, files)
+        return
+    if micro is not None or forward is not None:
+        raise click.UsageError(f"--{'forward' if micro is None else 'micro'} is for pipeline, not for {collective}")
     on_gpu = how["device"] == "gpu"
     if on_gpu and how["off_cache"]:
         raise click.UsageError("--off-cache is for arrays in host memory, not for --device gpu")
     shared = ["shared", "shared_arrays", *(["shared_result"] if collective == "allreduce" else [])]
     known = ["auto", "native", *(WAYS if on_gpu else shared), *ALGORITHMS[collective]]
-    chosen = [name for given in algorithms for name in given.split(",")]
     if unknown := [name for name in chosen if name not in known]:
         raise click.UsageError(f"--algorithm {unknown[0]!r} is none of {', '.join(known)}")
     if op and "reduce" not in collective:
@@ -210,18 +257,13 @@ def bench(
         facts = {**m.environment(comm), "config": config, "memory": memory, "resolution": m.timer_resolution()}
         if gpu and there:
             facts |= {**m.gpu_environment(comm, gpu), "gpu_memory": there._asdict(), "refused": refused}
-        told = comm.rank == 0 and (form == "osu" or out is not None)
-        if told:
-            _say(header(facts, tasks[0]))
-        records = [m.record(one, comm.size, memory, there) for one in m.measure(comm, wanted, tasks, settings)]
-        facts["end_time"] = time.strftime(m.TIME)
-        whole = {"osu": lambda: header(facts, tasks[0]) + body(records), "csv": lambda: table(facts, records)}
-        text = {**whole, "json": lambda: document(facts, records)}[form]
-        if comm.rank == 0:
-            _say(body(records) if told else text())
-            for line in warnings(facts, records):
-                click.echo(f"mpicoll: {line}", err=True)
-        on_root(comm, lambda: _write({out: text, raw: lambda: table(facts, records, raw=True)}))
+        records = _publish(
+            comm,
+            facts,
+            (lambda: header(facts, tasks[0]), body, document),
+            lambda: [m.record(one, comm.size, memory, there) for one in m.measure(comm, wanted, tasks, settings)],
+            files,
+        )
         if plot:
             on_root(comm, lambda: draw(facts, records, plot))
     wrong = [one for one in records if one["wrong"]]
@@ -229,6 +271,97 @@ def bench(
         named = [f"{one['implementation']} of {one['bytes']} bytes, {PLACES[one['in_place']]}" for one in wrong]
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         raise UserError(f"{sum(one['wrong'] for one in wrong)} wrong elements: {'; '.join(named[:3])}{more}")
+
+
+def _check_pipeline(ctx: click.Context, names: list[str], micro: list[int] | None, sizes: list[int] | None) -> None:
+    options = {param.name: param.opts[0] for param in ctx.command.params if isinstance(param, click.Option)}
+    given = [name for name in options if ctx.get_parameter_source(name or "") is not ParameterSource.DEFAULT]
+    if other := [options[name] for name in given if name not in OF_PIPELINE]:
+        taken = ", ".join(options[name] for name in OF_PIPELINE)
+        raise click.UsageError(f"pipeline has no use for {other[0]}: it takes {taken}")
+    if unknown := [name for name in names if name not in PIPELINES]:
+        raise click.UsageError(f"--algorithm {unknown[0]!r} is none of {', '.join(PIPELINES)}")
+    if bad := [number for number in micro or () if not 1 <= number <= MICRO]:
+        raise click.UsageError(f"--micro must be 1 to {MICRO} micro-batches, got {bad[0]}")
+    if sizes and sizes[-1] > LONGEST:
+        raise click.UsageError(f"--sizes: a message of pipeline is at most 1 GiB, got {sizes[-1]} bytes")
+
+
+def _bench_pipeline(
+    names: list[str], micro: list[int] | None, sizes: list[int] | None, forward: float, how: Record, files: Files
+) -> None:
+    """The stages are the ranks; ``forward`` is in ms."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in bench
+    comm = world()
+    from .. import measure as m
+    from ..mpi.guard import ends_job, on_root
+    from ..train import bubble
+
+    with ends_job(comm):
+        on_root(comm, lambda: _check_output(files.out, files.raw, None))
+        if comm.size == 1:
+            raise UserError(
+                "bench pipeline needs two ranks or more, one for each stage: mpirun -n N mpicoll bench pipeline"
+            )
+        micro, sizes = micro or [n * comm.size for n in (1, 2, 4)], sizes or [MESSAGE]
+        m.check_memory(comm, (2 * max(micro) + NEEDED) * max(sizes))
+        how["seed"] = comm.bcast(time.time_ns() % 2**32 if how["seed"] is None else how["seed"])
+        settings = m.Settings(**how)
+        cases = [
+            bubble.Case(name, number, size)
+            for name in PIPELINES
+            if not names or name in names
+            for size in sizes
+            for number in micro
+        ]
+        config = {"ranks": comm.size, "forward_ms": forward, **how}
+        facts = {**m.environment(comm), "config": config, "resolution": m.timer_resolution()}
+        records = _publish(
+            comm,
+            facts,
+            (lambda: pipeline_header(facts), pipeline_body, pipeline_document),
+            lambda: [bubble.record(one, forward / 1e3) for one in bubble.measure(comm, cases, forward / 1e3, settings)],
+            files,
+        )
+    check_promises(records)
+
+
+def check_promises(records: list[Record]) -> None:
+    """A ``UserError`` if a schedule did not do what it says."""
+    for one in records:
+        where = f"{one['implementation']} of {one['micro']} micro-batches and {one['bytes']} bytes"
+        if one["wrong"]:
+            raise UserError(f"{one['wrong']} wrong messages: {where}")
+        if one["held"] != one["promised"]:
+            held, promised = (", ".join(map(str, one[key])) for key in ("held", "promised"))
+            raise UserError(f"stages have held activations of {held} micro-batches, promised are {promised}: {where}")
+
+
+def _publish(
+    comm: Any,
+    facts: Record,
+    texts: tuple[Callable[[], str], Callable[[list[Record]], str], Callable[[Record, list[Record]], str]],
+    found: Callable[[], list[Record]],
+    files: Files,
+) -> list[Record]:
+    """Print what the numbers depend on, find them, print them, and write them."""
+    from ..measure import TIME
+    from ..mpi.guard import on_root
+
+    head, body, document = texts
+    told = comm.rank == 0 and (files.form == "osu" or files.out is not None)
+    if told:
+        _say(head())
+    records = found()
+    facts["end_time"] = time.strftime(TIME)
+    whole = {"osu": lambda: head() + body(records), "csv": lambda: table(facts, records)}
+    text = {**whole, "json": lambda: document(facts, records)}[files.form]
+    if comm.rank == 0:
+        _say(body(records) if told else text())
+        for line in warnings(facts, records):
+            click.echo(f"mpicoll: {line}", err=True)
+    on_root(comm, lambda: _write({files.out: text, files.raw: lambda: table(facts, records, raw=True)}))
+    return records
 
 
 def _say(text: str) -> None:
@@ -275,9 +408,6 @@ def _write(texts: dict[Path | None, Callable[[], str]]) -> None:
 def header(facts: Record, task: "Task") -> str:
     """What the numbers depend on, as comments."""
     config, memory = facts["config"], facts["memory"]
-    nodes: dict[str, list[str]] = {}
-    for device in facts["devices"]:
-        nodes.setdefault(device["hostname"], []).append(ranges(device["cpus"]))
     op = f", {task.op}" if "reduce" in task.collective else ""
     root = f", root {task.root}" if task.collective in ("reduce", "bcast") else ""
     how = f"sync {config['sync']}, check {config['check']}, seed {config['seed']}"
@@ -286,9 +416,7 @@ def header(facts: Record, task: "Task") -> str:
     lines = [
         f"mpicoll {task.collective.capitalize()} Latency Test v{facts['mpicoll']}",
         f"Datatype: {task.dtype.name}{op}{root}; {config['ranks']} rank(s)",
-        *(f"{host}: {len(on)} rank(s) on cores {'; '.join(dict.fromkeys(on))}" for host, on in nodes.items()),
-        f"{facts['mpi']}, mpi4py {facts['mpi4py']}, NumPy {facts['numpy']}, Python {facts['python']}, "
-        f"revision {facts['git'] or 'unknown'}, {facts['start_time']}",
+        *_where(facts),
         f"{how}; {config['max_time']:g} s in all, at least {config['min_reps']} repetitions of a size",
         f"memory of a rank while all copy: {memory['copy']:.2f} GB/s, while all add: {memory['add']:.2f} GB/s; "
         f"clock resolution {facts['resolution']:.3f} us",
@@ -296,6 +424,17 @@ def header(facts: Record, task: "Task") -> str:
         *facts["env"],
     ]
     return "".join(f"# {line}\n" for line in lines)
+
+
+def _where(facts: Record) -> list[str]:
+    nodes: dict[str, list[str]] = {}
+    for device in facts["devices"]:
+        nodes.setdefault(device["hostname"], []).append(ranges(device["cpus"]))
+    return [
+        *(f"{host}: {len(on)} rank(s) on cores {'; '.join(dict.fromkeys(on))}" for host, on in nodes.items()),
+        f"{facts['mpi']}, mpi4py {facts['mpi4py']}, NumPy {facts['numpy']}, Python {facts['python']}, "
+        f"revision {facts['git'] or 'unknown'}, {facts['start_time']}",
+    ]
 
 
 def _on_gpus(facts: Record) -> list[str]:
@@ -367,14 +506,65 @@ def _speed(one: Record) -> str:
     return f"{'=' if one['speed_low'] <= 1 <= one['speed_high'] else ''}{one['speed']:.2f}"
 
 
+def pipeline_header(facts: Record) -> str:
+    """What the numbers of pipelines depend on, as comments."""
+    config = facts["config"]
+    lines = [
+        f"mpicoll Pipeline Bubble Test v{facts['mpicoll']}",
+        f"{config['ranks']} stages, a rank each; forward {config['forward_ms']:g} ms, backward twice as long, asleep",
+        *_where(facts),
+        f"seed {config['seed']}; {config['max_time']:g} s in all, at least {config['min_reps']} repetitions",
+        *facts["env"],
+    ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def pipeline_body(records: list[Record]) -> str:
+    """A line for each schedule, size of messages and number of micro-batches."""
+    rows = [_cells(one) for one in records]
+    widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
+    lines = [
+        "  ".join(
+            cell.ljust(widths[title]) if title == FIRST else cell.rjust(widths[title]) for title, cell in row.items()
+        )
+        for row in ({title: title for title in widths}, *rows)
+    ]
+    wrong = sum(one["wrong"] for one in records)
+    return "\n".join([*lines, f"# Wrong messages: {wrong}{'' if wrong else ' OK'}"]) + "\n"
+
+
+def _cells(one: Record) -> dict[str, str]:
+    times = {"Median(ms)": "median", "P10": "p10", "P90": "p90"}
+    return {
+        FIRST: one["implementation"],
+        **{title: str(one[title.lower()]) for title in ("Micro", "Bytes")},
+        **{title: f"{one[key] / 1e3:.2f}" for title, key in times.items()},
+        "Iterations": str(one["n"]),
+        "idle": f"{one['idle']:.4f}",
+        "textbook": f"{one['textbook']:.4f}",
+        "ratio": f"{one['ratio']:.3f}",
+        "95 % interval": f"{one['ratio_low']:.3f} to {one['ratio_high']:.3f}",
+        "model": f"{one['model']:.4f}",
+        **{f"{name}(us)": f"{one[f'{name}_us']:.0f}" for name in ("late", "calls", "handoff")},
+        **{title: str(max(one[title])) for title in ("held", "promised")},
+        "Wrong": str(one["wrong"]),
+    }
+
+
+def pipeline_document(facts: Record, records: list[Record]) -> str:
+    """JSON: the records of each schedule; beside them what all have in common."""
+    made = [{"name": name, "results": own} for (name,), own in _grouped(records, "implementation").items()]
+    return json.dumps({"version": 1, **facts, "implementations": made}, indent=1) + "\n"
+
+
 def table(facts: Record, records: list[Record], raw: bool = False) -> str:
     """CSV: a row for each implementation, place and size; or for each repetition."""
     common = {key: facts[key] for key in ("start_time", "mpi")}
     rows = [{**common, **{key: value for key, value in one.items() if key != "us"}} for one in records]
     if raw:
-        kept = (*common, "ranks", "collective", "implementation", "in_place", "bytes")
+        kept = (*common, "ranks", "collective", "implementation", "micro", "in_place", "bytes")
         rows = [
-            {**{key: row[key] for key in kept}, "repetition": n, "us": us}
+            {**{key: row[key] for key in kept if key in row}, "repetition": n, "us": us}
             for row, one in zip(rows, records, strict=True)
             for n, us in enumerate(one["us"])
         ]
@@ -421,6 +611,9 @@ def warnings(facts: Record, records: list[Record]) -> Iterator[str]:
     coarse = {one["implementation"] for one in records if facts["resolution"] > one["median"] / 10} - {"null"}
     if coarse:
         yield f"the clock's resolution is more than a tenth of the median of {', '.join(sorted(coarse))}"
+    late, forward = (max(one.get(key, 0) for one in records) for key in ("late_us", "forward_us"))
+    if late > forward / 100 > 0:
+        yield f"tasks ended {late:.0f} us late: their cores had more to do, and the bubble looks larger than it is"
     yield "one launch: claim nothing before you have run it several times (docs/benchmarks.md says why)"
 
 

@@ -40,6 +40,9 @@ from mpicoll.mpi import gpu
 from mpicoll.mpi.collectives import account
 from mpicoll.mpi.launch import library_name
 from mpicoll.mpi.state import state_of
+from mpicoll.pipeline import PIPELINES, Kind, Pipeline, gpipe
+from mpicoll.schedule import ScheduleError
+from mpicoll.train import bubble
 from mpicoll.tuning import machine
 
 P = MPI.COMM_WORLD.size
@@ -518,3 +521,74 @@ def test_the_share_of_what_a_gpu_and_its_link_could_do():
     assert share("reduce", True) == pytest.approx(4 / 25)
     there = there._replace(from_host=10.0)
     assert share("allreduce", True) == pytest.approx(4 / 10)
+
+
+# ---- the bubble of pipelines
+
+
+def bubbles(comm, *pipelines, micro=(1, 5), sizes=(0, 7)):
+    cases = [bubble.Case(name, m, size) for name in pipelines for m in micro for size in sizes]
+    return bubble.measure(comm, cases, 0.0, QUICK)
+
+
+@several
+def test_stages_do_their_tasks_in_the_order_of_the_schedule(comm, monkeypatch):
+    done = []
+
+    class Watched(bubble._Flow):
+        def __init__(self, *args):
+            super().__init__(*args)
+            done.append([])
+
+        def take(self, kind):
+            done[-1].append(("take", kind))
+            return super().take(kind)
+
+        def send(self, kind, array):
+            done[-1].append(("send", kind))
+            super().send(kind, array)
+
+    monkeypatch.setattr(bubble, "_Flow", Watched)
+    for name, row in PIPELINES.items():
+        done.clear()
+        (found,) = bubbles(comm, name, micro=[5], sizes=[7])
+        assert (found.wrong, found.held) == (0, tuple(row.held(stage, P, 5) for stage in range(P)))
+        assert all(len(times) == 2 and (times >= 0).all() for times in (found.seconds, found.late, found.calls))
+        first, last = comm.rank == 0, comm.rank == P - 1
+        ends = {Kind.FORWARD: (first, last), Kind.BACKWARD: (last, first)}  # who takes nothing, and sends nothing
+        for micro in (5, 1):  # and the chain
+            wanted = [
+                (what, kind)
+                for kind, _ in row.generate(comm.rank, P, micro)
+                for what, none in zip(("take", "send"), ends[kind], strict=True)
+                if not none
+            ]
+            assert [calls for calls in done if len(calls) == len(wanted)] == [wanted] * 2
+    everybody = comm.allgather([found.seconds.tolist(), found.late.tolist(), found.handoff.tolist()])
+    assert everybody == everybody[:1] * P
+
+
+def out_of_order(stage, stages, micro):
+    """The second stage takes what comes first for what comes second."""
+    tasks = list(gpipe(stage, stages, micro))
+    return iter([*tasks[1::-1], *tasks[2:]] if stage == 1 < micro else tasks)
+
+
+@several
+def test_a_schedule_that_is_not_what_it_says_is_found(comm, monkeypatch):
+    promised = PIPELINES["1f1b"]
+    rows = {
+        "greedy": Pipeline("greedy", gpipe, promised.held),
+        "backward": Pipeline("backward", lambda *args: reversed([*gpipe(*args)]), promised.held),
+        "swapped": Pipeline("swapped", out_of_order, promised.held),
+    }
+    monkeypatch.setattr(bubble, "PIPELINES", rows)
+    (greedy,) = bubbles(comm, "greedy", micro=[5], sizes=[7])
+    said = bubble.record(greedy, 0.0)
+    assert said["held"] == [5] * P != said["promised"]
+    for name in ("backward", "swapped"):
+        with pytest.raises(ScheduleError, match=name):
+            bubbles(comm, name)
+    monkeypatch.setattr(bubble, "verify", lambda schedule: None)
+    (swapped,) = bubbles(comm, "swapped", micro=[5], sizes=[7])
+    assert swapped.wrong >= 2 * 2

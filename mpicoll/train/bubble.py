@@ -1,0 +1,207 @@
+"""The bubble of a pipeline, measured: stages that sleep, and tell each other as much as if they trained.
+
+Every rank is a stage.  It does the tasks of a schedule in its order, and takes and sends messages as a stage in
+training does, by the same code; but a task is to sleep, so that a few cores can show many stages of equal cost.
+
+The time of a batch is that from the beginning of the first stage's first task to the end of its last, which no task of
+another stage outlasts; so it is read from one clock, wherever stages are.  A stage is busy for as long as its tasks are
+meant to take, and idle for the rest.  What a task sleeps longer, because the core was not there when it was over, is no
+work, and makes the bubble larger than it would be, as does the time of calls: both are told apart.
+"""
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from ..fit import median
+from ..measure import Settings, is_enough, summary
+from ..mpi.comm import Comm
+from ..pipeline import PIPELINES, Kind, simulate, verify
+from .parallel import Spent, _Flow
+
+COST = {Kind.FORWARD: 1, Kind.BACKWARD: 2}  # of a task, in forwards: a backward is two products where a forward is one
+NEAR = 2e-4  # seconds before the end of a task, from when on its rank does not sleep: a timer would be late by as much
+CODES = 251  # different messages
+PAGE = 4096  # bytes, of which one is written and looked at: all of them would take longer than a short task
+
+
+class Case(NamedTuple):
+    """What is measured: a row of ``PIPELINES``, micro-batches of a batch, and bytes of each message."""
+
+    pipeline: str
+    micro: int
+    nbytes: int
+
+
+class Result(NamedTuple):
+    """What a case has shown; seconds are of each repetition, one after another."""
+
+    case: Case
+    seconds: np.ndarray  # of a batch
+    late: np.ndarray  # that a task has slept longer than it was to, on average over all
+    calls: np.ndarray  # from one task to the next of a stage, but for waiting: likewise
+    handoff: np.ndarray  # from when a task was to end until the stage that waits for it begins its own
+    held: tuple[int, ...]  # of how many micro-batches each stage has held the activations, at most
+    wrong: int  # messages that were not the ones that the schedule says
+
+
+def measure(comm: MPI.Intracomm, cases: Sequence[Case], forward: float, settings: Settings) -> list[Result]:
+    """Every case, where a forward task takes so many seconds; the same on all ranks, a collective call.
+
+    A repetition is a round in which every case has its turn, in random order, and each size of messages a batch of one
+    micro-batch: that is a chain of tasks, of which each waits for the one before, and tells how long a handoff takes.
+    """
+    settings = comm.bcast(settings)
+    sizes = sorted({case.nbytes for case in cases})
+    chains = [Case(cases[0].pipeline, 1, nbytes) for nbytes in sizes]
+    own = Comm(comm.Dup())
+    stages = [_Stage(own, case, forward) for case in (*cases, *chains)]
+    rng = np.random.default_rng(settings.seed)  # all ranks draw the same
+    until = time.monotonic() + settings.max_time
+    rounds: list[np.ndarray] = []  # seconds of each batch
+    more: list[np.ndarray] = []  # and those that stages were late in it, and in calls, all together
+    collecting = gc.isenabled()
+    gc.disable()  # not while the clock runs
+    try:
+        for repetition in range(-settings.warmup, sys.maxsize):
+            took = np.zeros((3, len(stages)))
+            for n in rng.permutation(len(stages)):
+                took[:, n] = stages[n].batch()
+            own.Allreduce(MPI.IN_PLACE, took)  # a batch's time is known to the first stage, and is 0 on others
+            gc.collect()
+            if repetition >= 0:
+                rounds.append(took[0])
+                more.append(took[1:])
+            if own.bcast(own.rank == 0 and is_enough(rounds, len(cases), settings, until)):
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    wrong = own.allreduce(np.array([stage.wrong for stage in stages]))
+    held = own.allgather([stage.held for stage in stages])
+    own.Free()
+    seconds, (late, calls) = np.array(rounds).T, np.array(more).transpose(1, 2, 0)
+    ranks = comm.size
+    handoffs = {
+        chain.nbytes: (found - sum(COST.values()) * ranks * forward) / (2 * (ranks - 1))
+        for chain, found in zip(chains, seconds[len(cases) :], strict=True)
+    }
+    return [
+        Result(
+            case,
+            seconds[n],
+            late[n] / (2 * case.micro * ranks),
+            calls[n] / (2 * case.micro * ranks),
+            handoffs[case.nbytes],
+            tuple(of[n] for of in held),
+            int(wrong[n] + wrong[len(cases) + sizes.index(case.nbytes)]),
+        )
+        for n, case in enumerate(cases)
+    ]
+
+
+class _Stage:
+    """A case on this rank; ``wrong`` and ``held`` are of all its batches."""
+
+    def __init__(self, comm: Comm, case: Case, forward: float) -> None:
+        self._comm, self._case = comm, case
+        schedule = PIPELINES[case.pipeline].schedule(comm.size, case.micro)
+        verify(schedule)  # or stages might wait for each other for ever
+        self._tasks = schedule.tasks[comm.rank]
+        self._seconds = {kind: cost * forward for kind, cost in COST.items()}
+        giver = {Kind.FORWARD: comm.rank - 1, Kind.BACKWARD: comm.rank + 1}
+        self._giver = {kind: rank for kind, rank in giver.items() if 0 <= rank < comm.size}
+        self._gives = {kind for kind, rank in giver.items() if 0 <= 2 * comm.rank - rank < comm.size}
+        self.wrong, self.held = 0, 0
+
+    def batch(self) -> tuple[float, float, float]:
+        """Seconds that it took, on the first stage, and that this one was late, and was in calls."""
+        comm, nbytes = self._comm, self._case.nbytes
+        shapes = {kind: [(1, nbytes)] * self._case.micro for kind in self._giver}
+        spent, held, late = Spent(), {}, 0.0
+        flow = _Flow(comm, np.dtype(np.uint8), shapes, spent)
+        _meet(comm)
+        began = perf_counter()
+        for kind, m in self._tasks:
+            came = flow.take(kind) if kind in self._giver else None
+            end = perf_counter() + self._seconds[kind]
+            if came is not None:
+                self.wrong += bool(np.any(came[:, ::PAGE] != _code(kind, m, self._giver[kind])))
+            result = np.empty((1, nbytes), np.uint8)
+            result[:, ::PAGE] = _code(kind, m, comm.rank)
+            if kind is Kind.FORWARD:
+                held[m] = came, result
+                self.held = max(self.held, len(held))
+            else:
+                del held[m]
+            _sleep_until(end)
+            late += max(perf_counter() - end, 0)
+            if kind in self._gives:
+                flow.send(kind, result)
+        took = perf_counter() - began
+        calls = took - late - spent.waiting - sum(self._seconds[kind] for kind, _ in self._tasks)
+        flow.end()
+        return took if comm.rank == 0 else 0, late, calls
+
+
+def record(result: Result, forward: float) -> dict[str, Any]:
+    """All that is to be said of a result, in plain numbers and texts.
+
+    ``idle`` is the share of the time that a stage is not busy, ``textbook`` what it is if nothing but tasks takes time,
+    and ``model`` what it is if tasks, calls and handoffs take as long as they have taken here.
+    """
+    case, stages, row = result.case, len(result.held), PIPELINES[result.case.pipeline]
+    busy = sum(COST.values()) * forward * case.micro
+    textbook = float(row.idle(stages, case.micro))
+    late, calls, handoff = (float(np.median(seconds)) for seconds in (result.late, result.calls, result.handoff))
+    costs = {kind: [cost * forward + late + calls] * stages for kind, cost in COST.items()}
+    schedule = row.schedule(stages, case.micro)
+    modelled = simulate(schedule, costs[Kind.FORWARD], costs[Kind.BACKWARD], max(handoff - late - calls, 0))
+    idle, low, high = median(1 - busy / result.seconds)
+    return {
+        "collective": "pipeline",
+        "implementation": case.pipeline,
+        "ranks": stages,
+        "micro": case.micro,
+        "bytes": case.nbytes,
+        "forward_us": forward * 1e6,
+        **summary(result.seconds * 1e6),
+        "wrong": result.wrong,
+        "idle": idle,
+        "textbook": textbook,
+        "ratio": idle / textbook,
+        "ratio_low": low / textbook,
+        "ratio_high": high / textbook,
+        "model": float(1 - busy / modelled.makespan) if modelled.makespan else 0.0,
+        "late_us": late * 1e6,
+        "calls_us": calls * 1e6,
+        "handoff_us": handoff * 1e6,
+        "held": list(result.held),
+        "promised": [row.held(stage, stages, case.micro) for stage in range(stages)],
+        "us": (result.seconds * 1e6).tolist(),
+    }
+
+
+def _code(kind: Kind, micro: int, rank: int) -> int:
+    """What a message holds in each page: others than those that could be taken for it hold something else."""
+    return (2 * micro + (kind is Kind.BACKWARD) + 7 * rank) % CODES
+
+
+def _meet(comm: MPI.Intracomm) -> None:
+    """A barrier that leaves the core to those who are late, as MPI's own does not."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        os.sched_yield()
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(moment - NEAR - perf_counter(), 0))
+    while perf_counter() < moment:
+        os.sched_yield()
