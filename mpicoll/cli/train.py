@@ -163,8 +163,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "dtype": (click.Choice(DTYPES), "Of parameters and data."),
         "device": (
             click.Choice(DEVICES),
-            "Where parameters and data are, and are computed with; gpu, which needs CuPy, is not for async and "
-            "ad-psgd.",
+            "Where parameters and data are, and are computed with; gpu needs CuPy.",
         ),
         "threads": (click.IntRange(1, 4096), "BLAS threads a rank [default: its share of the node's cores]."),
         "out": (str, "New folder for model and metrics [default: one under runs/]."),

@@ -55,13 +55,7 @@ def check(settings: Settings) -> None:
         if getattr(settings, name) is not None and name not in STRATEGIES[settings.strategy].options:
             owners = ", ".join(other for other, strategy in STRATEGIES.items() if name in strategy.options)
             raise UserError(f"{flag(name)} is not for the {settings.strategy} strategy, but for {owners}: leave it out")
-    if settings.device == "gpu":
-        if not STRATEGIES[settings.strategy].on_gpu:
-            others = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.on_gpu)
-            raise UserError(
-                f"--device gpu is not for the {settings.strategy} strategy, but for {others}: take one of these"
-            )
-    elif settings.algorithm in WAYS:
+    if settings.device != "gpu" and settings.algorithm in WAYS:
         raise UserError(f"--algorithm {settings.algorithm} is for --device gpu: take another, or that device")
 
 
@@ -199,7 +193,12 @@ class Training:
         # Gradient, loss, correct predictions: what ranks may add up.
         self.sums = np.empty(model.size + 2, dtype, like=self.params)
         self.optimizer = OPTIMIZERS[s.optimizer](
-            model.size, dtype, momentum=s.momentum, beta2=s.beta2, weight_decay=s.weight_decay, like=self.params
+            model.size,
+            dtype,
+            momentum=s.momentum,
+            beta2=s.beta2,
+            weight_decay=s.weight_decay,
+            like=self.params if STRATEGIES[s.strategy].on_gpu else params,
         )
         self.strategy = STRATEGIES[s.strategy](
             comm,
@@ -435,7 +434,7 @@ class Training:
         tensors = {name: self._part(array) if self._is_long(name) else array for name, array in tensors.items()}
         self.params[:] = self.arrays.asarray(tensors["params"])
         for name, vector in self.optimizer.state.items():
-            vector[:] = self.arrays.asarray(tensors[f"optimizer.{name}"])
+            vector[:] = np.asarray(tensors[f"optimizer.{name}"], like=vector)
         state = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
         self.strategy.restore(state)
         self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]

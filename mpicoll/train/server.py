@@ -4,6 +4,7 @@ No messages are sent here; who carries gradients in and answers out is ``strateg
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,6 +15,11 @@ HEAD = ("step", "samples", "length", "lr", "clock", "number", "share")
 """Numbers that go with a vector, in a message's first bytes."""
 
 
+def ordinary(nbytes: int) -> np.ndarray:
+    """Host memory, all zero."""
+    return np.zeros(nbytes, np.uint8)
+
+
 class Packet:
     """A message: numbers, and a vector behind them.
 
@@ -22,11 +28,13 @@ class Packet:
     has finished.  With an answer, which holds parameters: its ``number``, from 1; the ``clock``, of how many steps they
     have all gradients; the ``step`` that synchronous workers do next; and the ``share`` to take after the next, where
     workers take what is left.
+
+    It is in the host memory that ``memory`` gives.
     """
 
-    def __init__(self, count: int, dtype: np.dtype) -> None:
+    def __init__(self, count: int, dtype: np.dtype, memory: Callable[[int], np.ndarray] = ordinary) -> None:
         size = 8 * len(HEAD)
-        self.raw = np.zeros(size + count * dtype.itemsize, np.uint8)
+        self.raw = memory(size + count * dtype.itemsize)
         self._head, self.body = self.raw[:size].view(np.float64), self.raw[size:].view(dtype)
 
     def copy_head(self, other: "Packet") -> None:
@@ -45,7 +53,8 @@ class Packet:
 
 
 class Server:
-    """A part of the parameters, ``params[optimizer.part]``, and ``workers`` who send gradients of it.
+    """A part of the parameters, ``params[optimizer.part]``, and ``workers`` who send gradients of it.  All of it is in
+    host memory, and answers in what ``memory`` gives.
 
     With a finite ``staleness`` s, a worker that has sent c gradients is answered when every other has sent c - s
     (stale-synchronous: Ho et al. 2013); one that has ``finish``-ed is not waited for.  With 0 all gradients of a step
@@ -70,6 +79,7 @@ class Server:
         backups: int = 0,
         compensate: float = 0.0,
         slow_down: bool = False,
+        memory: Callable[[int], np.ndarray] = ordinary,
     ) -> None:
         self.params, self.optimizer, self.workers = params, optimizer, workers
         self.staleness, self.backups = staleness, backups
@@ -81,7 +91,7 @@ class Server:
         self._sums = [np.empty_like(self._part) for _ in range(workers, last)]
         self._zero = np.zeros_like(self._part)
         # Two answers of each worker: one that it may still compute with, and the one to be sent next.
-        self._answers = [[Packet(len(self._part), params.dtype) for _ in range(2)] for _ in range(workers)]
+        self._answers = [[Packet(len(self._part), params.dtype, memory) for _ in range(2)] for _ in range(workers)]
         self.begin(0)
 
     def begin(self, step: int, share: float = math.inf) -> None:

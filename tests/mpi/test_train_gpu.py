@@ -47,6 +47,10 @@ RUNS: list[dict[str, Any]] = [
     {"strategy": "butterfly", "optimizer": "nesterov", "momenta": "average"},
     {"strategy": "gossip", "mix_first": True},
     {"strategy": "average", "every": 2, "momenta": "average"},
+    {"strategy": "async", "staleness": "0", "optimizer": "adam", "lr": 0.01},
+    {"strategy": "async", "delays": 4, "workers": 5, "compensate": 0.1, "slow_down": True, "clip": 0.5},
+    {"strategy": "ad-psgd", "delays": 3, "optimizer": "adamw", "lr": 0.01},
+    {"strategy": "async", "staleness": "0", "compress": "16bit"},
     {"strategy": "sync", "compress": "16bit", "algorithm": "ring"},
     {"strategy": "sync", "compress": "powersgd:1"},
     {"strategy": "average", "every": 2, "compress": "topk:0.1"},
@@ -131,15 +135,23 @@ def test_so_does_every_model(cupy, model):
     close(there.get(), grad)
 
 
-@pytest.mark.parametrize("mode", fakecupy.MODES)
-def test_in_whatever_order_streams_do_it(comm, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "given"),
+    [
+        *((mode, {"strategy": "sync"}) for mode in fakecupy.MODES),
+        ("random", {"strategy": "async", "staleness": "0"}),
+        ("random", {"strategy": "async", "staleness": "inf", "delays": 4}),
+        ("random", {"strategy": "ad-psgd", "delays": 3}),
+    ],
+)
+def test_in_whatever_order_streams_do_it(comm, monkeypatch, mode, given):
     if REAL:
         pytest.skip("tells the fake when to do what")
-    data = blobs(37)
-    theirs = trained(comm, data, strategy="sync", optimizer="adam", lr=0.01)
+    data, given = blobs(37), {"optimizer": "adam", "lr": 0.01, **given}
+    theirs = trained(comm, data, **given)
     with fakecupy.installed(mode=mode, seed=comm.rank) as made:
         kernels.add(made, monkeypatch)
-        same(trained(comm, data, strategy="sync", optimizer="adam", lr=0.01, device="gpu"), theirs)
+        same(trained(comm, data, device="gpu", **given), theirs)
 
 
 def test_everything_is_there(comm, cupy):
@@ -207,7 +219,14 @@ def test_on_a_gpu_a_step_is_one_of_the_whole_vector(fake, cupy, monkeypatch, nam
     assert launches() == whole
 
 
-@pytest.mark.parametrize("more", [{"strategy": "average", "every": 3, "outer": "slowmo"}, *CODED])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"strategy": "average", "every": 3, "outer": "slowmo"},
+        {"strategy": "async", "staleness": "0", "compress": "16bit"},
+        *CODED,
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(comm, cupy, folder, more):
     data = blobs(41, validation=20)
     data = data._replace(validation=data.validation._replace(y=(data.validation.y + 1) % 3))  # the first model is best
@@ -240,8 +259,6 @@ def test_a_loss_that_is_no_number_ends_training_on_all_ranks(comm, cupy, strateg
 
 
 REFUSED = [
-    ({"strategy": "async"}, "--device gpu is not for the async strategy, but for sync, average, butterfly, gossip"),
-    ({"strategy": "ad-psgd"}, "--device gpu is not for the ad-psgd strategy"),
     ({"device": "tpu"}, "--device must be one of cpu, gpu, got 'tpu'"),
 ]
 

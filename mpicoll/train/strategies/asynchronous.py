@@ -17,8 +17,8 @@ import numpy as np
 from ...errors import UserError
 from ..compress import Code
 from ..optimizers import clip
-from .base import Now, Strategy, drawn, share_of
-from .messages import Messages
+from .base import Now, Strategy, drawn, finished, share_of
+from .messages import Messages, fetched, load, memory_for, store
 
 if TYPE_CHECKING:
     from ..server import Packet
@@ -30,6 +30,9 @@ class Async(Strategy):
 
     With ``compress`` a rank sends each server something shorter than its gradient, and keeps the rest.  Answers are as
     they are.
+
+    Servers, and what ranks keep, are in host memory.  If gradients are taken on a GPU they come from there in every
+    step, and the point for the next one goes there.
 
     With 0 it is synchronous, bit for bit but for clipping, which here is of each rank's own gradient; ``backups`` are
     how many gradients of a step need not be waited for.  With ``inf`` ranks take shares of batches as they are ready
@@ -49,7 +52,7 @@ class Async(Strategy):
         "workers": None,
         "compress": None,
     }
-    on_gpu = False  # messages and servers work on host memory
+    on_gpu = False
     replicated = True
     in_step = False
 
@@ -65,9 +68,10 @@ class Async(Strategy):
         self._check(backups, compensate, slow_down)
         self.pooled = self.bound == math.inf and not self.settings.shards
         self.histogram: list[int] = []
-        self.held = self.params.copy()  # what the server has
+        self.memory = memory_for(self.params)
+        self.held = self.memory(self.params.nbytes).view(self.params.dtype)  # what the server has
         self._run: _Messages | _Simulated = _Messages(self) if self.seed is None else _Simulated(self)
-        rules = {"backups": backups, "compensate": compensate, "slow_down": slow_down}
+        rules = {"backups": backups, "compensate": compensate, "slow_down": slow_down, "memory": self.memory}
         self.server = Server(self.held, self.optimizer, self.workers, self.bound, **rules)
         self.algorithm = f"{'simulated ' if self.seed is not None else ''}parameter server, staleness {self.bound:g}"
 
@@ -104,12 +108,13 @@ class Async(Strategy):
 
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
-        self.held[:] = self.params
+        load(self.held, self.params)
+        finished(self.params)
         self.steps = range(first, last)
         self.histogram.clear()
         self.server.begin(first, 2 * self.workers)
         yield from self._run.shares(first, last)
-        self.params[:] = self.held
+        store(self.params, self.held)
 
     def step(self, now: Now, samples: int, length: int) -> None:
         """See ``Strategy``."""
@@ -151,10 +156,10 @@ class _Messages(Messages):
         strategy.optimizer.part = slice(*self.cuts[self.rank :][:2])
         self._codes = self._coded() if strategy.compressor else []
         sizes, kind = ([code.fields.nbytes for code in self._codes], np.dtype("u1")) if self._codes else (parts, dtype)
-        self._out = [Packet(size, kind) for size in sizes]  # gradients to each server, or codes
+        self._out = [Packet(size, kind, strategy.memory) for size in sizes]  # gradients to each server, or codes
         self._in = [Packet(sizes[self.rank], kind) for _ in sizes]  # gradients from each rank, or codes
         self._gradients = [Packet(parts[self.rank], dtype) for _ in parts] if self._codes else self._in
-        self._back = [Packet(part, dtype) for part in parts]  # answers of each server
+        self._back = [Packet(part, dtype, strategy.memory) for part in parts]  # answers of each server
         self._tags = self.state.persistent_tag(), self.state.persistent_tag()  # of gradients, of answers
 
     def _coded(self) -> list[Code]:
@@ -206,16 +211,10 @@ class _Messages(Messages):
             s.record(self._pushed if s.pooled else self._step - s.steps.start, min(self._clock))
             self.until("all servers to answer", self._is_answered)
             self._read()  # before there are newer ones: each brings the number of a share
-            for server, (lo, hi) in enumerate(pairwise(self.cuts)):
+            for server, packet in enumerate(self._out):
                 self.settle(("gradient", server))
-                packet = self._out[server]
-                if not self._codes:
-                    packet.body[:] = grad[lo:hi]
-                elif numbers["samples"]:
-                    self._codes[server].send(grad[lo:hi], self._codes[server].fields.of(packet.body))
-                else:
-                    packet.body[:] = 0  # the code of nothing, and what is kept stays
                 packet.say(**numbers, number=taken_at[server])
+            self._put_out(grad, bool(numbers["samples"]))
             self._pushed += 1
             for server in self.others:
                 self.requests[self.p + server].Start()  # its answer
@@ -226,6 +225,19 @@ class _Messages(Messages):
             self.until("parameters that are new enough", self._is_answered if s.bound == 0 else self._is_new_enough)
             self._read()
             self._step = max(self._step + 1, self._ahead)
+
+    def _put_out(self, grad: np.ndarray, any_samples: bool) -> None:
+        """A gradient, or codes of it, into what is sent; a GPU has what was read of answers then, too."""
+        if self._codes:
+            grad = fetched(grad)
+        for server, (packet, (lo, hi)) in enumerate(zip(self._out, pairwise(self.cuts), strict=True)):
+            if not self._codes:
+                load(packet.body, grad[lo:hi])
+            elif any_samples:
+                self._codes[server].send(grad[lo:hi], self._codes[server].fields.of(packet.body))
+            else:
+                packet.body[:] = 0  # the code of nothing, and what is kept stays
+        finished(grad)
 
     def _decoded(self, rank: int, came: "Packet") -> "Packet":
         """The gradient in a message from a rank."""
@@ -269,7 +281,7 @@ class _Messages(Messages):
     def _read(self) -> None:
         """Go on to the parameters that have come."""
         for server, answer in self._fresh.items():
-            self.point[slice(*self.cuts[server:][:2])] = answer.body
+            store(self.point[slice(*self.cuts[server:][:2])], answer.body)
             self._clock[server], self._number[server] = answer.clock, answer.number
             self._ahead = max(self._ahead, int(answer.step))
             if server == 0:
@@ -299,7 +311,8 @@ class _Simulated:
         from ..server import Packet
 
         self.strategy, self.point = strategy, strategy.params
-        self._packets = [Packet(len(strategy.params), strategy.params.dtype) for _ in range(strategy.workers)]
+        size, dtype = len(strategy.params), strategy.params.dtype
+        self._packets = [Packet(size, dtype, strategy.memory) for _ in range(strategy.workers)]
 
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
@@ -330,7 +343,7 @@ class _Simulated:
             self._worker, packet = worker, self._packets[worker]
             if worker % s.p == rank:
                 packet.say(number=numbers[worker])
-                self.point = views[worker]
+                self._go_to(views[worker])
                 s.record(done[worker] if s.pooled else shares[worker][0] - first, clocks[worker])
                 yield shares[worker]
             else:
@@ -341,9 +354,17 @@ class _Simulated:
     def step(self, grad: np.ndarray, **numbers: float) -> None:
         """Give a gradient to all ranks."""
         packet = self._packets[self._worker]
-        packet.body[:] = grad
+        load(packet.body, grad)
+        finished(grad)
         packet.say(**numbers)
         self._exchange()
+
+    def _go_to(self, view: np.ndarray) -> None:
+        """Take the next gradient there."""
+        if isinstance(self.strategy.params, np.ndarray):
+            self.point = view
+        else:
+            store(self.point, view)
 
     def _exchange(self) -> None:
         s = self.strategy

@@ -49,7 +49,7 @@ class Strategy:
     """Settings that are this strategy's, and what they are by default."""
 
     on_gpu = True
-    """Can parameters be in the memory of a GPU?"""
+    """Where parameters are on a GPU, are the optimizer's state and residuals, too?  Else they are in host memory."""
 
     replicated = False
     """Do all ranks hold the same parameters, and optimizers, at the end of an epoch?"""
@@ -87,7 +87,8 @@ class Strategy:
         self._accounts: dict[tuple[str, int], Any] = {}  # of collectives, by the number of elements
         self.compressor: Compressor | None = None
         if settings.compress is not None:
-            self.compressor = compressor(settings.compress, params.size, params.dtype, tensors, settings.seed, params)
+            like = params if self.on_gpu else None
+            self.compressor = compressor(settings.compress, params.size, params.dtype, tensors, settings.seed, like)
 
     def code(self, size: int | None = None) -> Code:
         """The compressor, which has to be one that works for each rank by itself; or another such, for that size."""

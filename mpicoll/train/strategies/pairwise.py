@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..optimizers import clip
-from .base import Now, Strategy, drawn, share_of
-from .messages import Messages
+from .base import Now, Strategy, drawn, finished, share_of
+from .messages import Messages, load, memory_for, store
 from .mixing import graph_of
 
 
@@ -30,7 +30,6 @@ class ADPSGD(Strategy):
     """
 
     options: ClassVar = {"graph": "complete", "delays": None}
-    on_gpu = False  # messages work on host memory
     in_step = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,21 +37,34 @@ class ADPSGD(Strategy):
         self.graph = graph_of(self.comm, self.option("graph"))
         self.digest = self.graph.digest.hex()[:8]
         self.pooled = not self.settings.shards
-        self._point = self.params.copy()
+        on_cpu = isinstance(self.params, np.ndarray)
+        self._host = None if on_cpu else memory_for(self.params)(self.params.nbytes).view(self.params.dtype)
+        self._point = self.params.copy() if on_cpu else self.params
         self.waited: float = 0.0
         simulated = self.option("delays") is not None
         self._run: _Messages | _Simulated = _Simulated(self) if simulated else _Messages(self)
         self.algorithm = f"{'simulated ' if simulated else ''}averaging in pairs on {self.graph.name}"
 
+    @property
+    def model(self) -> np.ndarray:
+        """Between steps, when others change it: in host memory."""
+        return self.params if self._host is None else self._host
+
     def point(self) -> np.ndarray:
         """See ``Strategy``: the model as it was after the last step."""
         return self._point
 
+    def go_to_model(self) -> None:
+        """Take the next gradient where the model is now, whatever becomes of that meanwhile."""
+        store(self._point, self.model)
+        finished(self._point)
+
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
-        self._point[:] = self.params
+        load(self.model, self.params)
+        self.go_to_model()
         yield from self._run.shares(range(first, last))
-        self._point[:] = self.params
+        self.go_to_model()
 
     def step(self, now: Now, samples: int, length: int) -> None:
         """See ``Strategy``."""
@@ -61,6 +73,12 @@ class ADPSGD(Strategy):
         if self.settings.clip is not None:
             clip(grad, self.settings.clip)
         self._run.step(grad, now.lr)
+
+    def optimize(self, grad: np.ndarray, lr: float) -> None:
+        """Have the optimizer change the model, which is in host memory again when an agreement begins."""
+        store(self.params, self.model)
+        self.optimizer.step(self.params, grad, lr)
+        load(self.model, self.params)
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """See ``Strategy``."""
@@ -93,7 +111,7 @@ class _Messages(Messages):
 
         super().__init__(strategy, 4)
         self.strategy: ADPSGD = strategy
-        size, dtype = len(strategy.params), strategy.params.dtype
+        size, dtype = len(strategy.model), strategy.model.dtype
         self._in, self._out, self._word = (Packet(count, dtype) for count in (size, size, 0))
         self._answer = np.empty(size, dtype)
         self._numbers = np.zeros(self.p, np.int64)  # of shares; a rank reads its own, rank 0 writes all
@@ -123,17 +141,18 @@ class _Messages(Messages):
     def step(self, grad: np.ndarray, lr: float) -> None:
         """Step, and send the model to a neighbor when the last one has answered."""
         s = self.strategy
+        finished(grad)  # or others would wait for it
         with self.lock:
-            s.optimizer.step(s.params, grad, lr)
+            s.optimize(grad, lr)
             with s.agreeing():
                 self._average()
-            s.point()[:] = s.params
+            s.go_to_model()
 
     def _average(self) -> None:
         self.until("a neighbor to answer", self._is_answered)
         if (peer := next(self._peers, None)) is not None:
             self._peer = peer
-            self._out.body[:] = self.strategy.params
+            self._out.body[:] = self.strategy.model
             self._out.say(number=self.rank, samples=MODEL)
             self.requests[ANSWER] = self.wire.Irecv(self._answer, peer, self._tags[1])
             self.send("model", self._out.raw, peer, self._tags[0])
@@ -171,7 +190,8 @@ class _Messages(Messages):
             self.requests[CAME].Start()
         elif index == ANSWER:
             self.settle("model")
-            self.strategy.params -= self._answer
+            model = self.strategy.model
+            model -= self._answer
             self._peer = -1
         else:
             self.settle(("word", 0))
@@ -180,10 +200,10 @@ class _Messages(Messages):
 
     def _came(self, rank: int, what: float) -> None:
         if what == MODEL:  # go some of the way to it, and have it go as far
-            params, way = self.strategy.params, self._in.body
-            way -= params
+            model, way = self.strategy.model, self._in.body
+            way -= model
             way *= 0.5 if self._is_answered() else 0.25
-            params += way
+            model += way
             self.requests[SENT] = self.wire.Isend(way, rank, self._tags[1])
             self.strategy.count(way.nbytes, 1)
             return
@@ -212,7 +232,7 @@ class _Simulated:
         from ...mpi.state import state_of
 
         self.strategy, self._state = strategy, state_of(strategy.comm)
-        self._tag, self._other = self._state.persistent_tag(), np.empty_like(strategy.params)
+        self._tag, self._other = self._state.persistent_tag(), np.empty_like(strategy.model)
 
     def shares(self, steps: range) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
@@ -242,18 +262,18 @@ class _Simulated:
     def step(self, grad: np.ndarray, lr: float) -> None:
         """Step, and take the mean with a neighbor."""
         s = self.strategy
-        s.optimizer.step(s.params, grad, lr)
+        s.optimize(grad, lr)
         if self._peer != s.comm.rank:
             self._average()
-        s.point()[:] = s.params
+        s.go_to_model()
 
     def _average(self) -> None:
         from ...mpi import record
 
-        s, params, peer, start = self.strategy, self.strategy.params, self._peer, time.perf_counter()
+        s, model, peer, start = self.strategy, self.strategy.model, self._peer, time.perf_counter()
         with s.agreeing(), record.during(f"averaging with rank {peer}", self._state):
-            self._state.comm.Sendrecv(params, peer, self._tag, self._other, peer, self._tag)
+            self._state.comm.Sendrecv(model, peer, self._tag, self._other, peer, self._tag)
         s.waited += time.perf_counter() - start
-        s.count(params.nbytes, 1)
-        params += self._other
-        params *= 0.5
+        s.count(model.nbytes, 1)
+        model += self._other
+        model *= 0.5
