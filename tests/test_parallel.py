@@ -97,8 +97,6 @@ def test_stages_are_cut_by_cost_and_shards_share_the_parameters_out():
     [
         ({"strategy": "async"}, "is not for the async strategy, but for sync, average, butterfly, gossip"),
         ({"strategy": "ad-psgd"}, "is not for the ad-psgd strategy"),
-        ({"device": "gpu"}, "is not for --device gpu"),
-        ({"compress": "powersgd:2"}, "--compress powersgd is for whole matrices"),
     ],
 )
 def test_settings_that_do_not_go_with_a_split_model(given, message):
