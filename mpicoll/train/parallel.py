@@ -354,18 +354,17 @@ class _Work:
 
     def backward(self, m: int) -> None:
         """The error of micro-batch ``m`` comes from the next stage, and goes to the one before."""
-        split, (inputs, error) = self.split, self.held[m]
+        split, (inputs, error) = self.split, self.held.pop(m)
         if split.recompute:
             inputs, error = self._ahead(m, inputs[0])
-        if not split.is_last:
-            error = self.flow.take(Kind.BACKWARD)
+        errors = [error if split.is_last else self.flow.take(Kind.BACKWARD)]
+        del error  # and so it is gone once a layer has gone back
         into = split.layers(self.more) if m else self.grads
-        error = backward(self.layers, inputs, error, into, split.first, split.complete_errors)
+        error = backward(self.layers, inputs, errors.pop(), into, split.first, split.complete_errors)
         if m:
             self.grad += self.more
         if not split.is_first:
             self.flow.send(Kind.BACKWARD, error)
-        del self.held[m]
 
     def _ahead(self, m: int, x: Any) -> tuple[list[Any], np.ndarray]:
         """The inputs of layers, and the outputs; in the last stage their error instead, the gradient of the loss by
@@ -467,9 +466,9 @@ class _Flow:
 
     def take(self, kind: Kind) -> np.ndarray:
         """The next one that comes."""
-        self._forget()
         array, request = self._coming.pop(kind)
         self._wait(request, f"waiting for {NAMES[kind]} of another stage")
+        self._forget()
         self._post(kind)
         if self._on_host:
             return array

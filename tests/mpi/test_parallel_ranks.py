@@ -1,6 +1,7 @@
 """Models that are split over ranks are the same models: losses, gradients, predictions, training, checkpoints."""
 
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from scipy.sparse import csr_array
 from mpicoll import UserError
 from mpicoll.mpi import launch
 from mpicoll.mpi.collectives import account
-from mpicoll.pipeline import PIPELINES
+from mpicoll.pipeline import PIPELINES, Kind
 from mpicoll.train import parallel
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.data import from_arrays
@@ -148,6 +149,53 @@ def test_pipelines_have_the_bits_of_one_process_and_hold_what_they_promise(grid,
             layers = list(split.tensors(np.empty(split.size)).values())[::2]
             widths = ahead * layers[-1].shape[1] + back * layers[0].shape[0]
             assert split.spent.bytes_sent == told.bytes_sent + 8 * samples * widths
+
+
+@pytest.mark.parametrize("sizes", [Sizes(1, P, 1)] if P in (2, 3, 4) else [], ids=str)
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("leak", [False, True])
+def test_arrays_are_gone_when_they_are_of_no_more_use(grid, sizes, pipeline, leak, monkeypatch):
+    """Of no more micro-batches than a stage holds there are inputs of layers; what was received, or sent, goes."""
+    split, micro, kept = Split(DEEP[2], grid, micro=6, pipeline=pipeline), 6, []
+    params, found = split.part(vector(DEEP[2])), seen_by(split, batch(DEEP[2], 12))
+    inputs: list[list[tuple[Any, int]]] = []  # of each micro-batch: weak references, and how many bytes
+    outputs: list[Any] = []
+    taken: list[Any] = []
+    late: list[Any] = []  # those that should have been gone
+    alive: list[tuple[int, int]] = []  # after each forward: micro-batches, bytes
+
+    def count() -> tuple[int, int]:
+        left = [[size for array, size in arrays if array() is not None] for arrays in inputs]
+        return sum(map(bool, left)), sum(map(sum, left))
+
+    def watched(*args: Any) -> Any:
+        values = forward(*args)
+        inputs.append([(weakref.ref(array), array.nbytes) for array in values[:-1]])
+        outputs.append(weakref.ref(values[-1]))
+        kept.extend(values if leak else ())
+        alive.append(count())
+        return values
+
+    def take(self: Any, kind: Any) -> Any:
+        array = usual(self, kind)
+        if kind is Kind.BACKWARD:
+            taken.append(weakref.ref(array))
+            late.extend(array for array in outputs[: len(taken)] if array() is not None)  # which have been received
+        return array
+
+    def complete_errors(n: int, error: Any) -> None:
+        late.extend(array for array in taken if array() is not None)
+
+    usual = parallel._Flow.take
+    monkeypatch.setattr(parallel._Flow, "take", take)
+    monkeypatch.setattr(parallel, "forward", watched)
+    monkeypatch.setattr(split, "complete_errors", complete_errors)
+    split.loss_and_grad(params, found, np.empty(split.size))
+    held = micro if leak else PIPELINES[pipeline].held(grid.at.pipe, sizes.pipe, micro)
+    assert max(alive) == (held, held * sum(size for _, size in inputs[0]))
+    assert leak or count() == (0, 0)
+    late.extend(array for array in (*outputs, *taken) if array() is not None)
+    assert leak == bool(late)
 
 
 @pytest.mark.parametrize("sizes", [Sizes(P // 2, 2, 1)] if P % 2 == 0 else [], ids=str)
