@@ -20,9 +20,12 @@ from mpicoll.mpi.collectives import allgather, allreduce
 from mpicoll.mpi.gpu import in_host_memory, is_cupy
 from mpicoll.train import parallel
 from mpicoll.train.checkpoint import latest
+from mpicoll.train.files import read_model
 from mpicoll.train.loop import Training
 from mpicoll.train.models import Batch, Layered, forward, hinge
 from mpicoll.train.parallel import Grid, Sizes, Split
+from mpicoll.train.run import run
+from mpicoll.train.settings import Settings
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > MOST, reason=f"{MOST} ranks show what more would, and sooner")]
@@ -171,3 +174,20 @@ def test_a_checkpoint_of_a_grid_of_gpus_is_resumed_on_every_other(comm, grid, fo
         found.append(in_host_memory(other.run().params))
         close(found[-1], whole.params)
     assert found[0].tobytes() == whole.params.tobytes()
+
+
+@pytest.mark.skipif(P == 1, reason="one rank holds all of it")
+def test_a_run_writes_the_whole_model_and_says_how_good_it_is(comm, cupy, folder):  # noqa: F811
+    def outcome(device: str) -> tuple[np.ndarray, dict[str, Any]]:
+        out = folder / device
+        grid = f"{'pipe' if P == 2 else 'tensor'}={P}"
+        settings = Settings(
+            hidden="8", grid=grid, epochs=1, batch_size=512, dtype="float64", device=device, out=str(out)
+        )
+        summary = comm.bcast(run(comm, settings))
+        return read_model(out)[1], summary
+
+    (ours, summary), (theirs, other) = outcome("gpu"), outcome("cpu")
+    close(ours, theirs)
+    close(summary["test_loss"], other["test_loss"])
+    assert sorted(rank for one in summary["gpu"] for rank in one["ranks"]) == list(range(P))
