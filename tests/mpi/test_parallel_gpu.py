@@ -76,7 +76,7 @@ def made_for(grid: Grid, device: str, **given: Any) -> Training:
 SPLIT = [sizes for sizes in ALL if sizes.group > 1]
 RUNS: dict[str, dict[str, Any]] = {
     "lazy": {"clip": 0.1, "optimizer": "adam", "patience": 1, "of_split": {"micro": 3, "pipeline": "gpipe"}},
-    "random": {"strategy": "average", "every": 3},
+    "random": {"strategy": "average", "every": 3, "compress": "powersgd:1"},
 }
 
 
