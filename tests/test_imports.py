@@ -41,7 +41,7 @@ LAYERS = [
     ["measure"],
     ["train"],
     ["train.settings", "train.models", "train.optimizers", "train.server", "train.formats", "train.data"],
-    ["train.compress", "train.parallel", "train.bubble"],
+    ["train.sent", "train.compress", "train.parallel", "train.bubble"],
     [
         "train.strategies.base",
         "train.strategies.sync",

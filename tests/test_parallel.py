@@ -97,8 +97,6 @@ def test_stages_are_cut_by_cost_and_shards_share_the_parameters_out():
     [
         ({"strategy": "async"}, "is not for the async strategy, but for sync, average, butterfly, gossip"),
         ({"strategy": "ad-psgd"}, "is not for the ad-psgd strategy"),
-        ({"device": "gpu"}, "is not for --device gpu"),
-        ({"compress": "powersgd:2"}, "--compress powersgd is for whole matrices"),
     ],
 )
 def test_settings_that_do_not_go_with_a_split_model(given, message):
@@ -164,8 +162,12 @@ def test_what_a_command_line_gets_wrong_is_one_line(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_rank_that_fails_in_the_middle_of_a_pipeline_ends_the_job(tmp_path):
+@pytest.mark.parametrize("how", ["raises", "is killed"])
+def test_a_rank_that_fails_in_the_middle_of_a_pipeline_ends_the_job(tmp_path, how):
     code = """\
+        import os
+        import signal
+        import sys
         from pathlib import Path
         from mpi4py import MPI
         from mpicoll.mpi.comm import Comm
@@ -179,6 +181,8 @@ def test_a_rank_that_fails_in_the_middle_of_a_pipeline_ends_the_job(tmp_path):
         def breaks(*args):
             calls.append(args)
             if comm.rank == 1 and len(calls) == 5:
+                if sys.argv[1] == "is killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise ZeroDivisionError("in the second step")
             return usual(*args)
 
@@ -187,8 +191,11 @@ def test_a_rank_that_fails_in_the_middle_of_a_pipeline_ends_the_job(tmp_path):
             run(Comm(comm), Settings(grid="pipe=3", hidden="20,20", out="run"))
     """
     (tmp_path / "job.py").write_text(textwrap.dedent(code))
-    failed = mpirun(3, ["python", Path("job.py")], tmp_path)
+    failed = mpirun(3, ["python", Path("job.py"), how], tmp_path)
     assert failed.status != 0
+    if how == "is killed":
+        assert not (tmp_path / "run").exists()
+        return
     assert "mpicoll: rank 1 failed:\nTraceback" in failed.err
     assert "ZeroDivisionError: in the second step" in failed.err
     assert failed.err.count("Traceback") == 1

@@ -39,6 +39,11 @@ def is_cupy(x: Any) -> bool:
     return module is not None and isinstance(x, module.ndarray)
 
 
+def in_host_memory(x: Any) -> np.ndarray:
+    """The array itself, or a copy of one of CuPy's."""
+    return x if isinstance(x, np.ndarray) else x.get()
+
+
 class Array:
     """A CuPy array as collectives have it: ``size`` elements of ``dtype``, side by side from ``pointer`` on.
 

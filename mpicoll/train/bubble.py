@@ -126,7 +126,7 @@ class _Stage:
         comm, nbytes = self._comm, self._case.nbytes
         shapes = {kind: [(1, nbytes)] * self._case.micro for kind in self._giver}
         spent, held, late = Spent(), {}, 0.0
-        flow = _Flow(comm, np.dtype(np.uint8), shapes, spent)
+        flow = _Flow(comm, np.empty(0, np.uint8), shapes, spent)
         _meet(comm)
         began = perf_counter()
         for kind, m in self._tasks:

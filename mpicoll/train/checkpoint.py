@@ -20,6 +20,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
+from ..mpi.gpu import in_host_memory
 from ..mpi.guard import on_all, on_root
 
 FORMAT = "mpicoll-checkpoint-1"
@@ -120,11 +121,6 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
-
-
-def in_host_memory(x: Any) -> np.ndarray:
-    """The array itself, or a copy of one on a GPU."""
-    return x if isinstance(x, np.ndarray) else x.get()
 
 
 def latest(run: Path) -> Checkpoint:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .checkpoint import Checkpoint, drop_after, in_host_memory, umask
+from ..mpi.gpu import in_host_memory
+from .checkpoint import Checkpoint, drop_after, umask
 from .data import Dataset, Scaling
 from .models import MODELS, Layered
 from .settings import Settings, written

@@ -20,13 +20,16 @@ from .data import Batches, Dataset, Part, normalized, rebalanced
 from .models import Batch, Model
 from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from .parallel import Spent, Split
+from .sent import finished
 from .settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag
 from .strategies import STRATEGIES, Now
 from .strategies.average import OUTER
-from .strategies.base import finished
 
 BLOCK = 1024
 """Samples evaluated at once."""
+
+FACTORS = "strategy.q"
+"""In a checkpoint: with what PowerSGD begins the next time, for the matrices that a rank has a part of."""
 
 
 CHOICES: dict[str, Collection[str]] = {
@@ -64,10 +67,6 @@ def check_split(settings: Settings) -> None:
     if not STRATEGIES[settings.strategy].in_step:  # they do not see the same samples in the same step
         others = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.in_step)
         raise UserError(f"--grid with pipe or tensor is not for the {settings.strategy} strategy, but for {others}")
-    if settings.device == "gpu":
-        raise UserError("--grid with pipe or tensor is not for --device gpu: take --device cpu, or data only")
-    if (settings.compress or "").startswith("powersgd"):
-        raise UserError("--compress powersgd is for whole matrices, not for --grid with pipe or tensor: take topk")
 
 
 def weights_of(settings: Settings, p: int, sharded: bool) -> list[float] | None:
@@ -169,24 +168,18 @@ class Training:
         self.world: MPI.Intracomm = self.split.grid.world if self.split else comm
         if self.split:
             check_split(settings)
-            train, validation, test = (
-                part._replace(x=self.split.own_features(part.x)) for part in (data.train, data.validation, data.test)
-            )
-            self.data = data._replace(train=train, validation=validation, test=test)
+        own_features = self.split.own_features if self.split else everything
         s, dtype = settings, np.dtype(settings.dtype)
         self.steps_per_epoch = -(-data.train.total // s.batch_size)
         self.gpu: gpu.Gpu | None = None
         self.arrays: Any = np
         if s.device == "gpu":
-            self.gpu, self.arrays = gpu.take(comm), gpu.cupy()
-            self.data = on_all(comm, lambda: moved(data, dtype, self.arrays))
+            self.gpu, self.arrays = gpu.take(self.world), gpu.cupy()
+            self.data = on_all(self.world, lambda: moved(data, dtype, self.arrays, own_features))
             if s.algorithm in WAYS:
-                try:
-                    allreduce(self.arrays.zeros(1, dtype), comm, algorithm=s.algorithm)
-                    if s.compress is not None:
-                        allgather(self.arrays.zeros(1, dtype), comm, algorithm=s.algorithm)
-                except ValueError as error:  # on all ranks
-                    raise UserError(f"--algorithm {s.algorithm}: {error}") from error
+                on_all(self.world, self._try_algorithm)
+        else:
+            self.data = replaced(data, lambda part: part._replace(x=own_features(part.x)))
         params = model.initial(np.random.default_rng(s.seed), dtype)
         comm.Bcast(params, root=0)
         self.params = self.arrays.asarray(params)
@@ -200,15 +193,9 @@ class Training:
             weight_decay=s.weight_decay,
             like=self.params if STRATEGIES[s.strategy].on_gpu else params,
         )
-        self.strategy = STRATEGIES[s.strategy](
-            comm,
-            self.sums,
-            self.params,
-            self.optimizer,
-            settings,
-            self.steps_per_epoch,
-            getattr(model, "tensors", None),
-        )
+        given = comm, self.sums, self.params, self.optimizer, settings, self.steps_per_epoch
+        # What one part of a model is no good for ends the run on all ranks.
+        self.strategy = on_all(self.world, lambda: STRATEGIES[s.strategy](*given, getattr(model, "tensors", None)))
         self.params, self.sums = self.strategy.params, self.strategy.sums  # where it has them
         if self.split:
             self.strategy.clip = self.split.clip
@@ -216,6 +203,16 @@ class Training:
         self.seconds = self.resumed_seconds = self.agreeing = self.waiting = 0.0
         self.best = np.inf, 0  # validation loss, epoch
         self.best_params: np.ndarray | None = None
+
+    def _try_algorithm(self) -> None:
+        """A ``UserError``, on all ranks that have the same part, unless it can do what is asked of it."""
+        one = self.arrays.zeros(1, self.settings.dtype)
+        try:
+            allreduce(one, self.comm, algorithm=self.settings.algorithm)
+            if self.settings.compress is not None:
+                allgather(one, self.comm, algorithm=self.settings.algorithm)
+        except ValueError as error:
+            raise UserError(f"--algorithm {self.settings.algorithm}: {error}") from error
 
     @np.errstate(all="ignore")  # what overflows ends up in the loss or the parameters, and is reported
     def run(
@@ -366,6 +363,11 @@ class Training:
         """Is that tensor as long as the parameters, in the last axis?"""
         return not name.startswith("strategy.") or name.removeprefix("strategy.") in self.strategy.vectors
 
+    @property
+    def _layout(self) -> str | None:
+        """To which matrices PowerSGD's factors belong; ``None`` if it is to those of the whole model."""
+        return self.split.layout if self.split else None
+
     def _whole(self, array: np.ndarray) -> np.ndarray:
         """All parts; a collective call."""
         return _by_rows(array, self.split.whole, self.split.model.size) if self.split else array
@@ -382,6 +384,8 @@ class Training:
         if self.best_params is not None:
             tensors["best"] = self.best_params
         tensors = {name: self._whole(array) if self._is_long(name) else array for name, array in tensors.items()}
+        if self.split and FACTORS in tensors:
+            tensors[FACTORS] = self.split.gathered(tensors[FACTORS])
         where = {
             "epoch": self.epoch,
             "step": self.step,
@@ -390,6 +394,7 @@ class Training:
             "best": self.best if self.best_params is not None else None,
             "weights": self.weights,
             "ranks": self.comm.size,
+            "layout": self._layout,
         }
         writes = (self.comm.rank == 0 or not self.strategy.one_file) and (not self.split or self.split.grid.leads)
         return save(folder, self.world, {**where, **facts}, tensors, self.comm.rank if writes else None)
@@ -435,6 +440,12 @@ class Training:
         self.params[:] = self.arrays.asarray(tensors["params"])
         for name, vector in self.optimizer.state.items():
             vector[:] = np.asarray(tensors[f"optimizer.{name}"], like=vector)
+        if FACTORS in tensors:
+            begun = self.strategy.state()[FACTORS.removeprefix("strategy.")]
+            if facts.get("layout") != self._layout:
+                tensors[FACTORS] = begun  # those of other matrices are of no use
+            elif self.split:
+                tensors[FACTORS] = self.split.own(tensors[FACTORS], begun.size)
         state = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
         self.strategy.restore(state)
         self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]
@@ -455,19 +466,30 @@ def _by_rows(array: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], siz
     return found.reshape(*array.shape[:-1], size)
 
 
-def moved(data: Dataset, dtype: np.dtype, arrays: Any) -> Dataset:
-    """The same data in the memory of the GPU, which is found to be able to compute."""
+def everything(x: Any) -> Any:
+    """Of samples, what a rank that has a whole model needs."""
+    return x
+
+
+def replaced(data: Dataset, change: Callable[[Part], Part]) -> Dataset:
+    """With other sets in place of the three, one after another."""
+    train, validation, test = map(change, (data.train, data.validation, data.test))
+    return data._replace(train=train, validation=validation, test=test)
+
+
+def moved(data: Dataset, dtype: np.dtype, arrays: Any, own_features: Callable[[Any], Any] = everything) -> Dataset:
+    """The same data in the memory of the GPU, which is found to be able to compute; of each set, what this rank needs
+    is copied in host memory only while it is moved."""
     try:
         square = arrays.ones((2, 2), dtype)
         float((square @ square).sum())  # CuPy comes without what multiplies matrices, and finds it when it has to
-        train, validation, test = (
-            part._replace(
-                x=arrays.asarray(part.x) if isinstance(part.x, np.ndarray) else gpu.sparse(part.x),
-                y=arrays.asarray(part.y),
-            )
-            for part in (data.train, data.validation, data.test)
-        )
-        return data._replace(train=train, validation=validation, test=test)
+
+        def there(part: Part) -> Part:
+            x = own_features(part.x)
+            x = arrays.asarray(x) if isinstance(x, np.ndarray) else gpu.sparse(x)
+            return part._replace(x=x, y=arrays.asarray(part.y))
+
+        return replaced(data, there)
     except MemoryError as error:
         raise UserError(
             f"the data are too large for the memory of the GPU ({error}): take --shards, or --device cpu"

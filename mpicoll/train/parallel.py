@@ -12,7 +12,6 @@ differ in theirs: how ranks that hold the same part agree, be it by gradients or
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from math import gcd, inf, sqrt
@@ -23,8 +22,8 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
-from ..mpi import launch, record
-from ..mpi.collectives import Account, account, allgather, allreduce, bcast
+from ..mpi import gpu, launch, record
+from ..mpi.collectives import account, allgather, allreduce, bcast
 from ..mpi.comm import Comm
 from ..mpi.state import state_of
 from ..pipeline import PIPELINES, Kind, cut
@@ -32,6 +31,7 @@ from ..schedule import chunk_start
 from .formats import share
 from .models import Batch, Layer, Layered, Loss, Sums, backward, classes_of, cross_entropy, forward, hinge, log_loss
 from .optimizers import clip
+from .sent import Sent, finished
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -150,7 +150,10 @@ class Split:
     ``PIPELINES``.  With ``recompute`` a stage keeps only its input of each until it needs the rest.
 
     ``first`` is this rank's first layer; ``held`` of how many micro-batches it has held the activations at most; and
-    ``spent`` what it took to tell each other about layers, losses and norms.
+    ``spent`` what it took to tell each other about layers, losses and norms.  ``layout`` says how layers are cut, and
+    is the same for the same parts.
+
+    On a GPU all arrays are CuPy's, but for whole vectors, which are in host memory, as are parts of these.
     """
 
     def __init__(
@@ -174,12 +177,12 @@ class Split:
             for stage in stages
             for shard in range(grid.sizes.tensor)
         ]
+        self.layout = ",".join(f"{stage[0]}-{stage[-1]}" for stage in stages) + f" in {grid.sizes.tensor}"
         self._pieces = self._everyones[grid.group.rank]
         self.first = self._pieces[0].layer
         whole = model.tensors(np.empty(model.size, np.bool_))  # of which only shapes are looked at
-        self._sizes = [sum(view.size for piece in part for view in piece.of(whole)) for part in self._everyones]
-        self.size = self._sizes[grid.group.rank]
         self._shapes = [view.shape for piece in self._pieces for view in piece.of(whole)]
+        self.size = sum(view.size for piece in self._pieces for view in piece.of(whole))
         self.is_first, self.is_last = grid.at.pipe == 0, grid.at.pipe == grid.sizes.pipe - 1
         self._last_rank = (grid.sizes.pipe - 1) * grid.sizes.tensor  # of the group, one that knows the outputs
         self._shard = self._pieces[-1].columns  # of the outputs, where this is the last stage
@@ -206,16 +209,16 @@ class Split:
             else:
                 work.backward(m)
         work.flow.end()
-        sums = work.sums if self.grid.group.rank == self._last_rank else np.zeros(2)
+        sums = work.sums if self.grid.group.rank == self._last_rank else np.zeros_like(work.sums)
         loss, correct = self._group.allreduce(sums)
-        return Sums(loss, int(correct))
+        return Sums(loss, correct)
 
     @np.errstate(all="ignore")  # an overflow is an infinite output
     def predict(self, params: np.ndarray, x: "np.ndarray | csr_array") -> np.ndarray:
         """See ``Model``; collective in the group."""
         parts, layers = _cut(x.shape[0], self.micro), self.layers(params)
-        flow = self.flow(parts, params.dtype, [Kind.FORWARD])
-        classes = np.zeros(x.shape[0], np.int64)
+        flow = self.flow(parts, params, [Kind.FORWARD])
+        classes = np.zeros(x.shape[0], np.int64, like=params)
         for part in parts:
             inputs = x[part] if self.is_first else flow.take(Kind.FORWARD)
             outputs = forward(layers, inputs, self.first, self.complete_outputs)[-1]
@@ -243,8 +246,7 @@ class Split:
 
     def whole(self, vector: np.ndarray) -> np.ndarray:
         """The vector of the whole model, of this rank's and the others', a new array; collective in the group."""
-        gathered = np.empty(self.model.size, vector.dtype)
-        self.grid.group.Allgatherv(vector, [gathered, self._sizes])
+        gathered = self.gathered(vector)
         whole, at = np.empty_like(gathered), 0
         tensors = self.model.tensors(whole)
         for piece in (piece for pieces in self._everyones for piece in pieces):
@@ -252,6 +254,19 @@ class Split:
                 view[...] = gathered[at : at + view.size].reshape(view.shape)
                 at += view.size
         return whole
+
+    def gathered(self, vector: np.ndarray) -> np.ndarray:
+        """The vectors of all ranks of the group, of any lengths, one after another; collective in the group."""
+        own = gpu.in_host_memory(vector)
+        sizes = self.grid.group.allgather(own.size)
+        found = np.empty(sum(sizes), own.dtype)
+        self.grid.group.Allgatherv(own, [found, sizes])
+        return found
+
+    def own(self, gathered: np.ndarray, size: int) -> np.ndarray:
+        """The opposite: this rank's, of that size; collective in the group."""
+        end = self.grid.group.scan(size)
+        return gathered[end - size : end]
 
     def part(self, whole: np.ndarray) -> np.ndarray:
         """This rank's part of a vector of the whole model, a new array."""
@@ -298,7 +313,7 @@ class Split:
         if not _is_cut_by_inputs(self.model, n):
             self._beside.allreduce(error)
 
-    def flow(self, parts: Sequence[slice], dtype: np.dtype, kinds: Iterable[Kind]) -> "_Flow":
+    def flow(self, parts: Sequence[slice], params: np.ndarray, kinds: Iterable[Kind]) -> "_Flow":
         """Between this stage and its neighbors: which kinds of messages, about which parts of a batch."""
         lengths, widths = [part.stop - part.start for part in parts], {}
         if not self.is_first:
@@ -306,7 +321,7 @@ class Split:
         if not self.is_last:
             widths[Kind.BACKWARD] = self._shapes[-2][1]
         shapes = {kind: [(n, widths[kind]) for n in lengths] for kind in kinds if kind in widths}
-        return _Flow(self.grid.pipe, dtype, shapes, self.spent)
+        return _Flow(self.grid.pipe, params, shapes, self.spent)
 
 
 class _Work:
@@ -319,7 +334,7 @@ class _Work:
         self.split, self.batch, self.parts, self.grad = split, batch, parts, grad
         self.layers, self.grads = split.layers(params), split.layers(grad)
         self.more = np.empty_like(grad) if len(parts) > 1 else grad  # of a micro-batch, to be added
-        self.flow, self.sums = split.flow(parts, params.dtype, Kind), np.zeros(2)
+        self.flow, self.sums = split.flow(parts, params, Kind), np.zeros(2, like=params)
         self.held: dict[int, tuple[list[Any], Any]] = {}  # inputs of layers, gradient by the outputs
         if not parts:
             grad[:] = 0
@@ -339,18 +354,17 @@ class _Work:
 
     def backward(self, m: int) -> None:
         """The error of micro-batch ``m`` comes from the next stage, and goes to the one before."""
-        split, (inputs, error) = self.split, self.held[m]
+        split, (inputs, error) = self.split, self.held.pop(m)
         if split.recompute:
             inputs, error = self._ahead(m, inputs[0])
-        if not split.is_last:
-            error = self.flow.take(Kind.BACKWARD)
+        errors = [error if split.is_last else self.flow.take(Kind.BACKWARD)]
+        del error  # and so it is gone once a layer has gone back
         into = split.layers(self.more) if m else self.grads
-        error = backward(self.layers, inputs, error, into, split.first, split.complete_errors)
+        error = backward(self.layers, inputs, errors.pop(), into, split.first, split.complete_errors)
         if m:
             self.grad += self.more
         if not split.is_first:
             self.flow.send(Kind.BACKWARD, error)
-        del self.held[m]
 
     def _ahead(self, m: int, x: Any) -> tuple[list[Any], np.ndarray]:
         """The inputs of layers, and the outputs; in the last stage their error instead, the gradient of the loss by
@@ -364,38 +378,33 @@ class _Work:
             classes, (loss, error) = shard.classes, SHARDED[self.split.model.loss](shard, y)
         else:
             classes, (loss, error) = classes_of(outputs), self.split.model.loss(outputs, y)
-        self.sums += loss, np.count_nonzero(classes == y)
+        self.sums[0] += loss
+        self.sums[1] += np.count_nonzero(classes == y)
         return values, error
 
 
-@dataclass
-class Spent:
-    """Seconds of a rank with others that hold the same model, and those of them that it waited for messages from
-    another stage; bytes and messages that it sent, ``None`` where that cannot be known."""
+class Spent(Sent):
+    """Seconds of a rank with others that hold the same model, those of them that it waited for messages from another
+    stage, and what it sent."""
 
-    seconds: float = 0.0
-    waiting: float = 0.0
-    bytes_sent: int | None = 0
-    messages: int | None = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.clear()
 
     def clear(self) -> None:
         """Begin anew."""
-        self.seconds, self.waiting, self.bytes_sent, self.messages = 0.0, 0.0, 0, 0
-
-    def count(self, bytes_sent: int | None, messages: int | None) -> None:
-        """So much more was sent."""
-        if bytes_sent is None or messages is None or self.bytes_sent is None or self.messages is None:
-            self.bytes_sent = self.messages = None
-        else:
-            self.bytes_sent, self.messages = self.bytes_sent + bytes_sent, self.messages + messages
+        self.seconds = self.waiting = 0.0
+        self.bytes_sent = self.messages = 0
 
 
 class _Talk:
-    """Collectives of the ranks in ``comm``, and what they cost is added to ``spent``.  One rank alone does nothing."""
+    """Collectives of the ranks in ``comm``, and what they cost is added to ``spent``.  One rank alone does nothing.
+
+    On a GPU they begin when what is to be added up is there.
+    """
 
     def __init__(self, comm: MPI.Intracomm, spent: Spent) -> None:
         self._comm, self._spent = comm, spent
-        self._accounts: dict[tuple[str, int, np.dtype], Account] = {}
 
     def allreduce(self, x: np.ndarray) -> np.ndarray:
         """The sums, in place."""
@@ -408,13 +417,12 @@ class _Talk:
     def _timed(self, collective: str, x: np.ndarray, call: Callable[[], np.ndarray]) -> np.ndarray:
         if self._comm.size == 1:
             return x if collective == "allreduce" else x[np.newaxis]
+        finished(x)
         start = perf_counter()
         result = call()
         self._spent.seconds += perf_counter() - start
-        key = collective, x.size, x.dtype
-        if key not in self._accounts:
-            self._accounts[key] = account(x, self._comm, collective=collective)
-        self._spent.count(self._accounts[key].bytes_sent, self._accounts[key].messages)
+        key = self, collective, x.size, x.dtype, type(x)
+        self._spent.accounted(key, lambda: account(x, self._comm, collective=collective))
         return result
 
 
@@ -422,14 +430,19 @@ class _Flow:
     """Messages between a stage and its neighbors in ``comm``: outputs come from the stage before and go to the next,
     errors the other way.
 
-    ``shapes`` are those of the arrays that come, in the order of micro-batches.  There is always a receive posted for
-    the next one of a kind, and sends are waited for at the ``end`` only, so that no stage waits for another to receive.
+    ``shapes`` are those of the arrays that come, in the order of micro-batches; they are where ``like`` is, and of its
+    dtype.  There is always a receive posted for the next one of a kind, and sends are waited for at the ``end`` only,
+    so that no stage waits for another to receive.
+
+    To and from a GPU they go by way of page-locked memory, which CuPy keeps for the next ones.  What is sent is waited
+    for to be there, since MPI reads it; what comes is copied on the current stream, without waiting.
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, dtype: np.dtype, shapes: dict[Kind, list[tuple[int, int]]], spent: Spent
+        self, comm: MPI.Intracomm, like: np.ndarray, shapes: dict[Kind, list[tuple[int, int]]], spent: Spent
     ) -> None:
-        self._comm, self._dtype, self._spent = comm, dtype, spent
+        self._comm, self._like, self._spent = comm, like, spent
+        self._on_host = isinstance(like, np.ndarray)
         self._from = {Kind.FORWARD: comm.rank - 1, Kind.BACKWARD: comm.rank + 1}
         self._to = {Kind.FORWARD: comm.rank + 1, Kind.BACKWARD: comm.rank - 1}
         self._shapes = {kind: iter(found) for kind, found in shapes.items()}
@@ -441,29 +454,48 @@ class _Flow:
     def _post(self, kind: Kind) -> None:
         shape = next(self._shapes[kind], None)
         if shape is not None:
-            array = np.empty(shape, self._dtype)
+            array = self._memory(shape)
             self._coming[kind] = array, self._comm.Irecv(array, self._from[kind], TAGS[kind])
+
+    def _memory(self, shape: tuple[int, int]) -> np.ndarray:
+        """Where MPI can write to."""
+        dtype = self._like.dtype
+        if self._on_host:
+            return np.empty(shape, dtype)
+        return gpu.pinned(shape[0] * shape[1] * dtype.itemsize).view(dtype).reshape(shape)
 
     def take(self, kind: Kind) -> np.ndarray:
         """The next one that comes."""
         array, request = self._coming.pop(kind)
         self._wait(request, f"waiting for {NAMES[kind]} of another stage")
+        self._forget()
         self._post(kind)
-        return array
+        if self._on_host:
+            return array
+        there = np.empty(array.shape, array.dtype, like=self._like)
+        gpu.deliver(array, gpu.Array(there))
+        return there
 
     def send(self, kind: Kind, array: np.ndarray) -> None:
         """To the neighbor that this kind goes to; nobody may write to the array any more."""
+        self._forget()
+        host = array if self._on_host else gpu.staged(gpu.Array(array), load=True)
+        self._going.append((host, self._comm.Isend(host, self._to[kind], TAGS[kind])))
+        self._spent.count(host.nbytes, 1)
+
+    def _forget(self) -> None:
+        """What has been sent."""
         self._going = [sent for sent in self._going if not sent[1].Test()]
-        self._going.append((array, self._comm.Isend(array, self._to[kind], TAGS[kind])))
-        self._spent.count(array.nbytes, 1)
 
     def end(self) -> None:
         """Wait until all has been sent."""
         for _, request in self._going:
             self._wait(request, "waiting for another stage to receive")
+        self._going.clear()
 
     def _wait(self, request: MPI.Request, what: str) -> None:
         if not request.Test():
+            finished(self._like)  # while the GPU computes, it is not this that is waited for
             start = perf_counter()
             with record.during(what, state_of(self._comm)):
                 while not request.Test():
@@ -537,23 +569,22 @@ class _Shard:
         self.outputs, self.shard, self.ranks = outputs, shard, ranks
         own = np.stack([outputs.max(axis=1), shard.start + outputs.argmax(axis=1)]).astype(np.float64)
         everyones = ranks.allgather(own)  # shape (shards, 2, samples)
-        self.highest, classes = everyones[everyones[:, 0].argmax(axis=0), :, np.arange(len(outputs))].T
+        samples = np.arange(len(outputs), like=outputs)
+        self.highest, classes = everyones[everyones[:, 0].argmax(axis=0), :, samples].T
         self.classes = classes.astype(np.int64)
 
 
 def _cross_entropy(shard: _Shard, y: np.ndarray) -> tuple[Any, np.ndarray]:
     """See ``cross_entropy``."""
-    outputs, first = shard.outputs, shard.shard.start
+    outputs, own = shard.outputs, y - shard.shard.start
     outputs -= shard.highest[:, np.newaxis]
     error = np.exp(outputs)
-    mine = np.flatnonzero((first <= y) & (y < shard.shard.stop))
-    truth = mine, y[mine] - first
-    sums = np.zeros((2, len(y)), outputs.dtype)
-    sums[0] = error.sum(axis=1)
-    sums[1, mine] = outputs[truth]
+    here = (own >= 0) & (own < outputs.shape[1])  # is the truth in this shard?
+    truth = np.arange(len(y), like=y), np.where(here, own, 0)
+    sums = np.stack([error.sum(axis=1), np.where(here, outputs[truth], 0)])
     normalizer, likelihood = shard.ranks.allreduce(sums)
     error /= normalizer[:, np.newaxis]
-    error[truth] -= 1
+    error[truth] -= here
     return np.sum(np.log(normalizer) - likelihood, dtype=np.float64), error
 
 
@@ -563,7 +594,7 @@ def _separate(loss: Loss, shard: _Shard, y: np.ndarray) -> tuple[Any, np.ndarray
     if shard.outputs.shape[1] == 1:  # which a loss would take for the one that stands for class 1 of two
         own = (own == 0).astype(y.dtype)
     part, error = loss(shard.outputs, own)
-    return shard.ranks.allreduce(np.array([part]))[0], error
+    return shard.ranks.allreduce(np.reshape(part, 1))[0], error
 
 
 SHARDED: dict[Loss, Callable[[_Shard, np.ndarray], tuple[Any, np.ndarray]]] = {

@@ -151,7 +151,7 @@ def run(
 
         result = training.run(epoch_done, save)
         # Only now is the test set looked at.
-        params = own.part(result.params) if isinstance(own, Split) else result.params
+        params = training.arrays.asarray(own.part(result.params)) if isinstance(own, Split) else result.params
         test_loss, test_accuracy = evaluate(beside, own, params, data.test, data.sharded)
         assert folder is not None
         where = folder

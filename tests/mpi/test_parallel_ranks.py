@@ -1,6 +1,7 @@
 """Models that are split over ranks are the same models: losses, gradients, predictions, training, checkpoints."""
 
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from scipy.sparse import csr_array
 from mpicoll import UserError
 from mpicoll.mpi import launch
 from mpicoll.mpi.collectives import account
-from mpicoll.pipeline import PIPELINES
+from mpicoll.pipeline import PIPELINES, Kind
 from mpicoll.train import parallel
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.data import from_arrays
@@ -150,6 +151,53 @@ def test_pipelines_have_the_bits_of_one_process_and_hold_what_they_promise(grid,
             assert split.spent.bytes_sent == told.bytes_sent + 8 * samples * widths
 
 
+@pytest.mark.parametrize("sizes", [Sizes(1, P, 1)] if P in (2, 3, 4) else [], ids=str)
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("leak", [False, True])
+def test_arrays_are_gone_when_they_are_of_no_more_use(grid, sizes, pipeline, leak, monkeypatch):
+    """Of no more micro-batches than a stage holds there are inputs of layers; what was received, or sent, goes."""
+    split, micro, kept = Split(DEEP[2], grid, micro=6, pipeline=pipeline), 6, []
+    params, found = split.part(vector(DEEP[2])), seen_by(split, batch(DEEP[2], 12))
+    inputs: list[list[tuple[Any, int]]] = []  # of each micro-batch: weak references, and how many bytes
+    outputs: list[Any] = []
+    taken: list[Any] = []
+    late: list[Any] = []  # those that should have been gone
+    alive: list[tuple[int, int]] = []  # after each forward: micro-batches, bytes
+
+    def count() -> tuple[int, int]:
+        left = [[size for array, size in arrays if array() is not None] for arrays in inputs]
+        return sum(map(bool, left)), sum(map(sum, left))
+
+    def watched(*args: Any) -> Any:
+        values = forward(*args)
+        inputs.append([(weakref.ref(array), array.nbytes) for array in values[:-1]])
+        outputs.append(weakref.ref(values[-1]))
+        kept.extend(values if leak else ())
+        alive.append(count())
+        return values
+
+    def take(self: Any, kind: Any) -> Any:
+        array = usual(self, kind)
+        if kind is Kind.BACKWARD:
+            taken.append(weakref.ref(array))
+            late.extend(array for array in outputs[: len(taken)] if array() is not None)  # which have been received
+        return array
+
+    def complete_errors(n: int, error: Any) -> None:
+        late.extend(array for array in taken if array() is not None)
+
+    usual = parallel._Flow.take
+    monkeypatch.setattr(parallel._Flow, "take", take)
+    monkeypatch.setattr(parallel, "forward", watched)
+    monkeypatch.setattr(split, "complete_errors", complete_errors)
+    split.loss_and_grad(params, found, np.empty(split.size))
+    held = micro if leak else PIPELINES[pipeline].held(grid.at.pipe, sizes.pipe, micro)
+    assert max(alive) == (held, held * sum(size for _, size in inputs[0]))
+    assert leak or count() == (0, 0)
+    late.extend(array for array in (*outputs, *taken) if array() is not None)
+    assert leak == bool(late)
+
+
 @pytest.mark.parametrize("sizes", [Sizes(P // 2, 2, 1)] if P % 2 == 0 else [], ids=str)
 def test_stages_cut_by_hand(grid):
     model = DEEP[2]
@@ -176,7 +224,7 @@ def test_waiting_for_another_stage_is_told(grid, monkeypatch):
     assert 0 <= spent.waiting <= spent.seconds
     assert RANK == 0 or spent.waiting > 0.02
     spent.clear()
-    assert spent == parallel.Spent()
+    assert (spent.seconds, spent.waiting, spent.bytes_sent, spent.messages) == (0, 0, 0, 0)
 
 
 def data() -> Any:
@@ -274,6 +322,7 @@ def test_a_checkpoint_of_one_grid_is_resumed_on_every_other(comm, grids, folder)
     [
         {"strategy": "average", "every": 3, "outer": "bmuf"},
         {"strategy": "sync", "compress": "topk:0.1"},
+        {"strategy": "sync", "compress": "powersgd:1"},
         {"strategy": "gossip", "graph": "ring", "compress": "sign"},
     ],
     ids=lambda run: run["strategy"],
@@ -290,6 +339,46 @@ def test_a_resumed_run_ends_with_the_same_bits(grid, sizes, folder, run, monkeyp
     other.params += 1
     other.restore(latest(folder))
     assert other.run().params.tobytes() == whole.params.tobytes()
+
+
+@pytest.mark.parametrize("sizes", [sizes for sizes in SOME if fits(DEEP[1], sizes) and sizes.tensor < 4], ids=str)
+def test_powersgd_sends_all_of_a_gradient_that_has_its_rank(grid, sizes):
+    """That of two samples has rank 2, and each rank's part of it too, if it begins with factors drawn at random."""
+    alone = training(MPI.COMM_SELF, DEEP[1], batch_size=2).run(max_steps=1)
+    split = training(grid.data, Split(DEEP[1], grid), batch_size=2, compress="powersgd:2").run(max_steps=1)
+    np.testing.assert_allclose(split.params, alone.params, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(P // 2, 2, 1)] if P in (2, 4) else [], ids=str)
+def test_factors_of_powersgd_are_for_the_same_parts_only(grid, folder):
+    """Those of others are of no use to a rank, were they as long."""
+
+    def made(*cuts: int) -> Training:
+        model = Split(DEEP[2], grid, cuts=cuts) if cuts else DEEP[2]
+        comm = grid.data if cuts else grid.world
+        return training(comm, model, compress="powersgd:1", batch_size=64)
+
+    def factors(found: Training) -> bytes:
+        return found.strategy.state()["q"].tobytes()
+
+    first = made(2)
+    stopped_after(first, 1, folder)
+    for other in (made(2), made(1), made()):
+        begun = factors(other)
+        other.restore(latest(folder))
+        same = other.split is not None and other.split.layout == "0-1,2-3 in 1"
+        assert factors(other) == (factors(first) if same else begun)
+
+
+@pytest.mark.skipif(P == 1, reason="one rank holds all of it")
+@pytest.mark.parametrize("sizes", [Sizes(1, P, 1), Sizes(1, 1, P)], ids=str)
+def test_what_powersgd_cannot_make_smaller_on_one_rank_ends_the_run_on_all(grid, sizes):
+    """Weights of the last stage, or of the last shard."""
+    model = Layered((9, *(P - 2) * [9], 9, 1), hinge) if sizes.tensor == 1 else Layered((2 * P - 1, 3), hinge)
+    split = Split(model, grid)
+    with pytest.raises(UserError, match=r"--compress powersgd:1 makes no matrix of this model smaller") as caught:
+        training(grid.data, split, compress="powersgd:1")
+    assert len(set(grid.world.allgather(str(caught.value)))) == 1
 
 
 @pytest.mark.skipif(P == 1, reason="one rank holds all of it")

@@ -17,7 +17,8 @@ import numpy as np
 from ...errors import UserError
 from ..compress import Code
 from ..optimizers import clip
-from .base import Now, Strategy, drawn, finished, share_of
+from ..sent import finished
+from .base import Now, Strategy, drawn, share_of
 from .messages import Messages, fetched, load, memory_for, store
 
 if TYPE_CHECKING:

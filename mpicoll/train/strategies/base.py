@@ -12,11 +12,11 @@ from ...errors import UserError
 from ...tuning import NATIVE, WAYS
 from ..compress import Code, Compressor, Tensors, compressor
 from ..optimizers import clip
+from ..sent import Sent, finished
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
     from mpi4py import MPI
 
-    from ...mpi.collectives import Account
     from ..optimizers import Optimizer
     from ..settings import Settings
 
@@ -29,7 +29,7 @@ class Now(NamedTuple):
     lr: float
 
 
-class Strategy:
+class Strategy(Sent):
     """How ranks agree: on what, when, and with whom.
 
     For every step the loop takes the gradient at ``point()`` and calls ``step``, which lets ranks agree on it, has the
@@ -38,11 +38,10 @@ class Strategy:
 
     ``seconds`` holds the time of each agreement of this rank, waiting for others included, until the loop takes them
     out; ``waited`` adds up the waiting where a rank can tell it by itself, which it must if not all ranks agree equally
-    often; ``bytes_sent`` and ``messages`` count up, and are ``None`` where the MPI library does the sending and it
-    cannot be known.  ``digest`` stands for what bits depend on beside settings.  ``workers`` have a share of each
-    batch: as many as there are ranks, unless some are simulated.  ``compressor`` is there if ranks are to send less
-    than they have; it may need ``tensors``, the model's.  ``clip`` is another one where ranks have a part of the
-    gradient only.
+    often; what it has sent counts up.  ``digest`` stands for what bits depend on beside settings.  ``workers`` have a
+    share of each batch: as many as there are ranks, unless some are simulated.  ``compressor`` is there if ranks are
+    to send less than they have; it may need ``tensors``, the model's.  ``clip`` is another one where ranks have a part
+    of the gradient only.
     """
 
     options: ClassVar[dict[str, Any]] = {}
@@ -73,6 +72,7 @@ class Strategy:
         steps_per_epoch: int,
         tensors: Tensors | None = None,
     ) -> None:
+        super().__init__()
         self.comm, self.p = comm, comm.size
         self.workers = self.p
         self.sums, self.params, self.optimizer = sums, params, optimizer
@@ -81,10 +81,7 @@ class Strategy:
         self.seconds: list[float] = []
         self.waited: float | None = None
         self.digest = ""
-        self.bytes_sent: int | None = 0
-        self.messages: int | None = 0
         self.algorithm = settings.algorithm
-        self._accounts: dict[tuple[str, int], Any] = {}  # of collectives, by the number of elements
         self.compressor: Compressor | None = None
         if settings.compress is not None:
             like = params if self.on_gpu else None
@@ -193,7 +190,8 @@ class Strategy:
         with self.agreeing():
             allreduce(x, self.comm, op, named, deterministic=canonical)
         key = "allreduce", sum(array.size for array in arrays)
-        self._accounted(key, lambda: account(x, self.comm, named, op=op, deterministic=canonical))
+        found = self.accounted(key, lambda: account(x, self.comm, named, op=op, deterministic=canonical))
+        self.algorithm = found.algorithm
 
     def allgather(self, array: np.ndarray) -> np.ndarray:
         """The arrays of all ranks, shape (p, *array.shape), by the algorithm that the settings name, if there is one
@@ -206,28 +204,9 @@ class Strategy:
         named = named if named in (*ALGORITHMS["allgather"], NATIVE, *ways) else usual
         with self.agreeing():
             gathered = allgather(array, self.comm, algorithm=named)
-        self._accounted(("allgather", array.size), lambda: account(array, self.comm, named, collective="allgather"))
+        key = "allgather", array.size
+        self.algorithm = self.accounted(key, lambda: account(array, self.comm, named, collective="allgather")).algorithm
         return gathered
-
-    def _accounted(self, key: tuple[str, int], find: "Callable[[], Account]") -> None:
-        found = self._accounts.get(key)
-        if found is None:
-            found = self._accounts[key] = find()
-        self.algorithm = found.algorithm
-        self.count(found.bytes_sent, found.messages)
-
-    def count(self, bytes_sent: int | None, messages: int | None) -> None:
-        """So much more was sent."""
-        if bytes_sent is None or messages is None or self.bytes_sent is None or self.messages is None:
-            self.bytes_sent = self.messages = None
-        else:
-            self.bytes_sent, self.messages = self.bytes_sent + bytes_sent, self.messages + messages
-
-
-def finished(x: Any) -> None:
-    """Wait until all that this rank has put on its GPU is done, if the array is there."""
-    if not isinstance(x, np.ndarray):
-        x.device.synchronize()
 
 
 def mean_of(comm: "MPI.Intracomm", array: np.ndarray) -> np.ndarray:

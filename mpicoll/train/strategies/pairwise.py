@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..optimizers import clip
-from .base import Now, Strategy, drawn, finished, share_of
+from ..sent import finished
+from .base import Now, Strategy, drawn, share_of
 from .messages import Messages, load, memory_for, store
 from .mixing import graph_of
 
