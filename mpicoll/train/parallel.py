@@ -408,13 +408,14 @@ class _Talk:
 
     def allreduce(self, x: np.ndarray) -> np.ndarray:
         """The sums, in place."""
-        return self._timed("allreduce", x, lambda: allreduce(x, self._comm))
+        return self._timed("allreduce", x, "auto", lambda: allreduce(x, self._comm))
 
     def allgather(self, x: np.ndarray) -> np.ndarray:
         """Those of all ranks, in a new dimension in front."""
-        return self._timed("allgather", x, lambda: allgather(x, self._comm))
+        algorithm = "circulant" if isinstance(x, np.ndarray) else "auto"  # of whose messages something is known
+        return self._timed("allgather", x, algorithm, lambda: allgather(x, self._comm, algorithm=algorithm))
 
-    def _timed(self, collective: str, x: np.ndarray, call: Callable[[], np.ndarray]) -> np.ndarray:
+    def _timed(self, collective: str, x: np.ndarray, algorithm: str, call: Callable[[], np.ndarray]) -> np.ndarray:
         if self._comm.size == 1:
             return x if collective == "allreduce" else x[np.newaxis]
         finished(x)
@@ -422,7 +423,7 @@ class _Talk:
         result = call()
         self._spent.seconds += perf_counter() - start
         key = self, collective, x.size, x.dtype, type(x)
-        self._spent.accounted(key, lambda: account(x, self._comm, collective=collective))
+        self._spent.accounted(key, lambda: account(x, self._comm, algorithm, collective=collective))
         return result
 
 
