@@ -288,6 +288,93 @@ def test_a_record_of_averaging_is_shown_and_drawn(averaging, tmp_path, capsys):
 
 
 @pytest.fixture
+def grids(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    return importlib.import_module("grids")
+
+
+def test_grids_are_measured_with_emulated_devices(tmp_path):
+    quick = """import sys; sys.path.insert(0, sys.argv.pop(1)); import grids as b
+b.FLOPS, b.CASES, b.LAYERS = 1e5, {"few": b.Case("few", 12, 8, 2, 1, 2)}, 2
+b.main()
+"""
+    command = [sys.executable, "-c", quick, REPOSITORY / "bench", "--case", "few"]
+    done = mpirun(2, [*command, "--worker", "found.json"], tmp_path)
+    assert done.status == 0, done.err
+    runs = {run["grid"]: run for run in json.loads((tmp_path / "found.json").read_text())["runs"]}
+    assert set(runs) == {"data=2", "pipe=2", "tensor=2"}
+    for run in runs.values():
+        assert len(run["ms"]) == 3
+        assert min(run["ms"]) >= ((4 + 6) * 12 * 12 + 6 * 12 * 16) * 8 / 2 / 1e5 * 1e3
+        assert run["loss"] == pytest.approx(runs["data=2"]["loss"], rel=1e-5)
+    assert runs["pipe=2"]["held"] == 2
+
+
+def test_what_a_grid_takes_is_predicted(grids, monkeypatch):
+    monkeypatch.setattr(grids, "FLOPS", 1e6)
+    monkeypatch.setattr(grids, "RATE", "1mbit")
+    case = grids.Case("", 50, 64, 4, 1, 1)
+    device = (4 + 7 * 6) * 50 * 50 + 6 * 50 * grids.CLASSES  # for each sample
+    for axes in case.grids:
+        found = grids.predicted(case, axes)
+        assert found["device"] == pytest.approx(device * 64 / 4 / 1e3, rel=1e-3)
+        if axes[1] == 1:
+            assert found["ms"] == pytest.approx(found["device"], rel=1e-3)
+        else:
+            assert found["ms"] > found["device"] / (1 - found["bubble"])  # stages are not all alike
+    # Four hosts of a rank: 2 * 3/4 of what is added up goes by each link.
+    there = case._replace(hosts=4)
+    parameters = 8 * 51 * 50 + 51 * grids.CLASSES
+    sums = 4 * 64 * 50 * (4 + 4)  # bytes: outputs of layers 1, 3, 5 and 7, and errors by inputs of layers 2, 4, 6 and 8
+    assert grids.predicted(there, (4, 1, 1))["ms"] == pytest.approx(
+        device * 16 / 1e3 + 1.5 * 4 * parameters * 8 / 1e3, rel=1e-3
+    )
+    assert grids.predicted(there, (1, 1, 4))["ms"] == pytest.approx(device * 16 / 1e3 + 1.5 * sums * 8 / 1e3, rel=1e-3)
+    assert grids.predicted(there, (1, 4, 1))["ms"] > grids.predicted(case, (1, 4, 1))["ms"]
+
+
+def found_of_grids(module, slow=1.0):
+    """A launch of each case: the more stages, the slower."""
+    return {
+        name: {
+            "parameters": 1000,
+            "runs": [
+                {
+                    "grid": f"pipe={pipe}",
+                    "axes": (data, pipe, tensor),
+                    "ms": [10.0 * pipe * slow, 11.0 * pipe * slow, 12.0 * pipe * slow],
+                    "loss": 2.0,
+                    "sent": 1e3 if pipe == 1 else None,
+                    "held": pipe,
+                }
+                for data, pipe, tensor in case.grids
+                if tensor == 1
+            ],
+        }
+        for name, case in module.CASES.items()
+    }
+
+
+def test_grids_are_compared_within_a_launch(grids, tmp_path, capsys):
+    launches = [found_of_grids(grids, slow) for slow in (1, 1, 5)]
+    by_case = {name: [launch[name] for launch in launches] for name in grids.CASES}
+    table = grids.summarize(by_case)
+    first = [row for row in table if row["case"] == "small"]
+    assert [row["grid"] for row in first] == ["pipe=1", "pipe=2", "pipe=4", "pipe=8"]
+    assert [row["speed"] for row in first] == [[1 / n] * 3 for n in (1, 2, 4, 8)]
+    assert first[1]["ms"] == [22, 22, 110]
+    parameters = dict.fromkeys(grids.CASES, 1000)
+    record = {"mpi": "MPI 1", "machine": {"cpu": "CPU", "cores": 2}, "parameters": parameters, "table": table}
+    grids.show(record)
+    assert "| pipe=2 | 8 | 11% |  | 22 (22 to 110) |" in capsys.readouterr().out
+    grids.draw(record, tmp_path / "grids.png")
+    assert (tmp_path / "grids.png").read_bytes().startswith(b"\x89PNG")
+    by_case["large"][2]["runs"][0]["loss"] = 2.1
+    with pytest.raises(SystemExit, match="large: grids do not train the same model: losses from 2.0 to 2.1"):
+        grids.summarize(by_case)
+
+
+@pytest.fixture
 def network(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "bench")
     module = importlib.import_module("network")
