@@ -301,12 +301,12 @@ b.main()
     command = [sys.executable, "-c", quick, REPOSITORY / "bench", "--case", "few"]
     done = mpirun(2, [*command, "--worker", "found.json"], tmp_path)
     assert done.status == 0, done.err
-    runs = {run["grid"]: run for run in json.loads((tmp_path / "found.json").read_text())["runs"]}
+    runs = {one["grid"]: one for one in json.loads((tmp_path / "found.json").read_text())["runs"]}
     assert set(runs) == {"data=2", "pipe=2", "tensor=2"}
-    for run in runs.values():
-        assert len(run["ms"]) == 3
-        assert min(run["ms"]) >= ((4 + 6) * 12 * 12 + 6 * 12 * 16) * 8 / 2 / 1e5 * 1e3
-        assert run["loss"] == pytest.approx(runs["data=2"]["loss"], rel=1e-5)
+    for one in runs.values():
+        assert len(one["ms"]) == 3
+        assert min(one["ms"]) >= ((4 + 6) * 12 * 12 + 6 * 12 * 16) * 8 / 2 / 1e5 * 1e3
+        assert one["loss"] == pytest.approx(runs["data=2"]["loss"], rel=1e-5)
     assert runs["pipe=2"]["held"] == 2
 
 
@@ -370,7 +370,7 @@ def test_grids_are_compared_within_a_launch(grids, tmp_path, capsys):
     grids.draw(record, tmp_path / "grids.png")
     assert (tmp_path / "grids.png").read_bytes().startswith(b"\x89PNG")
     by_case["large"][2]["runs"][0]["loss"] = 2.1
-    with pytest.raises(SystemExit, match="large: grids do not train the same model: losses from 2.0 to 2.1"):
+    with pytest.raises(SystemExit, match="large: grids do not train the same model"):
         grids.summarize(by_case)
 
 
