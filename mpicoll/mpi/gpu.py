@@ -190,9 +190,13 @@ def same_device(*arrays: Array) -> None:
 
 
 def sparse(x: Any) -> Any:
-    """A copy of a sparse matrix by rows (CSR) on the current device, with no place twice in a row."""
+    """A copy of a sparse matrix by rows (CSR) on the current device, with no place twice in a row.
+
+    CuPy's hold floats only; others become those that they are multiplied as.
+    """
     from cupyx.scipy.sparse import csr_matrix
 
+    x = x.tocsr().astype(np.result_type(x.dtype, np.float32), copy=False)
     asarray = cupy().asarray
     made = csr_matrix((asarray(x.data), asarray(x.indices), asarray(x.indptr)), shape=x.shape)
     made.sum_duplicates()  # which it would else look for in each product

@@ -16,7 +16,7 @@ import kernels
 import numpy as np
 import pytest
 from mpi4py import MPI
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array, csr_array
 from test_checkpoints import stopped_after
 
 from mpicoll import UserError
@@ -115,9 +115,15 @@ def test_a_gpu_computes_what_a_cpu_does(comm, cupy, given):
     assert len(set(comm.allgather(ours.params.get().tobytes()))) == 1
 
 
-def test_so_it_does_with_sparse_data(comm, cupy):
+@pytest.mark.parametrize("counts", [False, True])
+def test_so_it_does_with_sparse_data(comm, cupy, counts):
+    """Among them whole numbers, by columns, as many as there are samples; and of some samples nothing."""
     data = sparse(blobs(37, validation=13))
-    given = {"batch_size": 12, "epochs": 2}  # the last batch has nothing for some ranks
+    given: dict[str, Any] = {"batch_size": 12, "epochs": 2, "dtype": "float64"}  # at the end some ranks have nothing
+    if counts:
+        x = np.arange(36).reshape(6, 6) % 4 * [[0], [1], [0], [1], [0], [1]]
+        data = data._replace(train=data.train._replace(x=csc_array(x), y=data.train.y[:6], total=6))
+        given["batch_size"] = 1
     same(trained(comm, data, device="gpu", **given), trained(comm, data, **given))
 
 
