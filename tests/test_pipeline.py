@@ -426,11 +426,12 @@ def test_a_drawing_of_nothing_and_of_much():
     assert fitting == [str(micro) for micro in range(400)]  # of backwards; forwards are too short
 
 
-def test_the_picture_in_the_documentation_is_current():
-    schedule = PIPELINES["1f1b"].schedule(4, 8)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_pictures_in_the_documentation_are_current(name):
+    schedule = PIPELINES[name].schedule(4, 8)
     timing = simulate(schedule, [1] * 4, [1] * 4)
-    title = "1f1b pipeline: 4 stages, 8 micro-batches"
-    assert (DOCS / "1f1b.svg").read_text() == gantt_svg(schedule, verify(schedule), timing, title)
+    title = f"{name} pipeline: 4 stages, 8 micro-batches"
+    assert (DOCS / f"{name}.svg").read_text() == gantt_svg(schedule, verify(schedule), timing, title)
 
 
 def printed(command: Any, arguments: str) -> list[str]:
