@@ -480,6 +480,8 @@ class _Flow:
     def send(self, kind: Kind, array: np.ndarray) -> None:
         """To the neighbor that this kind goes to; nobody may write to the array any more."""
         self._forget()
+        if not array.flags.c_contiguous:  # as a sparse matrix times a dense one is on a GPU, where it comes by columns
+            array = array.copy(order="C")
         host = array if self._on_host else gpu.staged(gpu.Array(array), load=True)
         self._going.append((host, self._comm.Isend(host, self._to[kind], TAGS[kind])))
         self._spent.count(host.nbytes, 1)

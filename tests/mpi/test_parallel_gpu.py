@@ -12,6 +12,7 @@ import kernels
 import numpy as np
 import pytest
 from mpi4py import MPI
+from scipy.sparse import csr_array
 from test_parallel_ranks import ALL, DEEP, LINEAR, batch, fits, seen_by, shown, stopped_after, training, vector
 from test_train_gpu import MOST, REAL, cupy, fake  # noqa: F401
 
@@ -41,7 +42,8 @@ def grid(cupy: Any, sizes: Sizes) -> Iterator[Grid]:  # noqa: F811
 
 def there(found: Batch) -> Batch:
     arrays = gpu.cupy()
-    return Batch(arrays.asarray(found.x), arrays.asarray(found.y))
+    x = arrays.asarray(found.x) if isinstance(found.x, np.ndarray) else gpu.sparse(found.x)
+    return Batch(x, arrays.asarray(found.y))
 
 
 def close(ours: Any, theirs: Any) -> None:
@@ -53,9 +55,11 @@ def test_losses_gradients_and_predictions_are_those_of_host_memory(grid, sizes):
     """However many samples there are, and more micro-batches than that."""
     arrays = gpu.cupy()
     for model in (model for model in (LINEAR[0], DEEP[1], DEEP[5]) if fits(model, sizes)):
-        for samples in (0, 1, 13):
+        for samples in (0, 1, 7, 13):
             split = Split(model, grid, micro=2, recompute=samples == 1)
             params, found = split.part(vector(model)), seen_by(split, batch(model, samples, grid.at.data))
+            if samples == 7:
+                found = found._replace(x=csr_array(found.x))
             grad, on_gpu = np.empty_like(params), arrays.full(split.size, np.nan)
             theirs = split.loss_and_grad(params, found, grad)
             ours = split.loss_and_grad(arrays.asarray(params), there(found), on_gpu)
