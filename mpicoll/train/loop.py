@@ -447,8 +447,8 @@ class Training:
             elif self.split:
                 tensors[FACTORS] = self.split.own(tensors[FACTORS], begun.size)
         state = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
-        self.strategy.restore(state)
         self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]
+        self.strategy.restore(state)
         self.seconds = self.resumed_seconds = facts["seconds"]
         if self.settings.balance == "auto" and len(facts.get("weights") or ()) == self.comm.size:
             self.weights = facts["weights"]

@@ -36,7 +36,7 @@ RUNS: list[dict[str, Any]] = [
     {"strategy": "gossip", "graph": "directed.npy"},
     {"strategy": "gossip", "graph": "ring", "compress": "topk:0.1"},
     {"strategy": "async", "staleness": "0", "compress": "sign"},
-    {"strategy": "ad-psgd", "delays": 3, "graph": "ring"},
+    {"strategy": "ad-psgd", "delays": 3, "graph": "ring", "optimizer": "adam"},
     {"strategy": "async", "staleness": "2", "delays": 3, "optimizer": "adam"},
     {"strategy": "async", "staleness": "inf", "delays": 3, "compensate": 0.1},
     {"strategy": "async", "staleness": "0", "optimizer": "nesterov"},

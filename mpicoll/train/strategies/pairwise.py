@@ -81,9 +81,15 @@ class ADPSGD(Strategy):
         self.optimizer.step(self.params, grad, lr)
         load(self.model, self.params)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """See ``Strategy``: how many steps this rank has taken, since not all take as many."""
+        return {"steps": np.array([self.optimizer.steps])}
+
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """See ``Strategy``."""
+        """See ``Strategy``.  Checkpoints of before have rank 0's steps only."""
         self._point[:] = self.params
+        if "steps" in state:
+            self.optimizer.steps = int(state["steps"][0])
 
     def neighbors(self, rank: int, step: int) -> Iterator[int]:
         """Of a rank, from this step on: drawn from all that it has in any round; none if it is alone."""
