@@ -137,9 +137,9 @@ def test_times_are_those_of_others_and_not_of_the_gpu(grid, fake, monkeypatch): 
     calls: list[str] = []
 
     def seen(function: Any) -> Any:
-        def watched(*args: Any) -> Any:
+        def watched(*args: Any, **how: Any) -> Any:
             calls.append(function.__name__)
-            return function(*args)
+            return function(*args, **how)
 
         return watched
 
