@@ -463,7 +463,8 @@ def account(
 ) -> Account:
     """What an ``allreduce`` with these arguments does, or an ``allgather`` of as much from all.  Not a collective call.
 
-    Nothing can be known of the MPI library's own, and nothing is sent in shared memory.
+    Nothing can be known of the MPI library's own.  In shared memory nothing is sent; what is from node to node is known
+    after the first such call.
     """
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic)
@@ -481,7 +482,15 @@ def account(
 def _account(calls: "Sequence[Call]") -> Account:
     if not calls or any(call.row is None for call in calls):
         return Account("native", None, None)
-    plans = [call.plan() for call in calls if call.row is not SHARED]
+    plans: list[Plan] = []
+    for call in calls:
+        if call.row is not SHARED:
+            plans.append(call.plan())
+            continue
+        found = state_of(call.comm).plans_across(len(call.part.flat), call.part.flat.dtype, call.operation)
+        if found is None:
+            return Account("unknown", None, None)
+        plans += found
     names = dict.fromkeys(call.row.name for call in calls if call.row)
     return Account(", ".join(names), sum(plan.bytes_sent for plan in plans), sum(plan.messages for plan in plans))
 

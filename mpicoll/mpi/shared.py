@@ -262,6 +262,15 @@ class Node:
                         do()
         return True
 
+    def owned(self, count: int, dtype: np.dtype) -> list[int]:
+        """Of how many elements each piece is that this rank adds up with other nodes, in an allreduce of so many."""
+        if self.rank not in self.owners:
+            return []
+        owners, at = len(self.owners), self.owners.index(self.rank)
+        tiles, length = _tiles(-(-count // owners), dtype.itemsize, self.box // owners)
+        starts = [min((tile * owners + at) * length, count) for tile in range(tiles)]
+        return [n for start in starts if (n := min(start + length, count) - start)]
+
     def allreduce(self, send: np.ndarray, operation: Operation) -> np.ndarray | None:
         """The one result of all ranks, a flat array; ``None``, on all of them, if there is no memory for it."""
         memory = self.result(send.nbytes)
@@ -337,13 +346,11 @@ class _Call:
             self.phases = [self.get] if self.sources else [self.lay_out, self.get]
         self.boxed = len(self.phases) > 1
 
-        size, owners = self.dtype.itemsize, len(self.owners)
-        line = LINE // size if LINE % size == 0 else LINE
         most = node.box if self.boxed or not operation.reduces or node.across else TILE
-        most = max(most // (owners if operation.reduces else 1) // size // line, 1) * line
+        owners = len(self.owners)
         longest = max(after - before for before, after in pairwise(cuts)) if cuts else -(-self.count // owners)
-        self.tiles = -(-longest // most)
-        self.length = -(-longest // (max(self.tiles, 1) * line)) * line  # of a piece
+        size = self.dtype.itemsize
+        self.tiles, self.length = _tiles(longest, size, most // (owners if operation.reduces else 1))
 
     def turns(self) -> Iterator[Iterable[Step]]:
         """The steps of each turn."""
@@ -431,6 +438,14 @@ class _Call:
             if owner != self.me and lo < hi:
                 there = self.sources[owner][lo:hi] if not self.boxed else self.box(1, tile, owner, 0, hi - lo)
                 yield _copy, (_Slice(1, lo, hi), there)
+
+
+def _tiles(longest: int, size: int, most: int) -> tuple[int, int]:
+    """In how many pieces of at most so many bytes, whole cache lines, an owner's elements are done; and how long each
+    is, in elements."""
+    line = LINE // size if LINE % size == 0 else LINE
+    tiles = -(-longest // (max(most // size // line, 1) * line))
+    return tiles, -(-longest // (max(tiles, 1) * line)) * line
 
 
 def _part(array: Array, lo: int, hi: int) -> Array:

@@ -270,12 +270,26 @@ class State:
 
     def _across(self, piece: np.ndarray, operation: Operation) -> None:
         """Add up with the other nodes, in the canonical order."""
+        assert self._owners is not None
+        self._owners.run(self._plan_across(len(piece), piece.dtype, operation), piece, _carried(operation))
+
+    def _plan_across(self, count: int, dtype: np.dtype, operation: Operation) -> Plan:
         owners = self._owners
         assert owners is not None
-        name = "recursive_doubling" if piece.nbytes <= ACROSS_WHOLE else "halving_doubling"
-        row, carried = find("allreduce", name), replace(operation, widens=False, finish=None)
-        plan = owners.plan(name, lambda: row.schedule(owners.p), len(piece), piece.dtype, carried)
-        owners.run(plan, piece, carried)
+        name = "recursive_doubling" if count * dtype.itemsize <= ACROSS_WHOLE else "halving_doubling"
+        row = find("allreduce", name)
+        return owners.plan(name, lambda: row.schedule(owners.p), count, dtype, _carried(operation))
+
+    def plans_across(self, count: int, dtype: np.dtype, operation: Operation) -> list[Plan] | None:
+        """What this rank does with other nodes in an allreduce of so many elements in shared memory; ``None`` if there
+        was none so far, and it is not known yet."""
+        if not self.spans:
+            return []
+        if self._owners is None:
+            return None
+        return [
+            self._plan_across(piece, operation.carried(dtype), operation) for piece in self.node.owned(count, dtype)
+        ]
 
     def on_node(self, call: Callable[..., T], *args: Any) -> T:
         """Do something of ``node``'s that is collective."""
@@ -551,6 +565,11 @@ class Handle:
 
     def _post(self, bound: Bound) -> list[Any]:
         return _post(self._state.comm, bound, self._tag)
+
+
+def _carried(operation: Operation) -> Operation:
+    """Of sums that are as wide as they will be, and not finished."""
+    return replace(operation, widens=False, finish=None)
 
 
 def _raise_interrupted(error: BaseException) -> NoReturn:

@@ -8,6 +8,8 @@ import mpicoll
 from contract import own_data
 from mpicoll.measure import Settings, Task, implementations, measure
 from mpicoll.mpi import select, shared
+from mpicoll.mpi.collectives import account
+from mpicoll.mpi.state import State
 
 P, WORLD_RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P == 7, reason="five, six and eight ranks show it")]
@@ -98,8 +100,23 @@ def test_auto_goes_that_way_from_a_size_on_however_the_array_is_passed(ours, mon
         x = np.full(count, ours.rank + 1.0)
         ours.Allreduce(MPI.IN_PLACE, x if ours.rank else [x, count, MPI.DOUBLE])
         np.testing.assert_array_equal(x, P * (P + 1) / 2)
-    assert mpicoll.mpi.collectives.account(np.zeros(512), ours)[0] == "shared"
-    assert mpicoll.mpi.collectives.account(np.zeros(511), ours)[0] == "native"
+    assert account(np.zeros(512), ours)[0] == "shared"
+    assert account(np.zeros(511), ours)[0] == "native"
+
+
+def test_what_goes_from_node_to_node_is_known(ours, monkeypatch):
+    """After the first call; of each rank, what it really sends."""
+    sent: list[int] = []
+    run = State.run
+    monkeypatch.setattr(State, "run", lambda self, plan, *more: (sent.append(plan.bytes_sent), run(self, plan, *more)))
+    asked = {"algorithm": "shared"}
+    assert account(np.zeros(5), ours, **asked) == ("unknown", None, None)
+    for count, dtype in ((9001, "f4"), (P + 1, "f8"), (5000, "f2"), (1, "f4")):
+        sent.clear()
+        x = np.zeros(count, dtype)
+        ours.Allreduce(MPI.IN_PLACE, x, **asked)
+        assert account(x, ours, **asked)[:2] == ("shared", sum(sent))
+        assert ours.allreduce(sum(sent)) > 0
 
 
 def test_other_collectives_go_by_messages(ours):
