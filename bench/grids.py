@@ -15,6 +15,7 @@ must at least send divided by the rate of its link; on one host nothing but the 
 """
 
 import argparse
+import math
 import random
 import subprocess
 import sys
@@ -63,7 +64,7 @@ class Case(NamedTuple):
 CASES = {
     "small": Case("a small model, many samples", 64, 2048, 8, 4, 6),
     "large": Case("a large model, slow links", 512, 64, 8, 4, 4),
-    "few": Case("a large model, few samples, one host", 512, 4, 4, 1, 12),
+    "few": Case("fewer samples than ranks, one host", 1024, 2, 4, 1, 8),
 }
 
 
@@ -75,6 +76,7 @@ def micro_of(case: Case, data: int, pipe: int) -> int:
 def emulated(model: Any, grid: Any, micro: int) -> Any:
     """A rank's part of the model, on a device that takes its time for every layer."""
     from mpicoll.train import models, parallel
+    from mpicoll.train.bubble import sleep_until
 
     class Device(parallel.Split):
         """Layers are done when ``complete_outputs`` or ``complete_errors`` is called; and the first one, going back,
@@ -93,8 +95,7 @@ def emulated(model: Any, grid: Any, micro: int) -> Any:
             self._began = time.perf_counter()
 
         def take_time(self, layer: int, samples: int, passes: int) -> None:
-            end = self._began + passes * samples * self._costs[layer]
-            time.sleep(max(end - time.perf_counter(), 0))
+            sleep_until(self._began + passes * samples * self._costs[layer])
 
         def complete_outputs(self, n: int, outputs: np.ndarray) -> None:
             self.take_time(n, len(outputs), 1)
@@ -148,7 +149,7 @@ def measure(name: str) -> dict:
         sizes = Sizes(*axes)
         grid = Grid(comm, sizes)
         split = emulated(model, grid, micro_of(case, sizes.data, sizes.pipe))
-        settings = Settings(lr=1e-3, epochs=1, batch_size=case.batch)
+        settings = Settings(lr=1e-3, momentum=0, epochs=1, batch_size=case.batch)
         training = Training(grid.data, data, split, settings)
         seconds, losses = [0.0], []
         for block in range(1, BLOCKS + 2):
@@ -180,7 +181,7 @@ def predicted(case: Case, axes: tuple[int, int, int]) -> dict:
 
     data, pipe, tensor = axes
     micro, on_host = micro_of(case, data, pipe), case.ranks // case.hosts
-    samples = case.batch / data / micro
+    samples = math.ceil(case.batch / data) / micro
     model = Layered(case.sizes, cross_entropy)
     places = {(d, s, t): (s * data + d) * tensor + t for d in range(data) for s in range(pipe) for t in range(tensor)}
 
@@ -206,8 +207,8 @@ def predicted(case: Case, axes: tuple[int, int, int]) -> dict:
         forward.append(ahead)
         backward.append(back)
         own.append(sum((model.sizes[n] + 1) * model.sizes[n + 1] for n in layers) / tensor)
-    crossing = min(on_host, data * tensor) if data * tensor >= on_host and case.hosts > 1 else 0
-    message = 4 * samples * case.width * max(crossing, 0) * 8 / bits(RATE)
+    leaving = min(on_host, data * tensor) if case.hosts > 1 else 0  # messages that leave a host at once
+    message = 4 * samples * case.width * leaving * 8 / bits(RATE)
     timing = simulate(PIPELINES["1f1b"].schedule(pipe, micro), forward, backward, message)
     step = timing.makespan + (link(0, 4 * max(own)) if data > 1 else 0)
     flops = sum(pair[0] * pair[1] * (6 if n else 4) for n, pair in enumerate(pairwise(model.sizes)))

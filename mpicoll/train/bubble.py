@@ -141,7 +141,7 @@ class _Stage:
                 self.held = max(self.held, len(held))
             else:
                 del held[m]
-            _sleep_until(end)
+            sleep_until(end)
             late += max(perf_counter() - end, 0)
             if kind in self._gives:
                 flow.send(kind, result)
@@ -201,7 +201,8 @@ def _meet(comm: MPI.Intracomm) -> None:
         os.sched_yield()
 
 
-def _sleep_until(moment: float) -> None:
+def sleep_until(moment: float) -> None:
+    """Of ``perf_counter``."""
     time.sleep(max(moment - NEAR - perf_counter(), 0))
     while perf_counter() < moment:
         os.sched_yield()
