@@ -1,7 +1,7 @@
 """Samples, layers or stages: which grid of ranks trains a model fastest, by its size, batch and network.
 
-    python bench/grids.py               measures (ten minutes), prints tables, records them in bench/results/, and draws
-                                        docs/grids.png
+    python bench/grids.py               measures (a quarter of an hour), prints tables, records them in bench/results/,
+                                        and draws docs/grids.png
     python bench/grids.py --show FILE   prints a recorded one
     python bench/grids.py --plot FILE   draws a recorded one in docs/grids.png
 
@@ -271,7 +271,7 @@ def draw(record: dict, path: Path) -> None:
     """For each case, bars of what a step takes, and what was predicted."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(14.5, 4.6), layout="constrained")
     for axis, (name, case) in zip(figure.subplots(1, len(CASES)), CASES.items(), strict=True):
         rows = [row for row in record["table"] if row["case"] == name][::-1]
         middle, low, high = np.array([row["ms"] for row in rows]).T
