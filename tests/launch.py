@@ -46,7 +46,9 @@ def run(
     """
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     full = {**os.environ, **OPEN_MPI, "PATH": path, "PYTHONPATH": str(REPOSITORY)}
-    full |= {"PYTHONWARNINGS": f"ignore:{CROWDED}", "MPICOLL_PROFILE": "none", **(env or {})}
+    full |= {"PYTHONWARNINGS": f"ignore:{CROWDED}", "MPICOLL_PROFILE": "none"}
+    # Matplotlib complains of fonts that it knows of from an environment that is gone by now.
+    full |= {"MPLCONFIGDIR": str(REPOSITORY / ".pytest_cache" / "matplotlib"), **(env or {})}
     start = time.monotonic()
     process = subprocess.Popen(
         [str(part) for part in command],
