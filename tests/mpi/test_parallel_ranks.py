@@ -328,6 +328,8 @@ def test_a_checkpoint_of_one_grid_is_resumed_on_every_other(comm, grids, folder)
     ids=lambda run: run["strategy"],
 )
 def test_a_resumed_run_ends_with_the_same_bits(grid, sizes, folder, run, monkeypatch):
+    if run.get("compress") == "powersgd:1" and sizes.tensor > 4:
+        pytest.skip("no shard of these layers gets smaller")
     whole = training(grid.data, Split(DEEP[2], grid), **run).run()
     written: list[Any] = []
     monkeypatch.setattr("safetensors.numpy.save_file", lambda *args: (written.append(args), save_file(*args)))
