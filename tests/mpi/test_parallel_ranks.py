@@ -343,7 +343,13 @@ def test_a_resumed_run_ends_with_the_same_bits(grid, sizes, folder, run, monkeyp
     assert other.run().params.tobytes() == whole.params.tobytes()
 
 
-@pytest.mark.parametrize("sizes", [sizes for sizes in SOME if fits(DEEP[1], sizes) and sizes.tensor < 4], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        sizes for sizes in SOME if fits(DEEP[1], sizes) and sizes.tensor < (4 if sizes.pipe == 1 else 3)
+    ],  # or none is less
+    ids=str,
+)
 def test_powersgd_sends_all_of_a_gradient_that_has_its_rank(grid, sizes):
     """That of two samples has rank 2, and each rank's part of it too, if it begins with factors drawn at random."""
     alone = training(MPI.COMM_SELF, DEEP[1], batch_size=2).run(max_steps=1)
