@@ -232,9 +232,8 @@ def summarize(launches: dict[str, list[dict]]) -> list[dict]:
             sys.exit(f"{name}: grids do not train the same model: losses from {min(losses)} to {max(losses)}")
         for run in by_grid[0].values():
             times = [float(np.median(grids[run["grid"]]["ms"])) for grids in by_grid]
-            row = {"case": name, "grid": run["grid"], "ms": spread(times), **run, "times": times}
-            row = {**row, "ms": spread(times), "predicted": predicted(CASES[name], tuple(run["axes"]))}
-            rows.append({key: row[key] for key in ("case", "grid", "ms", "sent", "held", "predicted", "times")})
+            row = {"case": name, **{key: run[key] for key in ("grid", "sent", "held")}, "ms": spread(times)}
+            rows.append({**row, "predicted": predicted(CASES[name], tuple(run["axes"])), "times": times})
         best = min(rows, key=lambda row: row["ms"][0])["times"]
         for row in rows:
             row["speed"] = spread([fast / own for fast, own in zip(best, row.pop("times"), strict=True)])

@@ -46,10 +46,15 @@ def test_a_wrong_result_is_counted(tmp_path):
     assert json.loads((tmp_path / "found.json").read_text())["wrong"] >= 2 * 2 * 11
 
 
+def script(monkeypatch, name):
+    """One of ``bench/``, as a module."""
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    return importlib.import_module(name)
+
+
 @pytest.fixture
 def allreduce(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    module = importlib.import_module("allreduce")
+    module = script(monkeypatch, "allreduce")
     monkeypatch.setattr(module, "SIZES", [4, 1 << 20])
     monkeypatch.setattr(module, "CALLS", (1,))
     return module
@@ -111,8 +116,7 @@ def test_what_small_calls_cost_is_measured(tmp_path):
 
 def test_what_importing_costs_is_measured_as_installed(monkeypatch):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    overhead = importlib.import_module("overhead")
+    overhead = script(monkeypatch, "overhead")
     monkeypatch.setattr(overhead, "PROCESSES", 1)
     where = "import json, mpicoll, sys; print(json.dumps([mpicoll.__cached__, sys.flags.dont_write_bytecode]))"
     monkeypatch.setattr(overhead, "START", where)
@@ -152,8 +156,7 @@ def test_training_that_does_not_agree_is_told_from_one_that_does(tmp_path, broke
 
 @pytest.fixture
 def pytorch(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    return importlib.import_module("pytorch")
+    return script(monkeypatch, "pytorch")
 
 
 def launched_beside_pytorch(module, slow=1.0):
@@ -201,8 +204,7 @@ def test_a_record_beside_pytorch_is_shown_and_drawn(pytorch, tmp_path, capsys):
 
 @pytest.fixture
 def averaging(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    return importlib.import_module("averaging")
+    return script(monkeypatch, "averaging")
 
 
 def test_averaging_is_measured_with_emulated_devices(tmp_path):
@@ -289,8 +291,7 @@ def test_a_record_of_averaging_is_shown_and_drawn(averaging, tmp_path, capsys):
 
 @pytest.fixture
 def grids(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    return importlib.import_module("grids")
+    return script(monkeypatch, "grids")
 
 
 def test_grids_are_measured_with_emulated_devices(tmp_path):
@@ -376,8 +377,7 @@ def test_grids_are_compared_within_a_launch(grids, tmp_path, capsys):
 
 @pytest.fixture
 def network(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    module = importlib.import_module("network")
+    module = script(monkeypatch, "network")
     near = module.Experiment(4, (1 << 20, 4 << 20), ("native", "auto"), rate="200mbit")
     far = module.Experiment(8, (4, 64), ("native", "auto"), delay=1)
     hosts = module.Experiment(4, (4 << 20,), ("native", "auto"), 2, "200mbit")
@@ -472,8 +472,7 @@ def test_strategies_reach_the_loss_that_matrices_foretell(tmp_path):
 
 
 def test_time_to_a_loss_is_compared_within_a_launch(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    butterfly = importlib.import_module("butterfly")
+    butterfly = script(monkeypatch, "butterfly")
     launches, chosen = {}, {}
     for name, at in butterfly.EXPERIMENTS.items():
         steps = {one: 100 if one == "allreduce" else 200 for one in butterfly.strategies(at.ranks)}
@@ -548,17 +547,15 @@ def test_arrays_on_a_gpu_are_measured_recorded_and_drawn(tmp_path, monkeypatch):
     boxes = [(row["box"], row["shared"], row["bytes"], [*row["staged"]]) for row in record["table"] if "box" in row]
     assert boxes == [(4096, shared, 12000, ["us", "share", "way"]) for shared in (True, False)]
     assert on_gpu(tmp_path, "--show", "found.json").out == done.out
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    importlib.import_module("gpu").draw(record, tmp_path / "gpu.png")
+    script(monkeypatch, "gpu").draw(record, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_boxes_have_the_size_that_is_asked_for(monkeypatch):
     from mpicoll.mpi import gpu
 
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
     before = gpu.BOX, gpu.register
-    with importlib.import_module("gpu").boxes(4096, shared=False) as locked:
+    with script(monkeypatch, "gpu").boxes(4096, shared=False) as locked:
         assert gpu.BOX == 4096
         assert not gpu.register(np.zeros(1))
         assert locked == [False]
@@ -574,8 +571,7 @@ def test_without_a_gpu_nothing_is_launched_or_written(tmp_path):
 
 
 def test_shares_and_steps_are_summarized_over_launches(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    gpu = importlib.import_module("gpu")
+    gpu = script(monkeypatch, "gpu")
 
     def launch(us, **more):
         row = {"implementation": "ipc", "in_place": True, "bytes": 1 << 20, "way": "ipc", "median": us}
