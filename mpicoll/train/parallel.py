@@ -31,7 +31,7 @@ from ..schedule import chunk_start
 from .formats import share
 from .models import Batch, Layer, Layered, Loss, Sums, backward, classes_of, cross_entropy, forward, hinge, log_loss
 from .optimizers import clip
-from .sent import Sent, finished
+from .sent import Sent, finished, gathering
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -412,7 +412,7 @@ class _Talk:
 
     def allgather(self, x: np.ndarray) -> np.ndarray:
         """Those of all ranks, in a new dimension in front."""
-        algorithm = "circulant" if isinstance(x, np.ndarray) else "auto"  # of whose messages something is known
+        algorithm = gathering(x)
         return self._timed("allgather", x, algorithm, lambda: allgather(x, self._comm, algorithm=algorithm))
 
     def _timed(self, collective: str, x: np.ndarray, algorithm: str, call: Callable[[], np.ndarray]) -> np.ndarray:

@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...tuning import NATIVE, WAYS
 from ..compress import Code, Compressor, Tensors, compressor
 from ..optimizers import clip
-from ..sent import Sent, finished
+from ..sent import Sent, finished, gathering
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
     from mpi4py import MPI
@@ -195,13 +195,12 @@ class Strategy(Sent):
 
     def allgather(self, array: np.ndarray) -> np.ndarray:
         """The arrays of all ranks, shape (p, *array.shape), by the algorithm that the settings name, if there is one
-        of that name; else in host memory by a schedule that is short and sends no more than it must, and on GPUs the
-        way that is best."""
+        of that name; else by ``gathering``'s."""
         from ...mpi.collectives import account, allgather
 
-        ways, usual = ((), "circulant") if isinstance(array, np.ndarray) else (WAYS, "auto")
+        ways = () if isinstance(array, np.ndarray) else WAYS
         named = self.settings.algorithm
-        named = named if named in (*ALGORITHMS["allgather"], NATIVE, *ways) else usual
+        named = named if named in (*ALGORITHMS["allgather"], NATIVE, *ways) else gathering(array)
         with self.agreeing():
             gathered = allgather(array, self.comm, algorithm=named)
         key = "allgather", array.size
