@@ -217,6 +217,7 @@ class Fake:
         for queue in self.queues:
             queue.works.clear()
         _now = None
+        _other_driver()
 
 
 _now: Any = None  # the Fake that is installed
@@ -1065,6 +1066,8 @@ def empty_like(prototype: Any, dtype: Any = None, order: str = "K", subok: Any =
 def array(
     obj: Any, dtype: Any = None, copy: bool = True, order: Any = "K", subok: bool = False, ndmin: int = 0
 ) -> ndarray:
+    if hasattr(obj, "__cuda_array_interface__") and not isinstance(obj, ndarray):
+        obj = _adopted(obj)
     if isinstance(obj, ndarray):
         return obj.astype(obj.dtype if dtype is None else dtype, order, copy=copy)
     host = np.array(obj, dtype, order=order, ndmin=ndmin)  # a copy: what becomes of the original is of no account
@@ -1072,6 +1075,23 @@ def array(
     hidden = made._hidden
     _now.queue(get_current_stream().ptr).put(lambda: np.copyto(hidden, host))
     return made
+
+
+class _Unowned:
+    """Memory that another library's array keeps."""
+
+    def __init__(self, owner: Any, pointer: int) -> None:
+        self.owner, self.ptr, self.device_id = owner, pointer, runtime.getDevice()
+
+
+def _adopted(x: Any) -> ndarray:
+    """A view of another library's array, whose stream is waited for."""
+    told = x.__cuda_array_interface__
+    if told.get("stream") is not None:
+        _now.log.append("stream")
+        _now.queue(0 if told["stream"] == 1 else told["stream"]).run()
+    memory = MemoryPointer(_Unowned(x, told["data"][0]), 0)
+    return ndarray(told["shape"], np.dtype(told["typestr"]), memory, told.get("strides"))
 
 
 def asarray(a: Any, dtype: Any = None, order: str = "K", *, blocking: bool = False) -> ndarray:
@@ -1348,12 +1368,18 @@ class _Library(ctypes.CDLL):
         return _Driver() if name == "libcuda.so.1" else super().__new__(cls)
 
 
+def _other_driver() -> None:
+    """Have mpicoll, which keeps the driver it has found, look for it again."""
+    if "mpicoll.mpi.gpu" in sys.modules:
+        sys.modules["mpicoll.mpi.gpu"]._driver.cache_clear()
+
+
 class _Driver:
     def cuPointerGetAttributes(self, count: int, attributes: Any, data: Any, pointer: Any) -> int:  # noqa: N802
         known = _now.allocation(pointer.value)
-        values = {11: known.base, 12: known.size, 7: known.id, 10: known.capable}
+        values = {2: 2 if known.id else 0, 11: known.base, 12: known.size, 7: known.id, 10: known.capable}
         for attribute, place in zip(attributes, data, strict=True):
-            kind = ctypes.c_int if attribute == 10 else ctypes.c_uint64
+            kind = {2: ctypes.c_uint, 10: ctypes.c_int}.get(attribute, ctypes.c_uint64)
             kind.from_address(place).value = values[attribute]
         return 0
 
@@ -1381,6 +1407,7 @@ def install(
     for name, module in fake.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(ctypes, "CDLL", _Library)
+    _other_driver()
     return fake
 
 

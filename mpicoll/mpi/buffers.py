@@ -9,7 +9,7 @@ from functools import partial
 from itertools import accumulate
 from numbers import Integral
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from mpi4py import MPI
@@ -57,8 +57,8 @@ def vector(x: Any, writable: bool = True) -> np.ndarray:
     ``[buffer, count, datatype]`` and its short forms.  Raises ``TypeError`` or ``ValueError`` naming what was expected.
     """
     if isinstance(x, (list, tuple)):
-        return _specified(x, writable)
-    array = _contiguous(x, writable)
+        return _specified(message(x), writable)
+    array = _contiguous(_exported(x), writable)
     if not array.dtype.isnative:
         raise TypeError(
             f"expected native byte order, got dtype {array.dtype.str}; convert with x.astype(x.dtype.newbyteorder('='))"
@@ -68,9 +68,8 @@ def vector(x: Any, writable: bool = True) -> np.ndarray:
     return array
 
 
-def _contiguous(x: Any, writable: bool) -> np.ndarray:
-    """``x`` as a plain one-dimensional array in memory order."""
-    array = x if isinstance(x, np.ndarray) else _exported(x)
+def _contiguous(array: np.ndarray, writable: bool) -> np.ndarray:
+    """A plain one-dimensional array on the same memory, in memory order."""
     flags = array.flags
     if not flags.forc:
         raise ValueError("expected a contiguous array; reduce np.ascontiguousarray(x) instead")
@@ -116,8 +115,32 @@ def order_of(x: Any) -> str:
             return ""
         numbers = [str(n) for n, array in enumerate(x) if order_of(array)]
         return f"F order of {', '.join(numbers)}" if numbers and len(x) > 1 else "F order" if numbers else ""
-    flags = getattr(x, "flags", None)
+    flags = getattr(_as_array(x), "flags", None)
     return "F order" if getattr(flags, "f_contiguous", False) and not getattr(flags, "c_contiguous", True) else ""
+
+
+def shape_of(x: Any) -> tuple[int, ...]:
+    """The shape of an array, whichever library it is of; ``(n,)`` for a specification of n elements."""
+    if isinstance(x, (list, tuple)):
+        return (operand(x, writable=False).size,)
+    return tuple(np.shape(_as_array(x)))
+
+
+def in_c_order(x: Any, stream: Any = None) -> Any:
+    """An array row by row: itself, or a copy where it lies column by column."""
+    if not order_of(x):
+        return x
+    return gpu.in_c_order(x, stream) if on_device(x) else np.ascontiguousarray(_exported(x))
+
+
+def _as_array(x: Any) -> Any:
+    """NumPy's or CuPy's array on the memory of ``x``; ``x`` itself where there is none, which is refused elsewhere."""
+    if isinstance(x, np.ndarray) or gpu.is_cupy(x):
+        return x
+    try:
+        return gpu.adopted(x, False) if on_device(x) else _exported(x)
+    except (*REFUSALS, AttributeError):
+        return x
 
 
 def is_in_place(sendbuf: Any) -> bool:
@@ -133,7 +156,7 @@ def on_device(x: Any) -> bool:
         return len(x) > 0 and _is_specification(x) and on_device(x[0])
     try:
         if hasattr(x, "__cuda_array_interface__"):
-            return True
+            return gpu.holds(x)
         return hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] != _CPU
     except Exception:  # nothing in host memory raises: it will be refused, on all ranks
         return True
@@ -153,17 +176,28 @@ def staged(x: Any, load: bool = True, stream: Any = None) -> Part:
 
     ``load=False`` leaves out the copy out, for an array that is only written.
     """
-    array = Array(x, stream)
+    array = on_stream(x, stream)
     host = gpu.staged(array, load)
     return Part(host, partial(gpu.deliver, host, array))
 
 
 def operand(x: Any, stream: Any = None, writable: bool = True) -> Array | np.ndarray:
-    """A CuPy array, or whatever ``vector`` takes, where it is."""
+    """A device array, or whatever ``vector`` takes, where it is."""
     if on_device(x):
-        return Array(x, stream)
+        return on_stream(x, stream, writable)
     no_stream(stream)
     return vector(x, writable)
+
+
+def on_stream(x: Any, stream: Any = None, writable: bool = True) -> Array:
+    """A device array, or what mpi4py's specification names of one, to be read and written on a stream."""
+    if not isinstance(x, (list, tuple)):
+        return Array(x, stream, writable)
+    asked = message(x)
+    whole = Array(asked.buffer, stream, writable)
+    dtype = whole.dtype if asked.datatype is None else dtype_of(asked.datatype)
+    start, stop = _named(asked, whole.nbytes, dtype)
+    return whole.view(dtype).part(start, stop)
 
 
 def no_stream(stream: Any) -> None:
@@ -197,6 +231,40 @@ def _side_by_side(group: list[Part]) -> Part:
     return Part(together, deliver)
 
 
+class Message(NamedTuple):
+    """mpi4py's ``[buffer, count, displacement, datatype]`` or one of its short forms; ``None`` for what is left out."""
+
+    buffer: Any
+    count: Any = None
+    displacement: Any = None
+    datatype: MPI.Datatype | str | None = None
+
+
+def message(x: Any, blocks: bool = False) -> Message:
+    """Read a buffer specification as mpi4py's ``message_simple`` does, or with ``blocks`` as its ``message_vector``.
+
+    Count and displacement may be given as a pair: a tuple, or where they are not one for each rank, a list.  Raises
+    ``TypeError`` or ``ValueError`` for a list that mpi4py would not take.
+    """
+    if not isinstance(x, (list, tuple)):
+        return Message(x)
+    if not 2 <= len(x) <= 4 or not (blocks or _is_specification(x)):
+        form = "[buffer, counts, displacements, datatype]" if blocks else "[buffer, count, datatype]"
+        raise TypeError(f"expected an array or {form}, as mpi4py has it, got a list of {len(x)}")
+    buffer, count, *rest = x
+    datatype = rest.pop() if rest else None
+    if len(x) == 2 and isinstance(count, (str, MPI.Datatype)):
+        count, datatype = None, count
+    displacement = rest[0] if rest else None
+    if len(x) < 4 and isinstance(count, tuple if blocks else (tuple, list)):
+        if len(count) != 2:
+            raise ValueError(f"expected a pair (count, displacement), got {count}")
+        count, displacement = count
+    if not (datatype is None or isinstance(datatype, (str, MPI.Datatype))):
+        raise TypeError(f"expected an MPI datatype as the last of {len(x)} in a list, got {type(datatype).__name__}")
+    return Message(buffer, count, displacement, datatype)
+
+
 def _is_specification(x: Sequence[Any]) -> bool:
     """Is it mpi4py's [buffer, count, datatype] or one of its short forms, not a list of arrays?"""
     return 2 <= len(x) <= 4 and any(
@@ -208,52 +276,44 @@ def _is_counts(x: Any) -> bool:
     return isinstance(x, (tuple, list)) and all(n is None or isinstance(n, Integral) for n in x)
 
 
-def _specified(x: Sequence[Any], writable: bool) -> np.ndarray:
-    """mpi4py's [buffer, datatype], [buffer, count], [buffer, count, datatype], [buffer, count, displacement, datatype];
-    the count may be a pair (count, displacement), and any of these may be None."""
-    if not _is_specification(x):
-        raise TypeError(f"expected an array or [buffer, count, datatype] as mpi4py has it, got {len(x)} other things")
-    buffer, *rest = x
-    if on_device(buffer):
-        raise TypeError("an array in the memory of a device is passed by itself, without count and datatype")
-    datatype = rest.pop() if len(rest) > 1 or isinstance(rest[-1], (str, MPI.Datatype)) else None
-    counts = rest[0] if len(rest) == 1 and _is_counts(rest[0]) else rest
-    count, displacement = counts if len(counts) == 2 else (counts[0] if counts else None, None)
-    flat = vector(buffer, writable) if datatype is None else _contiguous(buffer, writable)
-    dtype = flat.dtype if datatype is None else dtype_of(datatype)
-    raw, size = flat.view(np.uint8), dtype.itemsize
-    start = 0 if displacement is None else index(displacement)
-    if count is None and (len(raw) % size or start * size > len(raw)):
+def _named(asked: Message, nbytes: int, dtype: np.dtype) -> tuple[int, int]:
+    """The first element that a message of one block names, and the one after the last, of a buffer of ``nbytes``."""
+    size = dtype.itemsize
+    start = 0 if asked.displacement is None else index(asked.displacement)
+    if asked.count is None and (nbytes % size or start * size > nbytes):
+        raise ValueError(f"the buffer has {nbytes} bytes: no whole number of elements of {size} bytes from {start} on")
+    stop = nbytes // size if asked.count is None else start + index(asked.count)
+    if not 0 <= start <= stop <= nbytes // size:
         raise ValueError(
-            f"the buffer has {len(raw)} bytes: no whole number of elements of {size} bytes from {start} on"
+            f"the buffer has {nbytes // size} elements, {asked.count} from number {start} on were asked for"
         )
-    stop = len(raw) // size if count is None else start + index(count)
-    if not 0 <= start <= stop <= len(raw) // size:
-        raise ValueError(f"the buffer has {len(raw) // size} elements, {count} from number {start} on were asked for")
-    return raw[start * size : stop * size].view(dtype)
+    return start, stop
 
 
-def blocks(x: Any, p: int) -> tuple[np.ndarray, list[int], list[int]]:
+def _specified(asked: Message, writable: bool) -> np.ndarray:
+    """What a message of one block names, in host memory."""
+    if asked.datatype is None:
+        flat = vector(asked.buffer, writable)
+        dtype = flat.dtype
+    else:
+        dtype = dtype_of(asked.datatype)
+        flat = _contiguous(_exported(asked.buffer), writable)
+    start, stop = _named(asked, flat.nbytes, dtype)
+    return flat.view(np.uint8)[start * dtype.itemsize : stop * dtype.itemsize].view(dtype)
+
+
+def blocks(x: Any, p: int, stream: Any = None) -> tuple[np.ndarray | Array, list[int], list[int]]:
     """mpi4py's specification of a block for each of ``p`` ranks: the buffer, all counts, and all displacements.
 
     A count or a displacement may be one number for all, a stride; a *tuple* of two is (counts, displacements); what is
-    left out is the whole buffer in equal blocks, and one after another.
+    left out is the whole buffer in blocks that are equal to one element, and one after another.
     """
-    buffer, *rest = x if isinstance(x, (list, tuple)) and len(x) else [x]
-    datatype = rest.pop() if rest and (len(rest) == 3 or isinstance(rest[-1], (str, MPI.Datatype))) else None
-    if rest and isinstance(rest[0], tuple) and len(rest[0]) == 2:
-        rest[:1] = rest[0]
-    counts, displacements, *more = [*rest, None, None]
-    if more[2:]:
-        raise TypeError(f"expected [buffer, counts, displacements, datatype], as mpi4py has it, got {len(x)} things")
-    flat = vector(buffer if datatype is None else [buffer, datatype])
+    buffer, counts, displacements, datatype = message(x, blocks=True)
+    flat = operand(buffer if datatype is None else [buffer, datatype], stream)
     if counts is None:
-        if len(flat) % p:
-            raise ValueError(
-                f"expected a whole number of elements for each of {p} ranks, got {len(flat)}, and no counts"
-            )
-        counts = len(flat) // p
-    found = [index(counts)] * p if isinstance(counts, Integral) else [index(count) for count in counts]
+        found = [flat.size // p + (rank < flat.size % p) for rank in range(p)]
+    else:
+        found = [index(counts)] * p if isinstance(counts, Integral) else [index(count) for count in counts]
     if displacements is None:
         starts = [0, *accumulate(found)][: len(found)]
     elif isinstance(displacements, Integral):
@@ -262,21 +322,26 @@ def blocks(x: Any, p: int) -> tuple[np.ndarray, list[int], list[int]]:
         starts = [index(start) for start in displacements]
     if len(starts) != len(found):
         raise ValueError(f"expected as many displacements as counts, {len(found)}, got {len(starts)}")
-    if any(count and not 0 <= start <= len(flat) - count for start, count in zip(starts, found, strict=True)):
-        raise ValueError(f"counts and displacements go beyond the {len(flat)} elements of the buffer")
+    if any(count and not 0 <= start <= flat.size - count for start, count in zip(starts, found, strict=True)):
+        raise ValueError(f"counts and displacements go beyond the {flat.size} elements of the buffer")
     return flat, found, starts
 
 
 def of_blocks(x: Any, p: int) -> Any:
     """What mpi4py takes for ``p`` equal blocks, as it is for all of them: a count there is that of a block."""
-    if not isinstance(x, (list, tuple)) or not _is_specification(x):
+    asked = message(x)
+    if asked.count is None:
         return x
-    buffer, count, *rest = x
-    if isinstance(count, Integral):
-        return [buffer, index(count) * p, *rest]
-    if _is_counts(count) and len(count) == 2 and count[0] is not None:
-        return [buffer, (index(count[0]) * p, count[1]), *rest]
-    return x
+    return [asked.buffer, (index(asked.count) * p, asked.displacement), asked.datatype]
+
+
+def entries(x: Any) -> int:
+    """How many entries of its datatype, which may be a derived one, a message of one block names."""
+    asked = message(x)
+    if asked.count is not None:
+        return index(asked.count)
+    size = _derived_size(x)
+    return operand(x).size if not size else size // cast(MPI.Datatype, asked.datatype).Get_size()
 
 
 def described(x: Any, writable: bool = False) -> tuple[str, int | None]:
@@ -333,16 +398,15 @@ def as_bytes(x: Any, load: bool, store: bool) -> Part:
 
 
 def _derived_size(x: Any) -> int | None:
-    """The bytes that mpi4py's [buffer, count, datatype] or [buffer, datatype] moves; ``None`` if it is none such."""
+    """The bytes that a message with a datatype moves, a derived one too; ``None`` if it is no such message."""
     try:
-        if not (isinstance(x, (list, tuple)) and isinstance(x[-1], MPI.Datatype) and x[-1] and len(x) > 1):
+        _, count, displacement, datatype = asked = message(x)
+        if not isinstance(datatype, MPI.Datatype) or not datatype:
             return None
-        size, count = x[-1].Get_size(), x[1] if len(x) > 2 else None
-        if isinstance(count, (list, tuple)):
-            count = count[0]
         if count is None:
-            count = memoryview(x[0]).nbytes // x[-1].extent
-        return int(index(count)) * size
+            room = memoryview(asked.buffer).nbytes - index(displacement or 0) * datatype.extent
+            count = room // datatype.extent
+        return int(index(count)) * datatype.Get_size()
     except Exception:
         return None
 
@@ -363,12 +427,19 @@ def dtype_of(datatype: MPI.Datatype | str) -> np.dtype:
 
 def _exported(x: Any) -> np.ndarray:
     """A NumPy array on the memory of an object that exports it."""
+    if isinstance(x, np.ndarray):
+        return x
     if type(x).__module__ == "torch" and str(getattr(x, "dtype", "")) == "torch.bfloat16":
         return _torch_bfloat16(x)
     try:
         return np.asarray(memoryview(x))
     except TypeError:
         pass
+    if hasattr(x, "__cuda_array_interface__"):  # which also tells of host memory: see on_device
+        told = x.__cuda_array_interface__
+        shape, dtype, (_, readonly) = told["shape"], np.dtype(told["typestr"]), told["data"]
+        memory = memoryview(MPI.buffer.frombuffer(x, readonly))  # type: ignore[arg-type]
+        return np.ndarray(shape, dtype, memory, strides=told.get("strides"))
     if hasattr(x, "__dlpack__"):
         return np.from_dlpack(x)
     raise TypeError(

@@ -15,7 +15,20 @@ from ..schedule import Schedule, chunk_start
 from ..tuning import WAYS
 from . import gpu, operations, record
 from .agreement import Header, Headers, check_level, header_of, level_of
-from .buffers import Part, lengths, name_of, on_device, operand, order_of, parts, specification, vector
+from .buffers import (
+    Part,
+    in_c_order,
+    lengths,
+    name_of,
+    on_device,
+    on_stream,
+    operand,
+    order_of,
+    parts,
+    shape_of,
+    specification,
+    vector,
+)
 from .gpu import Array
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
@@ -222,7 +235,7 @@ def bcast(
 
     def calls() -> list[Any]:
         if on_device(x):
-            return [broadcasting(comm, Array(x, stream), options, root)]
+            return [broadcasting(comm, on_stream(x, stream), options, root)]
         pieces = parts(x, stream=stream)
         if any(part.flat.dtype.hasobject for part in pieces):
             raise TypeError("objects are not broadcast from memory to memory: use comm.bcast, in lower case")
@@ -298,16 +311,13 @@ def allgather(
 
     def calls() -> list[Any]:
         nonlocal result
-        own = x
-        if order_of(x):
-            own = gpu.in_c_order(x, stream) if on_device(x) else np.ascontiguousarray(x)
-        given = operand(own, stream, writable=False)
+        given = operand(in_c_order(x, stream), stream, writable=False)
         if given.dtype.hasobject:
             raise TypeError("objects are not gathered from memory to memory: use comm.allgather, in lower case")
         cuts = cuts_of([given.size] * comm.size if counts is None else counts, None, comm.size)
         if cuts[comm.rank + 1] - cuts[comm.rank] != given.size:
             raise ValueError(f"rank {comm.rank} brings {given.size} elements, counts say {counts[comm.rank]}")  # type: ignore[index]
-        detail = name_of(given.dtype) + ("" if counts is not None else f" {np.shape(x)}")
+        detail = name_of(given.dtype) + ("" if counts is not None else f" {shape_of(x)}")
         if isinstance(given, Array):
             result = gpu.empty(cuts[-1], given.dtype, given)
             return [gathering_on_device(comm, given, Array(result, given.stream), cuts, options, detail)]
@@ -316,7 +326,7 @@ def allgather(
 
     with whole(comm):
         run(agreed(comm, check, "allgather", x, calls))
-    return result if counts is not None else result.reshape(comm.size, *np.shape(x))
+    return result if counts is not None else result.reshape(comm.size, *shape_of(x))
 
 
 def gathering(
@@ -469,7 +479,7 @@ def account(
     check_comm(comm)
     options = options_of(comm, algorithm, deterministic)
     if on_device(x):
-        return _account_on_device(Array(x), comm, op, options, collective)
+        return _account_on_device(on_stream(x), comm, op, options, collective)
     if collective == "allgather":
         flat = vector(x, writable=False)
         result, cuts = np.empty(comm.size * len(flat), flat.dtype), cuts_of([len(flat)] * comm.size, None, comm.size)
@@ -869,9 +879,12 @@ class DeviceCall(NamedTuple):
         """Do it, by the first way that can be gone."""
         if self.comm.size == 1:
             self._copy()
-            return
-        if not self.elements:
-            return
+        elif self.elements:
+            self._run_together()
+        if isinstance(self.taken, Array):
+            self.taken.settle()
+
+    def _run_together(self) -> None:
         state, options = state_of(self.comm), self.options
         devices = state.join_devices(self._array.device)
         wired = self.operation.on_wire(options.wire, self.dtype) if options.wire else self.operation
@@ -981,7 +994,7 @@ def _calls(
     """What is to be done with ``x``, in place; everything is checked before any of it is."""
     if not on_device(x):
         return [*_host_calls(x, comm, op, options, stream=stream, collective=collective, root=root)]
-    array = Array(x, stream)
+    array = on_stream(x, stream)
     taken = array if root is None or comm.rank == root else None
     return [DeviceCall.made(comm, collective, array, taken, operation(op, array.dtype), options, root=root)]
 

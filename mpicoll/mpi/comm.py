@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import prod
-from numbers import Integral
 from operator import index
 from threading import get_ident
 from typing import Any, SupportsIndex, TypeVar, cast
@@ -22,14 +21,17 @@ from .buffers import (
     blocks,
     concerns_device,
     described,
-    is_half,
+    entries,
     is_in_place,
     no_stream,
     of_blocks,
     on_device,
+    on_stream,
     operand,
+    order_of,
     parts,
     payload,
+    shape_of,
     staged,
     vector,
 )
@@ -54,7 +56,7 @@ from .collectives import (
 )
 from .gpu import Array
 from .operations import MOVE, Operation, name_of, operation, predefined
-from .select import PLAIN, SHARED, SHARED_FROM, Options, Preference, Shared
+from .select import PLAIN, SHARED, SHARED_FROM, Options, Shared
 from .state import State, check_comm, driving, interrupted, state_of, under_way, whole
 
 C = TypeVar("C", bound=MPI.Intracomm)
@@ -72,7 +74,7 @@ class Comm(MPI.Intracomm):
     reduce; here they are kept as long as the request is.
 
     ``deterministic`` and ``check`` are the defaults of the calls that have such arguments (see ``mpicoll.allreduce``),
-    and pass on to communicators made from this one.
+    and pass on to copies of this communicator, and to communicators made from it.
     """
 
     deterministic: bool = False
@@ -81,16 +83,30 @@ class Comm(MPI.Intracomm):
     _shares: bool = False
 
     def __new__(
-        cls, comm: MPI.Intracomm | None = None, *, deterministic: bool = False, check: str | None = None
+        cls, comm: MPI.Intracomm | None = None, *, deterministic: bool | None = None, check: str | None = None
     ) -> "Comm":
         """See the class."""
         if comm is None:  # how mpi4py makes one that it is going to fill in
             return super().__new__(cls)
         check_comm(comm)
-        return super().__new__(cls, comm)._ready(deterministic, check)
+        if deterministic is None:
+            deterministic = getattr(comm, "deterministic", False)
+        return super().__new__(cls, comm)._ready(deterministic, level_of(comm, check))
 
-    def _ready(self, deterministic: bool, check: str | None) -> "Comm":
-        self.deterministic, self.check = deterministic, level_of(self, check)
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Copy and pickle what mpi4py does: ``MPI.COMM_WORLD`` and ``MPI.COMM_SELF``."""
+        _, (_, named) = cast(tuple[Any, ...], super().__reduce__())
+        return _again, (named, self.deterministic, self.check)
+
+    def __repr__(self) -> str:
+        if MPI.Is_finalized() or not self:
+            return "<mpicoll.Comm, null or freed>"
+        named = f" {self.name}" if self.name else ""
+        ordered = ", deterministic" if self.deterministic else ""
+        return f"<mpicoll.Comm{named}, rank {self.rank} of {self.size}{ordered}, check={self.check!r}>"
+
+    def _ready(self, deterministic: bool, check: str) -> "Comm":
+        self.deterministic, self.check = deterministic, check
         check_level(self.check)
         self._state = state_of(self)
         self._shares = self._state.shares
@@ -405,7 +421,7 @@ class Comm(MPI.Intracomm):
         def calls() -> list[Any]:
             check_root(self, root)
             if there:
-                return [broadcasting(self, Array(buf, stream), options, root, named=False)]
+                return [broadcasting(self, on_stream(buf, stream, receives), options, root, named=False)]
             no_stream(stream)
             if unseen:
                 header = header_of("bcast", "", *payload(buf, receives), int(index(root)))
@@ -448,26 +464,8 @@ class Comm(MPI.Intracomm):
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``."""
         options = options_of(self, algorithm, deterministic, None, wire)
-
-        def calls() -> list[Any]:
-            if concerns_device(sendbuf, recvbuf):
-                return [self._scattering_on_device(sendbuf, recvbuf, None, op, options, stream)]
-            no_stream(stream)
-            blocks = 1 if is_in_place(sendbuf) else self.size
-            if self._is_native(recvbuf, op, options, blocks):
-                dtype, count = described(recvbuf, True)
-                if count is not None and is_in_place(sendbuf):
-                    count //= self.size
-                elif count is not None and count * self.size != described(sendbuf)[1]:
-                    dtype, count = f"{described(sendbuf)} to send and {described(recvbuf)} to receive", None
-                header = header_of("reduce_scatter_block", name_of(op), f"{dtype} a rank", count)
-                return [Native(header, self._natively("Reduce_scatter_block", sendbuf, recvbuf, op))]
-            received = vector(recvbuf)
-            count = len(received) // self.size if sendbuf is MPI.IN_PLACE else len(received)
-            return [self._reduce_scatter(sendbuf, received, [count] * self.size, op, options)]
-
         with whole(self):
-            run(agreed(self, check, "reduce_scatter", recvbuf, calls))
+            run(self._scattering(sendbuf, recvbuf, None, op, options, check, stream))
 
     def Reduce_scatter(  # noqa: N802
         self,
@@ -484,136 +482,88 @@ class Comm(MPI.Intracomm):
     ) -> None:
         """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``.
 
-        Algorithms of ours need ``recvcounts``.  They are taken in place where these differ: MPICH 5.0.2 crashes there.
+        Where ``recvcounts`` is left out, ranks tell each other how much they have room for, in a call of its own.
         """
         options = options_of(self, algorithm, deterministic, None, wire)
+        with whole(self):
+            counts = recvcounts
+            if counts is None and not is_in_place(sendbuf):
+                counts = self._room(recvbuf, check)
+            run(self._scattering(sendbuf, recvbuf, [] if counts is None else counts, op, options, check, stream))
+
+    def _room(self, recvbuf: Any, check: str | None) -> Sequence[int]:
+        """How many elements each rank has room for."""
+        own, everyone = np.zeros(1, np.int64), np.zeros(self.size, np.int64)
+
+        def calls() -> list[Native]:
+            own[0] = entries(recvbuf)
+            return [Native(header_of("reduce_scatter", "", "without recvcounts", None), gather)]
+
+        def gather() -> None:
+            with driving(self):
+                MPI.Intracomm.Allgather(self, own, everyone)
+
+        run(agreed(self, check, "reduce_scatter", recvbuf, calls))
+        record.end()
+        return everyone.tolist()
+
+    def _scattering(
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        recvcounts: Sequence[int] | None,
+        op: MPI.Op | str,
+        options: Options,
+        check: str | None,
+        stream: Any,
+    ) -> list[Any]:
+        """The call of ``Reduce_scatter``, or without ``recvcounts`` that of ``Reduce_scatter_block``."""
+        in_place, device = is_in_place(sendbuf), concerns_device(sendbuf, recvbuf)
 
         def calls() -> list[Any]:
             counts = None if recvcounts is None else [int(index(count)) for count in recvcounts]
-            if concerns_device(sendbuf, recvbuf):
-                if counts is None:
-                    raise TypeError("arrays in the memory of a GPU need recvcounts: one for each rank")
-                return [self._scattering_on_device(sendbuf, recvbuf, counts, op, options, stream)]
-            no_stream(stream)
-            crashes = sendbuf is MPI.IN_PLACE and len({*(counts or ())}) > 1 and self._is_ours(recvbuf, op)
-            if self._is_native(recvbuf, op, options, counts=counts) and not (crashes and algorithm == "auto"):
-                cuts = None if counts is None else cuts_of(counts, None, self.size)
-                dtype, total = described(recvbuf if is_in_place(sendbuf) else sendbuf)
-                room = described(recvbuf, True)
-                if cuts is not None and dtype not in ("bytes", "") and total is not None:
-                    needed = cuts[-1] if is_in_place(sendbuf) else cuts[self.rank + 1] - cuts[self.rank]
-                    if total < cuts[-1] or room[1] is None or room[1] < needed or room[0] not in (dtype, ""):
-                        raise ValueError(
-                            f"expected {cuts[-1]} elements to send, room for {needed} of the same dtype, got {total} "
-                            f"of {dtype} and {room[1]} of {room[0]}"
-                        )
-                    total = cuts[-1]
-                header = Header("reduce_scatter", "native", name_of(op), dtype, total, (), cuts)
-                return [Native(header, self._natively("Reduce_scatter", sendbuf, recvbuf, recvcounts, op))]
-            if counts is None:
-                raise TypeError("algorithms of ours need recvcounts: one for each rank")
-            prefer: Preference = "ours" if crashes and algorithm == "auto" else "fastest"
-            return [self._reduce_scatter(sendbuf, vector(recvbuf), counts, op, options, prefer)]
+            cuts = None if counts is None else cuts_of(counts, None, self.size)
+            if not device:
+                no_stream(stream)
+            try:
+                all_ = recvbuf if in_place else sendbuf
+                if cuts is None:
+                    all_ = of_blocks(all_, self.size)
+                given = operand(all_, stream if on_device(all_) else None, writable=in_place)
+                taken = given if in_place else operand(recvbuf, stream if on_device(recvbuf) else None)
+                found = operation(op, given.dtype)
+            except REFUSALS:
+                if device or options not in (Options(), Options("native")) or not isinstance(op, MPI.Op):
+                    raise
+                return [natively(all_, cuts)]
+            if cuts is None:
+                each = given.size // self.size if in_place else taken.size
+                cuts = cuts_of([each] * self.size, None, self.size)
+            mine = cuts[self.rank + 1] - cuts[self.rank]
+            if given.size != cuts[-1] or (taken.size != mine and not in_place) or given.dtype != taken.dtype:
+                room = "" if in_place else f" and {taken.size} of {taken.dtype}"
+                raise ValueError(
+                    f"expected {cuts[-1]} elements to send and room for {mine} of the same dtype, got {given.size} of "
+                    f"{given.dtype}{room}"
+                )
+            if in_place:  # others may read there when a result is written
+                taken = gpu.part(given, 0, mine)
+                given = gpu.copied(given) if isinstance(given, Array) else given.copy()
+            if device:
+                return [DeviceCall.made(self, "reduce_scatter", given, taken, found, options, cuts=cuts)]
+            part = Part(cast(np.ndarray, given))
+            return [decide(self, part, found, options, collective="reduce_scatter", cuts=cuts, result=cast(Any, taken))]
 
-        with whole(self):
-            run(agreed(self, check, "reduce_scatter", recvbuf, calls))
+        def natively(all_: Any, cuts: tuple[int, ...] | None) -> Native:
+            """Of datatypes and operations that are the MPI library's only; or what mpi4py says of them."""
+            op_name, (dtype, count) = name_of(cast(MPI.Op, op)), described(all_)
+            if cuts is None:
+                header = header_of("reduce_scatter_block", op_name, dtype, count)
+                return Native(header, self._natively("Reduce_scatter_block", sendbuf, recvbuf, op))
+            header = Header("reduce_scatter", "native", op_name, dtype, count, (), cuts)
+            return Native(header, self._natively("Reduce_scatter", sendbuf, recvbuf, recvcounts, op))
 
-    def _scattering_on_device(
-        self, sendbuf: Any, recvbuf: Any, counts: Sequence[int] | None, op: MPI.Op | str, options: Options, stream: Any
-    ) -> DeviceCall:
-        received = operand(recvbuf, stream if on_device(recvbuf) else None)
-        if isinstance(received, Array) and is_in_place(sendbuf):
-            given: Array | np.ndarray = gpu.copied(received)  # others may read there when a result is written
-        else:
-            given = operand(sendbuf, stream if on_device(sendbuf) else None, writable=False)
-        cuts = cuts_of(counts, given.size, self.size) if counts is None else cuts_of(counts, None, self.size)
-        mine = cuts[self.rank + 1] - cuts[self.rank]
-        if counts is None and given.size % self.size:
-            raise ValueError(f"expected as many elements for each of {self.size} ranks, got {given.size}")
-        if given.size < cuts[-1] or received.size < mine or given.dtype != received.dtype:
-            raise ValueError(
-                f"expected {cuts[-1]} elements to send and room for {mine} of the same dtype, got {given.size} of "
-                f"{given.dtype} and {received.size} of {received.dtype}"
-            )
-        found, given, taken = operation(op, given.dtype), gpu.part(given, 0, cuts[-1]), gpu.part(received, 0, mine)
-        return DeviceCall.made(self, "reduce_scatter", given, taken, found, options, cuts=cuts)
-
-    def _gathering_on_device(
-        self, sendbuf: Any, recvbuf: Any, counts: Sequence[int] | None, algorithm: str, stream: Any
-    ) -> DeviceCall:
-        received = operand(recvbuf, stream if on_device(recvbuf) else None)
-        given = None
-        if not is_in_place(sendbuf):
-            given = operand(sendbuf, stream if on_device(sendbuf) else None, writable=False)
-        if counts is None:
-            each = received.size // self.size if given is None else given.size
-            counts = [each] * self.size
-        cuts = cuts_of(counts, None, self.size)
-        mine = cuts[self.rank + 1] - cuts[self.rank]
-        if received.size < cuts[-1] or (given is not None and (given.size, given.dtype) != (mine, received.dtype)):
-            got = "nothing" if given is None else f"{given.size} of {given.dtype}"
-            raise ValueError(
-                f"expected {mine} elements to send and room for {cuts[-1]} of the same dtype, got {got} and room for "
-                f"{received.size} of {received.dtype}"
-            )
-        if given is None:
-            given = gpu.part(received, cuts[self.rank], cuts[self.rank + 1])
-        taken = gpu.part(received, 0, cuts[-1])
-        return gathering_on_device(self, given, taken, cuts, Options(algorithm))
-
-    def _is_ours(self, buffer: Any, op: MPI.Op | str) -> bool:
-        """Can our algorithms do it?"""
-        try:
-            return bool(operation(op, vector(buffer).dtype))
-        except (TypeError, ValueError, BufferError, KeyError):
-            return False
-
-    def _is_native(
-        self,
-        buffer: Any,
-        op: MPI.Op | str,
-        options: Options,
-        blocks: int | None = None,
-        counts: Sequence[int] | None = None,
-    ) -> bool:
-        """Is it the MPI library's, which need not be told what it is?  Of so many blocks as ``buffer`` is one, or of as
-        many elements as all counts together."""
-        if options not in (Options(), Options("native")) or not isinstance(op, MPI.Op) or on_device(buffer):
-            return False
-        try:
-            flat = vector(buffer)
-        except REFUSALS:
-            return True  # the MPI library takes it, or says what is wrong
-        if options.algorithm == "native":
-            return True
-        if blocks is None and counts is None:
-            return not is_half(flat.dtype)  # nobody knows how much there is
-        nbytes = (len(flat) * blocks if blocks else sum(counts or ())) * flat.itemsize
-        usual = predefined(op, flat.dtype) is not None
-        return not is_half(flat.dtype) and (not usual or self._is_native_best("reduce_scatter", lambda: nbytes))
-
-    def _reduce_scatter(
-        self,
-        sendbuf: Any,
-        received: np.ndarray,
-        counts: Sequence[int],
-        op: MPI.Op | str,
-        options: Options,
-        prefer: Preference = "fastest",
-    ) -> Call:
-        sent = received if is_in_place(sendbuf) else vector(sendbuf, writable=False)
-        cuts = cuts_of(counts, None, self.size)
-        mine = cuts[self.rank + 1] - cuts[self.rank]
-        if len(sent) < cuts[-1] or len(received) < mine or sent.dtype != received.dtype:
-            raise ValueError(
-                f"expected {cuts[-1]} elements to send and room for {mine} of the same dtype, got {len(sent)} of "
-                f"{sent.dtype} and {len(received)} of {received.dtype}"
-            )
-        part, result = Part(sent[: cuts[-1]]), received[:mine]
-        if sent is received:
-            part = Part(part.flat.copy())
-        found = operation(op, sent.dtype)
-        return decide(self, part, found, options, collective="reduce_scatter", cuts=cuts, result=result, prefer=prefer)
+        return agreed(self, check, "reduce_scatter", recvbuf, calls)
 
     def Allgather(  # noqa: N802
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None, stream: Any = None
@@ -629,9 +579,25 @@ class Comm(MPI.Intracomm):
         if level_of(self, check) == "off" and natively:
             return self._natively("Allgather", sendbuf, recvbuf)()
 
+        def on_devices() -> DeviceCall:
+            all_ = of_blocks(recvbuf, self.size)
+            received = operand(all_, stream if on_device(all_) else None)
+            each = received.size // self.size
+            if is_in_place(sendbuf):
+                given = gpu.part(received, each * self.rank, each * (self.rank + 1))
+            else:
+                given = operand(sendbuf, stream if on_device(sendbuf) else None, writable=False)
+            if (each * self.size, given.size, given.dtype) != (received.size, each, received.dtype):
+                raise ValueError(
+                    f"expected {self.size} times what is sent, got room for {received.size} of {received.dtype}, and "
+                    f"{given.size} of {given.dtype}"
+                )
+            cuts = tuple(range(0, received.size + 1, each)) if each else (0,) * (self.size + 1)
+            return gathering_on_device(self, given, received, cuts, Options(algorithm))
+
         def calls() -> list[Any]:
             if there:
-                return [self._gathering_on_device(sendbuf, recvbuf, None, algorithm, stream)]
+                return [on_devices()]
             no_stream(stream)
             if algorithm in ("auto", "native"):
                 dtype, each = block(recvbuf, self.size) if is_in_place(sendbuf) else payload(sendbuf)
@@ -681,46 +647,44 @@ class Comm(MPI.Intracomm):
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None, stream: Any = None
     ) -> None:
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
-        into, *rest = recvbuf if isinstance(recvbuf, (list, tuple)) and len(recvbuf) else [recvbuf]
-        there = concerns_device(sendbuf, into)
-        if level_of(self, check) == "off" and algorithm in ("auto", "native") and not there and stream is None:
+        device = concerns_device(sendbuf, recvbuf)
+        if level_of(self, check) == "off" and algorithm in ("auto", "native") and not device and stream is None:
             return self._natively("Allgatherv", sendbuf, recvbuf)()
-        deliver: list[tuple[np.ndarray, np.ndarray]] = []
+        deliver: list[tuple[Any, Any]] = []
 
         def calls() -> list[Any]:
-            if there:
-                counts = rest[0] if rest else None
-                if isinstance(counts, Integral):
-                    counts = [counts] * self.size
-                named = counts is None or (not isinstance(counts, (str, MPI.Datatype)) and _are_numbers(counts))
-                if len(rest) > 1 or not named:
-                    raise TypeError("arrays in the memory of a GPU are gathered side by side: pass [recvbuf, counts]")
-                return [self._gathering_on_device(sendbuf, into, counts, algorithm, stream)]
-            no_stream(stream)
-            if algorithm in ("auto", "native"):
-                return [
-                    Native(self._allgatherv_header(sendbuf, recvbuf), self._natively("Allgatherv", sendbuf, recvbuf))
-                ]
-            received, counts, starts = blocks(recvbuf, self.size)
+            if not device:
+                no_stream(stream)
+                if algorithm in ("auto", "native"):
+                    header = self._allgatherv_header(sendbuf, recvbuf)
+                    return [Native(header, self._natively("Allgatherv", sendbuf, recvbuf))]
+            received, counts, starts = blocks(recvbuf, self.size, stream if concerns_device(recvbuf) else None)
             cuts = cuts_of(counts, None, self.size)
-            own = received[starts[self.rank] :][: counts[self.rank]]
-            sent = None if is_in_place(sendbuf) else vector(sendbuf, writable=False)
-            if sent is not None and (len(sent) != len(own) or sent.dtype != received.dtype):
-                raise ValueError(
-                    f"expected {len(own)} elements of {received.dtype} to send, as counts say, got {len(sent)} of "
-                    f"{sent.dtype}"
-                )
+            own = gpu.part(received, starts[self.rank], starts[self.rank] + counts[self.rank])
+            sent = None
+            if not is_in_place(sendbuf):
+                sent = operand(sendbuf, stream if on_device(sendbuf) else None, writable=False)
+                if (sent.size, sent.dtype) != (own.size, received.dtype):
+                    raise ValueError(
+                        f"expected {own.size} elements of {received.dtype} to send, as counts say, got {sent.size} of "
+                        f"{sent.dtype}"
+                    )
             if tuple(starts) == cuts[:-1]:
-                return [gathering(self, sent, received[: cuts[-1]], cuts, Options(algorithm))]
-            result = np.empty(cuts[-1], received.dtype)
-            for rank, (start, count) in enumerate(zip(starts, counts, strict=True)):
-                deliver.append((received[start:][:count], result[cuts[rank] : cuts[rank + 1]]))
-            return [gathering(self, own if sent is None else sent, result, cuts, Options(algorithm))]
+                result = gpu.part(received, 0, cuts[-1])
+            else:
+                result = gpu.empty_like(received, cuts[-1])
+                sent = own if sent is None else sent
+                for rank, (start, count) in enumerate(zip(starts, counts, strict=True)):
+                    place = gpu.part(received, start, start + count)
+                    deliver.append((place, gpu.part(result, cuts[rank], cuts[rank + 1])))
+            if device:
+                return [gathering_on_device(self, own if sent is None else sent, result, cuts, Options(algorithm))]
+            return [gathering(self, cast(Any, sent), cast(Any, result), cuts, Options(algorithm))]
 
         with whole(self):
             run(agreed(self, check, "allgatherv", None, calls))
             for target, source in deliver:
-                target[:] = source
+                gpu.move(target, source)
             return None
 
     def _allgatherv_header(self, sendbuf: Any, recvbuf: Any) -> Header:
@@ -764,7 +728,7 @@ class Comm(MPI.Intracomm):
             return [Native(header, self._natively(method, sendbuf, recvbuf, op, *ending))]
 
         def on_devices() -> DeviceCall:
-            given = Array(recvbuf if in_place else sendbuf, stream)
+            given = on_stream(recvbuf if in_place else sendbuf, stream, writable=in_place)
             taken: Array | np.ndarray | None = None
             if receives:
                 taken = given if in_place else operand(recvbuf, stream if on_device(recvbuf) else None)
@@ -827,8 +791,9 @@ class Comm(MPI.Intracomm):
         run(made)
 
 
-def _are_numbers(counts: Any) -> bool:
-    return all(isinstance(count, Integral) for count in counts)
+def _again(comm: MPI.Intracomm, deterministic: bool, check: str) -> Comm:
+    """A copy of a ``Comm``."""
+    return Comm(comm, deterministic=deterministic, check=check)
 
 
 def _like(x: Any, flat: np.ndarray) -> np.ndarray:
@@ -839,10 +804,9 @@ def _like(x: Any, flat: np.ndarray) -> np.ndarray:
 
 
 def _shaped(x: Any, flat: Any) -> Any:
-    """A view, of the shape of ``x`` if it has one, and in its order."""
-    shape, flags = getattr(x, "shape", flat.shape), getattr(x, "flags", None)
-    columns = flags is not None and flags.f_contiguous and not flags.c_contiguous
-    return flat.reshape(shape[::-1]).T if columns else flat.reshape(shape)
+    """A view, of the shape of ``x`` and in its order."""
+    shape = shape_of(x)
+    return flat.reshape(shape[::-1]).T if order_of(x) else flat.reshape(shape)
 
 
 def _header(collective: str, x: np.ndarray, op: MPI.Op, root: int | None = None) -> Header:

@@ -1,12 +1,15 @@
 """Arrays in the memory of GPUs, and what the engine does with them: all that it knows of CuPy.
 
-CuPy is found where the program has imported it, and imported here only for a program that asks for a GPU (``take``).
+CuPy is found where the program has imported it, and imported here only for a program that asks for a GPU (``take``), or
+passes a device array of another library.
 
 An array is read and written on a stream, the current one of its device unless another one is named: after all that was
 put on that stream before the call, and before all that is put there after it.  Nothing else is promised, as with any
 operation of CuPy's, and so nothing more is waited for: the host waits where MPI, or another process, is to read.
 """
 
+import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from .launch import node_of
 
 BOX = 4 << 20
@@ -44,21 +47,56 @@ def in_host_memory(x: Any) -> np.ndarray:
     return x if isinstance(x, np.ndarray) else x.get()
 
 
-class Array:
-    """A CuPy array as collectives have it: ``size`` elements of ``dtype``, side by side from ``pointer`` on.
+def holds(x: Any) -> bool:
+    """Is an exporter of the CUDA array interface in the memory of a device?  Some export host memory."""
+    if is_cupy(x):
+        return True
+    pointer, _ = x.__cuda_array_interface__["data"]
+    if _driver() is None:
+        return _rocm()  # whose arrays have the same interface
+    return not pointer or _attributes(pointer).kind == _DEVICE  # an empty array is nowhere, and what it says
 
-    Raises ``TypeError`` for arrays of others, ``ValueError`` if it is not contiguous, or the stream is of another
-    device.
+
+def adopted(x: Any, writable: bool) -> Any:
+    """A CuPy array on the memory of another library's array, of which all is there that was to be written."""
+    name = f"{type(x).__module__}.{type(x).__name__} is in the memory of a device"
+    try:
+        module = importlib.import_module("cupy")
+    except ImportError as error:
+        raise TypeError(
+            f"{name}, which needs CuPy ({error}): pip install 'mpicoll[cuda13]', or cuda12; or pass a copy in host "
+            "memory"
+        ) from None
+    try:
+        readonly = False
+        if hasattr(x, "__cuda_array_interface__"):
+            found, (_, readonly) = module.asarray(x), x.__cuda_array_interface__["data"]
+        else:
+            found = module.from_dlpack(x)
+    except Exception as error:
+        raise TypeError(
+            f"{name}, and no CuPy array can be made of it ({reason(error)}): pass cupy.asarray(x), or a copy in host "
+            "memory"
+        ) from error
+    if readonly and writable:
+        raise ValueError("expected a writable array: the result is written in place")
+    return found
+
+
+class Array:
+    """A device array as collectives have it: ``size`` elements of ``dtype``, side by side from ``pointer`` on.
+
+    Arrays of CuPy's, and all others that export the CUDA array interface or DLPack: what is written to those is there
+    when the call returns (``settle``), since nobody knows the stream on which they are read next.
+
+    Raises ``TypeError`` if CuPy cannot read it, ``ValueError`` if it is not contiguous, or is to be written and must
+    not be, or the stream is of another device.
     """
 
-    def __init__(self, x: Any, stream: Any = None) -> None:
-        if isinstance(x, (list, tuple)):
-            raise TypeError("an array in the memory of a device is passed by itself, without count and datatype")
+    def __init__(self, x: Any, stream: Any = None, writable: bool = False) -> None:
+        self._told = stream is not None or is_cupy(x)
         if not is_cupy(x):
-            raise TypeError(
-                f"{type(x).__module__}.{type(x).__name__} is in the memory of a device and no CuPy array: "
-                "pass cupy.asarray(x), or a copy in host memory"
-            )
+            x = adopted(x, writable)
         if not (x.flags.c_contiguous or x.flags.f_contiguous):
             raise ValueError("expected a contiguous array; reduce cupy.ascontiguousarray(x) instead")
         self.array = x  # which keeps the memory
@@ -66,11 +104,20 @@ class Array:
         self.pointer, self.device = int(x.data.ptr), int(x.device.id)
         self.stream = _stream(stream, self.device)
 
+    def settle(self) -> None:
+        """Wait for what was written, unless it is known on which stream it is read next."""
+        if not self._told:
+            self.synchronize()
+
+    def view(self, dtype: np.dtype) -> "Array":
+        """The same memory, as elements of another dtype."""
+        other = copy(self)
+        other.dtype, other.size = dtype, self.nbytes // dtype.itemsize
+        return other
+
     def as_bytes(self) -> "Array":
         """The same memory."""
-        other = copy(self)
-        other.dtype, other.size = np.dtype(np.uint8), self.nbytes
-        return other
+        return self.view(np.dtype(np.uint8))
 
     def part(self, lo: int, hi: int) -> "Array":
         """Elements from ``lo`` to before ``hi``."""
@@ -133,8 +180,9 @@ def empty(count: int, dtype: np.dtype, like: Array) -> Any:
 
 def in_c_order(x: Any, stream: Any) -> Any:
     """A copy row by row, of an array that lies there column by column."""
-    with on(Array(x, stream)):
-        return x.copy(order="C")
+    array = Array(x, stream)
+    with on(array):
+        return array.array.copy(order="C")
 
 
 def copied(array: Array) -> Array:
@@ -142,6 +190,20 @@ def copied(array: Array) -> Array:
     other = Array(empty(array.size, array.dtype, array), array.stream)
     other.fill_from(array)
     return other
+
+
+def empty_like(x: "Array | np.ndarray", count: int) -> "Array | np.ndarray":
+    """New memory where ``x`` is, for as many elements of its dtype, and on its stream."""
+    return Array(empty(count, x.dtype, x), x.stream) if isinstance(x, Array) else np.empty(count, x.dtype)
+
+
+def move(target: "Array | np.ndarray", source: "Array | np.ndarray") -> None:
+    """Copy between two arrays that are on the same device and stream, or in host memory both."""
+    if isinstance(target, Array):
+        target.fill_from(source)
+        target.settle()
+    else:
+        target[:] = source
 
 
 def part(array: "Array | np.ndarray", lo: int, hi: int) -> "Array | np.ndarray":
@@ -233,6 +295,7 @@ def deliver(host: np.ndarray, array: Array) -> None:
     array.store(host)
     with _using:
         _in_use.append((array.record(), host))
+    array.settle()
 
 
 def register(memory: np.ndarray) -> bool:
@@ -468,28 +531,40 @@ class Allocation(NamedTuple):
     device: int
 
 
+class _Pointer(NamedTuple):
+    """What the CUDA driver knows of a pointer; nothing of one to host memory that CUDA has not made."""
+
+    kind: int = 0
+    base: int = 0
+    size: int = 0
+    number: int = 0
+    capable: int = 0  # of being opened by other processes
+
+
+_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
+
+
 def allocation(array: Array) -> Allocation | None:
     """The one that an array lies in; none if it cannot be opened by other processes, as managed memory cannot."""
-    base, size, number, capable = _attributes(array.pointer)
+    _, base, size, number, capable = _attributes(array.pointer)
     if not capable or array.pointer + array.nbytes > base + size:
         return None
     return Allocation(number + 1, base, size, array.device)
 
 
-def _attributes(pointer: int) -> tuple[int, int, int, bool]:
-    """Where the allocation begins, its bytes, its number, and whether it has a handle: CuPy does not say, the driver
-    does."""
+def _attributes(pointer: int) -> _Pointer:
+    """CuPy does not say, the driver does."""
     import ctypes  # takes milliseconds
 
     driver = _driver()
     if driver is None:
-        return 0, 0, 0, False
-    values = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_int()
-    asked = (ctypes.c_int * 4)(11, 12, 7, 10)  # RANGE_START_ADDR, RANGE_SIZE, BUFFER_ID, IS_LEGACY_CUDA_IPC_CAPABLE
-    into = (ctypes.c_void_p * 4)(*map(ctypes.addressof, values))
-    error = driver.cuPointerGetAttributes(4, asked, into, ctypes.c_uint64(pointer))
-    base, size, number, capable = (value.value for value in values)
-    return base, size, number, not error and bool(capable)
+        return _Pointer()
+    values = ctypes.c_uint(), ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_int()
+    # MEMORY_TYPE, RANGE_START_ADDR, RANGE_SIZE, BUFFER_ID, IS_LEGACY_CUDA_IPC_CAPABLE
+    asked = (ctypes.c_int * 5)(2, 11, 12, 7, 10)
+    into = (ctypes.c_void_p * 5)(*map(ctypes.addressof, values))
+    error = driver.cuPointerGetAttributes(5, asked, into, ctypes.c_uint64(pointer))
+    return _Pointer() if error else _Pointer(*(value.value for value in values))
 
 
 @lru_cache
@@ -500,6 +575,17 @@ def _driver() -> Any:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
+
+
+def _rocm() -> bool:
+    """Is the library of AMD's GPUs loaded in this process?"""
+    import ctypes
+
+    for version in range(5, 9):
+        with suppress(OSError):
+            ctypes.CDLL(f"libamdhip64.so.{version}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            return True
+    return False
 
 
 def ipc_refusal() -> str:

@@ -146,8 +146,8 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
     "reduce_scatter_block": (
         lambda c: c.Reduce_scatter_block(ones(P), ones(1)),
         lambda c: c.Reduce_scatter_block(ones(2 * P), ones(2)),
-        "reduce_scatter_block of 1 float64 a rank",
-        "reduce_scatter_block of 2 float64 a rank",
+        rf"reduce_scatter of {P} float64, .*parts of \[1,",
+        rf"reduce_scatter of {2 * P} float64, .*parts of \[2,",
     ),
     "list": (
         lambda c: mpicoll.allreduce([ones(), ones(2, "f4")], c),
@@ -174,8 +174,8 @@ DIFFERENT: dict[str, Pair] = {  # what all do, what one does instead, and how th
         "allgatherv of .* bytes",
     ),
     "counts of a reduce_scatter": (
-        lambda c: c.Reduce_scatter(ones(P + 1), ones(P + 1), [P + 1] + [0] * (P - 1)),
-        lambda c: c.Reduce_scatter(ones(P + 1), ones(P + 1), [0] * (P - 1) + [P + 1]),
+        lambda c: c.Reduce_scatter(ones(P + 1), ones(0 if c.rank else P + 1), [P + 1] + [0] * (P - 1)),
+        lambda c: c.Reduce_scatter(ones(P + 1), ones(0 if c.rank < P - 1 else P + 1), [0] * (P - 1) + [P + 1]),
         r"native, parts of \[" + str(P + 1),
         r"native, parts of \[0",
     ),

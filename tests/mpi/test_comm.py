@@ -1,7 +1,9 @@
 """``mpicoll.Comm`` in place of ``MPI.COMM_WORLD``: everything is as before."""
 
+import copy
 import gc
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,49 @@ def test_it_is_another_name_for_the_same_communicator(comm, ours):
     assert ours.allreduce(2) == 2 * P  # lower case is mpi4py's
     assert ours.bcast("word" if ours.rank == 0 else None) == "word"
     ours.marker = "an attribute"
+
+
+COPIES: dict[str, Callable[[mpicoll.Comm], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "in a list": lambda c: copy.deepcopy([c])[0],
+    "pickle": lambda c: pickle.loads(pickle.dumps(c)),
+    "pickle, protocol 2": lambda c: pickle.loads(pickle.dumps(c, 2)),
+    "bcast": lambda c: c.bcast(c),
+    "Comm": mpicoll.Comm,
+    "Dup": lambda c: c.Dup(),
+    "Clone": lambda c: c.Clone(),
+    "Split": lambda c: c.Split(),
+    "Create": lambda c: c.Create(c.Get_group()),
+}
+
+
+@pytest.mark.parametrize("named", [MPI.COMM_WORLD, MPI.COMM_SELF], ids=["world", "self"])
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_keep_what_calls_do_by_default(named, how):
+    for settings in ({"deterministic": True, "check": "full"}, {"check": "off"}, {"deterministic": True}):
+        original = mpicoll.Comm(named, **settings)
+        other = COPIES[how](original)
+        assert is_ours(other)
+        assert (other.deterministic, other.check) == (original.deterministic, original.check)
+        assert (other.deterministic, other.check) == (
+            settings.get("deterministic", False),
+            settings.get("check", "header"),
+        )
+        if MPI.Comm.Compare(other, named) != MPI.IDENT:
+            other.Free()
+    changed = mpicoll.Comm(original, deterministic=False, check="off")
+    assert (changed.deterministic, changed.check) == (False, "off")
+
+
+def test_a_communicator_tells_what_it_is(comm):
+    shown = repr(mpicoll.Comm(MPI.COMM_WORLD, deterministic=True))
+    assert shown == f"<mpicoll.Comm MPI_COMM_WORLD, rank {comm.rank} of {P}, deterministic, check='header'>"
+    own = mpicoll.Comm(comm.Dup(), check="off")
+    own.name = "workers"
+    assert repr(own) == f"<mpicoll.Comm workers, rank {comm.rank} of {P}, check='off'>"
+    own.Free()
+    assert repr(own) == "<mpicoll.Comm, null or freed>"
 
 
 def test_what_is_no_communicator_is_refused():

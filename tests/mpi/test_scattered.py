@@ -225,14 +225,14 @@ def test_counts_that_do_not_fit_are_refused(comm):
         mpicoll.allgather(np.zeros(3), comm, [1] * P)
     with pytest.raises(ValueError, match=f"expected {2 * P} elements to send and room for 2 of the same dtype, got"):
         ours.Reduce_scatter(np.zeros(P), np.zeros(2), [2] * P, algorithm="ring")
-    with pytest.raises(TypeError, match="algorithms of ours need recvcounts"):
-        ours.Reduce_scatter(np.zeros(P), np.zeros(1), algorithm="ring")
+    with pytest.raises(ValueError, match=f"expected a count of 0 or more for each of {P} ranks"):
+        ours.Reduce_scatter(MPI.IN_PLACE, np.zeros(P), algorithm="ring")
     with pytest.raises(ValueError, match=f"expected {P} times what is sent, got room for {P + 1} of float64"):
         ours.Allgather(np.zeros(1), np.zeros(P + 1), "ring")
     twos, x = [2] * P, np.zeros(2 * P)
     for wrong, message in (
-        ([x, twos, twos, twos, "d"], r"expected \[buffer, counts, displacements, datatype\], as mpi4py has it, got 5"),
-        (np.zeros(2 * P + 1)[: 2 * P + 1 if P > 1 else 0], "whole number of elements for each|expected 0 elements"),
+        ([x, twos, twos, twos, "d"], r"\[buffer, counts, displacements, datatype\], as mpi4py has it, got a list of 5"),
+        (np.zeros(P), "expected 1 elements of float64 to send, as counts say, got 2 of float64"),
         ([x, [2] * (P + 1)], f"go beyond|expected a count of 0 or more for each of {P} ranks"),
         ([x, [3] * P], f"go beyond the {2 * P} elements of the buffer"),
         ([x, (twos, [-1] * P)], f"go beyond the {2 * P} elements of the buffer"),
