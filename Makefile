@@ -25,7 +25,7 @@ PYTEST := python -m pytest
 # For what needs a GPU: one that has CuPy and an MPI library, and whose mpirun is found; nothing is installed.
 PY ?= python
 
-.PHONY: train tune test lint test-serial test-mpi test-torch test-gpu bench bench-gloo bench-gpu cluster clean
+.PHONY: train tune test lint test-serial test-mpi test-mpi4py test-torch test-gpu bench bench-gloo bench-gpu cluster clean
 
 train: $(VENV)/.train-installed
 	mpirun -n $(NP) mpicoll train
@@ -50,6 +50,12 @@ test-mpi: test-mpi-1 test-mpi-2 test-mpi-3 test-mpi-4 test-mpi-5 test-mpi-8
 
 test-mpi-%: $(VENV)/.dev-installed
 	mpirun -n $* $(PYTEST) -x --color=no --only-mpi tests/mpi
+
+# mpi4py's own tests of collectives, on a mpicoll.Comm.
+test-mpi4py: test-mpi4py-1 test-mpi4py-2 test-mpi4py-3 test-mpi4py-4
+
+test-mpi4py-%: $(VENV)/.mpi4py-fetched
+	timeout --kill-after=5 300 mpirun -n $* python tests/mpi4py_suite.py $(VENV)/mpi4py-*/test
 
 # mpicoll.torch; PyTorch, a gigabyte, has an environment of its own, which is that of bench-gloo.
 test-torch:
@@ -91,6 +97,14 @@ $(VENV)/.train-installed: pyproject.toml
 
 $(VENV)/.dev-installed: $(VENV)/.train-installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(MPI),dev]'
+	touch $@
+
+# The source distribution of the mpi4py that is installed, which has its tests.
+$(VENV)/.mpi4py-fetched: $(VENV)/.dev-installed
+	rm -rf $(VENV)/mpi4py-*
+	pip download --quiet --disable-pip-version-check --no-deps --no-binary mpi4py --dest $(VENV) \
+		"mpi4py==$$(python -c 'import mpi4py; print(mpi4py.__version__)')"
+	tar -xzf $(VENV)/mpi4py-*.tar.gz -C $(VENV)
 	touch $@
 
 $(VENV)/.gloo-installed: $(VENV)/.dev-installed

@@ -59,13 +59,17 @@ def vector(x: Any, writable: bool = True) -> np.ndarray:
     if isinstance(x, (list, tuple)):
         return _specified(message(x), writable)
     array = _contiguous(_exported(x), writable)
+    _check_order(array)
+    if not array.flags.aligned:
+        raise ValueError("expected an array aligned as its dtype asks; reduce x.copy() instead")
+    return array
+
+
+def _check_order(array: np.ndarray) -> None:
     if not array.dtype.isnative:
         raise TypeError(
             f"expected native byte order, got dtype {array.dtype.str}; convert with x.astype(x.dtype.newbyteorder('='))"
         )
-    if not array.flags.aligned:
-        raise ValueError("expected an array aligned as its dtype asks; reduce x.copy() instead")
-    return array
 
 
 def _contiguous(array: np.ndarray, writable: bool) -> np.ndarray:
@@ -268,12 +272,24 @@ def message(x: Any, blocks: bool = False) -> Message:
 def _is_specification(x: Sequence[Any]) -> bool:
     """Is it mpi4py's [buffer, count, datatype] or one of its short forms, not a list of arrays?"""
     return 2 <= len(x) <= 4 and any(
-        last is None or isinstance(last, (str, MPI.Datatype, Integral)) or _is_counts(last) for last in x[1:]
+        last is None or isinstance(last, (str, MPI.Datatype)) or _is_number(last) or _is_counts(last) for last in x[1:]
     )
 
 
 def _is_counts(x: Any) -> bool:
-    return isinstance(x, (tuple, list)) and all(n is None or isinstance(n, Integral) for n in x)
+    return isinstance(x, (tuple, list)) and all(n is None or _is_number(n) for n in x)
+
+
+def _is_number(n: Any) -> bool:
+    """Is it a whole number, of whatever type?  An array of integers with no dimension is one, as for mpi4py."""
+    if isinstance(n, Integral):
+        return True
+    if not hasattr(n, "__index__") or getattr(n, "ndim", False):
+        return False
+    try:
+        return index(n) is not None
+    except TypeError:
+        return False
 
 
 def _named(asked: Message, nbytes: int, dtype: np.dtype) -> tuple[int, int]:
@@ -292,6 +308,8 @@ def _named(asked: Message, nbytes: int, dtype: np.dtype) -> tuple[int, int]:
 
 def _specified(asked: Message, writable: bool) -> np.ndarray:
     """What a message of one block names, in host memory."""
+    if (asked.buffer is None or asked.buffer is MPI.BOTTOM) and not asked.count and asked.datatype is not None:
+        return np.empty(0, dtype_of(asked.datatype))
     if asked.datatype is None:
         flat = vector(asked.buffer, writable)
         dtype = flat.dtype
@@ -313,10 +331,10 @@ def blocks(x: Any, p: int, stream: Any = None) -> tuple[np.ndarray | Array, list
     if counts is None:
         found = [flat.size // p + (rank < flat.size % p) for rank in range(p)]
     else:
-        found = [index(counts)] * p if isinstance(counts, Integral) else [index(count) for count in counts]
+        found = [index(counts)] * p if _is_number(counts) else [index(count) for count in counts]
     if displacements is None:
         starts = [0, *accumulate(found)][: len(found)]
-    elif isinstance(displacements, Integral):
+    elif _is_number(displacements):
         starts = [index(displacements) * rank for rank in range(len(found))]
     else:
         starts = [index(start) for start in displacements]
@@ -355,10 +373,18 @@ def described(x: Any, writable: bool = False) -> tuple[str, int | None]:
         return (str(error), None) if size is None else ("bytes" if size else "", size)
 
 
+def _movable(x: Any, writable: bool) -> np.ndarray:
+    """What ``vector`` gives, and NumPy arrays of structures, or not aligned, which may be moved though not reduced."""
+    if not isinstance(x, np.ndarray):
+        return vector(x, writable)
+    _check_order(x)
+    return _contiguous(x, writable)
+
+
 def payload(x: Any, writable: bool = False) -> tuple[str, int | None]:
     """The same in bytes."""
     try:
-        return "bytes", _contiguous(x, writable).nbytes if isinstance(x, np.ndarray) else vector(x, writable).nbytes
+        return "bytes", _movable(x, writable).nbytes
     except Exception:
         dtype, size = described(x, writable)
         return ("bytes", size) if size is not None else (dtype, None)
@@ -381,8 +407,7 @@ def as_bytes(x: Any, load: bool, store: bool) -> Part:
     """What is moved, of any dtype and datatype: the memory itself, or where that is in pieces (as of derived types) a
     copy, which is filled before, and brought back after, as asked."""
     try:
-        flat = _contiguous(x, store) if isinstance(x, np.ndarray) else vector(x, store)
-        return Part(flat.view(np.uint8))
+        return Part(_movable(x, store).view(np.uint8))
     except REFUSALS:
         size = _derived_size(x)
         if size is None:
@@ -419,6 +444,8 @@ def dtype_of(datatype: MPI.Datatype | str) -> np.dtype:
         raise TypeError(f"expected an MPI datatype, got {type(datatype).__name__}")
     if not datatype or not datatype.is_predefined or datatype == MPI.LOGICAL:
         raise TypeError("derived MPI datatypes are reduced by the MPI library only: algorithm='native' of a Comm")
+    if datatype == MPI.BYTE:  # no number, though its bits may be combined: by the MPI library
+        return np.dtype("V1")
     dtype = to_numpy_dtype(datatype)
     if not dtype.itemsize:
         raise TypeError(f"{datatype.name} is nothing to be reduced")

@@ -333,12 +333,11 @@ def gathering(
     comm: MPI.Intracomm, flat: np.ndarray | None, result: np.ndarray, cuts: tuple[int, ...], options: Options
 ) -> "Call":
     """``allgather`` into ``result``, which holds this rank's part already if none is given."""
-    if flat is not None:
-        result[cuts[comm.rank] : cuts[comm.rank + 1]] = flat
     size = result.dtype.itemsize
     raw = result.view(np.uint8) if size else np.empty(0, np.uint8)
     in_bytes = tuple(cut * size for cut in cuts)
-    return decide(comm, Part(raw), MOVE, options, collective="allgather", cuts=in_bytes)
+    call = decide(comm, Part(raw), MOVE, options, collective="allgather", cuts=in_bytes)
+    return call if flat is None or not size else call._replace(own=flat.view(np.uint8))
 
 
 def cuts_of(counts: Sequence[int] | None, total: int | None, p: int) -> tuple[int, ...]:
@@ -674,11 +673,14 @@ class Call(NamedTuple):
     result: np.ndarray | None = None  # where it goes, unless it is in place
     detail: str = ""  # what else all ranks must have in common
     sent: np.ndarray | None = None  # what is given, if it is not there already
+    own: np.ndarray | None = None  # in an allgather, what this rank's part is to hold
     boxed: bool = True  # in shared memory, may it be copied there first?
 
     def run(self) -> None:
         """Do it, and bring the result to where it is wanted."""
         flat = self.part.flat
+        if self.own is not None and self.cuts is not None:
+            flat[self.cuts[self.comm.rank] : self.cuts[self.comm.rank + 1]] = self.own
         if self.row is SHARED:
             if not self._run_shared():
                 self.without_sharing().run()

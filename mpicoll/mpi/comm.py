@@ -535,7 +535,7 @@ class Comm(MPI.Intracomm):
             except REFUSALS:
                 if device or options not in (Options(), Options("native")) or not isinstance(op, MPI.Op):
                     raise
-                return [natively(all_, cuts)]
+                return [natively(all_, counts, cuts)]
             if cuts is None:
                 each = given.size // self.size if in_place else taken.size
                 cuts = cuts_of([each] * self.size, None, self.size)
@@ -554,14 +554,14 @@ class Comm(MPI.Intracomm):
             part = Part(cast(np.ndarray, given))
             return [decide(self, part, found, options, collective="reduce_scatter", cuts=cuts, result=cast(Any, taken))]
 
-        def natively(all_: Any, cuts: tuple[int, ...] | None) -> Native:
+        def natively(all_: Any, counts: list[int] | None, cuts: tuple[int, ...] | None) -> Native:
             """Of datatypes and operations that are the MPI library's only; or what mpi4py says of them."""
             op_name, (dtype, count) = name_of(cast(MPI.Op, op)), described(all_)
             if cuts is None:
                 header = header_of("reduce_scatter_block", op_name, dtype, count)
                 return Native(header, self._natively("Reduce_scatter_block", sendbuf, recvbuf, op))
             header = Header("reduce_scatter", "native", op_name, dtype, count, (), cuts)
-            return Native(header, self._natively("Reduce_scatter", sendbuf, recvbuf, recvcounts, op))
+            return Native(header, self._natively("Reduce_scatter", sendbuf, recvbuf, counts, op))
 
         return agreed(self, check, "reduce_scatter", recvbuf, calls)
 
