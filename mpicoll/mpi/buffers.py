@@ -40,8 +40,14 @@ def parts(x: Any, masked: bool = False, stream: Any = None) -> list[Part]:
     Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything that cannot be written in place, and
     for masked arrays unless they are taken for their data.
     """
-    if isinstance(x, (list, tuple)) and not _is_specification(x):
-        return _fused(x, masked, stream)
+    if isinstance(x, (list, tuple)):
+        if not _is_specification(x):
+            return _fused(x, masked, stream)
+        if all(hasattr(n, "shape") and not isinstance(n, Integral) for n in x[1:]):
+            raise TypeError(
+                "an integer array of no dimension could be a count, or one more array of a list: pass [x, int(n)], or "
+                "[x, n.reshape(1)]"
+            )
     if isinstance(x, np.ma.MaskedArray) and not masked:
         raise TypeError("expected a plain array, got a masked one: reduce its data, x.data, or x.filled()")
     if on_device(x):
