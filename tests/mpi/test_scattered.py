@@ -212,6 +212,46 @@ def test_data_of_any_kind_are_gathered(comm, name):
         mpicoll.allgather(np.array([None]), comm, algorithm=name)
 
 
+class Exporter:
+    """An array that tells its shape by DLPack alone."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+class InHostMemory:
+    """What says that it is on a GPU, though its memory is the host's."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.__cuda_array_interface__ = {"version": 3, **array.__array_interface__}
+        self._array = array
+
+
+EXPORTS: dict[str, Any] = {"dlpack": Exporter, "cuda": InHostMemory, "memoryview": memoryview, "numpy": np.asarray}
+
+
+@pytest.mark.parametrize("export", EXPORTS.values(), ids=EXPORTS)
+@pytest.mark.parametrize("order", ["row by row", "column by column", "one column", "no dimension"])
+def test_arrays_of_any_library_keep_their_shape_and_order(comm, export, order):
+    shape = {"one column": (4, 1), "no dimension": ()}.get(order, (2, 3))
+    layout: Any = "F" if order == "column by column" else "C"
+    arrays = [
+        np.array(own_data(6, rank)[: np.prod(shape, dtype=int)].reshape(shape), order=layout) for rank in range(P)
+    ]
+    given, ours = export(arrays[comm.rank]), mpicoll.Comm(comm)
+    np.testing.assert_array_equal(mpicoll.allgather(given, comm), arrays)
+    np.testing.assert_array_equal(ours.allreduce_shared(given), np.sum(arrays, axis=0))
+    result = np.array(arrays[comm.rank], order=layout)
+    mpicoll.allreduce(export(result), comm, check="full")
+    np.testing.assert_array_equal(result, np.sum(arrays, axis=0))
+
+
 def test_counts_that_do_not_fit_are_refused(comm):
     ours = mpicoll.Comm(comm)
     for counts in ([1] * (P + 1), [-1] + [1] * (P - 1), []):
