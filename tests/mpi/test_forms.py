@@ -1,0 +1,526 @@
+"""A buffer's specification means to ``mpicoll.Comm`` what it means to mpi4py: every form, on every collective.
+
+A form is a row: how mpi4py is told of so many elements in the middle of a larger memory.  Each is passed to mpi4py's
+own method and to ours, and all of both memories must be the same afterwards: the elements that are named, and those
+that are not.  What mpi4py refuses is refused by all ranks.  All that differs is listed at the end of a test.
+"""
+
+import os
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from math import inf
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import mpicoll
+from mpicoll.mpi import select
+
+P = MPI.COMM_WORLD.size
+RANK = MPI.COMM_WORLD.rank
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner"),
+    pytest.mark.timeout(300),
+]
+BEFORE = 8  # elements of the memory before those that are named, a multiple of every derived type's extent
+AFTER = 8
+SHARED = ["shared"] if P > 1 else []
+LARGE = (1 << 20) // 8 + 4  # past the thresholds of what reduces, in every block
+
+
+@lru_cache(maxsize=8)
+def pattern(size: int, factor: int, start: int, modulus: int, lowest: int) -> np.ndarray:
+    """Whole numbers, so that sums are exact."""
+    return (np.arange(size) * factor + start) % modulus + lowest
+
+
+class Memory:
+    """``blocks`` times ``n`` elements, and others before and after them, all different, on this and on other ranks."""
+
+    def __init__(self, n: int, blocks: int = 1, filled: bool = True, kind: str = "", dtype: str = "d") -> None:
+        self.n, self.total, self.code = n, n * blocks, dtype
+        size = BEFORE + self.total + AFTER
+        self.owner: Any
+        if kind == "bytearray":
+            self.owner = bytearray(size * np.dtype(dtype).itemsize)
+        elif kind == "array.array":
+            self.owner = array(dtype, bytes(size * np.dtype(dtype).itemsize))
+        else:
+            self.owner = np.empty(size, dtype)
+        self.whole = np.frombuffer(self.owner, dtype)
+        self.whole[:] = pattern(size, 1, 0, 1000, 5000)
+        self.exact = self.whole[BEFORE : BEFORE + self.total]
+        self.long = self.whole[BEFORE:]
+        self.up_to = self.whole[: BEFORE + self.total]
+        if filled:
+            self.exact[:] = pattern(self.total, 7, RANK * 11, 101, RANK)
+        self.type = MPI.Datatype.fromcode(dtype)
+
+    def kept(self, result: int | None) -> "Memory":
+        """The same, of whose elements that are named only the first hold a result: the others may hold anything."""
+        self.loose = slice(BEFORE + (self.total if result is None else result), BEFORE + self.total)
+        return self
+
+    loose = slice(0, 0)
+
+    def seen(self) -> np.ndarray:
+        """All that is compared."""
+        seen = self.whole.copy()
+        seen[self.loose] = 0
+        return seen
+
+
+class DLPack:
+    """Nothing but an exporter of DLPack."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self._x = x
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._x.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._x.__dlpack_device__()
+
+
+class Index:
+    """A number as far as ``operator.index`` is concerned."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+
+    def __index__(self) -> int:
+        return self._n
+
+
+def read_only(x: np.ndarray) -> np.ndarray:
+    x = x[:]
+    x.flags.writeable = False
+    return x
+
+
+class Form(NamedTuple):
+    """``make`` gives the specification of what is in the middle of a ``Memory``, ``None`` where it cannot be one."""
+
+    name: str
+    make: Callable[[Memory], Any]
+    kind: str = ""
+    derived: bool = False  # algorithms of ours by name may refuse it
+    extends: bool = False  # ours may take what mpi4py refuses
+
+
+def pairs(m: Memory) -> Any:
+    return m.exact.reshape(2, m.total // 2) if m.total % 2 == 0 else None
+
+
+def if_by(divisor: int, m: Memory, make: Callable[[], Any]) -> Any:
+    return make() if m.n % divisor == 0 else None
+
+
+TWO = MPI.DOUBLE.Create_contiguous(2).Commit()
+GAP = MPI.DOUBLE.Create_vector(2, 1, 2).Create_resized(0, 32).Commit()  # elements 0 and 2 of four
+TWIN = MPI.DOUBLE.Dup()
+
+TAKEN = [
+    Form("a", lambda m: m.exact),
+    Form("[a, type]", lambda m: [m.exact, m.type]),
+    Form("(a, type)", lambda m: (m.exact, m.type)),
+    Form("[a, code]", lambda m: [m.exact, m.code]),
+    Form("[a, None]", lambda m: [m.exact, None]),
+    Form("[a, n]", lambda m: [m.long, m.n]),
+    Form("(a, n)", lambda m: (m.long, m.n)),
+    Form("[a, int64(n)]", lambda m: [m.long, np.int64(m.n)]),
+    Form("[a, array(n)]", lambda m: [m.long, np.array(m.n)]),
+    Form("[a, index(n)]", lambda m: [m.long, Index(m.n)]),
+    Form("[a, index(n), type]", lambda m: [m.long, Index(m.n), m.type]),
+    Form("[a, n, type]", lambda m: [m.long, m.n, m.type]),
+    Form("(a, n, code)", lambda m: (m.long, m.n, m.code)),
+    Form("[a, n, None]", lambda m: [m.long, m.n, None]),
+    Form("[a, None, type]", lambda m: [m.exact, None, m.type]),
+    Form("[a, None, None]", lambda m: [m.exact, None, None]),
+    Form("[a, (n, displ)]", lambda m: [m.whole, (m.n, BEFORE)]),
+    Form("[a, [n, displ]]", lambda m: [m.whole, [m.n, BEFORE]]),
+    Form("[a, (n, index(displ))]", lambda m: [m.whole, (m.n, Index(BEFORE))]),
+    Form("[a, (n, None)]", lambda m: [m.long, (m.n, None)]),
+    Form("[a, (None, displ)]", lambda m: [m.up_to, (None, BEFORE)]),
+    Form("[a, (None, None)]", lambda m: [m.exact, (None, None)]),
+    Form("[a, (n, displ), type]", lambda m: [m.whole, (m.n, BEFORE), m.type]),
+    Form("(a, [n, displ], code)", lambda m: (m.whole, [m.n, BEFORE], m.code)),
+    Form("[a, (n, displ), None]", lambda m: [m.whole, (m.n, BEFORE), None]),
+    Form("[a, (n, None), type]", lambda m: [m.long, (m.n, None), m.type]),
+    Form("[a, (None, displ), type]", lambda m: [m.up_to, (None, BEFORE), m.type]),
+    Form("[a, n, displ, type]", lambda m: [m.whole, m.n, BEFORE, m.type]),
+    Form("[a, n, displ, None]", lambda m: [m.whole, m.n, BEFORE, None]),
+    Form("[a, n, None, code]", lambda m: [m.long, m.n, None, m.code]),
+    Form("[a, None, displ, type]", lambda m: [m.up_to, None, BEFORE, m.type]),
+    Form("[a, None, None, None]", lambda m: [m.exact, None, None, None]),
+    Form("memoryview", lambda m: m.exact.data),
+    Form("memoryview of two dimensions", lambda m: m.exact.reshape(1, -1).data),
+    Form("[memoryview, n, type]", lambda m: [m.long.data, m.n, m.type]),
+    Form("[memoryview of bytes, type]", lambda m: [m.exact.view("u1").data, m.type]),
+    Form("[bytearray, n, displ, type]", lambda m: [m.owner, m.n, BEFORE, m.type], "bytearray"),
+    Form("[bytearray, (n, displ), code]", lambda m: [m.owner, (m.n, BEFORE), m.code], "bytearray"),
+    Form("[array.array, (n, displ)]", lambda m: [m.owner, (m.n, BEFORE)], "array.array"),
+    Form("[array.array, n, displ, type]", lambda m: [m.owner, m.n, BEFORE, m.type], "array.array"),
+    Form("DLPack", lambda m: DLPack(m.exact)),
+    Form("[DLPack, n]", lambda m: [DLPack(m.long), m.n]),
+    Form("two dimensions", lambda m: m.exact.reshape(-1, 1)),
+    Form("Fortran order", lambda m: None if pairs(m) is None else pairs(m).T),
+    Form("[Fortran order, type]", lambda m: None if pairs(m) is None else [pairs(m).T, m.type]),
+    Form("no dimension", lambda m: m.exact.reshape(()) if m.total == 1 else None),
+    Form("masked", lambda m: np.ma.array(m.exact, copy=False)),
+    Form("[masked, n, type]", lambda m: [np.ma.array(m.long, copy=False), m.n, m.type]),
+    Form("[of another dtype, type]", lambda m: [m.exact.view("i8"), m.type]),
+    Form("[of another size, n, displ, type]", lambda m: [m.whole.view("u1"), m.n, BEFORE, m.type]),
+    Form("[of another byte order, type]", lambda m: [m.exact.view(">f8"), m.type]),
+    Form("[None, 0, type]", lambda m: None if m.n else [None, 0, m.type]),
+    Form("[BOTTOM, 0, type]", lambda m: None if m.n else [MPI.BOTTOM, 0, m.type]),
+    Form("[None, type]", lambda m: None if m.n else [None, m.type]),
+]  # fmt: skip
+"""All describe the same elements."""
+
+OTHERS = [
+    # Other types: what moves data takes them, and what reduces only if the operation is defined on them.
+    Form("of bytes", lambda m: m.exact.view("u1")),
+    Form("[of bytes, BYTE]", lambda m: [m.exact.view("u1"), MPI.BYTE]),
+    Form("[a, n bytes, BYTE]", lambda m: [m.long, 8 * m.n, MPI.BYTE]),
+    Form("[a, n, TWO]", lambda m: if_by(2, m, lambda: [m.long, m.n // 2, TWO]), derived=True),
+    Form("[a, TWO]", lambda m: if_by(2, m, lambda: [m.exact, TWO]), derived=True),
+    Form("[a, n, displ, TWO]", lambda m: if_by(2, m, lambda: [m.whole, m.n // 2, 4, TWO]), derived=True),
+    Form("[a, n, GAP]", lambda m: if_by(4, m, lambda: [m.long, m.n // 4, GAP]), derived=True),
+    Form("[a, (n, displ), GAP]", lambda m: if_by(4, m, lambda: [m.whole, (m.n // 4, 2), GAP]), derived=True),
+    Form("[a, GAP]", lambda m: if_by(4, m, lambda: [m.exact, GAP]), derived=True),
+    Form("[a, n, TWIN]", lambda m: [m.long, m.n, TWIN], derived=True),
+    # What mpi4py refuses.  ([a, DATATYPE_NULL] is left out: MPICH 5.0.2 aborts the job.)
+    Form("[a]", lambda m: [m.exact], extends=True),
+    Form("(a,)", lambda m: (m.exact,), extends=True),
+    Form("[]", lambda m: []),
+    Form("[a, n, displ, type, type]", lambda m: [m.whole, m.n, BEFORE, m.type, m.type]),
+    Form("[a, -n]", lambda m: [m.long, -1]),
+    Form("[a, (n, -displ)]", lambda m: [m.long, (m.n, -1)]),
+    Form("[a, (n, displ beyond)]", lambda m: [m.whole, (m.n, len(m.whole) + 1)]),
+    Form("[a, (n,)]", lambda m: [m.long, (m.n,)]),
+    Form("[a, ()]", lambda m: [m.exact, ()]),
+    Form("[a, (n, displ, 0)]", lambda m: [m.whole, (m.n, BEFORE, 0)]),
+    Form("[a, (n, displ, 0), type]", lambda m: [m.whole, (m.n, BEFORE, 0), m.type]),
+    Form("[a, array((n, displ))]", lambda m: [m.whole, np.array([m.n, BEFORE])]),
+    Form("[a, (n, displ), 0, type]", lambda m: [m.whole, (m.n, BEFORE), 0, m.type]),
+    Form("[a, type, n]", lambda m: [m.long, m.type, m.n]),
+    Form("[a, n, n]", lambda m: [m.long, m.n, 0]),
+    Form("[a, 1.0]", lambda m: [m.long, float(m.n)]),
+    Form("[a, unknown code]", lambda m: [m.exact, "no such type"]),
+    Form("[part of an element, type]", lambda m: [m.long.view("u1")[:-1], m.type]),
+    Form("of another byte order", lambda m: m.exact.view(">f8")),
+    Form("strided", lambda m: m.whole[::2]),
+    Form("[strided, n]", lambda m: [m.whole[::2], m.n // 2]),
+    Form("text", lambda m: "text"),
+    Form("objects", lambda m: np.array([None] * m.total)),
+]  # fmt: skip
+FORMS = [*TAKEN, *OTHERS]
+READ_ONLY = Form("read-only", lambda m: read_only(m.exact))
+PLAIN = TAKEN[0]
+
+
+def mixed(forms: Sequence[Form]) -> list[Form]:
+    """Another form on every rank: rows that say so."""
+    return [
+        forms[(n + 7 * RANK) % len(forms)]._replace(name=f"form {n} + 7 rank of {len(forms)}")
+        for n in range(0, len(forms), 3)
+    ]
+
+
+class Case(NamedTuple):
+    """A call: ``make`` gives new memories, and the arguments made of them."""
+
+    name: str
+    form: Form
+    make: Callable[[Form], tuple[list[Memory], tuple[Any, ...]]]
+    reference: Callable[[Form], tuple[list[Memory], tuple[Any, ...]]] | None = None
+    """How mpi4py is asked for the same, where it cannot be in the same way; the last memory is what is compared."""
+
+
+REFUSED, MISMATCH = 1, 2
+
+
+class Differences:
+    """What differs, gathered on all ranks."""
+
+    def __init__(self, comm: MPI.Intracomm, collective: str) -> None:
+        self.comm, self.collective, self.found = comm.Dup(), collective, list[tuple[str, ...]]()
+        self.what, self.until, self.ended = "", inf, threading.Event()
+        threading.Thread(target=self._give_up, daemon=True).start()
+
+    def _give_up(self) -> None:
+        """What hangs is known as long as there is only one way out."""
+        while not self.ended.wait(1):
+            if time.monotonic() > self.until:
+                found = "\n".join(map(str, self.found))
+                print(
+                    f"rank {RANK}: {self.collective} {self.what} HANGS; so far:\n{found}",
+                    file=sys.__stderr__,
+                    flush=True,
+                )
+                os._exit(3)
+
+    def watched(self, what: str, call: Callable[[], Any]) -> str:
+        """What it raises, or nothing; all is over if it does not come back."""
+        self.what, self.until = what, time.monotonic() + 30
+        if os.environ.get("FORMS_TRACE"):
+            os.write(2, f"{RANK} {what}\n".encode())
+        try:
+            call()
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        finally:
+            self.until = inf
+        return ""
+
+    def compare(self, case: "Case", theirs: MPI.Intracomm, ours: MPI.Intracomm, ways: Sequence[str]) -> None:
+        """One case, by all these algorithms, and unchecked by the first."""
+        memories, args = (case.reference or case.make)(case.form)
+        method = getattr(ours, self.collective)
+        refusal = self.watched(f"{case.name} by mpi4py", lambda: getattr(theirs, self.collective)(*args))
+        expected = [memory.seen() for memory in memories]
+
+        def attempt(way: str, check: str | None) -> str:
+            memories, args = case.make(case.form)
+            before = [memory.seen() for memory in memories]
+            what = f"{case.name}, {way}, {check or 'checked'}"
+            error = self.watched(what, lambda: method(*args, algorithm=way, check=check))
+            got = [memory.seen() for memory in memories]
+            found = ""
+            if error and not refusal and not (case.form.derived and way not in ("auto", "native")):
+                found = f"refused, {error}"
+            elif error:
+                found = "refused, and written to: " + where(got, before) if where(got, before) else ""
+            elif refusal and not case.form.extends:
+                found = f"taken, mpi4py has {refusal}"
+            elif not refusal:
+                found = where(got[-len(expected) :], expected[-len(got) :])
+            if found:
+                self.found.append((case.name, way, check or "checked", found))
+            return error
+
+        raised = [refusal, *(attempt(way, None) for way in ways)]
+        everyones = self.outcomes(raised)
+        assert not everyones[0].any() or everyones[0].all(), case.name  # or there is nothing to compare with
+        for way, outcomes in zip(ways, everyones[1:], strict=True):
+            if outcomes.any() and not outcomes.all():
+                self.found.append((case.name, way, "checked", f"refused by some: {outcomes}"))
+        # Unchecked, what one rank alone refuses is a hang, as it is for mpi4py.
+        if not everyones[1].any() or (everyones[1] == REFUSED).all():
+            unchecked = self.outcomes([attempt(ways[0], "off")])[0]
+            if unchecked.any() and not unchecked.all():
+                self.found.append((case.name, ways[0], "off", f"refused by some: {unchecked}"))
+
+    def outcomes(self, raised: list[str]) -> np.ndarray:
+        """What all ranks have come to, of calls each of which raised something or nothing."""
+        kinds = [MISMATCH if error.startswith("MismatchError") else REFUSED if error else 0 for error in raised]
+        mine = np.array(kinds, "u1")
+        everyones = np.empty((P, len(mine)), "u1")
+        self.comm.Allgather(mine, everyones)
+        return everyones.T
+
+    def report(self) -> None:
+        """Fail on all ranks with what there is on all of them."""
+        same: dict[tuple[str, str], list[set[str]]] = {}
+        for rank, found in enumerate(self.comm.allgather(self.found)):
+            for case, way, check, what in found:
+                for known, one in zip(
+                    same.setdefault((case, what), [set(), set(), set()]), (str(rank), way, check), strict=True
+                ):
+                    known.add(one)
+        self.ended.set()
+        self.comm.Free()
+        lines = [
+            f"{self.collective} {case} | ranks {', '.join(sorted(ranks))} | {', '.join(sorted(ways))} | "
+            f"{', '.join(sorted(checks))} | {what}"
+            for (case, what), (ranks, ways, checks) in same.items()
+        ]
+        assert not lines, f"{len(lines)} differences:\n" + "\n".join(lines)
+
+
+def where(got: list[np.ndarray], expected: list[np.ndarray]) -> str:
+    """In what memories differ."""
+    said = []
+    for n, (memory, other) in enumerate(zip(got, expected, strict=True)):
+        if len(at := np.flatnonzero(memory != other)):
+            first = int(at[0])
+            said.append(
+                f"memory {n} wrong: {len(at)} of {len(other)}, at {first - BEFORE} {memory[first]}, not {other[first]}"
+            )
+    return "; ".join(said)
+
+
+FEW = ("a", "[a, n]", "[a, (n, displ), type]", "[a, n, displ, type]", "[DLPack, n]", "Fortran order", "[a, n, GAP]")
+SIZES = [("native", 0), ("native", 12), ("native", LARGE), ("ours", 0), ("ours", 1), ("ours", 12)]
+SUM = MPI.SUM
+
+
+@pytest.fixture(params=[size for size in SIZES if P <= 3 or size[1] > 1], ids=lambda size: f"{size[0]} {size[1]}")
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
+    """Whose algorithms ``"auto"`` takes for small arrays; and how many elements."""
+    if request.param[0] == "ours":
+        monkeypatch.setattr(select, "LARGE", dict.fromkeys(select.LARGE, 0))
+        for collective in select.SHARED_FROM:
+            monkeypatch.setitem(select.SHARED_FROM, collective, 0)
+    return request.param
+
+
+def swept(comm: MPI.Intracomm, size: tuple[str, int], collective: str, key: str, cases: Iterable[Case]) -> None:
+    """All of them, by the algorithms that may be taken: which one it is, they read the same.
+
+    With more than three ranks, which are more than most small machines have cores, each is by one of those that are
+    named."""
+    named = ["native"] if size[0] == "native" else [*mpicoll.ALGORITHMS[key], *SHARED]
+    other = comm.Dup()
+    found, ours = Differences(comm, collective), mpicoll.Comm(other)
+    for n, case in enumerate(cases):
+        some = named if size[1] == 12 and P <= 3 and case.form not in OTHERS else [named[n % len(named)]]
+        found.compare(case, comm, ours, ["auto"] if size[1] >= LARGE else ["auto", *some])
+    other.Free()
+    found.report()
+
+
+class Shape(NamedTuple):
+    """So many elements in so many blocks."""
+
+    n: int
+    blocks: int = 1
+
+
+def forms_of(shapes: Iterable[Shape], forms: Iterable[Form] = FORMS) -> list[Form]:
+    """All that can be had of such shapes; of large arrays a few, past the thresholds that there are."""
+    shapes, forms = [*shapes], [*forms]
+    if P > 3 and len(forms) > 1:
+        forms = forms[P % 2 :: 2]
+    there = [f for f in forms if not any(f.make(Memory(*shape, kind=f.kind)) is None for shape in shapes)]
+    if max(shapes).n >= LARGE:
+        return [form for form in there if form.name in FEW]
+    return [*there, *mixed([form for form in there if form in TAKEN])]
+
+
+def two_sided(
+    name: str,
+    sent: Shape,
+    received: Shape,
+    together: Shape,
+    rest: Callable[[], Sequence[Any]] = list,
+    *,
+    shapes: Iterable[Shape] = (),
+    forms: Iterable[Form] = FORMS,
+    result: int | None = None,
+    in_place: bool = True,
+    in_place_is_right: bool = True,
+) -> Iterator[Case]:
+    """Cases of a call with what is sent and what is received, or both in one place, of which ``result`` is the result.
+
+    ``shapes`` are those of all ranks, if they are not the same; ``rest`` gives what other arguments there are.
+    """
+
+    def both(form: Form) -> Any:
+        one, other = Memory(*sent, kind=form.kind), Memory(*received, filled=False, kind=form.kind)
+        return [one, other], (form.make(one), form.make(other), *rest())
+
+    def at_once(form: Form, word: Any = MPI.IN_PLACE) -> Any:
+        memory = Memory(*together, kind=form.kind).kept(result)
+        return [memory], (word, form.make(memory), *rest())
+
+    def not_in_place(form: Form) -> Any:
+        one, other = Memory(*sent), Memory(*together).kept(result)
+        return [other], (one.exact, [other.whole, (received.n, BEFORE), other.type], *rest())
+
+    def from_read_only(form: Form) -> Any:
+        one, other = Memory(*sent), Memory(*received, filled=False)
+        return [one, other], (READ_ONLY.make(one), form.make(other), *rest())
+
+    reference = None if in_place_is_right else not_in_place
+    shapes = [*shapes] or [sent, received, together]
+    for form in forms_of(shapes, forms):
+        yield Case(f"{name} {form.name}", form, both)
+        if in_place and (in_place_is_right or form in TAKEN):
+            yield Case(f"{name} in place {form.name}", form, at_once, reference)
+            if sent.n == 12 and in_place_is_right:
+                yield Case(f"{name} None {form.name}", form, partial(at_once, word=None), reference)
+    if sent.n >= LARGE:
+        return
+    yield Case(f"{name} sent read-only", PLAIN, from_read_only)
+    yield Case(f"{name} received read-only", READ_ONLY, both)
+
+
+COUNTS_AS: dict[str, Callable[[list[int]], Any]] = {
+    "a list": lambda counts: counts,
+    "a tuple": tuple,
+    "an array": np.array,
+    "an array of int32": lambda counts: np.array(counts, "i4"),
+    "array.array": lambda counts: array("q", counts),
+    "a memoryview": lambda counts: memoryview(array("q", counts)),
+    "a list of int64": lambda counts: [np.int64(count) for count in counts],
+    "a list of indices": lambda counts: [Index(count) for count in counts],
+    "None": lambda counts: None,
+    # What mpi4py refuses.
+    "one number": lambda counts: counts[0],
+    "too many": lambda counts: [*counts, 0],
+    "too few": lambda counts: counts[1:],
+    "an iterator": iter,
+    "floats": lambda counts: [float(count) for count in counts],
+    "too large": lambda counts: [count + 1 for count in counts],
+    "too small": lambda counts: [max(count - 1, 0) for count in counts],
+}
+
+
+def unevenly(n: int) -> list[int]:
+    """About so many on each rank, none on some; a multiple of 4 everywhere if ``n`` is."""
+    return [n * ((5 * rank + 2) % 4) if n < LARGE else n + 4 * rank for rank in range(P)]
+
+
+def as_given(counts: list[int], form: Callable[[list[int]], Any]) -> list[Any]:
+    return [form(counts), SUM]
+
+
+def parts(n: int) -> Iterator[Case]:
+    """Cases of ``Reduce_scatter``."""
+    for what, counts in {"even": [n] * P, "uneven": unevenly(n), "last": [0] * (P - 1) + [n]}.items():
+        whole, mine = Shape(sum(counts)), Shape(counts[RANK])
+        cases = partial(
+            two_sided,
+            sent=whole,
+            received=mine,
+            together=whole,
+            result=mine.n,
+            # Uneven counts in place crash MPICH 5.0.2: what is right is known from what it does not in place.
+            in_place_is_right=len({*counts}) == 1,
+            shapes=[whole, *map(Shape, counts)],
+        )
+        if what != "last":
+            yield from cases(f"n={n} {what}", rest=partial(as_given, counts, list))
+        for name, given in COUNTS_AS.items() if n == 12 else ():
+            rest, in_place = partial(as_given, counts, given), what == "even"
+            yield from cases(f"n={n} {what} counts {name}", rest=rest, forms=[PLAIN], in_place=in_place)
+
+
+def test_reduce_scatter_block(comm, size):
+    n = size[1]
+    cases = two_sided(f"n={n}", Shape(n, P), Shape(n), Shape(n, P), lambda: [SUM], result=n)
+    swept(comm, size, "Reduce_scatter_block", "reduce_scatter", cases)
+
+
+def test_reduce_scatter(comm, size):
+    swept(comm, size, "Reduce_scatter", "reduce_scatter", parts(size[1]))
+
+
+def test_allreduce(comm, size):
+    n = size[1]
+    swept(comm, size, "Allreduce", "allreduce", two_sided(f"n={n}", Shape(n), Shape(n), Shape(n), lambda: [SUM]))
+
+
+def test_allgather(comm, size):
+    n = size[1]
+    swept(comm, size, "Allgather", "allgather", two_sided(f"n={n}", Shape(n), Shape(n, P), Shape(n, P)))
