@@ -186,8 +186,7 @@ TAKEN = [
 ]  # fmt: skip
 """All describe the same elements."""
 
-OTHERS = [
-    # Other types: what moves data takes them, and what reduces only if the operation is defined on them.
+TYPES = [
     Form("of bytes", lambda m: m.exact.view("u1")),
     Form("[of bytes, BYTE]", lambda m: [m.exact.view("u1"), MPI.BYTE]),
     Form("[a, n bytes, BYTE]", lambda m: [m.long, 8 * m.n, MPI.BYTE]),
@@ -198,7 +197,12 @@ OTHERS = [
     Form("[a, (n, displ), GAP]", lambda m: if_by(4, m, lambda: [m.whole, (m.n // 4, 2), GAP]), derived=True),
     Form("[a, GAP]", lambda m: if_by(4, m, lambda: [m.exact, GAP]), derived=True),
     Form("[a, n, TWIN]", lambda m: [m.long, m.n, TWIN], derived=True),
-    # What mpi4py refuses.  ([a, DATATYPE_NULL] is left out: MPICH 5.0.2 aborts the job.)
+]  # fmt: skip
+"""Of other types: what moves data takes them, and what reduces only if the operation is defined on them."""
+
+WRONG = [
+    # [a, DATATYPE_NULL] is left out: MPICH 5.0.2 aborts the job.  So is MPI.IN_PLACE to receive, which mpi4py takes for
+    # a buffer without an element.
     Form("[a]", lambda m: [m.exact], extends=True),
     Form("(a,)", lambda m: (m.exact,), extends=True),
     Form("[]", lambda m: []),
@@ -221,9 +225,11 @@ OTHERS = [
     Form("strided", lambda m: m.whole[::2]),
     Form("[strided, n]", lambda m: [m.whole[::2], m.n // 2]),
     Form("text", lambda m: "text"),
-    Form("objects", lambda m: np.array([None] * m.total)),
+    Form("objects", lambda m: np.array([None] * max(m.total, 1))),
 ]  # fmt: skip
-FORMS = [*TAKEN, *OTHERS]
+"""What mpi4py refuses."""
+
+FORMS = [*TAKEN, *TYPES, *WRONG]
 READ_ONLY = Form("read-only", lambda m: read_only(m.exact))
 PLAIN = TAKEN[0]
 
@@ -240,9 +246,9 @@ class Case(NamedTuple):
     """A call: ``make`` gives new memories, and the arguments made of them."""
 
     name: str
-    form: Form
-    make: Callable[[Form], tuple[list[Memory], tuple[Any, ...]]]
-    reference: Callable[[Form], tuple[list[Memory], tuple[Any, ...]]] | None = None
+    form: "Form | VectorForm"
+    make: Callable[[Any], tuple[list[Memory], tuple[Any, ...]]]
+    reference: Callable[[Any], tuple[list[Memory], tuple[Any, ...]]] | None = None
     """How mpi4py is asked for the same, where it cannot be in the same way; the last memory is what is compared."""
 
 
@@ -364,7 +370,7 @@ SIZES = [("native", 0), ("native", 12), ("native", LARGE), ("ours", 0), ("ours",
 SUM = MPI.SUM
 
 
-@pytest.fixture(params=[size for size in SIZES if P <= 3 or size[1] > 1], ids=lambda size: f"{size[0]} {size[1]}")
+@pytest.fixture(params=[size for size in SIZES if P <= 2 or size[1] > 1], ids=lambda size: f"{size[0]} {size[1]}")
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
     """Whose algorithms ``"auto"`` takes for small arrays; and how many elements."""
     if request.param[0] == "ours":
@@ -375,15 +381,15 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
 
 
 def swept(comm: MPI.Intracomm, size: tuple[str, int], collective: str, key: str, cases: Iterable[Case]) -> None:
-    """All of them, by the algorithms that may be taken: which one it is, they read the same.
+    """All of them, by the algorithms that may be taken: they all read the same.
 
-    With more than three ranks, which are more than most small machines have cores, each is by one of those that are
-    named."""
+    With more than two ranks, which are more than most small machines have cores, each is by one of those that are named.
+    """
     named = ["native"] if size[0] == "native" else [*mpicoll.ALGORITHMS[key], *SHARED]
     other = comm.Dup()
     found, ours = Differences(comm, collective), mpicoll.Comm(other)
     for n, case in enumerate(cases):
-        some = named if size[1] == 12 and P <= 3 and case.form not in OTHERS else [named[n % len(named)]]
+        some = named if size[1] == 12 and P <= 2 and case.form not in WRONG else [named[n % len(named)]]
         found.compare(case, comm, ours, ["auto"] if size[1] >= LARGE else ["auto", *some])
     other.Free()
     found.report()
@@ -399,7 +405,7 @@ class Shape(NamedTuple):
 def forms_of(shapes: Iterable[Shape], forms: Iterable[Form] = FORMS) -> list[Form]:
     """All that can be had of such shapes; of large arrays a few, past the thresholds that there are."""
     shapes, forms = [*shapes], [*forms]
-    if P > 3 and len(forms) > 1:
+    if P > 2 and len(forms) > 1:
         forms = forms[P % 2 :: 2]
     there = [f for f in forms if not any(f.make(Memory(*shape, kind=f.kind)) is None for shape in shapes)]
     if max(shapes).n >= LARGE:
@@ -451,6 +457,8 @@ def two_sided(
                 yield Case(f"{name} None {form.name}", form, partial(at_once, word=None), reference)
     if sent.n >= LARGE:
         return
+    if in_place and in_place_is_right:
+        yield Case(f"{name} None and IN_PLACE", PLAIN, partial(at_once, word=None if RANK % 2 else MPI.IN_PLACE))
     yield Case(f"{name} sent read-only", PLAIN, from_read_only)
     yield Case(f"{name} received read-only", READ_ONLY, both)
 
@@ -506,6 +514,207 @@ def parts(n: int) -> Iterator[Case]:
             yield from cases(f"n={n} {what} counts {name}", rest=rest, forms=[PLAIN], in_place=in_place)
 
 
+def rooted(n: int, root: int) -> Iterator[Case]:
+    """Cases of ``Reduce``; what is passed to receive matters at the root alone."""
+    receives = root == RANK
+    kept = SUM, root
+
+    def both(form: Form, other: Any = None) -> Any:
+        sent, received = Memory(n, kind=form.kind), Memory(n, filled=False, kind=form.kind)
+        into = form.make(received) if receives else received.exact if other is PLAIN else other
+        return [sent, received], (form.make(sent), into, *kept)
+
+    def at_once(form: Form, word: Any = MPI.IN_PLACE) -> Any:
+        memory = Memory(n, kind=form.kind)
+        return [memory], ((word, form.make(memory), *kept) if receives else (form.make(memory), None, *kept))
+
+    def from_read_only(form: Form) -> Any:
+        sent, received = Memory(n), Memory(n, filled=False)
+        return [sent, received], (READ_ONLY.make(sent), received.exact if receives else None, *kept)
+
+    name = f"n={n} root {root}"
+    for form in forms_of([Shape(n)]):
+        yield Case(f"{name} {form.name}", form, both)
+        yield Case(f"{name} in place {form.name}", form, at_once)
+    yield Case(f"{name} None", PLAIN, partial(at_once, word=None))
+    yield Case(f"{name} sent read-only", PLAIN, from_read_only)
+    for other in (PLAIN, "text", np.zeros(n + 1), np.zeros(n, "f4"), read_only(np.zeros(n)), [], [np.zeros(n), n + 1]):
+        what = "an array" if other is PLAIN else str(other).replace("\n", "")[:30]
+        yield Case(f"{name} elsewhere {what}", PLAIN, partial(both, other=other))
+
+
+def from_root(n: int, root: int) -> Iterator[Case]:
+    """Cases of ``Bcast``."""
+
+    def of(form: Form, there: Form | None = None) -> Any:
+        memory = Memory(n, kind=form.kind)
+        return [memory], ((there or form if root == RANK else form).make(memory), root)
+
+    for form in forms_of([Shape(n)]):
+        yield Case(f"n={n} root {root} {form.name}", form, of)
+    yield Case(f"n={n} root {root} from read-only", PLAIN, partial(of, there=READ_ONLY))
+
+
+class Vector(NamedTuple):
+    """A memory for parts of all ranks, their counts, and places for them, in another order, and with gaps."""
+
+    m: Memory
+    counts: list[int]
+    starts: list[int]
+
+    @property
+    def n(self) -> int:
+        return self.counts[0]
+
+    @property
+    def dense(self) -> np.ndarray:
+        """So many elements as there are, one part after another."""
+        return self.m.exact[: sum(self.counts)]
+
+    @property
+    def even(self) -> bool:
+        return len({*self.counts}) == 1
+
+    @property
+    def nearly(self) -> bool:
+        """Are these the counts that mpi4py makes of the length alone?"""
+        total = sum(self.counts)
+        return self.counts == [total // P + (total % P > rank) for rank in range(P)]
+
+
+class VectorForm(NamedTuple):
+    name: str
+    make: Callable[[Vector], Any]
+    kind: str = ""
+    derived: bool = False
+    extends: bool = False
+
+
+V = VectorForm
+VECTORS = [
+    V("a", lambda v: v.dense if v.nearly else None),
+    V("[a, type]", lambda v: [v.dense, v.m.type] if v.nearly else None),
+    V("(a, code)", lambda v: (v.dense, v.m.code) if v.nearly else None),
+    V("[a, None]", lambda v: [v.dense, None] if v.nearly else None),
+    V("[a, None, type]", lambda v: [v.dense, None, v.m.type] if v.nearly else None),
+    V("[a, (None, None)]", lambda v: [v.dense, (None, None)] if v.nearly else None),
+    V("[a, (None, None), type]", lambda v: [v.dense, (None, None), v.m.type] if v.nearly else None),
+    V("[a, None, None, type]", lambda v: [v.dense, None, None, v.m.type] if v.nearly else None),
+    V("memoryview", lambda v: v.dense.data if v.nearly else None),
+    V("DLPack", lambda v: DLPack(v.dense) if v.nearly else None),
+    V("two dimensions", lambda v: v.dense.reshape(-1, 1) if v.nearly else None),
+    V("[a, n]", lambda v: [v.m.long, v.n] if v.even else None),
+    V("[a, int64(n)]", lambda v: [v.m.long, np.int64(v.n)] if v.even else None),
+    V("[a, index(n)]", lambda v: [v.m.long, Index(v.n)] if v.even else None),
+    V("[a, array(n)]", lambda v: [v.m.long, np.array(v.n)] if v.even else None),
+    V("[a, n, type]", lambda v: [v.m.long, v.n, v.m.type] if v.even else None),
+    V("[a, (n, None)]", lambda v: [v.m.long, (v.n, None)] if v.even else None),
+    V("[a, (n, stride)]", lambda v: [v.m.long, (v.n, v.n + 2)] if v.even else None),
+    V("[a, (n, index(stride))]", lambda v: [v.m.long, (v.n, Index(v.n + 2))] if v.even else None),
+    V("[a, (n, stride), type]", lambda v: [v.m.long, (v.n, v.n + 2), v.m.type] if v.even else None),
+    V("[a, n, stride, code]", lambda v: [v.m.long, v.n, v.n + 2, v.m.code] if v.even else None),
+    V("[a, n, starts, type]", lambda v: [v.m.long, v.n, v.starts, v.m.type] if v.even else None),
+    V("[a, (n, starts)]", lambda v: [v.m.long, (v.n, v.starts)] if v.even else None),
+    V("[a, counts]", lambda v: [v.m.long, v.counts]),
+    V("(a, counts)", lambda v: (v.m.long, v.counts)),
+    V("[a, tuple]", lambda v: [v.m.long, tuple(v.counts)] if P != 2 else None),  # two are counts and displacements
+    V("[a, tuple, type]", lambda v: [v.m.long, tuple(v.counts), v.m.type] if P != 2 else None),
+    V("[a, array]", lambda v: [v.m.long, np.array(v.counts)]),
+    V("[a, array of int32, code]", lambda v: [v.m.long, np.array(v.counts, "i4"), v.m.code]),
+    V("[a, array.array]", lambda v: [v.m.long, array("l", v.counts)]),
+    V("[a, indices]", lambda v: [v.m.long, [Index(count) for count in v.counts]]),
+    V("[a, counts, type]", lambda v: [v.m.long, v.counts, v.m.type]),
+    V("[a, counts, None]", lambda v: [v.m.long, v.counts, None]),
+    V("[a, (counts, None)]", lambda v: [v.m.long, (v.counts, None)]),
+    V("[a, (counts, starts)]", lambda v: [v.m.long, (v.counts, v.starts)]),
+    V("(a, (tuple, tuple), code)", lambda v: (v.m.long, (tuple(v.counts), tuple(v.starts)), v.m.code)),
+    V("[a, (counts, starts), type]", lambda v: [v.m.long, (v.counts, v.starts), v.m.type]),
+    V("[a, (counts, starts), None]", lambda v: [v.m.long, (v.counts, v.starts), None]),
+    V("[a, (array, array)]", lambda v: [v.m.long, (np.array(v.counts), np.array(v.starts))]),
+    V("[a, counts, starts, type]", lambda v: [v.m.long, v.counts, v.starts, v.m.type]),
+    V("[a, counts, starts, None]", lambda v: [v.m.long, v.counts, v.starts, None]),
+    V("[a, counts, None, type]", lambda v: [v.m.long, v.counts, None, v.m.type]),
+    V("[a, array, indices, code]", lambda v: [v.m.long, np.array(v.counts), [*map(Index, v.starts)], v.m.code]),
+    V("[memoryview, (counts, starts), type]", lambda v: [v.m.long.data, (v.counts, v.starts), v.m.type]),
+    V("[bytearray, counts, starts, type]", lambda v: [v.m.owner, v.counts, v.starts, v.m.type], "bytearray"),
+    V("[array.array, (counts, starts)]", lambda v: [v.m.owner, (v.counts, v.starts)], "array.array"),
+    V("[DLPack, (counts, starts)]", lambda v: [DLPack(v.m.long), (v.counts, v.starts)]),
+    V("[Fortran order, counts]", lambda v: [v.m.whole[BEFORE:-1].reshape(-1, 1).T, v.counts]),
+    V("[masked, counts, type]", lambda v: [np.ma.array(v.m.long, copy=False), v.counts, v.m.type]),
+    V("[of another size, counts, starts, type]", lambda v: [v.m.long.view("u1"), v.counts, v.starts, v.m.type]),
+    V("[of another byte order, counts, type]", lambda v: [v.m.long.view(">f8"), v.counts, v.m.type]),
+    V("[None, counts, type]", lambda v: None if any(v.counts) else [None, v.counts, v.m.type]),
+    V("[a, counts, TWO]", lambda v: by(2, v, lambda counts: [v.m.long, counts, TWO]), derived=True),
+    V("[a, (counts, starts), TWO]", lambda v: by(2, v, lambda c: [v.m.long, (c, halves(v.starts)), TWO]), derived=True),
+    V("[a, counts, GAP]", lambda v: by(2, v, lambda counts: [v.m.long, counts, GAP]), derived=True),
+    # What mpi4py refuses.
+    V("[a]", lambda v: [v.dense]),
+    V("[]", lambda v: []),
+    V("[a, (counts,)]", lambda v: [v.m.long, (v.counts,)]),
+    V("[a, (counts, starts, 0)]", lambda v: [v.m.long, (v.counts, v.starts, 0)]),
+    V("[a, [counts, starts]]", lambda v: [v.m.long, [v.counts, v.starts]]),
+    V("[a, counts, starts]", lambda v: [v.m.long, v.counts, v.starts]),
+    V("[a, (counts, starts), 0, type]", lambda v: [v.m.long, (v.counts, v.starts), 0, v.m.type]),
+    V("[a, counts, starts, type, 0]", lambda v: [v.m.long, v.counts, v.starts, v.m.type, 0]),
+    V("[a, type, counts]", lambda v: [v.m.long, v.m.type, v.counts]),
+    V("[a, too many]", lambda v: [v.m.long, [*v.counts, 0]]),
+    V("[a, too few]", lambda v: [v.m.long, v.counts[1:]]),
+    V("[a, (counts, too many)]", lambda v: [v.m.long, (v.counts, [*v.starts, 0])]),
+    V("[a, (counts, too few)]", lambda v: [v.m.long, (v.counts, v.starts[1:])]),
+    V("[a, floats]", lambda v: [v.m.long, [float(count) for count in v.counts]]),
+    V("[a, 1.0]", lambda v: [v.m.long, 1.0]),
+    V("[a, iterator]", lambda v: [v.m.long, iter(v.counts)]),
+    V("[a, unknown code]", lambda v: [v.dense, "no such type"]),
+    V("[part of an element, type]", lambda v: [v.m.long.view("u1")[:-1], v.m.type]),
+    V("of another byte order", lambda v: v.dense.view(">f8") if v.nearly else None),
+    V("[of another byte order, counts]", lambda v: [v.m.long.view(">f8"), v.counts]),
+    V("[strided, counts]", lambda v: [v.m.whole[::2], v.counts]),
+    V("[read-only, counts]", lambda v: [read_only(v.m.long), v.counts]),
+    V("text", lambda v: "text"),
+    V("nothing", lambda v: Ellipsis),
+]  # fmt: skip
+
+
+def halves(numbers: list[int]) -> list[int]:
+    return [number // 2 for number in numbers]
+
+
+def by(divisor: int, v: Vector, make: Callable[[list[int]], Any]) -> Any:
+    return None if any(count % divisor for count in v.counts) else make([count // divisor for count in v.counts])
+
+
+def vectors(n: int) -> Iterator[Case]:
+    """Cases of ``Allgatherv``."""
+    nearly = [n + 1] + [n] * (P - 1)
+    for what, counts in {"even": [n] * P, "nearly": nearly, "uneven": unevenly(n)}.items():
+        starts = [sum(counts[rank + 1 :]) + 2 * (P - rank) for rank in range(P)]
+
+        def vector(form: VectorForm, counts: list[int] = counts, starts: list[int] = starts) -> Vector:
+            return Vector(Memory(2 * sum(counts) + 2 * P + 2, kind=form.kind), counts, starts)
+
+        def both(form: Any, sent: Form = PLAIN, vector: Any = vector) -> Any:
+            v = vector(form)
+            memory = Memory(v.counts[RANK], kind=sent.kind)
+            return [memory, v.m], (sent.make(memory), form.make(v))
+
+        def at_once(form: Any, word: Any = MPI.IN_PLACE, vector: Any = vector) -> Any:
+            v = vector(form)
+            return [v.m], (word, form.make(v))
+
+        forms = [form for form in VECTORS if form.make(vector(form)) is not None]
+        for form in forms[P % 2 :: 2] if P > 2 else forms:
+            yield Case(f"n={n} {what} {form.name}", form, both)
+            yield Case(f"n={n} {what} in place {form.name}", form, at_once)
+        yield Case(f"n={n} {what} None", V("", lambda v: [v.m.long, v.counts]), partial(at_once, word=None))
+        in_bytes = V("", lambda v: [v.m.long, [8 * count for count in v.counts], "B"])
+        yield Case(
+            f"n={n} {what} in bytes", in_bytes, partial(both, sent=Form("", lambda m: [m.exact.view("u1"), "B"]))
+        )
+        for one in forms_of(map(Shape, counts), [*TAKEN, *WRONG]) if what == "uneven" else ():
+            form = V("", lambda v: [v.m.long, v.counts])
+            yield Case(f"n={n} {what} sent {one.name}", form, partial(both, sent=one))
+
+
 def test_reduce_scatter_block(comm, size):
     n = size[1]
     cases = two_sided(f"n={n}", Shape(n, P), Shape(n), Shape(n, P), lambda: [SUM], result=n)
@@ -524,3 +733,94 @@ def test_allreduce(comm, size):
 def test_allgather(comm, size):
     n = size[1]
     swept(comm, size, "Allgather", "allgather", two_sided(f"n={n}", Shape(n), Shape(n, P), Shape(n, P)))
+
+
+@pytest.mark.parametrize("root", sorted({0, P - 1}))
+def test_reduce(comm, size, root):
+    swept(comm, size, "Reduce", "reduce", rooted(size[1], root))
+
+
+@pytest.mark.parametrize("root", sorted({0, P - 1}))
+def test_bcast(comm, size, root):
+    swept(comm, size, "Bcast", "bcast", from_root(size[1], root))
+
+
+def test_allgatherv(comm, size):
+    if size[1] < LARGE:  # which nothing depends on
+        swept(comm, size, "Allgatherv", "allgather", vectors(size[1]))
+
+
+# What users have met.
+
+
+def expected_block(n: int) -> np.ndarray:
+    return P * (np.arange(n) + n * RANK) + P * (P - 1) / 2
+
+
+def mine(n: int) -> np.ndarray:
+    return np.arange(P * n, dtype=float) + RANK
+
+
+@pytest.mark.parametrize("n", [3, 400_000])
+@pytest.mark.parametrize("algorithm", ["auto", *mpicoll.ALGORITHMS["reduce_scatter"], *SHARED])
+def test_a_count_is_that_of_a_block(comm, n, algorithm):
+    ours, t = mpicoll.Comm(comm), np.zeros(n + 1)
+    s = mine(n)
+    ours.Reduce_scatter_block(MPI.IN_PLACE, [s, n, MPI.DOUBLE], algorithm=algorithm)
+    np.testing.assert_array_equal(s[:n], expected_block(n))
+    ours.Reduce_scatter_block([mine(n), n], [t, n], algorithm=algorithm)
+    np.testing.assert_array_equal(t, [*expected_block(n), 0])
+
+
+@pytest.mark.parametrize("n", [3, 400_000])
+@pytest.mark.parametrize("algorithm", ["auto", *mpicoll.ALGORITHMS["reduce_scatter"], *SHARED])
+def test_none_is_another_word_for_in_place(comm, n, algorithm):
+    ours, s = mpicoll.Comm(comm), mine(n)
+    ours.Reduce_scatter_block(None, s, algorithm=algorithm)
+    np.testing.assert_array_equal(s[:n], expected_block(n))
+
+
+def named_on_some(ours: mpicoll.Comm, n: int, check: str | None) -> None:
+    """An operation is an ``MPI.Op`` on some ranks, and its name on the others."""
+    op = "sum" if RANK % 2 else MPI.SUM
+    x, whole, got = mine(n), P * np.arange(P * n) + P * (P - 1) / 2, np.zeros(P * n)
+    ours.Allreduce(x, got, op, check=check)
+    np.testing.assert_array_equal(got, whole)
+    got[:] = 0
+    ours.Reduce(x, got, op, P - 1, check=check)
+    np.testing.assert_array_equal(got, whole if RANK == P - 1 else 0)
+    ours.Reduce_scatter(x, got[:n], [n] * P, op, check=check)
+    np.testing.assert_array_equal(got[:n], expected_block(n))
+    np.testing.assert_array_equal(mpicoll.allreduce(x.copy(), ours, op, check=check), whole)
+    np.testing.assert_array_equal(mpicoll.reduce_scatter(x, ours, op=op, check=check), expected_block(n))
+    summed = mpicoll.reduce(x.copy(), ours, P - 1, op, check=check)
+    np.testing.assert_array_equal(summed, whole if RANK == P - 1 else x)
+    got[:] = 0
+    ours.Reduce_scatter_block(x, got[:n], op, check=check)
+    np.testing.assert_array_equal(got[:n], expected_block(n))
+
+
+@pytest.mark.parametrize("n", [0, 3, 400_000])
+def test_ranks_may_call_an_operation_by_name_or_not(comm, n):
+    named_on_some(mpicoll.Comm(comm), n, None)
+
+
+@pytest.mark.parametrize("n", [0, 3, 400_000])
+def test_so_they_may_unchecked(comm, n):
+    found = Differences(comm, "unchecked, an operation by name on some ranks")
+    error = found.watched(f"n={n}", lambda: named_on_some(mpicoll.Comm(comm), n, "off"))
+    if error:
+        found.found.append((f"n={n}", "auto", "off", error))
+    found.report()
+
+
+@pytest.mark.parametrize("word", [MPI.IN_PLACE, None], ids=["IN_PLACE", "None"])
+@pytest.mark.parametrize("n", [12, LARGE])
+def test_uneven_parts_in_place(comm, n, word):
+    """By the MPI library itself MPICH 5.0.2 may crash there."""
+    ours, counts = mpicoll.Comm(comm), unevenly(n)
+    for algorithm in ("auto", *mpicoll.ALGORITHMS["reduce_scatter"]):
+        x, first = np.arange(sum(counts)) + 0.5 * RANK, sum(counts[:RANK])
+        ours.Reduce_scatter(word, x, counts, algorithm=algorithm)
+        right = P * np.arange(first, first + counts[RANK]) + 0.5 * P * (P - 1) / 2
+        np.testing.assert_array_equal(x[: counts[RANK]], right)
