@@ -258,6 +258,8 @@ REFUSED, MISMATCH = 1, 2
 class Differences:
     """What differs, gathered on all ranks."""
 
+    capture: Any = None  # pytest's, to be heard
+
     def __init__(self, comm: MPI.Intracomm, collective: str) -> None:
         self.comm, self.collective, self.found = comm.Dup(), collective, list[tuple[str, ...]]()
         self.what, self.until, self.ended = "", inf, threading.Event()
@@ -267,19 +269,16 @@ class Differences:
         """What hangs is known as long as there is only one way out."""
         while not self.ended.wait(1):
             if time.monotonic() > self.until:
+                self.capture.suspend_global_capture(in_=True)
                 found = "\n".join(map(str, self.found))
                 print(
-                    f"rank {RANK}: {self.collective} {self.what} HANGS; so far:\n{found}",
-                    file=sys.__stderr__,
-                    flush=True,
+                    f"rank {RANK}: {self.collective} {self.what} HANGS; so far:\n{found}", file=sys.stderr, flush=True
                 )
                 os._exit(3)
 
     def watched(self, what: str, call: Callable[[], Any]) -> str:
         """What it raises, or nothing; all is over if it does not come back."""
         self.what, self.until = what, time.monotonic() + 30
-        if os.environ.get("FORMS_TRACE"):
-            os.write(2, f"{RANK} {what}\n".encode())
         try:
             call()
         except Exception as error:
@@ -365,6 +364,11 @@ def where(got: list[np.ndarray], expected: list[np.ndarray]) -> str:
     return "; ".join(said)
 
 
+@pytest.fixture(autouse=True)
+def _heard(request: pytest.FixtureRequest) -> None:
+    Differences.capture = request.config.pluginmanager.get_plugin("capturemanager")
+
+
 FEW = ("a", "[a, n]", "[a, (n, displ), type]", "[a, n, displ, type]", "[DLPack, n]", "Fortran order", "[a, n, GAP]")
 SIZES = [("native", 0), ("native", 12), ("native", LARGE), ("ours", 0), ("ours", 1), ("ours", 12)]
 SUM = MPI.SUM
@@ -383,7 +387,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
 def swept(comm: MPI.Intracomm, size: tuple[str, int], collective: str, key: str, cases: Iterable[Case]) -> None:
     """All of them, by the algorithms that may be taken: they all read the same.
 
-    With more than two ranks, which are more than most small machines have cores, each is by one of those that are named.
+    With more than two ranks, which are more than most small machines have cores, each is by one of those named.
     """
     named = ["native"] if size[0] == "native" else [*mpicoll.ALGORITHMS[key], *SHARED]
     other = comm.Dup()
