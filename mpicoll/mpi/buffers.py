@@ -34,21 +34,22 @@ class Part(NamedTuple):
     deliver: Callable[[], None] | None = None
 
 
-def parts(x: Any, masked: bool = False, stream: Any = None) -> list[Part]:
+def parts(x: Any, stream: Any = None, as_mpi4py: bool = False) -> list[Part]:
     """What to reduce, one part for each dtype: an array, mpi4py's buffer specification, or a list of arrays (fused).
 
-    Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything that cannot be written in place, and
-    for masked arrays unless they are taken for their data.
+    Raises ``TypeError`` or ``ValueError``, naming what was expected, for anything that cannot be written in place.
+    With ``as_mpi4py`` masked arrays are taken for their data, and integer arrays of no dimension for counts; without,
+    they are refused.
     """
     if isinstance(x, (list, tuple)):
         if not _is_specification(x):
-            return _fused(x, masked, stream)
-        if all(hasattr(n, "shape") and not isinstance(n, Integral) for n in x[1:]):
+            return _fused(x, stream, as_mpi4py)
+        if not as_mpi4py and all(hasattr(n, "shape") and not isinstance(n, Integral) for n in x[1:]):
             raise TypeError(
                 "an integer array of no dimension could be a count, or one more array of a list: pass [x, int(n)], or "
                 "[x, n.reshape(1)]"
             )
-    if isinstance(x, np.ma.MaskedArray) and not masked:
+    if isinstance(x, np.ma.MaskedArray) and not as_mpi4py:
         raise TypeError("expected a plain array, got a masked one: reduce its data, x.data, or x.filled()")
     if on_device(x):
         return [staged(x, stream=stream)]
@@ -216,11 +217,11 @@ def no_stream(stream: Any) -> None:
         raise TypeError("stream= is for arrays in the memory of a GPU: leave it out")
 
 
-def _fused(arrays: Sequence[Any], masked: bool, stream: Any) -> list[Part]:
+def _fused(arrays: Sequence[Any], stream: Any, as_mpi4py: bool) -> list[Part]:
     """Arrays of one dtype side by side in memory of ours: one message instead of many."""
     if stream is not None and not any(map(on_device, arrays)):
         no_stream(stream)
-    singles = [part for array in arrays for part in parts(array, masked, stream if on_device(array) else None)]
+    singles = [part for array in arrays for part in parts(array, stream if on_device(array) else None, as_mpi4py)]
     by_dtype: dict[np.dtype, list[Part]] = {}
     for part in singles:
         by_dtype.setdefault(part.flat.dtype, []).append(part)
@@ -337,18 +338,25 @@ def blocks(x: Any, p: int, stream: Any = None) -> tuple[np.ndarray | Array, list
     if counts is None:
         found = [flat.size // p + (rank < flat.size % p) for rank in range(p)]
     else:
-        found = [index(counts)] * p if _is_number(counts) else [index(count) for count in counts]
+        found = [index(counts)] * p if _is_number(counts) else each_rank(counts)
     if displacements is None:
         starts = [0, *accumulate(found)][: len(found)]
     elif _is_number(displacements):
         starts = [index(displacements) * rank for rank in range(len(found))]
     else:
-        starts = [index(start) for start in displacements]
+        starts = each_rank(displacements)
     if len(starts) != len(found):
         raise ValueError(f"expected as many displacements as counts, {len(found)}, got {len(starts)}")
     if any(count and not 0 <= start <= flat.size - count for start, count in zip(starts, found, strict=True)):
         raise ValueError(f"counts and displacements go beyond the {flat.size} elements of the buffer")
     return flat, found, starts
+
+
+def each_rank(numbers: Any) -> list[int]:
+    """A sequence of whole numbers, as one of Python's own."""
+    if not hasattr(numbers, "__len__"):
+        raise TypeError(f"expected a sequence of whole numbers, one for each rank, got {type(numbers).__name__}")
+    return [index(number) for number in numbers]
 
 
 def of_blocks(x: Any, p: int) -> Any:
@@ -450,7 +458,7 @@ def dtype_of(datatype: MPI.Datatype | str) -> np.dtype:
         raise TypeError(f"expected an MPI datatype, got {type(datatype).__name__}")
     if not datatype or not datatype.is_predefined or datatype == MPI.LOGICAL:
         raise TypeError("derived MPI datatypes are reduced by the MPI library only: algorithm='native' of a Comm")
-    if datatype == MPI.BYTE:  # no number, though its bits may be combined: by the MPI library
+    if datatype in (MPI.BYTE, MPI.PACKED):  # no number, though its bits may be combined: by the MPI library
         return np.dtype("V1")
     dtype = to_numpy_dtype(datatype)
     if not dtype.itemsize:

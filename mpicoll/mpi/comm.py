@@ -21,6 +21,7 @@ from .buffers import (
     blocks,
     concerns_device,
     described,
+    each_rank,
     entries,
     is_in_place,
     no_stream,
@@ -521,7 +522,7 @@ class Comm(MPI.Intracomm):
         in_place, device = is_in_place(sendbuf), concerns_device(sendbuf, recvbuf)
 
         def calls() -> list[Any]:
-            counts = None if recvcounts is None else [int(index(count)) for count in recvcounts]
+            counts = None if recvcounts is None else each_rank(recvcounts)
             cuts = None if counts is None else cuts_of(counts, None, self.size)
             if not device:
                 no_stream(stream)
@@ -751,7 +752,7 @@ class Comm(MPI.Intracomm):
                 elif on_device(recvbuf):
                     made = [staged(recvbuf, load=False, stream=stream)]
                 else:
-                    made = parts(recvbuf, masked=True, stream=stream)
+                    made = parts(recvbuf, stream, as_mpi4py=True)
                 calls = [
                     decide(self, part, operation(op, part.flat.dtype), options, collective=collective, root=root)
                     for part in made

@@ -214,7 +214,7 @@ WRONG = [
     Form("[a, ()]", lambda m: [m.exact, ()]),
     Form("[a, (n, displ, 0)]", lambda m: [m.whole, (m.n, BEFORE, 0)]),
     Form("[a, (n, displ, 0), type]", lambda m: [m.whole, (m.n, BEFORE, 0), m.type]),
-    Form("[a, array((n, displ))]", lambda m: [m.whole, np.array([m.n, BEFORE])]),
+    Form("[a, array((n, displ))]", lambda m: [m.whole, np.array([m.n, BEFORE])], extends=True),
     Form("[a, (n, displ), 0, type]", lambda m: [m.whole, (m.n, BEFORE), 0, m.type]),
     Form("[a, type, n]", lambda m: [m.long, m.type, m.n]),
     Form("[a, n, n]", lambda m: [m.long, m.n, 0]),
