@@ -4,8 +4,11 @@ Three lines of an ordinary training loop change: one makes a ``Replica``, one ta
 ``batches``, and one calls its ``step`` instead of the optimizer's.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,9 +48,9 @@ class Replica:
     Parameters
     ----------
     model
-        On the CPU; what is trained is all float32, or all float64.
+        On the CPU, of dense tensors; what is trained is all float32, or all float64.
     optimizer
-        Of ``torch.optim``, for parameters of ``model``, one that needs no closure.
+        Of ``torch.optim``, for parameters of ``model``, one that needs no closure and takes dense gradients.
     comm
         An intracommunicator; making this is a collective call on it.
     strategy, settings
@@ -72,7 +75,8 @@ class Replica:
         tensors = [
             (name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in _tensors(model)
         ]
-        groups = [len(group["params"]) for group in optimizer.param_groups]
+        names = {id(param): name for name, param in model.named_parameters()}
+        groups = [[names[id(param)] for param in group["params"]] for group in optimizer.param_groups]
         _compare(comm, {"model": tensors, "optimizer": (type(optimizer), groups), "strategy": chosen})
         self.model, self.optimizer, self.comm, self.steps = model, optimizer, comm, 0
         self._trained, self._share, self._is_epoch = trained, (0, 0), False
@@ -218,6 +222,22 @@ class _Stepping(Optimizer):
             params[:] = self._model
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Is there an array of memory with its elements in it?"""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    """Do several elements surely share memory?"""
+    sides = [*zip(tensor.shape, tensor.stride(), strict=True)]
+    extent = 1 + sum((size - 1) * stride for size, stride in sides)
+    return bool(tensor.numel()) and (extent < tensor.numel() or any(size > 1 and not stride for size, stride in sides))
+
+
+def _in_inference() -> bool:
+    return bool(torch.is_inference_mode_enabled())
+
+
 def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and buffers by name, each once."""
     return [*model.named_parameters(), *model.named_buffers()]
@@ -225,9 +245,10 @@ def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """The parameters to train, each once; a ``UserError`` if they cannot be."""
+    if _in_inference():
+        raise UserError("nothing can be trained within torch.inference_mode(): make the Replica outside of it")
     for name, tensor in _tensors(model):
-        if tensor.device.type != "cpu":
-            raise UserError(f"{name} is on {tensor.device}; expected a model on the CPU: move it with model.cpu()")
+        _check_tensor(name, tensor)
     trained = [param for param in model.parameters() if param.requires_grad]
     found = sorted({str(param.dtype) for param in trained})
     if not trained:
@@ -240,7 +261,69 @@ def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[t
     known = {id(param) for param in model.parameters()}
     if any(id(param) not in known for group in optimizer.param_groups for param in group["params"]):
         raise UserError("the optimizer has parameters that are not the model's: make it of model.parameters()")
+    _check_apart(model)
+    _check_optimizer(optimizer)
     return trained
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Raise a ``UserError`` unless it can be copied from rank to rank and written to."""
+    if torch.nn.parameter.is_lazy(tensor):
+        raise UserError(
+            f"{name} has no shape yet, being of a lazy module: have the model compute a batch before making a Replica"
+        )
+    if tensor.device.type != "cpu":
+        raise UserError(f"{name} is on {tensor.device}; expected a model on the CPU: move it with model.cpu()")
+    if not _is_plain(tensor):
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
+        raise UserError(
+            f"{name} is {kind}; expected dense tensors: convert it, as with to_dense(), or train without it"
+        )
+    if _is_expanded(tensor):
+        raise UserError(f"{name} is expanded, several of its elements sharing memory: make it with clone()")
+    if tensor.is_inference():
+        raise UserError(f"{name} was made in torch.inference_mode(), and cannot be written to: make it with clone()")
+
+
+def _check_apart(model: torch.nn.Module) -> None:
+    """Raise a ``UserError`` if a parameter to train shares memory with another tensor: it would no longer, since its
+    values move to a vector."""
+    groups: dict[int, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in _tensors(model):
+        groups.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+    for group in groups.values():
+        for (name, one), (other, two) in combinations(group, 2):
+            if (one.requires_grad or two.requires_grad) and _share_memory(one, two):
+                raise UserError(
+                    f"{name} and {other} share memory, and would not in a Replica: to tie parameters, have one "
+                    "nn.Parameter in both places; make other tensors with clone()"
+                )
+
+
+def _share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Do they, even in part?"""
+    return bool(one.numel() and two.numel() and np.shares_memory(_memory(one), _memory(two)))
+
+
+def _memory(tensor: torch.Tensor) -> np.ndarray:
+    """Where its elements are, of any dtype, also of those that NumPy has not."""
+    size = tensor.element_size()
+    strides = tuple(size * stride for stride in tensor.stride())
+    at = {"version": 3, "data": (tensor.data_ptr(), False), "typestr": f"|V{size}", "strides": strides}
+    return np.asarray(SimpleNamespace(__array_interface__={**at, "shape": tuple(tensor.shape)}))
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ``UserError`` if it cannot step on dense gradients, and by itself."""
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UserError(f"{kind} takes sparse gradients only, and those of a Replica are dense: take Adam")
+    parameters = inspect.signature(optimizer.step).parameters.values()
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    if needed := [name for name in needed if name != "self"]:
+        raise UserError(
+            f"{kind}.step() needs a {needed[0]}, and a Replica has none for it: take an optimizer that steps without"
+        )
 
 
 def _chosen(strategy: str, given: dict[str, Any]) -> Settings:

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make test-torch")
 
 from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
+from torch.optim import SGD  # noqa: E402
 
 from launch import REPOSITORY  # noqa: E402
 from mpicoll import UserError  # noqa: E402
@@ -49,6 +50,19 @@ def train(replica: Replica, x: Any, y: Any, batch_size: int, epochs: int = 2, **
 
 def vector(model: Any) -> np.ndarray:
     return np.concatenate([param.detach().numpy().reshape(-1) for param in model.parameters()])
+
+
+def told_by_all(comm: Any, action: Callable[[], Any]) -> str:
+    """The one line that all ranks raise."""
+    told = None
+    try:
+        action()
+    except UserError as error:
+        told = str(error)
+    assert told is not None
+    assert "\n" not in told
+    assert len(set(comm.allgather(told))) == 1
+    return told
 
 
 # One process on whole batches is what sync comes to.
@@ -429,6 +443,106 @@ def test_a_step_of_nothing_known_is_refused(comm):
     model.float()
     with pytest.raises(UserError, match="convert or move it before"):
         replica.step(1, P)
+
+
+# Tensors and optimizers that cannot be.
+
+
+def _with_buffer(buffer: Any) -> Any:
+    model = network()
+    model[2].register_buffer("held", buffer)
+    return model
+
+
+def _with_param(value: Any) -> Any:
+    model = network()
+    model[2].held = nn.Parameter(value)
+    return model
+
+
+def _made_in_inference() -> Any:
+    with torch.inference_mode():
+        buffer = torch.ones(3)
+    return _with_buffer(buffer)
+
+
+def _tied_by_data() -> Any:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight.data = model[0].weight.data
+    return model
+
+
+def _columns() -> Any:
+    """Interleaved in memory, and apart."""
+    whole, model = torch.ones(4, 6), nn.Module()
+    model.left, model.right = nn.Parameter(whole[:, :3]), nn.Parameter(whole[:, 3:])
+    return model
+
+
+def _with_view() -> Any:
+    model = network()
+    model[2].register_buffer("row", model[0].weight.detach()[1])
+    return model
+
+
+def _of_a_closure(model: Any) -> Any:
+    """An optimizer of the program's own."""
+    kind = type("Closure", (SGD,), {"step": lambda self, closure: SGD.step(self, closure)})
+    return kind(model.parameters())
+
+
+UNUSABLE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
+    "expanded buffer": (lambda: _with_buffer(torch.ones(1).expand(3)), sgd, "^2.held is expanded.* clone"),
+    "sliding buffer": (lambda: _with_buffer(torch.ones(8).unfold(0, 4, 1)), sgd, "^2.held is expanded"),
+    "sparse buffer": (lambda: _with_buffer(torch.eye(3).to_sparse()), sgd, "^2.held is of layout .*sparse_coo"),
+    "compressed buffer": (lambda: _with_buffer(torch.eye(3).to_sparse_csr()), sgd, "^2.held is of layout .*_csr"),
+    "nested buffer": (
+        lambda: _with_buffer(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        sgd,
+        "^2.held is nested",
+    ),
+    "buffer of inference": (_made_in_inference, sgd, "^2.held was made in torch.inference_mode.* clone"),
+    "lazy buffer": (lambda: nn.Sequential(network(), nn.LazyBatchNorm1d(affine=False)), sgd, "^1.running_mean has no"),
+    "sparse parameter": (lambda: _with_param(torch.eye(3).to_sparse()), sgd, "^2.held is of layout"),
+    "expanded parameter": (lambda: _with_param(torch.ones(1).double().expand(3)), sgd, "^2.held is expanded"),
+    "lazy module": (lambda: nn.Sequential(network(), nn.LazyLinear(2)), sgd, "^1.weight has no shape .* a batch"),
+    "tied by data": (_tied_by_data, sgd, "^0.weight and 1.weight share memory"),
+    "view of a parameter": (_with_view, sgd, "^0.weight and 2.row share memory"),
+    "SparseAdam": (network, lambda model: torch.optim.SparseAdam(list(model.parameters())), "SparseAdam .* take Adam"),
+    "LBFGS": (network, lambda model: torch.optim.LBFGS(model.parameters()), r"^LBFGS.step\(\) needs a closure"),
+    "an optimizer of a closure": (
+        network,
+        _of_a_closure,
+        "^Closure.step.* needs a closure",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's, that some of these are in beta
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_tensors_and_optimizers_that_cannot_be_are_refused_by_all_ranks(comm, what, everywhere):
+    make, optimizer, wanted = UNUSABLE[what]
+    here = everywhere or comm.rank == P - 1
+    model = make() if here else network()
+    told = told_by_all(comm, lambda: Replica(model, (optimizer if here else sgd)(model), comm))
+    assert re.search(wanted, told)
+
+
+def test_slices_of_one_tensor_are_apart(comm):
+    model = _columns()
+    replica = Replica(model, sgd(model), comm)
+    (model.left.sum() + 2 * model.right.sum()).backward()
+    replica.step(1, P)
+    np.testing.assert_allclose(vector(model), [*12 * [0.9], *12 * [0.8]], rtol=1e-6)
+
+
+@pytest.mark.skipif(P == 1, reason="one rank is like itself")
+def test_groups_of_other_parameters_are_refused(comm):
+    """Though as many."""
+    model = network()
+    optimizer = torch.optim.SGD(model[2 if comm.rank else 0].parameters(), 0.1)
+    assert "has another optimizer than rank 0" in told_by_all(comm, lambda: Replica(model, optimizer, comm))
 
 
 def test_the_example_runs(comm, capfd, monkeypatch):
