@@ -94,7 +94,7 @@ $(VENV)/.dev-installed: $(VENV)/.train-installed
 	touch $@
 
 $(VENV)/.gloo-installed: $(VENV)/.dev-installed
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 safetensors
 	touch $@
 
 clean:

@@ -37,7 +37,7 @@ of the vector is a matrix."""
 class Replica:
     """This rank's replica of a model, and how it agrees with those of the other ranks.
 
-    Parameters and gradients become views of one vector each, which strategies work on; nothing is copied.  All ranks
+    Parameters and gradients become slices of one vector each, which strategies work on; nothing is copied.  All ranks
     begin with the parameters, buffers and optimizer state of rank 0.  Learning rates are the optimizer's own, and
     schedulers change them as ever.
 
@@ -79,17 +79,12 @@ class Replica:
         groups = [[names[id(param)] for param in group["params"]] for group in optimizer.param_groups]
         _compare(comm, {"model": tensors, "optimizer": (type(optimizer), groups), "strategy": chosen})
         self.model, self.optimizer, self.comm, self.steps = model, optimizer, comm, 0
-        self._trained, self._share, self._is_epoch = trained, (0, 0), False
+        self._share, self._is_epoch = (0, 0), False
 
-        flat = torch.cat([param.detach().reshape(-1) for param in trained])
-        self._params = flat.numpy()
-        self._sums = _zeros(comm, len(flat) + 2, self._params.dtype)  # what a strategy finds there: see Strategy
-        sums = torch.from_numpy(self._sums)
-        sizes = [param.numel() for param in trained]
-        pieces = zip(trained, flat.split(sizes), sums[:-2].split(sizes), strict=True)
-        self._views = [(values.view_as(param), grad.view_as(param)) for param, values, grad in pieces]
-        for param, (values, grad) in zip(trained, self._views, strict=True):
-            param.data, param.grad = values, grad
+        size, dtype = sum(param.numel() for param in trained), str(trained[0].dtype).removeprefix("torch.")
+        self._params = np.empty(size, dtype)
+        self._sums = _zeros(comm, size + 2, self._params.dtype)  # what a strategy finds there: see Strategy
+        self._slices = _sliced(trained, self._params, self._sums)
         bcast(self._params, comm)
         known = {id(param) for param in trained}
         with torch.no_grad():
@@ -145,12 +140,10 @@ class Replica:
             raise UserError(
                 f"step of {own} samples in a batch of {length}: take them from batches(), or give step(samples, total)"
             )
-        for param, (values, grad) in zip(self._trained, self._views, strict=True):
-            if param.data_ptr() != values.data_ptr():
+        for part in self._slices:
+            if not part.is_there:
                 raise UserError("the model has other tensors than before: convert or move it before making a Replica")
-            if param.grad is not grad:  # zero_grad() took it away
-                grad.zero_() if param.grad is None else grad.copy_(param.grad.to_dense())
-                param.grad = grad
+            part.take()
         if own:
             self._sums *= own / length
         else:
@@ -201,6 +194,52 @@ def _zeros(comm: MPI.Intracomm, size: int, dtype: np.dtype) -> np.ndarray:
     zeros = np.empty(size, dtype) if own is None else own.view(dtype)
     zeros[:] = 0
     return zeros
+
+
+class _Slice:
+    """A trained parameter, and where its values and its gradient are in the vectors."""
+
+    def __init__(self, param: torch.nn.Parameter, values: np.ndarray, grad: np.ndarray) -> None:
+        # Each has memory of its own as torch sees it, which is what it writes to files, and not all of the vector.
+        self.param, self.values, self._grad = param, _tensor(values, param.shape), _tensor(grad, param.shape)
+        self.at, self._grad_at = self.values.data_ptr(), self._grad.data_ptr()
+        self.values.copy_(param.detach())
+        param.data = self.values
+        self._give()
+
+    def _give(self) -> None:
+        self.param.grad = self._given = self._grad.detach()  # whose data the program may replace
+
+    @property
+    def is_there(self) -> bool:
+        """Are the parameter's values still those of the vector?"""
+        return bool(self.param.data_ptr() == self.at and self.param.is_set_to(self.values))
+
+    def take(self) -> None:
+        """Have the gradient in the vector, wherever it is."""
+        grad = self.param.grad
+        if grad is self._given and grad.data_ptr() == self._grad_at and grad.is_set_to(self._grad):
+            return
+        if grad is None:  # zero_grad() took it away
+            self._grad.zero_()
+        elif grad.shape != self._grad.shape:
+            raise UserError(f"a gradient has shape {tuple(grad.shape)}; expected {tuple(self._grad.shape)}")
+        else:
+            self._grad.copy_(grad.detach().to_dense())
+        self._give()
+
+
+def _sliced(trained: list[torch.nn.Parameter], params: np.ndarray, sums: np.ndarray) -> list[_Slice]:
+    """Slices of the vectors, one after the other."""
+    ends = np.cumsum([param.numel() for param in trained])
+    return [
+        _Slice(param, params[end - param.numel() : end], sums[end - param.numel() : end])
+        for param, end in zip(trained, ends, strict=True)
+    ]
+
+
+def _tensor(array: np.ndarray, shape: torch.Size) -> torch.Tensor:
+    return torch.from_numpy(array).view(shape)
 
 
 class _Stepping(Optimizer):

@@ -1,8 +1,10 @@
 """PyTorch's modules and optimizers on all ranks: against one process, and against the loop of ``mpicoll train``."""
 
+import io
 import re
 import runpy
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -443,6 +445,61 @@ def test_a_step_of_nothing_known_is_refused(comm):
     model.float()
     with pytest.raises(UserError, match="convert or move it before"):
         replica.step(1, P)
+
+
+# What leaves the program.
+
+
+def _saved(what: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(what, file)
+    return file.getvalue()
+
+
+SAVED: dict[str, Callable[[Any], Any]] = {
+    "model": lambda model: model.state_dict(),
+    "a layer": lambda model: model.tied.state_dict(),
+    "a parameter": lambda model: model.unused,
+    "a detached one": lambda model: {"bias": model.tied.bias.detach()},
+    "gradients": lambda model: [param.grad for param in model.parameters() if param.grad is not None][:1],
+    "the module": lambda model: list(model.norm.parameters()),
+}
+
+
+@pytest.mark.parametrize("what", SAVED)
+def test_files_are_no_larger_than_without_a_replica(comm, what):
+    model, plain = Odd(), Odd()
+    Replica(model, sgd(model), comm)
+    for param in plain.parameters():
+        param.grad = torch.zeros_like(param) if param.requires_grad else None
+    assert len(_saved(SAVED[what](model))) == len(_saved(SAVED[what](plain)))
+
+
+def test_what_ranks_agree_on_loads_into_a_plain_module(comm):
+    x, y = samples(30 * P, torch.float32)
+    torch.manual_seed(0)
+    model, plain = Odd(), Odd()
+    replica = Replica(model, sgd(model), comm, strategy="average")
+    train(replica, x, y, 10 * P)
+    with replica.consensus():
+        file, wanted = io.BytesIO(_saved(model.state_dict())), deepcopy(model.state_dict())
+    plain.load_state_dict(torch.load(file))
+    assert plain.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(one, wanted[name]) for name, one in plain.state_dict().items())
+
+
+def test_safetensors_saves_it(comm, folder):
+    """It takes no tensors that share memory, but for tied ones."""
+    tensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    model = Odd()
+    replica = Replica(model, sgd(model), comm)
+    with replica.consensus():
+        tensors.save_model(model, str(folder / f"{comm.rank}.safetensors"))
+        tensors.save_file({"b": model.tied.bias.detach()}, str(folder / f"bias-{comm.rank}.safetensors"))
+    plain = Odd()
+    tensors.load_model(plain, str(folder / f"{comm.rank}.safetensors"))
+    assert all(torch.equal(one, model.state_dict()[name]) for name, one in plain.state_dict().items())
+    assert torch.equal(tensors.load_file(str(folder / f"bias-{comm.rank}.safetensors"))["b"], model.tied.bias)
 
 
 # Tensors and optimizers that cannot be.
