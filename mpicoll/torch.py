@@ -164,24 +164,20 @@ class Replica:
     @contextmanager
     def consensus(self) -> Iterator[None]:
         """Within it, the model is the one that all ranks would agree on now, to be evaluated or saved; afterwards it is
-        this rank's own again, to be trained on.  Buffers are the mean of all ranks' if they are float32 or float64.
-        A collective call, and with ``"ad-psgd"`` none for the midst of an epoch."""
+        this rank's own again, to be trained on, with the buffers it had, whatever has become of them meanwhile.
+        Buffers are the mean of all ranks' if they are float32 or float64, each rank's own if not.  A collective call,
+        and with ``"ad-psgd"`` none for the midst of an epoch."""
         if self._is_epoch and not self.strategy.in_step:
             raise UserError("with ad-psgd ranks agree on a model between epochs only: go on to the end of batches()")
-        buffers = [buffer for buffer in self.model.buffers() if str(buffer.dtype) in _DTYPES]
-        own = self._params.copy(), [buffer.clone() for buffer in buffers]
-        means = [buffer.numpy().copy() for buffer in buffers]
-        if means:
-            allreduce(means, self.comm, "mean", deterministic=True)
+        own, buffers = self._params.copy(), _Buffers(self.model)
+        means = buffers.means(self.comm)
         self._params[:] = self.strategy.consensus()
-        for buffer, mean in zip(buffers, means, strict=True):
-            buffer.copy_(torch.from_numpy(mean))
         try:
+            buffers.put(means)
             yield
         finally:
-            self._params[:] = own[0]
-            for buffer, before in zip(buffers, own[1], strict=True):
-                buffer.copy_(before)
+            self._params[:] = own
+            buffers.restore()
 
 
 _DTYPES = [f"torch.{name}" for name in DTYPES]
@@ -261,6 +257,45 @@ class _Stepping(Optimizer):
             params[:] = self._model
 
 
+class _Buffers:
+    """The buffers of a model as they are now, to be put back."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._places = [(one, name, kept) for one in model.modules() for name, kept in one._buffers.items()]
+        self._kept = [(kept, kept.detach().clone()) for kept in {id(kept): kept for kept in model.buffers()}.values()]
+
+    def means(self, comm: MPI.Intracomm) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Those that have one, with their means over all ranks; a collective call."""
+        with_mean = {name: one for name, one in self._model.named_buffers() if _is_plain(one)}
+        with_mean = {name: one for name, one in with_mean.items() if str(one.dtype) in _DTYPES}
+        shapes = {f"shape of buffer {name}": tuple(one.shape) for name, one in with_mean.items()}
+        _compare(comm, {"set of buffers": [(name, str(one.dtype)) for name, one in with_mean.items()]})
+        _compare(comm, shapes)
+        means = [one.detach().resolve_neg().numpy().copy() for one in with_mean.values()]
+        if means:
+            allreduce(means, comm, "mean", deterministic=True)
+        return [(one, torch.from_numpy(mean)) for one, mean in zip(with_mean.values(), means, strict=True)]
+
+    def put(self, others: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Have other values in the place of some, in their memory where that can be."""
+        with torch.no_grad():
+            for one, values in others:
+                if _is_writable(one):
+                    one.copy_(values)
+                    continue
+                for module, name, kept in self._places:
+                    if kept is one:
+                        module._buffers[name] = values
+
+    def restore(self) -> None:
+        """Put them back, where ``forward`` may have assigned others, or written to them."""
+        for module, name, kept in self._places:
+            if name not in module._buffers or module._buffers[name] is not kept:
+                module._buffers[name] = kept
+        self.put([(kept, values) for kept, values in self._kept if _is_writable(kept)])
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Is there an array of memory with its elements in it?"""
     return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
@@ -271,6 +306,11 @@ def _is_expanded(tensor: torch.Tensor) -> bool:
     sides = [*zip(tensor.shape, tensor.stride(), strict=True)]
     extent = 1 + sum((size - 1) * stride for size, stride in sides)
     return bool(tensor.numel()) and (extent < tensor.numel() or any(size > 1 and not stride for size, stride in sides))
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """Will torch write to it, element by element?"""
+    return _is_plain(tensor) and not _is_expanded(tensor) and (not tensor.is_inference() or _in_inference())
 
 
 def _in_inference() -> bool:
@@ -387,5 +427,5 @@ def _compare(comm: MPI.Intracomm, facts: dict[str, Any]) -> None:
     told = comm.allgather(facts)
     for rank, others in enumerate(told):
         for what, fact in others.items():
-            if fact != told[0][what]:
+            if what not in told[0] or fact != told[0][what]:
                 raise UserError(f"rank {rank} has another {what} than rank 0; expected the same on all ranks")

@@ -67,6 +67,10 @@ def told_by_all(comm: Any, action: Callable[[], Any]) -> str:
     return told
 
 
+def _set(where: Any, name: str, value: Any) -> None:
+    setattr(where, name, value)
+
+
 # One process on whole batches is what sync comes to.
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
@@ -500,6 +504,104 @@ def test_safetensors_saves_it(comm, folder):
     tensors.load_model(plain, str(folder / f"{comm.rank}.safetensors"))
     assert all(torch.equal(one, model.state_dict()[name]) for name, one in plain.state_dict().items())
     assert torch.equal(tensors.load_file(str(folder / f"bias-{comm.rank}.safetensors"))["b"], model.tied.bias)
+
+
+# Buffers in a consensus.
+
+
+class Holds(nn.Module):
+    """Of a buffer, which ``forward`` makes another."""
+
+    def __init__(self, buffer: Any, forward: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.linear, self.then = nn.Linear(6, 3), forward
+        self.register_buffer("held", buffer)
+
+    def forward(self, x: Any) -> Any:
+        self.then(self)
+        return self.linear(x)
+
+
+def _buffer(value: Any) -> Callable[[Any], None]:
+    return lambda module: _set(module, "held", value(module.held))
+
+
+ASSIGNED: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "anew": (torch.ones(3), _buffer(lambda held: held + 1)),
+    "in place": (torch.ones(3), lambda module: module.held.add_(1)),
+    "in place, then anew": (torch.ones(3), _buffer(lambda held: held.add_(1) * 2)),
+    "whole numbers": (torch.tensor(3), _buffer(lambda held: held + 1)),
+    "whole numbers in place": (torch.tensor(3), lambda module: module.held.add_(1)),
+    "truth": (torch.ones(3).bool(), lambda module: module.held.logical_not_()),
+    "16 bits": (torch.ones(3).bfloat16(), lambda module: module.held.mul_(2)),
+    "another shape": (torch.ones(3), _buffer(lambda held: torch.zeros(5))),
+    "another type": (torch.ones(3), _buffer(lambda held: held.long())),
+    "expanded": (torch.ones(3), _buffer(lambda held: held[:1].expand(4))),
+    "none": (torch.ones(3), _buffer(lambda held: None)),
+    "from none": (None, _buffer(lambda held: torch.ones(2))),
+    "gone": (torch.ones(3), lambda module: module._buffers.pop("held", None)),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("way", ASSIGNED)
+def test_a_consensus_gives_back_all_buffers(comm, way, inference):
+    """By forward, whatever it makes of them: in training mode, as a program that forgets eval()."""
+    buffer, forward = ASSIGNED[way]
+    model = Holds(deepcopy(buffer), forward)
+    replica = Replica(model, sgd(model), comm)
+    mode = torch.inference_mode if inference else torch.no_grad
+    with replica.consensus(), mode():
+        model(torch.ones(2, 6))
+        after = model._buffers.get("held")
+        assert (after is None) != (buffer is None) if way in ("none", "from none", "gone") else after is not None
+    assert model.held is None if buffer is None else torch.equal(model.held, buffer)
+    assert buffer is None or not (model.held.is_inference() or model.held.stride() != buffer.stride())
+    assert buffer is None or model.held.dtype == buffer.dtype
+
+
+def test_batches_of_an_evaluation_are_not_counted(comm):
+    """Also of a norm in two places; and buffers that training assigns anew have a mean."""
+    norm = nn.BatchNorm1d(6)
+    model = nn.Sequential(norm, norm, Holds(torch.zeros(2), _buffer(lambda held: (held + comm.rank)[:1].expand(2))))
+    replica = Replica(model, sgd(model), comm)
+    model(torch.randn(4, 6)).sum().backward()
+    replica.step(4, 4 * P)
+    before, held = deepcopy(norm.state_dict()), model[2].held
+    assert norm.num_batches_tracked == 2
+    with replica.consensus():
+        assert model[2].held.tolist() == pytest.approx(2 * [(P - 1) / 2])
+        model(torch.randn(4, 6))
+        assert norm.num_batches_tracked == 4
+    assert all(torch.equal(one, before[name]) for name, one in norm.state_dict().items())
+    assert model[2].held is held
+    assert held.tolist() == 2 * [comm.rank]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_one_too(comm):
+    model = torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)))
+    replica = Replica(model, sgd(model), comm)
+    model(torch.randn(4, 6)).sum().backward()
+    replica.step(4, 4 * P)
+    with replica.consensus():
+        model(torch.randn(4, 6))
+    assert model[1].num_batches_tracked == 1
+
+
+@pytest.mark.skipif(P == 1, reason="one rank is like itself")
+@pytest.mark.parametrize(
+    ("way", "wanted"),
+    [
+        (_buffer(lambda held: torch.zeros(3 + RANK)), "has another shape of buffer held than rank 0"),
+        (lambda module: module.register_buffer(f"own{RANK}", torch.ones(1)), "has another set of buffers"),
+    ],
+)
+def test_buffers_that_have_no_mean_are_refused_by_all_ranks(comm, way, wanted):
+    model = Holds(torch.ones(3), way)
+    replica = Replica(model, sgd(model), comm)
+    model(torch.ones(1, 6))
+    assert wanted in told_by_all(comm, lambda: replica.consensus().__enter__())
 
 
 # Tensors and optimizers that cannot be.
