@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make test-torch")
 
 from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
-from torch.optim import SGD  # noqa: E402
+from torch.optim import SGD, Optimizer  # noqa: E402
 
 from launch import REPOSITORY  # noqa: E402
 from mpicoll import UserError  # noqa: E402
@@ -447,8 +447,442 @@ def test_a_step_of_nothing_known_is_refused(comm):
         with pytest.raises(UserError, match=f"step of {wanted}: take them from batches"):
             replica.step(*given)
     model.float()
-    with pytest.raises(UserError, match="convert or move it before"):
+    with pytest.raises(UserError, match=r"0.weight was moved or converted .* make a new Replica"):
         replica.step(1, P)
+
+
+# What has become another than the Replica was made with.
+
+REMEDY = "make a new Replica"
+
+
+def freezing() -> tuple[Any, Any]:
+    """A network with a frozen parameter, and its optimizer, of two groups."""
+    model = network()
+    model[0].bias.requires_grad_(False)
+    groups = [{"params": [model[0].weight]}, {"params": [*model[2].parameters()], "lr": 0.05}]
+    return model, torch.optim.SGD(groups, 0.1, 0.9)
+
+
+CHANGES: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "unfrozen": (lambda model, _: model[0].bias.requires_grad_(), "^0.bias was unfrozen"),
+    "all unfrozen": (lambda model, _: model.requires_grad_(), "^0.bias was unfrozen"),
+    "frozen": (lambda model, _: model[2].requires_grad_(False), "^2.weight was frozen"),
+    "module added": (lambda model, _: model.append(nn.Linear(3, 3)), "^3.weight is new in the model"),
+    "module removed": (lambda model, _: model.pop(2), "^2.weight is gone"),
+    "module replaced": (
+        lambda model, _: model.__setitem__(2, nn.Linear(8, 3).double()),
+        "^2.weight is another parameter",
+    ),
+    "module within a new one": (lambda model, _: model.__setitem__(1, nn.PReLU().double()), "^1.weight is new"),
+    "parameter added": (lambda model, _: _set(model[1], "slope", nn.Parameter(torch.ones(1))), "^1.slope is new"),
+    "parameter replaced": (
+        lambda model, _: _set(model[2], "bias", nn.Parameter(torch.ones(3).double())),
+        "^2.bias is another",
+    ),
+    "parameter removed": (lambda model, _: model[2].register_parameter("bias", None), "^2.bias is gone"),
+    "tied": (lambda model, _: _set(model[2], "again", model[0].weight), "^2.again is new"),
+    "weights normed": (lambda model, _: nn.utils.parametrizations.weight_norm(model[2]), "^2.weight is gone"),
+    "loaded by assignment": (
+        lambda model, _: model.load_state_dict(network(1).state_dict(), assign=True),
+        "^0.weight is another parameter",
+    ),
+    "data replaced": (lambda model, _: _set(model[2].bias, "data", model[2].bias.data.clone()), "^2.bias was moved"),
+    "data cut": (lambda model, _: _set(model[0].weight, "data", model[0].weight.data[:4]), "^0.weight was moved"),
+    "converted": (lambda model, _: model.float(), "^0.weight was moved or converted"),
+    "one layer in 16 bits": (lambda model, _: model[2].bfloat16(), "^2.weight was moved or converted"),
+    "shared with other processes": (lambda model, _: model.share_memory(), "^0.weight was moved"),
+    "another Replica": (lambda model, _: Replica(model, sgd(model), MPI.COMM_SELF), "given to another one"),
+    "frozen parameter in the optimizer": (
+        lambda model, optimizer: optimizer.add_param_group({"params": [model[0].bias]}),
+        "the optimizer has other parameters",
+    ),
+    "new parameter in the optimizer": (
+        lambda _, optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
+        "the optimizer has other parameters",
+    ),
+    "group taken out": (lambda _, optimizer: optimizer.param_groups.pop(), "the optimizer has other parameters"),
+    "in another group": (
+        lambda _, optimizer: optimizer.param_groups[0]["params"].append(optimizer.param_groups[1]["params"].pop()),
+        "the optimizer has other parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", ["step", "consensus", "batches"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_since_is_refused_by_all_ranks(comm, change, where):
+    """On one rank; and nothing has been changed then, on any."""
+    model, optimizer = freezing()
+    replica = Replica(model, optimizer, comm)
+    x, y = samples(4)
+    cross_entropy(model(x), y).backward()
+    replica.step(4, 4 * P)
+    cross_entropy(model(x), y).backward()
+    before = replica._params.copy()
+    change, wanted = CHANGES[change]
+    if comm.rank == P - 1:
+        change(model, optimizer)
+    actions: dict[str, Callable[[], Any]] = {
+        "step": lambda: replica.step(4, 4 * P),
+        "consensus": lambda: replica.consensus().__enter__(),
+        "batches": lambda: next(replica.batches(4, 4)),
+    }
+    told = told_by_all(comm, actions[where])
+    assert re.search(wanted, told)
+    assert REMEDY in told
+    assert (f"(on rank {P - 1})" in told) == (P > 1)
+    np.testing.assert_array_equal(replica._params, before)
+    assert replica.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"strategy": "average", "every": 3}, 3),
+        ({"strategy": "average", "every": 2, "outer": "easgd"}, 2),
+        ({"strategy": "butterfly"}, 4),
+        ({"strategy": "gossip", "graph": "ring", "mix_first": True}, 4),
+    ],
+    ids=lambda given: " ".join(map(str, given.values())) if isinstance(given, dict) else None,
+)
+def test_ranks_that_do_not_meet_in_a_step_raise_when_they_do(comm, monkeypatch, given, steps):
+    monkeypatch.setattr("mpicoll.torch.MEETING", 4)
+    model, optimizer = freezing()
+    replica = Replica(model, optimizer, comm, **given)
+    x, y = samples(4)
+    taken = []
+
+    def loop() -> None:
+        if comm.rank == P - 1:
+            model[0].bias.requires_grad_()
+        for _ in range(10):
+            taken.append(None)
+            cross_entropy(model(x), y).backward()
+            replica.step(4, 4 * P)
+
+    assert re.search(f"^0.bias was unfrozen .*{REMEDY}", told_by_all(comm, loop))
+    assert len(taken) == steps
+
+
+def test_ranks_that_average_in_pairs_raise_at_the_end_of_the_epoch(comm):
+    model, optimizer = freezing()
+    replica = Replica(model, optimizer, comm, strategy="ad-psgd")
+    x, y = samples(30)
+    train(replica, x, y, 2 * P, epochs=1)
+
+    def epoch() -> None:
+        for number, mine in enumerate(replica.batches(len(x), 2 * P, 1)):
+            if number == 1 and comm.rank == P - 1:
+                model[0].bias.requires_grad_()
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            replica.step()
+
+    assert re.search(f"^0.bias was unfrozen .*{REMEDY}", told_by_all(comm, epoch))
+
+
+def test_a_new_replica_goes_on_after_a_change(comm):
+    """As plain torch does: a frozen parameter is unfrozen, and given to the optimizer, whose momenta go on."""
+    x, y = samples(4 * P)
+    mine = slice(4 * comm.rank, 4 * comm.rank + 4)
+    (plain, own), (model, optimizer) = freezing(), freezing()
+    for _ in range(2):
+        replica = Replica(model, optimizer, comm)
+        for _ in range(3):
+            own.zero_grad()
+            cross_entropy(plain(x), y).backward()
+            own.step()
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            replica.step(4, 4 * P)
+        for one, its in ((plain, own), (model, optimizer)):
+            if len(its.param_groups) == 2:
+                its.add_param_group({"params": [one[0].bias.requires_grad_()], "lr": 0.2})
+    np.testing.assert_allclose(vector(model), vector(plain), rtol=0, atol=1e-12)
+    assert not np.allclose(vector(model)[48:56], vector(network())[48:56], rtol=0, atol=1e-3)
+
+
+def test_a_new_replica_may_begin_where_ranks_agree(comm):
+    """As it has to where ranks have models of their own, which do not come back."""
+    x, y = samples(30 * P)
+    model, optimizer = freezing()
+    replica = Replica(model, optimizer, comm, strategy="average", every=50)
+    train(replica, x, y, 5 * P, epochs=1)
+    with replica.consensus():
+        wanted = vector(model)
+        optimizer.add_param_group({"params": [model[0].bias.requires_grad_()]})
+        newer = Replica(model, optimizer, comm, strategy="average", every=50)
+    np.testing.assert_array_equal(vector(model), wanted)
+    assert len({one.tobytes() for one in comm.allgather(vector(model))}) == 1
+    train(newer, x, y, 5 * P, epochs=1)
+    assert not np.array_equal(vector(model), wanted)
+
+
+def test_a_replica_is_of_one_model_and_optimizer(comm):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    for name in ("model", "optimizer"):
+        with pytest.raises(AttributeError, match="no setter"):
+            setattr(replica, name, getattr(replica, name))
+
+
+def _own(model: Any) -> None:
+    for param in model.parameters():
+        param.grad = param.grad.clone()
+
+
+def _again(model: Any) -> None:
+    for param in model.parameters():
+        param.grad.data = param.grad.data.clone()
+
+
+def _shuffled(model: Any) -> None:
+    for param in model.parameters():
+        param.grad = param.grad.t().contiguous().t() if param.grad.dim() == 2 else param.grad.clone()
+
+
+HARMLESS: dict[str, Callable[[Any, Any], Any]] = {
+    "gradients of the program's own": lambda model, _: _own(model),
+    "the data of gradients replaced": lambda model, _: _again(model),
+    "gradients in another order of memory": lambda model, _: _shuffled(model),
+    "sparse gradients": lambda model, _: _set(model[2].weight, "grad", model[2].weight.grad.to_sparse()),
+    "clipped by the program": lambda model, _: nn.utils.clip_grad_norm_(model.parameters(), 1e6),
+    "state loaded": lambda model, _: model.load_state_dict(deepcopy(model.state_dict())),
+    "state of the optimizer loaded": lambda _, optimizer: optimizer.load_state_dict(deepcopy(optimizer.state_dict())),
+    "converted to what it was": lambda model, _: model.double().cpu(),
+    "module without parameters replaced": lambda model, _: model.__setitem__(1, nn.LeakyReLU(0.0)),
+    "unfrozen what was not frozen": lambda model, _: model.requires_grad_(),
+    "for evaluation": lambda model, _: model.eval(),
+    "copied": lambda model, optimizer: deepcopy((model, optimizer)),
+    "compared in inference mode": lambda model, _: torch.inference_mode()(model)(torch.zeros(1, 6).double()),
+    "learning rate of a group": lambda _, optimizer: optimizer.param_groups[0].update(lr=0.1),
+    "buffer registered": lambda model, _: model.register_buffer("seen", torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS)
+def test_what_changes_nothing_is_taken(comm, change):
+    """Between backward and step, on one rank."""
+    x, y = samples(40)
+    models = network(), network()
+    for model, is_changed in zip(models, (True, False), strict=True):
+        replica = Replica(model, sgd(model), comm)
+        for mine in replica.batches(len(x), 16):
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            if is_changed and comm.rank == P - 1:
+                HARMLESS[change](model, replica.optimizer)
+            replica.step()
+    np.testing.assert_array_equal(*map(vector, models))
+
+
+def test_a_gradient_of_another_shape_is_refused(comm):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    if comm.rank == P - 1:
+        model[0].bias.grad.data = torch.ones(1).double()
+    assert "a gradient has shape (1,); expected (8,)" in told_by_all(comm, lambda: replica.step(1, P))
+
+
+# Another than the Replica steps.
+
+
+class Around(Optimizer):
+    """An optimizer that steps by way of another one."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def _scaled(model: Any, optimizer: Any) -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(1, 6).double()).sum()).backward()
+    scaler.step(optimizer)
+
+
+HABITS: dict[str, Callable[[Any, Any], Any]] = {
+    "step": lambda _, optimizer: optimizer.step(),
+    "step of a closure": lambda _, optimizer: optimizer.step(lambda: 0.0),
+    "step of a scaler": _scaled,
+    "step of another optimizer": lambda model, _: torch.optim.Adam(model[2].parameters()).step(),
+    "step of one around it": lambda _, optimizer: Around(optimizer).step(),
+    "step of a copy": lambda _, optimizer: _with_params(optimizer).step(),
+}
+
+
+def _with_params(optimizer: Any) -> Any:
+    other = torch.optim.SGD(optimizer.param_groups[0]["params"], 0.1)
+    other.load_state_dict(optimizer.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("habit", HABITS)
+def test_only_the_replica_steps(comm, habit, scheduled):
+    model = network()
+    optimizer = sgd(model)
+    if scheduled:  # which wraps step
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    replica = Replica(model, optimizer, comm)
+    x, y = samples(4)
+    cross_entropy(model(x), y).backward()
+    before = vector(model)
+    assert "call replica.step() instead" in told_by_all(comm, lambda: HABITS[habit](model, optimizer))
+    np.testing.assert_array_equal(vector(model), before)
+    replica.step(4, 4 * P)
+    assert not np.array_equal(vector(model), before)
+
+
+def test_other_optimizers_step_and_wrapped_ones_do(comm):
+    """Also while an older Replica of the same model is still there."""
+    x, y = samples(4)
+    models = network(), network()
+    for model, around in zip(models, (False, True), strict=True):
+        older = Replica(model, sgd(model), comm)
+        replica = Replica(model, Around(sgd(model)) if around else sgd(model), comm)
+        other = network()
+        cross_entropy(other(model(x).detach().repeat(1, 2)), y).backward()
+        sgd(other).step()
+        cross_entropy(model(x), y).backward()
+        replica.step(4, 4 * P)
+        assert "given to another one" in told_by_all(comm, lambda one=older: one.step(4, 4 * P))
+    np.testing.assert_array_equal(*map(vector, models))
+
+
+def test_without_its_replica_an_optimizer_steps(comm):
+    """At once, and the model is an ordinary one."""
+    x, y = samples(30)
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    train(replica, x, y, 12)
+    with replica.consensus():
+        pass
+    del replica
+    before, optimizer = vector(model), sgd(model)
+    cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not np.array_equal(vector(model), before)
+
+
+def test_a_step_within_a_consensus_is_refused(comm):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    with replica.consensus():
+        with replica.consensus():
+            pass
+        with pytest.raises(UserError, match="lost at its end: leave the with block"):
+            replica.step(1, P)
+    replica.step(1, P)
+
+
+# Shares and steps.
+
+AHEAD: dict[str, Callable[[Any], Any]] = {
+    "a list": list,
+    "two at a time": lambda shares: [(one, next(shares, None)) for one in shares],
+    "behind a prefetching loader": lambda shares: next(iter(_loader(shares))),
+}
+
+
+def _loader(shares: Any) -> Any:
+    return torch.utils.data.DataLoader(range(41), batch_sampler=(one.tolist() for one in shares), num_workers=1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks
+@pytest.mark.parametrize("way", AHEAD)
+def test_shares_taken_ahead_of_a_step_are_refused(comm, way):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    before = vector(model)
+    AHEAD[way](replica.batches(41, 2 * P + 1))
+    wanted = r"shares were taken .* since the last step: .* step\(samples, total\)"
+    assert re.search(wanted, told_by_all(comm, replica.step))
+    told_by_all(comm, replica.step)  # nor are they forgotten
+    np.testing.assert_array_equal(vector(model), before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["each", "loader", "accumulated", "in parts"])
+def test_shares_and_their_numbers_belong_together(comm, way):
+    """Whole batches of 7, and a last one of 6, or batches of 14 in two shares: as plain torch has it."""
+    x, y = samples(41)
+    plain, model = network(), network()
+    own, replica = sgd(plain), Replica(model, sgd(model), comm)
+    shares = [*replica.batches(len(x), 7)]
+    wholes = [torch.cat([torch.from_numpy(one) for one in comm.allgather(share.numpy())]) for share in shares]
+    assert [share.total for share in shares] == [*map(len, wholes)] == [7, 7, 7, 7, 7, 6]
+    if way == "accumulated":
+        wholes = [torch.cat(pair) for pair in zip(wholes[::2], wholes[1::2], strict=True)]
+    for whole in wholes:
+        own.zero_grad()
+        cross_entropy(plain(x[whole]), y[whole]).backward()
+        own.step()
+    if way == "accumulated":
+        for pair in zip(shares[::2], shares[1::2], strict=True):
+            count = sum(map(len, pair))
+            for mine in pair:
+                (cross_entropy(model(x[mine]), y[mine], reduction="sum") / count).backward()
+            replica.step(count, sum(mine.total for mine in pair))
+    elif way == "in parts":
+        for mine in replica.batches(len(x), 7):
+            for part in mine.split(2):
+                (cross_entropy(model(x[part]), y[part], reduction="sum") / len(mine)).backward()
+            replica.step()
+    else:
+        taken: Any = shares if way == "each" else _loader(shares)
+        for share, mine in zip(shares, taken, strict=True):
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            replica.step(len(mine), share.total)
+    np.testing.assert_allclose(vector(model), vector(plain), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("delays", [None, 5])
+def test_pairs_take_no_share_ahead(comm, delays):
+    model = network()
+    replica = Replica(model, sgd(model), comm, strategy="ad-psgd", delays=delays)
+
+    def epoch() -> None:
+        for number, _ in enumerate(replica.batches(10 * P, 2 * P)):
+            if number != 2 or comm.rank < P - 1:
+                replica.step()
+
+    assert "call step() for each, step(0, 1) to leave one out" in told_by_all(comm, epoch)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (lambda rank: (2, 2), f"add up to {P:.4g} times the total"),
+        (lambda rank: (2, 3 * P), "add up to 0.6667 times the total"),
+        (lambda rank: (rank == 0, 2 * P), f"add up to {1 / (2 * P):.4g} times"),
+        (lambda rank: (2, 1 if rank == P - 1 else 2 * P), "step of 2 samples in a batch of 1"),
+        (lambda rank: (0, 0), "step of 0 samples in a batch of 0"),
+    ],
+)
+def test_numbers_that_do_not_fit_together_are_refused_by_all_ranks(comm, given, wanted):
+    if P == 1 and "1 times" in wanted:
+        pytest.skip("one rank has all samples")
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    before = vector(model)
+    assert re.search(wanted, told_by_all(comm, lambda: replica.step(*given(comm.rank))))
+    np.testing.assert_array_equal(vector(model), before)
+    replica.step(2, 2 * P)
+
+
+@pytest.mark.skipif(P == 1, reason="one rank is like itself")
+def test_learning_rates_by_each_ranks_own_loss_are_refused(comm):
+    """As of a scheduler that waits for the loss to fall."""
+    model = network()
+    optimizer = sgd(model)
+    replica = Replica(model, optimizer, comm)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for loss in (1.0, 1.0 + comm.rank):
+        schedule.step(loss - comm.rank)
+    schedule.step(1.0 if comm.rank else 0.5)
+    assert "has another setting of the optimizer" in told_by_all(comm, lambda: next(replica.batches(4, 4)))
 
 
 # What leaves the program.
@@ -510,7 +944,7 @@ def test_safetensors_saves_it(comm, folder):
 
 
 class Holds(nn.Module):
-    """Of a buffer, which ``forward`` makes another."""
+    """A module with a buffer, which ``forward`` changes."""
 
     def __init__(self, buffer: Any, forward: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -561,7 +995,7 @@ def test_a_consensus_gives_back_all_buffers(comm, way, inference):
 
 
 def test_batches_of_an_evaluation_are_not_counted(comm):
-    """Also of a norm in two places; and buffers that training assigns anew have a mean."""
+    """Nor those of a norm in two places; and buffers that training assigns anew have a mean."""
     norm = nn.BatchNorm1d(6)
     model = nn.Sequential(norm, norm, Holds(torch.zeros(2), _buffer(lambda held: (held + comm.rank)[:1].expand(2))))
     replica = Replica(model, sgd(model), comm)
@@ -587,6 +1021,9 @@ def test_a_scripted_module_is_one_too(comm):
     with replica.consensus():
         model(torch.randn(4, 6))
     assert model[1].num_batches_tracked == 1
+    if comm.rank == P - 1:
+        model[0].bias.requires_grad_(False)
+    assert re.search(f"^0.bias was frozen .*{REMEDY}", told_by_all(comm, lambda: replica.step(4, 4 * P)))
 
 
 @pytest.mark.skipif(P == 1, reason="one rank is like itself")
