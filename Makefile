@@ -108,7 +108,7 @@ $(VENV)/.mpi4py-fetched: $(VENV)/.dev-installed
 	touch $@
 
 $(VENV)/.gloo-installed: $(VENV)/.dev-installed
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 safetensors
 	touch $@
 
 clean:

@@ -4,9 +4,13 @@ Three lines of an ordinary training loop change: one makes a ``Replica``, one ta
 ``batches``, and one calls its ``step`` instead of the optimizer's.
 """
 
-from collections.abc import Iterator
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import combinations
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -23,6 +27,7 @@ from .train.strategies import STRATEGIES, Now
 
 try:
     import torch
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
 except ModuleNotFoundError as error:
     raise ImportError("mpicoll.torch needs PyTorch, which is missing: pip install 'mpicoll[torch]'") from error
 
@@ -30,11 +35,18 @@ NOT_HERE = ("momenta", "sync_epochs", "compress")
 """Settings of strategies that ask for more than torch tells: flat vectors of the state, the length of an epoch, or what
 of the vector is a matrix."""
 
+MEETING = 64
+"""Steps between meetings of all ranks, to raise errors together, where a strategy itself has none."""
+
+T = TypeVar("T")
+
+AFTERWARDS = "after changing the model or its optimizer, make a new Replica, on all ranks"
+
 
 class Replica:
     """This rank's replica of a model, and how it agrees with those of the other ranks.
 
-    Parameters and gradients become views of one vector each, which strategies work on; nothing is copied.  All ranks
+    Parameters and gradients become slices of one vector each, which strategies work on; nothing is copied.  All ranks
     begin with the parameters, buffers and optimizer state of rank 0.  Learning rates are the optimizer's own, and
     schedulers change them as ever.
 
@@ -42,12 +54,17 @@ class Replica:
     buffers (as of BatchNorm, which normalizes by the rank's own samples).  The others have a gradient in every step,
     zero if the loss does not depend on them.
 
+    Which parameters there are, which of them are frozen, and which the optimizer has, is settled when this is made:
+    after a change, or after moving or converting the model, make a new one.  ``step``, ``batches`` and ``consensus``
+    refuse what has changed, on all ranks: with ``"sync"`` in the same step, else when all ranks meet next, which is
+    every so many steps.  Between steps the optimizer, or another one of the same parameters, refuses to step by itself.
+
     Parameters
     ----------
     model
-        On the CPU; what is trained is all float32, or all float64.
+        On the CPU, of dense tensors; what is trained is all float32, or all float64.
     optimizer
-        Of ``torch.optim``, for parameters of ``model``, one that needs no closure.
+        Of ``torch.optim``, for parameters of ``model``, one that needs no closure and takes dense gradients.
     comm
         An intracommunicator; making this is a collective call on it.
     strategy, settings
@@ -72,20 +89,16 @@ class Replica:
         tensors = [
             (name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in _tensors(model)
         ]
-        groups = [len(group["params"]) for group in optimizer.param_groups]
+        names = {id(param): name for name, param in model.named_parameters()}
+        groups = [[names[id(param)] for param in group["params"]] for group in optimizer.param_groups]
         _compare(comm, {"model": tensors, "optimizer": (type(optimizer), groups), "strategy": chosen})
-        self.model, self.optimizer, self.comm, self.steps = model, optimizer, comm, 0
-        self._trained, self._share, self._is_epoch = trained, (0, 0), False
+        self.comm, self.steps = comm, 0
+        self._share, self._taken, self._is_epoch, self._evaluates = (0, 0), 0, False, False
 
-        flat = torch.cat([param.detach().reshape(-1) for param in trained])
-        self._params = flat.numpy()
-        self._sums = _zeros(comm, len(flat) + 2, self._params.dtype)  # what a strategy finds there: see Strategy
-        sums = torch.from_numpy(self._sums)
-        sizes = [param.numel() for param in trained]
-        pieces = zip(trained, flat.split(sizes), sums[:-2].split(sizes), strict=True)
-        self._views = [(values.view_as(param), grad.view_as(param)) for param, values, grad in pieces]
-        for param, (values, grad) in zip(trained, self._views, strict=True):
-            param.data, param.grad = values, grad
+        size, dtype = sum(param.numel() for param in trained), str(trained[0].dtype).removeprefix("torch.")
+        self._params = np.empty(size, dtype)
+        self._sums = _zeros(comm, size + 2, self._params.dtype)  # what a strategy finds there: see Strategy
+        self._slices = _sliced(trained, self._params, self._sums)
         bcast(self._params, comm)
         known = {id(param) for param in trained}
         with torch.no_grad():
@@ -96,10 +109,23 @@ class Replica:
         if comm.rank:
             optimizer.load_state_dict(state)
 
-        stepping = _Stepping(optimizer, self._params)
+        self._made, self._verdict = _Made(model, optimizer, self._slices), _Verdict(comm)
+        of_all = self._sums if STRATEGIES[strategy].replicated else None
+        stepping = _Stepping(optimizer, self._params, self._verdict, of_all)
         self.strategy = STRATEGIES[strategy](comm, self._sums, self._params, stepping, chosen, steps_per_epoch=1)
         if self.strategy.point() is not self._params:  # push-sum: the model is where gradients are taken
             self.strategy.params = self._params.copy()
+        _replicas.add(self)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """Returns the model that this was made with."""
+        return self._made.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Returns the optimizer that this was made with."""
+        return self._made.optimizer
 
     def batches(
         self, samples: int, batch_size: int, epoch: int = 0, *, seed: int = 0, sharded: bool = False
@@ -111,52 +137,102 @@ class Replica:
         does not matter, nor whether they do.  All ranks hold the same ``samples``; or, if ``sharded``, each its own.
         The first batch is a collective call.  With ``"ad-psgd"`` a rank gets the next share that nobody has taken, so
         that ranks may do more or fewer steps in an epoch, and all must do theirs to its end.
+
+        A share has one number more, ``mine.total``: how many samples the batch has on all ranks together.  Where shares
+        are taken ahead of steps, as by a data loader that prefetches, or several for one step, ``step`` is to be told
+        of how many samples the gradient is, and of how many in total.
         """
-        everyones = {"batch size": batch_size, "epoch": epoch, "seed": seed, "number of samples": sharded or samples}
+        self._meet()
+        everyones: dict[str, Any] = {
+            "batch size": batch_size,
+            "epoch": epoch,
+            "seed": seed,
+            "number of samples": sharded or samples,
+        }
+        if self.strategy.replicated:  # as by a scheduler that goes by a rank's own loss
+            everyones["setting of the optimizer, as the learning rate,"] = self._made.settings()
         _compare(self.comm, everyones)
         x, y = np.empty((samples, 0)), np.zeros(samples, np.int8)  # there is nothing to know of them but their number
         data = from_arrays(x, y, self.comm if sharded else None)
         batches, first = Batches(data, self.comm.size, batch_size, seed, epoch), self.steps
-        self._is_epoch = True
+        self._is_epoch, self._taken = True, 0
         for step, rank in self.strategy.shares(first, first + batches.steps):
             mine, total = batches.share(step - first, rank)
-            self._share = len(mine), total
-            yield torch.from_numpy(mine)
+            self._share, self._taken = (len(mine), total), self._taken + 1
+            given: Any = torch.from_numpy(mine)
+            given.total = total
+            yield given
+            if self._taken and not self.strategy.in_step:  # others count on a step
+                self._verdict.note(self._refuse_to_skip)
+                self.step(0, 1)
         self._is_epoch = False
         if not self.strategy.in_step:
             self.steps = first + batches.steps
             self._go_to_point()  # others may have moved it since the last step
+            self._verdict.tell()
+
+    def _refuse_to_skip(self) -> None:
+        raise UserError(
+            "a share was taken from batches() before the last one had its step, and with ad-psgd none is ahead: call "
+            "step() for each, step(0, 1) to leave one out"
+        )
 
     def step(self, samples: int | None = None, total: int | None = None) -> None:
         """Step as the strategy has it, from the gradient in ``model``, and set that to zero.
 
         It is that of the mean loss over this rank's ``samples`` of a batch of ``total`` on all ranks; by default, over
-        the share that ``batches`` gave last.  Ranks without samples call this, too: their gradient counts for nothing.
+        the share that ``batches`` gave last, if that is the only one since the last step.  Ranks without samples call
+        this, too: their gradient counts for nothing.
         """
+        if self._evaluates:
+            raise UserError("step() within consensus() would be lost at its end: leave the with block first")
         if not (self._is_epoch or self.strategy.in_step):
             raise UserError("with ad-psgd a step is one of an epoch: take samples from batches()")
+        self._verdict.note(self._made.check)
+        own, length = self._verdict.note(lambda: self._weights(samples, total)) or (0, 1)
+        self._verdict.note(lambda: _take_gradients(self._slices))
+        if own:
+            self._sums *= own / length
+        else:
+            self._sums[:] = 0  # the mean over none is nan
+        self._sums[-2:] = own / length, self._verdict.error is not None  # all ranks look at the sums of these
+        try:
+            if self._meets():
+                self._verdict.tell()
+            now = Now(1, self.steps, float(self.optimizer.param_groups[0]["lr"]))
+            self.strategy.step(now, own, 1)
+        finally:
+            self._sums[:] = 0
+            self.strategy.seconds.clear()  # nobody asks for them
+        self.steps += 1
+        self._taken = 0
+        self._go_to_point()
+
+    def _weights(self, samples: int | None, total: int | None) -> tuple[int, int]:
+        """Returns of how many samples the gradient is, and of how many in total."""
+        if self._taken > 1 and (samples is None or total is None):
+            raise UserError(
+                f"{self._taken} shares were taken from batches() since the last step: for a step of several, or where "
+                "a data loader reads ahead, give step(samples, total), which are len(mine) and mine.total of a share"
+            )
         own = self._share[0] if samples is None else samples
         length = self._share[1] if total is None else total
         if not 0 <= own <= length or not length:
             raise UserError(
                 f"step of {own} samples in a batch of {length}: take them from batches(), or give step(samples, total)"
             )
-        for param, (values, grad) in zip(self._trained, self._views, strict=True):
-            if param.data_ptr() != values.data_ptr():
-                raise UserError("the model has other tensors than before: convert or move it before making a Replica")
-            if param.grad is not grad:  # zero_grad() took it away
-                grad.zero_() if param.grad is None else grad.copy_(param.grad.to_dense())
-                param.grad = grad
-        if own:
-            self._sums *= own / length
-        else:
-            self._sums[:] = 0  # the mean over none is nan
-        now = Now(1, self.steps, float(self.optimizer.param_groups[0]["lr"]))
-        self.strategy.step(now, own, 1)
-        self.steps += 1
-        self.strategy.seconds.clear()  # nobody asks for them
-        self._sums[:] = 0
-        self._go_to_point()
+        return own, length
+
+    def _meets(self) -> bool:
+        """Do all ranks meet in this step, otherwise than in the gradient?"""
+        if self.strategy.replicated or not self.strategy.in_step:
+            return False
+        return (self.steps + 1) % getattr(self.strategy, "every", MEETING) == 0
+
+    def _meet(self) -> None:
+        """Raise on all ranks what is wrong on any; a collective call."""
+        self._verdict.note(self._made.check)
+        self._verdict.tell()
 
     def _go_to_point(self) -> None:
         """Where gradients are to be taken, if the strategy's parameters are not the model's."""
@@ -167,24 +243,23 @@ class Replica:
     @contextmanager
     def consensus(self) -> Iterator[None]:
         """Within it, the model is the one that all ranks would agree on now, to be evaluated or saved; afterwards it is
-        this rank's own again, to be trained on.  Buffers are the mean of all ranks' if they are float32 or float64.
-        A collective call, and with ``"ad-psgd"`` none for the midst of an epoch."""
+        this rank's own again, to be trained on, with the buffers it had, whatever has become of them meanwhile.
+        Buffers are the mean of all ranks' if they are float32 or float64, each rank's own if not.  A collective call,
+        and with ``"ad-psgd"`` none for the midst of an epoch."""
         if self._is_epoch and not self.strategy.in_step:
             raise UserError("with ad-psgd ranks agree on a model between epochs only: go on to the end of batches()")
-        buffers = [buffer for buffer in self.model.buffers() if str(buffer.dtype) in _DTYPES]
-        own = self._params.copy(), [buffer.clone() for buffer in buffers]
-        means = [buffer.numpy().copy() for buffer in buffers]
-        if means:
-            allreduce(means, self.comm, "mean", deterministic=True)
+        self._meet()
+        own, buffers, before = self._params.copy(), _Buffers(self.model), self._evaluates
+        means = buffers.means(self.comm)
         self._params[:] = self.strategy.consensus()
-        for buffer, mean in zip(buffers, means, strict=True):
-            buffer.copy_(torch.from_numpy(mean))
+        self._evaluates = True
         try:
+            buffers.put(means)
             yield
         finally:
-            self._params[:] = own[0]
-            for buffer, before in zip(buffers, own[1], strict=True):
-                buffer.copy_(before)
+            self._params[:] = own
+            buffers.restore()
+            self._evaluates = before
 
 
 _DTYPES = [f"torch.{name}" for name in DTYPES]
@@ -199,23 +274,259 @@ def _zeros(comm: MPI.Intracomm, size: int, dtype: np.dtype) -> np.ndarray:
     return zeros
 
 
+class _Slice:
+    """A trained parameter, and where its values and its gradient are in the vectors."""
+
+    def __init__(self, param: torch.nn.Parameter, values: np.ndarray, grad: np.ndarray) -> None:
+        # Each has memory of its own as torch sees it, which is what it writes to files, and not all of the vector.
+        self.param, self.values, self._grad = param, _tensor(values, param.shape), _tensor(grad, param.shape)
+        self.at, self._grad_at = self.values.data_ptr(), self._grad.data_ptr()
+        self.values.copy_(param.detach())
+        param.data = self.values
+        self._give()
+
+    def _give(self) -> None:
+        self.param.grad = self._given = self._grad.detach()  # whose data the program may replace
+
+    def take(self) -> None:
+        """Have the gradient in the vector, wherever it is."""
+        grad = self.param.grad
+        if grad is self._given and grad.data_ptr() == self._grad_at and grad.is_set_to(self._grad):
+            return
+        if grad is None:  # zero_grad() took it away
+            self._grad.zero_()
+        elif grad.shape != self._grad.shape:
+            raise UserError(f"a gradient has shape {tuple(grad.shape)}; expected {tuple(self._grad.shape)}")
+        else:
+            self._grad.copy_(grad.detach().to_dense())
+        self._give()
+
+
+def _sliced(trained: list[torch.nn.Parameter], params: np.ndarray, sums: np.ndarray) -> list[_Slice]:
+    """Slices of the vectors, one after the other."""
+    ends = np.cumsum([param.numel() for param in trained])
+    return [
+        _Slice(param, params[end - param.numel() : end], sums[end - param.numel() : end])
+        for param, end in zip(trained, ends, strict=True)
+    ]
+
+
+def _tensor(array: np.ndarray, shape: torch.Size) -> torch.Tensor:
+    return torch.from_numpy(array).view(shape)
+
+
+class _Made:
+    """What a Replica was made with, to be compared with what is now: in every step, and so at little cost."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, slices: list[_Slice]) -> None:
+        self.model, self.optimizer, self._slices = model, optimizer, slices
+        self._params = _named(model)
+        self._requiring = [param.requires_grad for param in self._params.values()]
+        self._groups = self._in_groups()
+        self.ids = {id(part.param) for part in slices}
+        self._look()
+
+    def _look(self) -> None:
+        modules = [*self.model.modules()]
+        self._held_by = [held for one in modules for held in (one._parameters, one._modules)]
+        self._held = [one for held in self._held_by for one in held.values()]  # kept, so that no other has its id
+        self._ids = self._in_modules()
+
+    def _in_modules(self) -> list[int]:
+        return [id(one) for held in self._held_by for one in held.values()]
+
+    def _in_groups(self) -> list[list[int]]:
+        return [[*map(id, group["params"])] for group in self.optimizer.param_groups]
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The optimizer's, by group, as can be compared."""
+        return [
+            {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in group.items()}
+            for group in ({**group, "params": None} for group in self.optimizer.param_groups)
+        ]
+
+    def check(self) -> None:
+        """Raise a ``UserError`` if it has changed."""
+        if self._in_modules() != self._ids:
+            now = _named(self.model)
+            for name in {**self._params, **now}:
+                if now.get(name) is not (was := self._params.get(name)):
+                    how = "new in the model" if was is None else "another parameter" if name in now else "gone"
+                    raise UserError(f"{name} is {how} since the Replica was made: {AFTERWARDS}")
+            self._look()  # modules without parameters
+        requiring = [param.requires_grad for param in self._params.values()]
+        if requiring != self._requiring:
+            which = [now != was for now, was in zip(requiring, self._requiring, strict=True)].index(True)
+            how = "unfrozen" if requiring[which] else "frozen"
+            raise UserError(f"{[*self._params][which]} was {how} since the Replica was made: {AFTERWARDS}")
+        for part in self._slices:
+            if not (part.param.data_ptr() == part.at and part.param.is_set_to(part.values)):
+                name = next(name for name, param in self._params.items() if param is part.param)
+                raise UserError(
+                    f"{name} was moved or converted since the Replica was made, or given to another one: {AFTERWARDS}"
+                )
+        if self._in_groups() != self._groups:
+            raise UserError(f"the optimizer has other parameters than when the Replica was made: {AFTERWARDS}")
+
+
+def _named(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters by all their names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _take_gradients(slices: list[_Slice]) -> None:
+    for part in slices:
+        part.take()
+
+
+class _Verdict:
+    """What is wrong on this rank, until all raise it together."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        self.error: UserError | None = None
+
+    def note(self, action: Callable[[], T]) -> T | None:
+        """Do it, unless something is wrong already; returns what it does, and keeps the ``UserError`` it raises."""
+        try:
+            return action() if self.error is None else None
+        except UserError as error:
+            self.error = error
+            return None
+
+    def tell(self) -> None:
+        """Raise on all ranks what is wrong on any; a collective call."""
+        error, self.error = self.error, None
+
+        def own() -> None:
+            if error is not None:
+                raise error
+
+        on_all(self._comm, own)
+
+
 class _Stepping(Optimizer):
     """A torch optimizer as strategies know one.  It steps on the model, which may be elsewhere than their parameters,
-    from the gradient that is there, at a learning rate of its own."""
+    from the gradient that is there, at a learning rate of its own; and not if something is wrong.
+
+    If ranks have added up their gradients, then also, in ``sums``, by how much each weighs, and whether something is
+    wrong with it: so that all raise the same error, before anything is changed, without another exchange.
+    """
 
     in_parts = False
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: np.ndarray) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: np.ndarray, verdict: _Verdict, sums: np.ndarray | None
+    ) -> None:
         super().__init__(len(model), model.dtype)
-        self._optimizer, self._model = optimizer, model
+        self._optimizer, self._model, self._verdict, self._sums = optimizer, model, verdict, sums
 
     def step(self, params: np.ndarray, grad: np.ndarray, lr: float) -> None:
         """See ``Optimizer``."""
+        if self._sums is not None:
+            self._check(*self._sums[-2:])
+        if self._verdict.error is not None:
+            return
         if params is not self._model:
             self._model[:] = params
-        self._optimizer.step()
+        _ours.append(self._optimizer)
+        try:
+            self._optimizer.step()
+        finally:
+            _ours.pop()
         if params is not self._model:
             params[:] = self._model
+
+    def _check(self, weight: float, wrong: float) -> None:
+        if wrong:
+            self._verdict.tell()
+        if abs(weight - 1) > 1e-3:
+            raise UserError(
+                f"step(samples, total): the samples of all ranks add up to {weight:.4g} times the total, expected 1: "
+                "give each rank's own samples, and the total of all ranks"
+            )
+
+
+_replicas: "weakref.WeakSet[Replica]" = weakref.WeakSet()
+_ours: list[torch.optim.Optimizer] = []
+"""Optimizers that a Replica steps with now."""
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise before a step of any optimizer of the program on parameters of a Replica: the models of ranks would drift
+    apart."""
+    if _ours or not _replicas:
+        return
+    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if any(params & replica._made.ids for replica in [*_replicas]):
+        name = type(optimizer).__name__
+        raise UserError(
+            f"{name}.step() would change parameters of a Replica by this rank's own gradient: call replica.step() "
+            "instead; or, to go on without it, delete the replica"
+        )
+
+
+register_optimizer_step_pre_hook(_refuse_step)
+
+
+class _Buffers:
+    """The buffers of a model as they are now, to be put back."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._places = [(one, name, kept) for one in model.modules() for name, kept in one._buffers.items()]
+        self._kept = [(kept, kept.detach().clone()) for kept in {id(kept): kept for kept in model.buffers()}.values()]
+
+    def means(self, comm: MPI.Intracomm) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Those that have one, with their means over all ranks; a collective call."""
+        with_mean = {name: one for name, one in self._model.named_buffers() if _is_plain(one)}
+        with_mean = {name: one for name, one in with_mean.items() if str(one.dtype) in _DTYPES}
+        shapes = {f"shape of buffer {name}": tuple(one.shape) for name, one in with_mean.items()}
+        _compare(comm, {"set of buffers": [(name, str(one.dtype)) for name, one in with_mean.items()]})
+        _compare(comm, shapes)
+        means = [one.detach().resolve_neg().numpy().copy() for one in with_mean.values()]
+        if means:
+            allreduce(means, comm, "mean", deterministic=True)
+        return [(one, torch.from_numpy(mean)) for one, mean in zip(with_mean.values(), means, strict=True)]
+
+    def put(self, others: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Have other values in the place of some, in their memory where that can be."""
+        with torch.no_grad():
+            for one, values in others:
+                if _is_writable(one):
+                    one.copy_(values)
+                    continue
+                for module, name, kept in self._places:
+                    if kept is one:
+                        module._buffers[name] = values
+
+    def restore(self) -> None:
+        """Put them back, where ``forward`` may have assigned others, or written to them."""
+        for module, name, kept in self._places:
+            if name not in module._buffers or module._buffers[name] is not kept:
+                module._buffers[name] = kept
+        self.put([(kept, values) for kept, values in self._kept if _is_writable(kept)])
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Is there an array of memory with its elements in it?"""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    """Do several elements surely share memory?"""
+    sides = [*zip(tensor.shape, tensor.stride(), strict=True)]
+    extent = 1 + sum((size - 1) * stride for size, stride in sides)
+    return bool(tensor.numel()) and (extent < tensor.numel() or any(size > 1 and not stride for size, stride in sides))
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """Will torch write to it, element by element?"""
+    return _is_plain(tensor) and not _is_expanded(tensor) and (not tensor.is_inference() or _in_inference())
+
+
+def _in_inference() -> bool:
+    return bool(torch.is_inference_mode_enabled())
 
 
 def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -225,9 +536,10 @@ def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """The parameters to train, each once; a ``UserError`` if they cannot be."""
+    if _in_inference():
+        raise UserError("nothing can be trained within torch.inference_mode(): make the Replica outside of it")
     for name, tensor in _tensors(model):
-        if tensor.device.type != "cpu":
-            raise UserError(f"{name} is on {tensor.device}; expected a model on the CPU: move it with model.cpu()")
+        _check_tensor(name, tensor)
     trained = [param for param in model.parameters() if param.requires_grad]
     found = sorted({str(param.dtype) for param in trained})
     if not trained:
@@ -240,7 +552,69 @@ def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[t
     known = {id(param) for param in model.parameters()}
     if any(id(param) not in known for group in optimizer.param_groups for param in group["params"]):
         raise UserError("the optimizer has parameters that are not the model's: make it of model.parameters()")
+    _check_apart(model)
+    _check_optimizer(optimizer)
     return trained
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Raise a ``UserError`` unless it can be copied from rank to rank and written to."""
+    if torch.nn.parameter.is_lazy(tensor):
+        raise UserError(
+            f"{name} has no shape yet, being of a lazy module: have the model compute a batch before making a Replica"
+        )
+    if tensor.device.type != "cpu":
+        raise UserError(f"{name} is on {tensor.device}; expected a model on the CPU: move it with model.cpu()")
+    if not _is_plain(tensor):
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
+        raise UserError(
+            f"{name} is {kind}; expected dense tensors: convert it, as with to_dense(), or train without it"
+        )
+    if _is_expanded(tensor):
+        raise UserError(f"{name} is expanded, several of its elements sharing memory: make it with clone()")
+    if tensor.is_inference():
+        raise UserError(f"{name} was made in torch.inference_mode(), and cannot be written to: make it with clone()")
+
+
+def _check_apart(model: torch.nn.Module) -> None:
+    """Raise a ``UserError`` if a parameter to train shares memory with another tensor: it would no longer, since its
+    values move to a vector."""
+    groups: dict[int, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in _tensors(model):
+        groups.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+    for group in groups.values():
+        for (name, one), (other, two) in combinations(group, 2):
+            if (one.requires_grad or two.requires_grad) and _share_memory(one, two):
+                raise UserError(
+                    f"{name} and {other} share memory, and would not in a Replica: to tie parameters, have one "
+                    "nn.Parameter in both places; make other tensors with clone()"
+                )
+
+
+def _share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Do they, even in part?"""
+    return bool(one.numel() and two.numel() and np.shares_memory(_memory(one), _memory(two)))
+
+
+def _memory(tensor: torch.Tensor) -> np.ndarray:
+    """Where its elements are, of any dtype, also of those that NumPy has not."""
+    size = tensor.element_size()
+    strides = tuple(size * stride for stride in tensor.stride())
+    at = {"version": 3, "data": (tensor.data_ptr(), False), "typestr": f"|V{size}", "strides": strides}
+    return np.asarray(SimpleNamespace(__array_interface__={**at, "shape": tuple(tensor.shape)}))
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ``UserError`` if it cannot step on dense gradients, and by itself."""
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UserError(f"{kind} takes sparse gradients only, and those of a Replica are dense: take Adam")
+    parameters = inspect.signature(optimizer.step).parameters.values()
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    if needed := [name for name in needed if name != "self"]:
+        raise UserError(
+            f"{kind}.step() needs a {needed[0]}, and a Replica has none for it: take an optimizer that steps without"
+        )
 
 
 def _chosen(strategy: str, given: dict[str, Any]) -> Settings:
@@ -265,5 +639,5 @@ def _compare(comm: MPI.Intracomm, facts: dict[str, Any]) -> None:
     told = comm.allgather(facts)
     for rank, others in enumerate(told):
         for what, fact in others.items():
-            if fact != told[0][what]:
+            if what not in told[0] or fact != told[0][what]:
                 raise UserError(f"rank {rank} has another {what} than rank 0; expected the same on all ranks")

@@ -1,8 +1,10 @@
 """PyTorch's modules and optimizers on all ranks: against one process, and against the loop of ``mpicoll train``."""
 
+import io
 import re
 import runpy
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make test-torch")
 
 from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
+from torch.optim import SGD, Optimizer  # noqa: E402
 
 from launch import REPOSITORY  # noqa: E402
 from mpicoll import UserError  # noqa: E402
@@ -49,6 +52,23 @@ def train(replica: Replica, x: Any, y: Any, batch_size: int, epochs: int = 2, **
 
 def vector(model: Any) -> np.ndarray:
     return np.concatenate([param.detach().numpy().reshape(-1) for param in model.parameters()])
+
+
+def told_by_all(comm: Any, action: Callable[[], Any]) -> str:
+    """The one line that all ranks raise."""
+    told = None
+    try:
+        action()
+    except UserError as error:
+        told = str(error)
+    assert told is not None
+    assert "\n" not in told
+    assert len(set(comm.allgather(told))) == 1
+    return told
+
+
+def _set(where: Any, name: str, value: Any) -> None:
+    setattr(where, name, value)
 
 
 # One process on whole batches is what sync comes to.
@@ -427,8 +447,698 @@ def test_a_step_of_nothing_known_is_refused(comm):
         with pytest.raises(UserError, match=f"step of {wanted}: take them from batches"):
             replica.step(*given)
     model.float()
-    with pytest.raises(UserError, match="convert or move it before"):
+    with pytest.raises(UserError, match=r"0.weight was moved or converted .* make a new Replica"):
         replica.step(1, P)
+
+
+# What has become another than the Replica was made with.
+
+REMEDY = "make a new Replica"
+
+
+def freezing() -> tuple[Any, Any]:
+    """A network with a frozen parameter, and its optimizer, of two groups."""
+    model = network()
+    model[0].bias.requires_grad_(False)
+    groups = [{"params": [model[0].weight]}, {"params": [*model[2].parameters()], "lr": 0.05}]
+    return model, torch.optim.SGD(groups, 0.1, 0.9)
+
+
+CHANGES: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "unfrozen": (lambda model, _: model[0].bias.requires_grad_(), "^0.bias was unfrozen"),
+    "all unfrozen": (lambda model, _: model.requires_grad_(), "^0.bias was unfrozen"),
+    "frozen": (lambda model, _: model[2].requires_grad_(False), "^2.weight was frozen"),
+    "module added": (lambda model, _: model.append(nn.Linear(3, 3)), "^3.weight is new in the model"),
+    "module removed": (lambda model, _: model.pop(2), "^2.weight is gone"),
+    "module replaced": (
+        lambda model, _: model.__setitem__(2, nn.Linear(8, 3).double()),
+        "^2.weight is another parameter",
+    ),
+    "module within a new one": (lambda model, _: model.__setitem__(1, nn.PReLU().double()), "^1.weight is new"),
+    "parameter added": (lambda model, _: _set(model[1], "slope", nn.Parameter(torch.ones(1))), "^1.slope is new"),
+    "parameter replaced": (
+        lambda model, _: _set(model[2], "bias", nn.Parameter(torch.ones(3).double())),
+        "^2.bias is another",
+    ),
+    "parameter removed": (lambda model, _: model[2].register_parameter("bias", None), "^2.bias is gone"),
+    "tied": (lambda model, _: _set(model[2], "again", model[0].weight), "^2.again is new"),
+    "weights normed": (lambda model, _: nn.utils.parametrizations.weight_norm(model[2]), "^2.weight is gone"),
+    "loaded by assignment": (
+        lambda model, _: model.load_state_dict(network(1).state_dict(), assign=True),
+        "^0.weight is another parameter",
+    ),
+    "data replaced": (lambda model, _: _set(model[2].bias, "data", model[2].bias.data.clone()), "^2.bias was moved"),
+    "data cut": (lambda model, _: _set(model[0].weight, "data", model[0].weight.data[:4]), "^0.weight was moved"),
+    "converted": (lambda model, _: model.float(), "^0.weight was moved or converted"),
+    "one layer in 16 bits": (lambda model, _: model[2].bfloat16(), "^2.weight was moved or converted"),
+    "shared with other processes": (lambda model, _: model.share_memory(), "^0.weight was moved"),
+    "another Replica": (lambda model, _: Replica(model, sgd(model), MPI.COMM_SELF), "given to another one"),
+    "frozen parameter in the optimizer": (
+        lambda model, optimizer: optimizer.add_param_group({"params": [model[0].bias]}),
+        "the optimizer has other parameters",
+    ),
+    "new parameter in the optimizer": (
+        lambda _, optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
+        "the optimizer has other parameters",
+    ),
+    "group taken out": (lambda _, optimizer: optimizer.param_groups.pop(), "the optimizer has other parameters"),
+    "in another group": (
+        lambda _, optimizer: optimizer.param_groups[0]["params"].append(optimizer.param_groups[1]["params"].pop()),
+        "the optimizer has other parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", ["step", "consensus", "batches"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_since_is_refused_by_all_ranks(comm, change, where):
+    """On one rank; and nothing has been changed then, on any."""
+    model, optimizer = freezing()
+    replica = Replica(model, optimizer, comm)
+    x, y = samples(4)
+    cross_entropy(model(x), y).backward()
+    replica.step(4, 4 * P)
+    cross_entropy(model(x), y).backward()
+    before = replica._params.copy()
+    change, wanted = CHANGES[change]
+    if comm.rank == P - 1:
+        change(model, optimizer)
+    actions: dict[str, Callable[[], Any]] = {
+        "step": lambda: replica.step(4, 4 * P),
+        "consensus": lambda: replica.consensus().__enter__(),
+        "batches": lambda: next(replica.batches(4, 4)),
+    }
+    told = told_by_all(comm, actions[where])
+    assert re.search(wanted, told)
+    assert REMEDY in told
+    assert (f"(on rank {P - 1})" in told) == (P > 1)
+    np.testing.assert_array_equal(replica._params, before)
+    assert replica.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"strategy": "average", "every": 3}, 3),
+        ({"strategy": "average", "every": 2, "outer": "easgd"}, 2),
+        ({"strategy": "butterfly"}, 4),
+        ({"strategy": "gossip", "graph": "ring", "mix_first": True}, 4),
+    ],
+    ids=lambda given: " ".join(map(str, given.values())) if isinstance(given, dict) else None,
+)
+def test_ranks_that_do_not_meet_in_a_step_raise_when_they_do(comm, monkeypatch, given, steps):
+    monkeypatch.setattr("mpicoll.torch.MEETING", 4)
+    model, optimizer = freezing()
+    replica = Replica(model, optimizer, comm, **given)
+    x, y = samples(4)
+    taken = []
+
+    def loop() -> None:
+        if comm.rank == P - 1:
+            model[0].bias.requires_grad_()
+        for _ in range(10):
+            taken.append(None)
+            cross_entropy(model(x), y).backward()
+            replica.step(4, 4 * P)
+
+    assert re.search(f"^0.bias was unfrozen .*{REMEDY}", told_by_all(comm, loop))
+    assert len(taken) == steps
+
+
+def test_ranks_that_average_in_pairs_raise_at_the_end_of_the_epoch(comm):
+    model, optimizer = freezing()
+    replica = Replica(model, optimizer, comm, strategy="ad-psgd")
+    x, y = samples(30)
+    train(replica, x, y, 2 * P, epochs=1)
+
+    def epoch() -> None:
+        for number, mine in enumerate(replica.batches(len(x), 2 * P, 1)):
+            if number == 1 and comm.rank == P - 1:
+                model[0].bias.requires_grad_()
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            replica.step()
+
+    assert re.search(f"^0.bias was unfrozen .*{REMEDY}", told_by_all(comm, epoch))
+
+
+def test_a_new_replica_goes_on_after_a_change(comm):
+    """As plain torch does: a frozen parameter is unfrozen, and given to the optimizer, whose momenta go on."""
+    x, y = samples(4 * P)
+    mine = slice(4 * comm.rank, 4 * comm.rank + 4)
+    (plain, own), (model, optimizer) = freezing(), freezing()
+    for _ in range(2):
+        replica = Replica(model, optimizer, comm)
+        for _ in range(3):
+            own.zero_grad()
+            cross_entropy(plain(x), y).backward()
+            own.step()
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            replica.step(4, 4 * P)
+        for one, its in ((plain, own), (model, optimizer)):
+            if len(its.param_groups) == 2:
+                its.add_param_group({"params": [one[0].bias.requires_grad_()], "lr": 0.2})
+    np.testing.assert_allclose(vector(model), vector(plain), rtol=0, atol=1e-12)
+    assert not np.allclose(vector(model)[48:56], vector(network())[48:56], rtol=0, atol=1e-3)
+
+
+def test_a_new_replica_may_begin_where_ranks_agree(comm):
+    """As it has to where ranks have models of their own, which do not come back."""
+    x, y = samples(30 * P)
+    model, optimizer = freezing()
+    replica = Replica(model, optimizer, comm, strategy="average", every=50)
+    train(replica, x, y, 5 * P, epochs=1)
+    with replica.consensus():
+        wanted = vector(model)
+        optimizer.add_param_group({"params": [model[0].bias.requires_grad_()]})
+        newer = Replica(model, optimizer, comm, strategy="average", every=50)
+    np.testing.assert_array_equal(vector(model), wanted)
+    assert len({one.tobytes() for one in comm.allgather(vector(model))}) == 1
+    train(newer, x, y, 5 * P, epochs=1)
+    assert not np.array_equal(vector(model), wanted)
+
+
+def test_a_replica_is_of_one_model_and_optimizer(comm):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    for name in ("model", "optimizer"):
+        with pytest.raises(AttributeError, match="no setter"):
+            setattr(replica, name, getattr(replica, name))
+
+
+def _own(model: Any) -> None:
+    for param in model.parameters():
+        param.grad = param.grad.clone()
+
+
+def _again(model: Any) -> None:
+    for param in model.parameters():
+        param.grad.data = param.grad.data.clone()
+
+
+def _shuffled(model: Any) -> None:
+    for param in model.parameters():
+        param.grad = param.grad.t().contiguous().t() if param.grad.dim() == 2 else param.grad.clone()
+
+
+HARMLESS: dict[str, Callable[[Any, Any], Any]] = {
+    "gradients of the program's own": lambda model, _: _own(model),
+    "the data of gradients replaced": lambda model, _: _again(model),
+    "gradients in another order of memory": lambda model, _: _shuffled(model),
+    "sparse gradients": lambda model, _: _set(model[2].weight, "grad", model[2].weight.grad.to_sparse()),
+    "clipped by the program": lambda model, _: nn.utils.clip_grad_norm_(model.parameters(), 1e6),
+    "state loaded": lambda model, _: model.load_state_dict(deepcopy(model.state_dict())),
+    "state of the optimizer loaded": lambda _, optimizer: optimizer.load_state_dict(deepcopy(optimizer.state_dict())),
+    "converted to what it was": lambda model, _: model.double().cpu(),
+    "module without parameters replaced": lambda model, _: model.__setitem__(1, nn.LeakyReLU(0.0)),
+    "unfrozen what was not frozen": lambda model, _: model.requires_grad_(),
+    "for evaluation": lambda model, _: model.eval(),
+    "copied": lambda model, optimizer: deepcopy((model, optimizer)),
+    "compared in inference mode": lambda model, _: torch.inference_mode()(model)(torch.zeros(1, 6).double()),
+    "learning rate of a group": lambda _, optimizer: optimizer.param_groups[0].update(lr=0.1),
+    "buffer registered": lambda model, _: model.register_buffer("seen", torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS)
+def test_what_changes_nothing_is_taken(comm, change):
+    """Between backward and step, on one rank."""
+    x, y = samples(40)
+    models = network(), network()
+    for model, is_changed in zip(models, (True, False), strict=True):
+        replica = Replica(model, sgd(model), comm)
+        for mine in replica.batches(len(x), 16):
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            if is_changed and comm.rank == P - 1:
+                HARMLESS[change](model, replica.optimizer)
+            replica.step()
+    np.testing.assert_array_equal(*map(vector, models))
+
+
+def test_a_gradient_of_another_shape_is_refused(comm):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    if comm.rank == P - 1:
+        model[0].bias.grad.data = torch.ones(1).double()
+    assert "a gradient has shape (1,); expected (8,)" in told_by_all(comm, lambda: replica.step(1, P))
+
+
+# Another than the Replica steps.
+
+
+class Around(Optimizer):
+    """An optimizer that steps by way of another one."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def _scaled(model: Any, optimizer: Any) -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(1, 6).double()).sum()).backward()
+    scaler.step(optimizer)
+
+
+HABITS: dict[str, Callable[[Any, Any], Any]] = {
+    "step": lambda _, optimizer: optimizer.step(),
+    "step of a closure": lambda _, optimizer: optimizer.step(lambda: 0.0),
+    "step of a scaler": _scaled,
+    "step of another optimizer": lambda model, _: torch.optim.Adam(model[2].parameters()).step(),
+    "step of one around it": lambda _, optimizer: Around(optimizer).step(),
+    "step of a copy": lambda _, optimizer: _with_params(optimizer).step(),
+}
+
+
+def _with_params(optimizer: Any) -> Any:
+    other = torch.optim.SGD(optimizer.param_groups[0]["params"], 0.1)
+    other.load_state_dict(optimizer.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("habit", HABITS)
+def test_only_the_replica_steps(comm, habit, scheduled):
+    model = network()
+    optimizer = sgd(model)
+    if scheduled:  # which wraps step
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    replica = Replica(model, optimizer, comm)
+    x, y = samples(4)
+    cross_entropy(model(x), y).backward()
+    before = vector(model)
+    assert "call replica.step() instead" in told_by_all(comm, lambda: HABITS[habit](model, optimizer))
+    np.testing.assert_array_equal(vector(model), before)
+    replica.step(4, 4 * P)
+    assert not np.array_equal(vector(model), before)
+
+
+def test_other_optimizers_step_and_wrapped_ones_do(comm):
+    """Also while an older Replica of the same model is still there."""
+    x, y = samples(4)
+    models = network(), network()
+    for model, around in zip(models, (False, True), strict=True):
+        older = Replica(model, sgd(model), comm)
+        replica = Replica(model, Around(sgd(model)) if around else sgd(model), comm)
+        other = network()
+        cross_entropy(other(model(x).detach().repeat(1, 2)), y).backward()
+        sgd(other).step()
+        cross_entropy(model(x), y).backward()
+        replica.step(4, 4 * P)
+        assert "given to another one" in told_by_all(comm, lambda one=older: one.step(4, 4 * P))
+    np.testing.assert_array_equal(*map(vector, models))
+
+
+def test_without_its_replica_an_optimizer_steps(comm):
+    """At once, and the model is an ordinary one."""
+    x, y = samples(30)
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    train(replica, x, y, 12)
+    with replica.consensus():
+        pass
+    del replica
+    before, optimizer = vector(model), sgd(model)
+    cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not np.array_equal(vector(model), before)
+
+
+def test_a_step_within_a_consensus_is_refused(comm):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    with replica.consensus():
+        with replica.consensus():
+            pass
+        with pytest.raises(UserError, match="lost at its end: leave the with block"):
+            replica.step(1, P)
+    replica.step(1, P)
+
+
+# Shares and steps.
+
+AHEAD: dict[str, Callable[[Any], Any]] = {
+    "a list": list,
+    "two at a time": lambda shares: [(one, next(shares, None)) for one in shares],
+    "behind a prefetching loader": lambda shares: next(iter(_loader(shares))),
+}
+
+
+def _loader(shares: Any) -> Any:
+    return torch.utils.data.DataLoader(range(41), batch_sampler=(one.tolist() for one in shares), num_workers=1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks
+@pytest.mark.parametrize("way", AHEAD)
+def test_shares_taken_ahead_of_a_step_are_refused(comm, way):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    before = vector(model)
+    AHEAD[way](replica.batches(41, 2 * P + 1))
+    wanted = r"shares were taken .* since the last step: .* step\(samples, total\)"
+    assert re.search(wanted, told_by_all(comm, replica.step))
+    told_by_all(comm, replica.step)  # nor are they forgotten
+    np.testing.assert_array_equal(vector(model), before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["each", "loader", "accumulated", "in parts"])
+def test_shares_and_their_numbers_belong_together(comm, way):
+    """Whole batches of 7, and a last one of 6, or batches of 14 in two shares: as plain torch has it."""
+    x, y = samples(41)
+    plain, model = network(), network()
+    own, replica = sgd(plain), Replica(model, sgd(model), comm)
+    shares = [*replica.batches(len(x), 7)]
+    wholes = [torch.cat([torch.from_numpy(one) for one in comm.allgather(share.numpy())]) for share in shares]
+    assert [share.total for share in shares] == [*map(len, wholes)] == [7, 7, 7, 7, 7, 6]
+    if way == "accumulated":
+        wholes = [torch.cat(pair) for pair in zip(wholes[::2], wholes[1::2], strict=True)]
+    for whole in wholes:
+        own.zero_grad()
+        cross_entropy(plain(x[whole]), y[whole]).backward()
+        own.step()
+    if way == "accumulated":
+        for pair in zip(shares[::2], shares[1::2], strict=True):
+            count = sum(map(len, pair))
+            for mine in pair:
+                (cross_entropy(model(x[mine]), y[mine], reduction="sum") / count).backward()
+            replica.step(count, sum(mine.total for mine in pair))
+    elif way == "in parts":
+        for mine in replica.batches(len(x), 7):
+            for part in mine.split(2):
+                (cross_entropy(model(x[part]), y[part], reduction="sum") / len(mine)).backward()
+            replica.step()
+    else:
+        taken: Any = shares if way == "each" else _loader(shares)
+        for share, mine in zip(shares, taken, strict=True):
+            cross_entropy(model(x[mine]), y[mine]).backward()
+            replica.step(len(mine), share.total)
+    np.testing.assert_allclose(vector(model), vector(plain), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("delays", [None, 5])
+def test_pairs_take_no_share_ahead(comm, delays):
+    model = network()
+    replica = Replica(model, sgd(model), comm, strategy="ad-psgd", delays=delays)
+
+    def epoch() -> None:
+        for number, _ in enumerate(replica.batches(10 * P, 2 * P)):
+            if number != 2 or comm.rank < P - 1:
+                replica.step()
+
+    assert "call step() for each, step(0, 1) to leave one out" in told_by_all(comm, epoch)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (lambda rank: (2, 2), f"add up to {P:.4g} times the total"),
+        (lambda rank: (2, 3 * P), "add up to 0.6667 times the total"),
+        (lambda rank: (rank == 0, 2 * P), f"add up to {1 / (2 * P):.4g} times"),
+        (lambda rank: (2, 1 if rank == P - 1 else 2 * P), "step of 2 samples in a batch of 1"),
+        (lambda rank: (0, 0), "step of 0 samples in a batch of 0"),
+    ],
+)
+def test_numbers_that_do_not_fit_together_are_refused_by_all_ranks(comm, given, wanted):
+    if P == 1 and "1 times" in wanted:
+        pytest.skip("one rank has all samples")
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    before = vector(model)
+    assert re.search(wanted, told_by_all(comm, lambda: replica.step(*given(comm.rank))))
+    np.testing.assert_array_equal(vector(model), before)
+    replica.step(2, 2 * P)
+
+
+@pytest.mark.skipif(P == 1, reason="one rank is like itself")
+def test_learning_rates_by_each_ranks_own_loss_are_refused(comm):
+    """As of a scheduler that waits for the loss to fall."""
+    model = network()
+    optimizer = sgd(model)
+    replica = Replica(model, optimizer, comm)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for loss in (1.0, 1.0 + comm.rank):
+        schedule.step(loss - comm.rank)
+    schedule.step(1.0 if comm.rank else 0.5)
+    assert "has another setting of the optimizer" in told_by_all(comm, lambda: next(replica.batches(4, 4)))
+
+
+# What leaves the program.
+
+
+def _saved(what: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(what, file)
+    return file.getvalue()
+
+
+SAVED: dict[str, Callable[[Any], Any]] = {
+    "model": lambda model: model.state_dict(),
+    "a layer": lambda model: model.tied.state_dict(),
+    "a parameter": lambda model: model.unused,
+    "a detached one": lambda model: {"bias": model.tied.bias.detach()},
+    "gradients": lambda model: [param.grad for param in model.parameters() if param.grad is not None][:1],
+    "the module": lambda model: list(model.norm.parameters()),
+}
+
+
+@pytest.mark.parametrize("what", SAVED)
+def test_files_are_no_larger_than_without_a_replica(comm, what):
+    model, plain = Odd(), Odd()
+    Replica(model, sgd(model), comm)
+    for param in plain.parameters():
+        param.grad = torch.zeros_like(param) if param.requires_grad else None
+    assert len(_saved(SAVED[what](model))) == len(_saved(SAVED[what](plain)))
+
+
+def test_what_ranks_agree_on_loads_into_a_plain_module(comm):
+    x, y = samples(30 * P, torch.float32)
+    torch.manual_seed(0)
+    model, plain = Odd(), Odd()
+    replica = Replica(model, sgd(model), comm, strategy="average")
+    train(replica, x, y, 10 * P)
+    with replica.consensus():
+        file, wanted = io.BytesIO(_saved(model.state_dict())), deepcopy(model.state_dict())
+    plain.load_state_dict(torch.load(file))
+    assert plain.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(one, wanted[name]) for name, one in plain.state_dict().items())
+
+
+def test_safetensors_saves_it(comm, folder):
+    """It takes no tensors that share memory, but for tied ones."""
+    tensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    model = Odd()
+    replica = Replica(model, sgd(model), comm)
+    with replica.consensus():
+        tensors.save_model(model, str(folder / f"{comm.rank}.safetensors"))
+        tensors.save_file({"b": model.tied.bias.detach()}, str(folder / f"bias-{comm.rank}.safetensors"))
+    plain = Odd()
+    tensors.load_model(plain, str(folder / f"{comm.rank}.safetensors"))
+    assert all(torch.equal(one, model.state_dict()[name]) for name, one in plain.state_dict().items())
+    assert torch.equal(tensors.load_file(str(folder / f"bias-{comm.rank}.safetensors"))["b"], model.tied.bias)
+
+
+# Buffers in a consensus.
+
+
+class Holds(nn.Module):
+    """A module with a buffer, which ``forward`` changes."""
+
+    def __init__(self, buffer: Any, forward: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.linear, self.then = nn.Linear(6, 3), forward
+        self.register_buffer("held", buffer)
+
+    def forward(self, x: Any) -> Any:
+        self.then(self)
+        return self.linear(x)
+
+
+def _buffer(value: Any) -> Callable[[Any], None]:
+    return lambda module: _set(module, "held", value(module.held))
+
+
+ASSIGNED: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "anew": (torch.ones(3), _buffer(lambda held: held + 1)),
+    "in place": (torch.ones(3), lambda module: module.held.add_(1)),
+    "in place, then anew": (torch.ones(3), _buffer(lambda held: held.add_(1) * 2)),
+    "whole numbers": (torch.tensor(3), _buffer(lambda held: held + 1)),
+    "whole numbers in place": (torch.tensor(3), lambda module: module.held.add_(1)),
+    "truth": (torch.ones(3).bool(), lambda module: module.held.logical_not_()),
+    "16 bits": (torch.ones(3).bfloat16(), lambda module: module.held.mul_(2)),
+    "another shape": (torch.ones(3), _buffer(lambda held: torch.zeros(5))),
+    "another type": (torch.ones(3), _buffer(lambda held: held.long())),
+    "expanded": (torch.ones(3), _buffer(lambda held: held[:1].expand(4))),
+    "none": (torch.ones(3), _buffer(lambda held: None)),
+    "from none": (None, _buffer(lambda held: torch.ones(2))),
+    "gone": (torch.ones(3), lambda module: module._buffers.pop("held", None)),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("way", ASSIGNED)
+def test_a_consensus_gives_back_all_buffers(comm, way, inference):
+    """By forward, whatever it makes of them: in training mode, as a program that forgets eval()."""
+    buffer, forward = ASSIGNED[way]
+    model = Holds(deepcopy(buffer), forward)
+    replica = Replica(model, sgd(model), comm)
+    mode = torch.inference_mode if inference else torch.no_grad
+    with replica.consensus(), mode():
+        model(torch.ones(2, 6))
+        after = model._buffers.get("held")
+        assert (after is None) != (buffer is None) if way in ("none", "from none", "gone") else after is not None
+    assert model.held is None if buffer is None else torch.equal(model.held, buffer)
+    assert buffer is None or not (model.held.is_inference() or model.held.stride() != buffer.stride())
+    assert buffer is None or model.held.dtype == buffer.dtype
+
+
+def test_batches_of_an_evaluation_are_not_counted(comm):
+    """Nor those of a norm in two places; and buffers that training assigns anew have a mean."""
+    norm = nn.BatchNorm1d(6)
+    model = nn.Sequential(norm, norm, Holds(torch.zeros(2), _buffer(lambda held: (held + comm.rank)[:1].expand(2))))
+    replica = Replica(model, sgd(model), comm)
+    model(torch.randn(4, 6)).sum().backward()
+    replica.step(4, 4 * P)
+    before, held = deepcopy(norm.state_dict()), model[2].held
+    assert norm.num_batches_tracked == 2
+    with replica.consensus():
+        assert model[2].held.tolist() == pytest.approx(2 * [(P - 1) / 2])
+        model(torch.randn(4, 6))
+        assert norm.num_batches_tracked == 4
+    assert all(torch.equal(one, before[name]) for name, one in norm.state_dict().items())
+    assert model[2].held is held
+    assert held.tolist() == 2 * [comm.rank]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_one_too(comm):
+    model = torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)))
+    replica = Replica(model, sgd(model), comm)
+    model(torch.randn(4, 6)).sum().backward()
+    replica.step(4, 4 * P)
+    with replica.consensus():
+        model(torch.randn(4, 6))
+    assert model[1].num_batches_tracked == 1
+    if comm.rank == P - 1:
+        model[0].bias.requires_grad_(False)
+    assert re.search(f"^0.bias was frozen .*{REMEDY}", told_by_all(comm, lambda: replica.step(4, 4 * P)))
+
+
+@pytest.mark.skipif(P == 1, reason="one rank is like itself")
+@pytest.mark.parametrize(
+    ("way", "wanted"),
+    [
+        (_buffer(lambda held: torch.zeros(3 + RANK)), "has another shape of buffer held than rank 0"),
+        (lambda module: module.register_buffer(f"own{RANK}", torch.ones(1)), "has another set of buffers"),
+    ],
+)
+def test_buffers_that_have_no_mean_are_refused_by_all_ranks(comm, way, wanted):
+    model = Holds(torch.ones(3), way)
+    replica = Replica(model, sgd(model), comm)
+    model(torch.ones(1, 6))
+    assert wanted in told_by_all(comm, lambda: replica.consensus().__enter__())
+
+
+# Tensors and optimizers that cannot be.
+
+
+def _with_buffer(buffer: Any) -> Any:
+    model = network()
+    model[2].register_buffer("held", buffer)
+    return model
+
+
+def _with_param(value: Any) -> Any:
+    model = network()
+    model[2].held = nn.Parameter(value)
+    return model
+
+
+def _made_in_inference() -> Any:
+    with torch.inference_mode():
+        buffer = torch.ones(3)
+    return _with_buffer(buffer)
+
+
+def _tied_by_data() -> Any:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight.data = model[0].weight.data
+    return model
+
+
+def _columns() -> Any:
+    """Interleaved in memory, and apart."""
+    whole, model = torch.ones(4, 6), nn.Module()
+    model.left, model.right = nn.Parameter(whole[:, :3]), nn.Parameter(whole[:, 3:])
+    return model
+
+
+def _with_view() -> Any:
+    model = network()
+    model[2].register_buffer("row", model[0].weight.detach()[1])
+    return model
+
+
+def _of_a_closure(model: Any) -> Any:
+    """An optimizer of the program's own."""
+    kind = type("Closure", (SGD,), {"step": lambda self, closure: SGD.step(self, closure)})
+    return kind(model.parameters())
+
+
+UNUSABLE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
+    "expanded buffer": (lambda: _with_buffer(torch.ones(1).expand(3)), sgd, "^2.held is expanded.* clone"),
+    "sliding buffer": (lambda: _with_buffer(torch.ones(8).unfold(0, 4, 1)), sgd, "^2.held is expanded"),
+    "sparse buffer": (lambda: _with_buffer(torch.eye(3).to_sparse()), sgd, "^2.held is of layout .*sparse_coo"),
+    "compressed buffer": (lambda: _with_buffer(torch.eye(3).to_sparse_csr()), sgd, "^2.held is of layout .*_csr"),
+    "nested buffer": (
+        lambda: _with_buffer(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        sgd,
+        "^2.held is nested",
+    ),
+    "buffer of inference": (_made_in_inference, sgd, "^2.held was made in torch.inference_mode.* clone"),
+    "lazy buffer": (lambda: nn.Sequential(network(), nn.LazyBatchNorm1d(affine=False)), sgd, "^1.running_mean has no"),
+    "sparse parameter": (lambda: _with_param(torch.eye(3).to_sparse()), sgd, "^2.held is of layout"),
+    "expanded parameter": (lambda: _with_param(torch.ones(1).double().expand(3)), sgd, "^2.held is expanded"),
+    "lazy module": (lambda: nn.Sequential(network(), nn.LazyLinear(2)), sgd, "^1.weight has no shape .* a batch"),
+    "tied by data": (_tied_by_data, sgd, "^0.weight and 1.weight share memory"),
+    "view of a parameter": (_with_view, sgd, "^0.weight and 2.row share memory"),
+    "SparseAdam": (network, lambda model: torch.optim.SparseAdam(list(model.parameters())), "SparseAdam .* take Adam"),
+    "LBFGS": (network, lambda model: torch.optim.LBFGS(model.parameters()), r"^LBFGS.step\(\) needs a closure"),
+    "an optimizer of a closure": (
+        network,
+        _of_a_closure,
+        "^Closure.step.* needs a closure",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's, that some of these are in beta
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_tensors_and_optimizers_that_cannot_be_are_refused_by_all_ranks(comm, what, everywhere):
+    make, optimizer, wanted = UNUSABLE[what]
+    here = everywhere or comm.rank == P - 1
+    model = make() if here else network()
+    told = told_by_all(comm, lambda: Replica(model, (optimizer if here else sgd)(model), comm))
+    assert re.search(wanted, told)
+
+
+def test_slices_of_one_tensor_are_apart(comm):
+    model = _columns()
+    replica = Replica(model, sgd(model), comm)
+    (model.left.sum() + 2 * model.right.sum()).backward()
+    replica.step(1, P)
+    np.testing.assert_allclose(vector(model), [*12 * [0.9], *12 * [0.8]], rtol=1e-6)
+
+
+@pytest.mark.skipif(P == 1, reason="one rank is like itself")
+def test_groups_of_other_parameters_are_refused(comm):
+    """Though as many."""
+    model = network()
+    optimizer = torch.optim.SGD(model[2 if comm.rank else 0].parameters(), 0.1)
+    assert "has another optimizer than rank 0" in told_by_all(comm, lambda: Replica(model, optimizer, comm))
 
 
 def test_the_example_runs(comm, capfd, monkeypatch):
