@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from datafiles import BAD, FORMATS, SPARSE, csv, idx, samples, svm, write
+from datafiles import BAD, FORMATS, LABELS, SPARSE, csv, idx, labelled, samples, svm, write
 from mpicoll import UserError
 from mpicoll.train import formats
 from mpicoll.train.data import Batches, Dataset, Part, Scaling, load, normalized, read, rebalanced
@@ -249,9 +249,10 @@ def test_predictions_need_no_labels(tmp_path):
         ("1,2,0\n3,4,1\n", [[1, 2], [3, 4]], [0, 1]),
         ("w;h;c\n1;2;a\n3;4;b\n", [[1, 2], [3, 4]], ["a", "b"]),
         ("Class\tw\th\nb\t1\t2\na\t3\t4\n", [[3, 4], [1, 2]], ["a", "b"]),
-        ("w,LABEL,h\n1,-1,2\n3,+1,4\n", [[1, 2], [3, 4]], [-1, 1]),
-        ("7,8,target\n1,2,1.5\n3,4,10\n", [[1, 2], [3, 4]], [1.5, 10]),
-        ("\ufeffa,y\n1e2,9\n-.5,10.0\n", [[100], [-0.5]], [9, 10]),
+        ("w,LABEL,h\n1,-1,2\n3,1,4\n", [[1, 2], [3, 4]], [-1, 1]),
+        ("w,LABEL,h\n3,+1,4\n1,-1,2\n", [[1, 2], [3, 4]], ["-1", "+1"]),
+        ("7,8,target\n1,2,1.5\n3,4,10\n", [[1, 2], [3, 4]], ["1.5", "10"]),
+        ("\ufeffa,y\n1e2,9\n-.5,10\n", [[100], [-0.5]], [9, 10]),
         ("\ufeff1,9\n2,10\n", [[1], [2]], [9, 10]),
         ('"1","a, or b"\n" 2 ",c\n', [[1], [2]], ["a, or b", "c"]),
         ("1,x#1\n2,x#2\n", [[1], [2]], ["x#1", "x#2"]),
@@ -273,7 +274,8 @@ def test_labels_are_looked_up_among_those_of_a_model(tmp_path):
     for text, known, classes in [
         ("1,9+\n2,10\n3,8\n", np.array(["10", "9+"]), [1, 0, -1]),
         ("1,10\n2,10\n", np.array(["10", "9+"]), [0, 0]),
-        ("1,10\n2,+1.0\n3,x\n", np.array([-1, 1, 10]), [2, 1, -1]),
+        ("1,10\n2,1\n3,x\n4,+1\n5,1.0\n", np.array([-1, 1, 10]), [2, 1, -1, -1, -1]),
+        ("1,10\n2,1.5\n3,1.50\n", np.array([-1, 1.5, 10]), [2, 1, -1]),
     ]:
         (tmp_path / "data.csv").write_text(text)
         raw, labels = read(str(tmp_path / "data.csv"), labels=known)
@@ -286,12 +288,38 @@ def test_labels_are_looked_up_among_those_of_a_model(tmp_path):
     assert (raw.y.tolist(), raw.x.shape) == ([1, -1], (2, 3))
 
 
-def test_labels_that_are_equal_as_numbers_are_one_class(tmp_path):
-    (tmp_path / "data.csv").write_text("1,1\n2,1.0\n3,-2\n4,+1\n")
-    raw, labels = read(str(tmp_path / "data.csv"))
+@pytest.mark.parametrize("name", LABELS)
+def test_two_texts_are_two_classes_and_come_back_as_they_were(tmp_path, name):
+    texts, labels = LABELS[name]
+    source = labelled(tmp_path / "data.csv", texts)
+    raw, found = read(source)
+    assert found is not None
     assert raw.y is not None
-    assert labels is not None
-    assert (raw.y.tolist(), labels.tolist()) == ([1, 1, 0, 1], [-2, 1])
+    assert found.tolist() == labels
+    assert [str(label) for label in found[raw.y]] == 3 * texts
+    data = load(source, MPI.COMM_SELF, F8, shards=True)
+    assert data.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("text", ["", " ", "nan", "NaN", "-nan", "INF", "+Infinity", "a\0"])
+def test_what_is_no_label(tmp_path, text):
+    source = labelled(tmp_path / "data.csv", ["a", text, "b"])
+    with pytest.raises(UserError, match=r"line 3: .* in column 'label'; expected a label"):
+        read(source)
+
+
+def test_labels_of_svmlight_files_are_numbers(tmp_path):
+    """The format says so: what is equal as a number is one class."""
+    for texts, labels in [
+        (["+1", "1", "-1", "01", "1e0", "-1.0"], [-1, 1]),
+        (["2.50", "2.5", "7", "-0"], [0, 2.5, 7]),
+    ]:
+        (tmp_path / "data.svm").write_text("".join(f"{text} 1:1\n" for text in texts))
+        raw, found = read(str(tmp_path / "data.svm"))
+        assert found is not None
+        assert raw.y is not None
+        assert found.tolist() == labels
+        assert found[raw.y].tolist() == [float(text) for text in texts]
 
 
 @pytest.mark.parametrize(("first", "columns"), [(1, 5), (0, 5)])

@@ -416,12 +416,16 @@ def _agree_on_classes(source: str, raw: Raw, comm: MPI.Intracomm) -> tuple[Raw, 
 
 
 def _classes(found: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place of each among the sorted labels; -1 if it has none."""
+    """The place of each among the labels, by its text; -1 if it has none."""
+    known = {text: n for n, text in enumerate(_texts(labels))}
     values, inverse = np.unique(found, return_inverse=True)
-    if labels.dtype.kind != "U" and values.dtype.kind == "U":
-        values = np.array([float(text) if formats.is_number(text) else np.nan for text in values])
-    classes = np.where(np.isin(values, labels), np.searchsorted(labels, values), -1)
-    return classes[inverse].astype(np.int64)
+    classes = np.array([known.get(text, -1) for text in _texts(values)], np.int64)
+    return classes[inverse]
+
+
+def _texts(labels: np.ndarray) -> list[str]:
+    """Labels as a csv file has them; of a number, what Python writes, and of a whole one without ``.0``."""
+    return [str(int(n)) if isinstance(n, float) and n.is_integer() else str(n) for n in labels.tolist()]
 
 
 def _largest(y: np.ndarray | None) -> int:
@@ -429,17 +433,22 @@ def _largest(y: np.ndarray | None) -> int:
 
 
 def _values(source: str, labels: np.ndarray) -> np.ndarray:
-    """Distinct labels as numbers if all are, as integers if all are; measurements are refused."""
-    if labels.dtype.kind == "U" and not all(map(formats.is_number, labels)):
-        return labels
-    numbers = np.unique(labels.astype(np.float64))
-    if (numbers == np.floor(numbers)).all() and (abs(numbers) < 2**53).all():
-        return numbers.astype(np.int64)
-    if len(numbers) > MANY:
-        raise UserError(
-            f"{source!r} has labels like {numbers[0]:g}, {numbers[1]:g}, {numbers[2]:g}: measurements; expected classes"
-        )
-    return numbers
+    """Distinct labels in the order of their classes; measurements are refused.
+
+    Text stays as it is, so that different texts are different labels, but becomes integers if all of it is what Python
+    writes for one.  It is sorted as numbers if all of it looks like numbers.
+    """
+    texts = labels.dtype.kind == "U"
+    if texts and not all(map(formats.DECIMAL.fullmatch, labels)):
+        return np.unique(labels)
+    numbers = labels.astype(np.float64)
+    order = np.lexsort((labels, numbers))
+    labels, numbers = labels[order], numbers[order]
+    if len(labels) > MANY and (numbers != np.floor(numbers)).any():
+        raise UserError(f"{source!r} has labels like {', '.join(_texts(labels[:3]))}: measurements; expected classes")
+    if all(map(formats.INTEGER.fullmatch, labels)) if texts else (numbers == np.floor(numbers)).all():
+        return labels.astype(np.int64)
+    return labels
 
 
 # Moving what NumPy arrays are in: these go as they are, in messages of at most BROADCAST_BYTES.

@@ -33,6 +33,11 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian has it
 LABELS = ("y", "label", "class", "target")
 """What a csv file calls the column of labels; if none of its columns is called so, labels are the last."""
 
+NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
+DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
+"""What Python writes for an integer, and fits into 64 bits."""
+
 
 class Raw(NamedTuple):
     """What a rank's share of a source holds, checked: ``x`` (samples, features), finite; ``y`` (samples,).
@@ -355,8 +360,8 @@ def _read_csv(path: Path, rank: int, ranks: int) -> Raw:
         known: dict[str, int] = {}
 
         def number_of(text: str) -> int:
-            text = text.strip()
-            if not text or (is_number(text) and not math.isfinite(float(text))):
+            text = text.strip(" \t")
+            if not is_label(text):
                 raise ValueError(text)
             return known.setdefault(text, len(known))
 
@@ -380,8 +385,8 @@ def _read_csv(path: Path, rank: int, ranks: int) -> Raw:
         if len(found) != len(names):
             return f"{len(found)} fields; expected {len(names)}, as in line 1"
         for n, field in enumerate(found):
-            number = float(field) if is_number(field) else None
-            if (n != label or not field) if number is None else not math.isfinite(number):
+            finite = bool(DECIMAL.fullmatch(field)) and math.isfinite(float(field))
+            if not (is_label(field) if n == label else finite):
                 name = f"{names[n]!r}" if has_header else n + 1
                 return f"{field!r} in column {name}; expected {'a label' if n == label else 'a finite number'}"
         return "cannot be read as numbers"
@@ -394,16 +399,18 @@ def _read_csv(path: Path, rank: int, ranks: int) -> Raw:
 
 
 def _text(line: bytes) -> str:
-    return line.decode(errors="backslashreplace")
+    """Whatever the bytes are, no two lines become the same text, and each can be written as it was."""
+    return line.decode(errors="surrogateescape")
+
+
+def is_label(text: str) -> bool:
+    """Whether a field may be one: not what stands for a missing value, nor with a NUL, which NumPy drops at the end."""
+    return bool(text) and "\0" not in text and not NOT_FINITE.fullmatch(text)
 
 
 def is_number(text: str) -> bool:
-    """Whether it is one, be it ``nan``."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    """Whether a field is a decimal number in ASCII, or ``nan``, or infinite; Python's ``float`` takes more."""
+    return bool(DECIMAL.fullmatch(text) or NOT_FINITE.fullmatch(text))
 
 
 def _read_svm(path: Path, rank: int, ranks: int) -> Raw:
@@ -417,14 +424,17 @@ def _read_svm(path: Path, rank: int, ranks: int) -> Raw:
             x, y = load_svmlight_file(io.BytesIO(b"\n".join(lines)), zero_based=True)
         except OverflowError as error:
             raise ValueError(error) from error
-        if not (np.isfinite(x.data).all() and np.isfinite(y).all()):
+        if not (np.isfinite(x.data).all() and (abs(y) < 2**53).all()):  # beyond, different integers would be equal
             raise ValueError("not finite")
         shape = (len(y), int(x.indices.max(initial=-1)) + 1)
         return Raw(csr_array((x.data, x.indices.astype(np.int32), x.indptr), shape=shape), y, verbatim=True)
 
     def complaint(line: bytes) -> str:
         shown = _text(line[:40]) + ("..." if len(line) > 40 else "")
-        return f"{shown!r}; expected 'label index:value index:value ...', finite numbers and increasing indices"
+        return (
+            f"{shown!r}; expected 'label index:value index:value ...', finite numbers, increasing indices, and a label "
+            "below 2^53"
+        )
 
     lines, begin, size = _own_lines(path, rank, ranks)
     return _parse(path, begin, lines, parse, complaint)._replace(extent=size)

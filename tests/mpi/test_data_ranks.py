@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from datafiles import BAD, FORMATS, idx, samples, svm, write
+from datafiles import BAD, FORMATS, LABELS, idx, labelled, samples, svm, write
 from mpicoll import Comm, UserError
 from mpicoll.mpi.guard import on_all
 from mpicoll.train import data as data_module
@@ -139,6 +139,19 @@ def test_what_one_share_shows_all_know(comm, folder, where):
     sparse = load(str(folder / "data.svm"), comm, F8, shards=True)
     assert (sparse.features, sparse.labels.tolist()) == (9, [0, 1, 2, 5])
     assert load(str(folder / "data.csv"), comm, F8, shards=True).labels.tolist() == ["1", "1?"]
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_two_texts_are_two_classes_wherever_they_are_read(comm, folder, name):
+    """In shards, where some ranks see what looks like numbers only."""
+    texts, labels = LABELS[name]
+    if comm.rank == 0:
+        labelled(folder / "data.csv", sorted(texts))
+    comm.Barrier()
+    whole = load(str(folder / "data.csv"), comm, F8)
+    mine = load(str(folder / "data.csv"), comm, F8, shards=True)
+    assert whole.labels.tolist() == labels
+    same(comm, whole, mine)
 
 
 @pytest.mark.parametrize("kind", ["npz", "idx.gz", "csv.bz2"])
