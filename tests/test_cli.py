@@ -189,6 +189,20 @@ def test_labels_are_those_of_the_file(tmp_path):
     assert (predicted.out, predicted.err) == ("dog\neel\ndog\n", "accuracy 66.67% (2 of 3)\n")
 
 
+def test_predictions_are_the_bytes_of_the_labels_whatever_the_locale(tmp_path):
+    names = ["Köln", "東京", "a\udcffb"]  # the last is no text: a byte 255
+    rows = "".join(f"{5 * n},{names[n]}\n" * 10 for n in range(3))
+    (tmp_path / "a.csv").write_text("x,label\n" + rows, encoding="utf-8", errors="surrogateescape")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run([*QUICK, "--epochs", "30", "--data", "a.csv", "--out", "run"], tmp_path, env=ascii_only)
+    assert (done.status, done.err) == (0, "")
+    predict = "mpicoll predict run --data a.csv"
+    saved = run(["bash", "-c", f"{predict} --out y.txt && {predict} > z.txt"], tmp_path, env=ascii_only)
+    assert saved.status == 0, saved
+    expected = "".join(f"{name}\n" * 10 for name in names).encode(errors="surrogateescape")
+    assert (tmp_path / "y.txt").read_bytes() == (tmp_path / "z.txt").read_bytes() == expected
+
+
 def test_runs_without_out_get_folders_of_their_own(tmp_path):
     for _ in range(2):
         assert run(QUICK, tmp_path).status == 0

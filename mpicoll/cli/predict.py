@@ -45,12 +45,13 @@ def predict(model: Path, source: str, out: Path | None) -> None:
             f"{source!r} has features that overflow {params.dtype} when scaled: nothing like the training set"
         )
     classes = network.predict(params, scaled)
-    lines = "".join(f"{label}\n" for label in labels[classes])
+    # In UTF-8 whatever the locale, and bytes of a label that are no text as they were.
+    lines = "".join(f"{label}\n" for label in labels[classes]).encode(errors="surrogateescape")
     if out is None:
         click.echo(lines, nl=False)
     else:
         try:
-            out.write_text(lines)
+            out.write_bytes(lines)
         except OSError as error:
             raise UserError(f"{str(out)!r} cannot be written ({error.strerror})") from error
         click.echo(f"{len(classes)} predictions written to {out}")
