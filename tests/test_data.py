@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from datafiles import BAD, FORMATS, LABELS, SPARSE, csv, idx, labelled, samples,
 from mpicoll import UserError
 from mpicoll.train import formats
 from mpicoll.train.data import Batches, Dataset, Part, Scaling, load, normalized, read, rebalanced
-from mpicoll.train.formats import Raw, divisible
+from mpicoll.train.formats import Raw, Schema, divisible
 
 F8 = np.dtype("f8")
 
@@ -31,13 +32,15 @@ def together(shares: list[Raw], features: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_holds_the_same_samples(tmp_path, kind):
     x, y = samples(20)
-    (found, classes, x_test, _, verbatim, _), labels = read(write(kind, tmp_path, x, y))
-    np.testing.assert_array_equal(dense(found), x)
-    assert isinstance(found, np.ndarray) is (kind not in SPARSE)
-    np.testing.assert_array_equal(classes, y)
+    raw, labels = read(write(kind, tmp_path, x, y))
+    np.testing.assert_array_equal(dense(raw.x), x)
+    assert isinstance(raw.x, np.ndarray) is (kind not in SPARSE)
+    assert raw.y is not None
+    np.testing.assert_array_equal(raw.y, y)
     np.testing.assert_array_equal(labels, [0, 1, 2])
-    assert classes is not None
-    assert (classes.dtype, x_test, verbatim) == (np.int64, None, False)
+    assert (raw.y.dtype, raw.x_test, raw.verbatim) == (np.int64, None, False)
+    assert (raw.columns, raw.label) == ((tuple("abcde"), "label") if kind.startswith("csv") else (None, None))
+    assert raw.base == (1 if kind in SPARSE else None)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -278,12 +281,16 @@ def test_labels_are_looked_up_among_those_of_a_model(tmp_path):
         ("1,10\n2,1.5\n3,1.50\n", np.array([-1, 1.5, 10]), [2, 1, -1]),
     ]:
         (tmp_path / "data.csv").write_text(text)
-        raw, labels = read(str(tmp_path / "data.csv"), labels=known)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            raw, labels = read(str(tmp_path / "data.csv"), Schema(1, known))
         assert raw.y is not None
         assert raw.y.tolist() == classes
         assert labels is known
+        assert len(told) == (-1 in classes)
     (tmp_path / "data.svm").write_text("+1 1:1\n0 1:1\n")
-    raw, _ = read(str(tmp_path / "data.svm"), 3, np.array([-1, 1]))
+    with pytest.warns(RuntimeWarning, match="1 of 2 labels are none that the model knows, and count as wrong"):
+        raw, _ = read(str(tmp_path / "data.svm"), Schema(3, np.array([-1, 1]), base=1))
     assert raw.y is not None
     assert (raw.y.tolist(), raw.x.shape) == ([1, -1], (2, 3))
 
@@ -332,7 +339,7 @@ def test_svm_counts_from_1_unless_there_is_a_0(tmp_path, first, columns):
     np.testing.assert_array_equal(dense(raw.x), [*x, [0] * columns])
     assert labels is not None
     assert labels.tolist() == [-1, 1, 3]
-    wider, _ = read(str(tmp_path / "data.svm"), 7)
+    wider, _ = read(str(tmp_path / "data.svm"), Schema(7, np.array([-1, 1, 3]), base=first))
     assert wider.x.shape == (9, 7)
 
 
@@ -430,7 +437,9 @@ def test_a_test_set_of_its_own(tmp_path, kind):
         ("a,label\n1,0\n2,1\n", "a,label\n1,0\n2,7\n", "the test set has the label 7, '.*train.csv' only 0, 1"),
         ("a,label\n1,x\n2,z\n", "a,label\n1,x\n2,y\n", "the test set has the label y, '.*train.csv' only x, z"),
         ("a,label\n1,0\n2,1\n", "a,label\n1,0\n2,one\n", "the test set has the label one, '.*train.csv' only 0, 1"),
-        ("a,label\n1,0\n2,1\n", "a,b,label\n1,0,0\n", "the test set has 2 features, '.*train.csv' has 1"),
+        ("a,label\n1,0\n2,1\n", "a,b,label\n1,0,0\n", "test.csv' has a column 'b'; expected those of the tr.*: a$"),
+        ("1,0\n2,1\n", "1,0,0\n", "test.csv' has 3 columns; the model was trained on 1 features: expected as many"),
+        ("1,0\n2,1\n", "1\n2\n", "test.csv' has no labels: training needs a label for each sample"),
     ],
 )
 def test_a_test_set_that_does_not_fit(tmp_path, train, test, message):

@@ -51,14 +51,14 @@ def test_a_model_comes_back_as_it_was_written(tmp_path, name, classes, hidden, l
     whole = data(classes, named)
     files.begin(tmp_path / "a" / "run", settings, {})
     files.finish(tmp_path / "a" / "run", settings, model, params, whole, {})
-    back, back_params, back_scaling, back_labels = files.read_model(tmp_path / "a" / "run")
+    back, back_params, back_scaling, schema = files.read_model(tmp_path / "a" / "run")
     assert back.sizes == model.sizes
     x = np.random.default_rng(1).normal(size=(20, 4))
     np.testing.assert_array_equal(back.predict(params, x), model.predict(params, x))
     np.testing.assert_array_equal(back_params, params)
     assert back_params.dtype == params.dtype
     np.testing.assert_array_equal(back_scaling, whole.scaling)
-    assert back_labels.tolist() == named
+    assert schema.labels.tolist() == named
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 """Data: what all ranks agree on, the split, the scaling, and which samples a rank holds and visits."""
 
 import pickle
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -13,7 +14,7 @@ from mpi4py import MPI
 from ..errors import UserError
 from ..mpi.guard import on_all, on_root
 from . import formats
-from .formats import Raw, share
+from .formats import Raw, Schema, listed, share
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -90,7 +91,8 @@ class Dataset(NamedTuple):
     """What this rank holds, and what all ranks know.
 
     ``labels[class]`` is what the data call the class.  Unless ``sharded``, every rank holds all samples; ``counts``
-    are the training samples that each rank holds.  Validation and test set may be empty.
+    are the training samples that each rank holds.  Validation and test set may be empty.  ``columns``, ``label`` and
+    ``base`` are as in ``formats.Raw``.
     """
 
     train: Part
@@ -102,6 +104,14 @@ class Dataset(NamedTuple):
     labels: np.ndarray
     sharded: bool
     counts: tuple[int, ...]
+    columns: tuple[str, ...] | None = None
+    label: str | None = None
+    base: int | None = None
+
+    @property
+    def schema(self) -> Schema:
+        """What a model trained on these data keeps of them."""
+        return Schema(self.features, self.labels, self.columns, self.label, self.base)
 
 
 def load(
@@ -112,6 +122,8 @@ def load(
     test: str | None = None,
     shards: bool = False,
     validation: float = 0.0,
+    known: Schema | None = None,
+    scaling: Scaling | None = None,
 ) -> Dataset:
     """The data set, of which every rank gets all, or if ``shards`` a share of its own; a collective call.
 
@@ -119,17 +131,22 @@ def load(
     fifth sample.  Of the other samples, numbered from 0 in the order of the source, sample n is for validation if a
     multiple of 1 / ``validation`` is in (n, n + 1]: with 0.1, samples 9, 19, 29, ...; this does not depend on any seed.
 
+    With ``known`` and ``scaling``, those of a run that is resumed, columns and labels mean what they meant there; else
+    what the source says.  Columns of a second file are those of the source, by name where both have names.
+
     With ``shards`` no rank reads or holds what is not its own, where the format allows; where it does not, rank 0 reads
     and hands out.  Whatever is wrong with the data is one ``UserError``, raised by every rank.
     """
     if shards:
-        raw, test_set = _own_share(source, comm), test and _own_share(test, comm)
-        return _assemble(source, raw, test, test_set or None, comm, dtype, validation, comm.size)
+        raw = _own_share(source, comm, known)
+        test_set = _own_share(test, comm, _columns_of(raw)) if test else None
+        return _assemble(source, raw, test, test_set, comm, dtype, validation, comm.size, known, scaling)
     held: list[Dataset] = []
 
     def prepare() -> None:
-        raw, test_set = formats.read(source), formats.read(test) if test else None
-        held.append(_assemble(source, raw, test, test_set, MPI.COMM_SELF, dtype, validation, comm.size))
+        raw = formats.read(source, known=known)
+        test_set = formats.read(test, known=_columns_of(raw)) if test else None
+        held.append(_assemble(source, raw, test, test_set, MPI.COMM_SELF, dtype, validation, comm.size, known, scaling))
 
     on_root(comm, prepare)
     data = _broadcast(comm, held[0] if held else None)
@@ -173,22 +190,35 @@ def from_arrays(
     )
 
 
-def read(source: str, features: int | None = None, labels: np.ndarray | None = None) -> tuple[Raw, np.ndarray | None]:
+def read(source: str, known: Schema | None = None) -> tuple[Raw, np.ndarray | None]:
     """All that a source holds, for one process, and the labels of its classes, if it has any.
 
-    A model's ``features`` are what sparse samples get at least, and its ``labels`` what labels in a file are looked up
-    in: those that it does not know become class -1.  Arrays hold classes, not labels.
+    With ``known``, a model's schema, columns and labels are the model's: labels that it does not know become class -1.
+    What contradicts it is a ``UserError``, and what had to be assumed a warning.  Arrays hold classes, not labels.
     """
-    raw = _agree(source, formats.read(source), MPI.COMM_SELF)
-    if features is not None and not isinstance(raw.x, np.ndarray) and raw.x.shape[1] < features:
-        raw.x.resize(raw.x.shape[0], features)
-    if raw.y is None:
-        return raw, None
-    if not raw.verbatim:
-        return raw, np.arange(raw.y.max() + 1)
-    if labels is None:
-        labels = _values(source, np.unique(raw.y))
-    return raw._replace(y=_classes(raw.y, labels), verbatim=False), labels
+    raw = _agree(source, formats.read(source, known=known), MPI.COMM_SELF, known)
+    labels = None
+    if raw.y is not None and not raw.verbatim:
+        labels = np.arange(raw.y.max() + 1)
+    elif raw.y is not None:
+        labels = _values(source, np.unique(raw.y)) if known is None else known.labels
+        raw = raw._replace(y=_classes(raw.y, labels), verbatim=False)
+    for assumption in _assumptions(source, raw, known) if known else ():
+        warnings.warn(assumption, RuntimeWarning, stacklevel=2)
+    return raw, labels
+
+
+def _assumptions(source: str, raw: Raw, known: Schema) -> Iterator[str]:
+    if raw.base is not None and known.base is None:
+        yield f"the model does not say how columns are numbered: those of {source!r} are counted from {raw.base}"
+    if raw.columns is None and known.columns is not None:
+        yield f"{source!r} does not name its columns: expected in the order {listed(known.columns)}"
+    if raw.columns is not None and known.columns is None:
+        yield f"the model does not name its columns: those of {source!r} are taken in their order"
+    if raw.y is not None:
+        strange = np.count_nonzero((raw.y < 0) | (raw.y >= len(known.labels)))
+        if strange:
+            yield f"{strange} of {len(raw.y)} labels are none that the model knows, and count as wrong"
 
 
 def rebalanced(weights: Sequence[float], measured: Sequence[tuple[int, float]], total: int) -> list[float]:
@@ -263,12 +293,19 @@ class Batches:
         return self._order[rank][(step - self._data.train.start) % self.steps :: self.steps], length
 
 
-def _own_share(source: str, comm: MPI.Intracomm) -> Raw:
+def _columns_of(raw: Raw) -> Schema | None:
+    """What a second file goes by, if they are csv files."""
+    if not (raw.verbatim and isinstance(raw.x, np.ndarray)):
+        return None
+    return Schema(raw.x.shape[1], np.arange(0), raw.columns, raw.label)
+
+
+def _own_share(source: str, comm: MPI.Intracomm, known: Schema | None) -> Raw:
     """Read by each rank for itself, or else by rank 0, which then keeps only its own."""
     if on_root(comm, lambda: formats.divisible(source)):
-        return on_all(comm, lambda: formats.read(source, comm.rank, comm.size))
+        return on_all(comm, lambda: formats.read(source, comm.rank, comm.size, known))
     held: list[Raw] = []
-    on_root(comm, lambda: held.append(formats.read(source)))
+    on_root(comm, lambda: held.append(formats.read(source, known=known)))
 
     def cut(rank: int) -> Raw:
         whole = held[0]
@@ -289,13 +326,16 @@ def _assemble(
     dtype: np.dtype,
     validation: float,
     ranks: int,
+    known: Schema | None,
+    scaling: Scaling | None,
 ) -> Dataset:
     """The data set whose shares the ranks of ``comm`` bring, for so many ranks to train with."""
 
     def check() -> Raw:
         for name, found in ((source, raw), (test, test_set)):
             if found is not None and found.y is None:
-                raise UserError(f"data file {name!r} has no array 'y': training needs a label for each sample")
+                what = "labels" if found.verbatim else "array 'y'"
+                raise UserError(f"data file {name!r} has no {what}: training needs a label for each sample")
         if test is None or test_set is None:
             return raw
         if test == source or test.startswith("powerlaw"):
@@ -308,7 +348,7 @@ def _assemble(
             raise UserError(f"{test!r} is not of the same kind as {source!r}: expected a test set in the same format")
         return raw._replace(x_test=test_set.x, y_test=test_set.y, extent=raw.extent + test_set.extent)
 
-    raw, labels = _agree_on_classes(source, _agree(source, on_all(comm, check), comm), comm)
+    raw, labels = _agree_on_classes(source, _agree(source, on_all(comm, check), comm, known), comm, known)
     x, y, x_test, y_test = raw[:4]
     assert y is not None
     first = sum(comm.allgather(len(y))[: comm.rank])
@@ -330,29 +370,30 @@ def _assemble(
             f"{source!r} has {totals[0]} training samples for {ranks} ranks; start at most {max(totals[0], 1)} ranks"
         )
 
-    def scale() -> list[Any]:
+    def scale(scaling: Scaling) -> list[Any]:
         scaled = [scaling.apply(x, dtype) for x, _ in sets]
         if not all(np.isfinite(x if isinstance(x, np.ndarray) else x.data).all() for x in scaled):
             raise UserError(f"{source!r} has features that overflow {dtype} when scaled; make the values smaller")
         return scaled
 
     with np.errstate(all="ignore"):  # what overflows is reported
-        scaling = Scaling.fit(sets[0][0], comm)
-        scaled = on_all(comm, scale)
+        fitted = scaling or Scaling.fit(sets[0][0], comm)
+        scaled = on_all(comm, lambda: scale(fitted))
     starts = counts[: comm.rank].sum(axis=0).tolist()
     train, validating, testing = (
         Part(x, y, start, total) for x, (_, y), start, total in zip(scaled, sets, starts, totals, strict=True)
     )
     held = tuple(counts[:, 0].tolist())
-    return Dataset(train, validating, testing, x.shape[1], len(labels), scaling, labels, True, held)
+    names = raw.columns, raw.label, raw.base
+    return Dataset(train, validating, testing, x.shape[1], len(labels), fitted, labels, True, held, *names)
 
 
-def _agree(source: str, raw: Raw, comm: MPI.Intracomm) -> Raw:
-    """The rank's share with features as all shares together have them."""
+def _agree(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> Raw:
+    """The rank's share with features as all shares together have them, which must be those that are known."""
     sets = [x for x in (raw.x, raw.x_test) if x is not None]
     dense = isinstance(raw.x, np.ndarray)
     fixed = [x.shape[1] for x in sets] if dense else None
-    told = comm.allgather((len(sets), raw.y is None, raw.extent, fixed))
+    told = comm.allgather((len(sets), raw.y is None, raw.extent, fixed, raw.columns))
     for rank, facts in enumerate(told):
         if facts != told[0]:
             raise UserError(
@@ -363,31 +404,42 @@ def _agree(source: str, raw: Raw, comm: MPI.Intracomm) -> Raw:
         raise UserError(f"the test set has {fixed[1]} features, {source!r} has {fixed[0]}; expected as many")
     if comm.allreduce(raw.x.shape[0]) == 0:
         raise UserError(f"data file {source!r} holds no samples")
-    return raw if dense else _agree_on_columns(source, raw, comm)
+    raw = raw if dense else _agree_on_columns(source, raw, comm, known)
+    if known is not None and raw.x.shape[1] != known.features:
+        raise UserError(f"{source!r} has {raw.x.shape[1]} features; the model was trained on {known.features}")
+    return raw
 
 
-def _described(facts: tuple[int, bool, int, list[int] | None]) -> str:
-    sets, _, extent, fixed = facts
+def _described(facts: tuple[int, bool, int, list[int] | None, tuple[str, ...] | None]) -> str:
+    sets, _, extent, fixed, columns = facts
     features = f", {' and '.join(map(str, fixed))} features" if fixed else ""
+    features += f" {listed(columns)}" if columns else ""
     return f"{'a test set and ' if sets > 1 else ''}{extent} bytes or samples{features}"
 
 
-def _agree_on_columns(source: str, raw: Raw, comm: MPI.Intracomm) -> Raw:
-    """Sparse samples of all shares, training and test, with the same columns: as many as the largest number needs.  In
-    a file they are counted from 1, unless there is a 0 anywhere."""
+def _agree_on_columns(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> Raw:
+    """Sparse samples of all shares, training and test, with the same columns: as many as the largest number needs, and
+    at least those that are known.  In a file they are counted from 1, unless there is a 0 anywhere, or it is known."""
     sets: list[Any] = [x for x in (raw.x, raw.x_test) if x is not None]
-    base = 0
+    base = None
     if raw.verbatim:
-        base = comm.allreduce(min(int(x.indices.min(initial=1)) for x in sets), MPI.MIN)
-    features = comm.allreduce(max(x.shape[1] for x in sets), MPI.MAX) - base
+        base = lowest = comm.allreduce(min(int(x.indices.min(initial=1)) for x in sets), MPI.MIN)
+        if known is not None and known.base is not None:
+            base = known.base
+        if lowest < base:
+            raise UserError(f"{source!r} has a column 0; in the training set columns were counted from 1")
+    features = comm.allreduce(max(x.shape[1] for x in sets), MPI.MAX) - (base or 0)
+    if known is not None:
+        features = max(features, known.features)
     if features < 1:
         raise UserError(f"data file {source!r} has no features: not one 'index:value' in it")
-    sets = [type(x)((x.data, x.indices - base, x.indptr), shape=(x.shape[0], features)) for x in sets]
-    return raw._replace(x=sets[0], x_test=sets[1] if len(sets) > 1 else None)
+    sets = [type(x)((x.data, x.indices - (base or 0), x.indptr), shape=(x.shape[0], features)) for x in sets]
+    return raw._replace(x=sets[0], x_test=sets[1] if len(sets) > 1 else None, base=base)
 
 
-def _agree_on_classes(source: str, raw: Raw, comm: MPI.Intracomm) -> tuple[Raw, np.ndarray]:
-    """Classes in ``y`` and ``y_test``, and the labels that they stand for: numbers in their order, else text in its."""
+def _agree_on_classes(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> tuple[Raw, np.ndarray]:
+    """Classes in ``y`` and ``y_test``, and the labels that they stand for: those that are known, or else numbers in
+    their order, or text in its."""
     y, y_test = raw.y, raw.y_test
     assert y is not None
     samples = comm.allreduce(len(y))
@@ -395,24 +447,31 @@ def _agree_on_classes(source: str, raw: Raw, comm: MPI.Intracomm) -> tuple[Raw, 
         most, most_test = comm.allreduce(_largest(y), MPI.MAX), comm.allreduce(_largest(y_test), MPI.MAX)
         if most >= max(samples, 2):
             raise UserError(f"{source!r}: y holds {most}, more classes than samples; number the classes 0, 1, 2, ...")
+        if known is not None and most >= len(known.labels):
+            raise UserError(f"{source!r}: y holds {most}, the run only classes 0 to {len(known.labels) - 1}")
         if most_test > most:
             raise UserError(f"{source!r}: y_test holds {most_test}, y only classes 0 to {most}")
-        return raw, np.arange(most + 1)
+        return raw, np.arange(most + 1) if known is None else known.labels
 
     own = np.unique(y)
-    on_all(comm, lambda: _values(source, own))  # so that measurements do not travel
-    labels = _values(source, np.unique(np.concatenate(comm.allgather(own))))
+    if known is None:
+        on_all(comm, lambda: _values(source, own))  # so that measurements do not travel
+        labels = _values(source, np.unique(np.concatenate(comm.allgather(own))))
+    else:
+        labels = known.labels
     if len(labels) > max(MANY, samples // 2):
         raise UserError(f"{source!r} has {len(labels)} different labels for {samples} samples; expected classes")
-    test_classes = None if y_test is None else _classes(y_test, labels)
+    classes, test_classes = _classes(y, labels), None if y_test is None else _classes(y_test, labels)
 
     def check() -> None:
+        if classes.min(initial=0) < 0:
+            raise UserError(f"{source!r} has the label {y[classes < 0][0]}, the run only {listed(labels.tolist())}")
         if y_test is not None and test_classes is not None and test_classes.min(initial=0) < 0:
-            listed = ", ".join(map(str, labels[:9].tolist())) + (", ..." if len(labels) > 9 else "")
-            raise UserError(f"the test set has the label {y_test[test_classes < 0][0]}, {source!r} only {listed}")
+            strange = y_test[test_classes < 0][0]
+            raise UserError(f"the test set has the label {strange}, {source!r} only {listed(labels.tolist())}")
 
     on_all(comm, check)
-    return raw._replace(y=_classes(y, labels), y_test=test_classes, verbatim=False), labels
+    return raw._replace(y=classes, y_test=test_classes, verbatim=False), labels
 
 
 def _classes(found: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -21,7 +21,8 @@ from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
 from . import files
 from .checkpoint import Checkpoint, latest
-from .data import fingerprint, load
+from .data import Scaling, fingerprint, load
+from .formats import Schema
 from .loop import Epoch, Training, added, check, evaluate
 from .models import MODELS, Layered
 from .parallel import Grid, Split, sizes_of
@@ -69,6 +70,7 @@ def run(
     out = checkpoint.path.parent.parent if checkpoint else on_root(comm, lambda: _output(settings, comm.size))
     grid = Grid(comm, sizes) if sizes.group > 1 else None
     beside = grid.data if grid else comm  # those who are to agree on what this rank has
+    schema, scaling = (checkpoint.facts.get(name) if checkpoint else None for name in ("schema", "scaling"))
     data = load(
         settings.data,
         beside,
@@ -76,8 +78,10 @@ def run(
         test=settings.test,
         shards=settings.shards,
         validation=settings.validation,
+        known=schema and Schema.of(schema),
+        scaling=scaling and Scaling(*np.array(scaling)),
     )
-    crc = fingerprint(data, beside)
+    crc, is_dense = fingerprint(data, beside), isinstance(data.train.x, np.ndarray)
     model = MODELS[settings.model](data.features, data.classes, settings.widths)
     own = _split(model, grid, settings) if grid else model
     threads = limit_threads(comm, settings.threads)
@@ -146,7 +150,12 @@ def run(
         def save(training: Training) -> None:
             every = settings.checkpoint
             if every and folder is not None and (training.epoch % every == 0 or training.epoch == settings.epochs):
-                pinned = {"settings": asdict(settings), "environment": {name: facts[name] for name in DEPENDS}}
+                pinned = {
+                    "settings": asdict(settings),
+                    "environment": {name: facts[name] for name in DEPENDS},
+                    "schema": data.schema.facts(),
+                    "scaling": np.array(data.scaling).tolist() if is_dense else None,
+                }
                 training.save(folder / files.CHECKPOINTS, pinned)
 
         result = training.run(epoch_done, save)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from datafiles import BAD, FORMATS, LABELS, idx, labelled, samples, svm, write
+from datafiles import BAD, FORMATS, LABELS, csv, idx, labelled, samples, svm, write
 from mpicoll import Comm, UserError
 from mpicoll.mpi.guard import on_all
 from mpicoll.train import data as data_module
 from mpicoll.train import formats
 from mpicoll.train.data import Batches, Dataset, load
+from mpicoll.train.formats import Schema
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
@@ -154,6 +155,31 @@ def test_two_texts_are_two_classes_wherever_they_are_read(comm, folder, name):
     same(comm, whole, mine)
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_all_ranks_refuse_what_contradicts_a_schema(comm, folder, shards):
+    """Where one share shows it."""
+    x, y = samples(20)
+    text = svm(x, y)
+    if comm.rank == 0:
+        (folder / "zero.svm").write_text(text + "0 0:1\n")
+        (folder / "wide.svm").write_text(text + "0 6:1\n")
+        (folder / "label.svm").write_text(text + "7 1:1\n")
+        (folder / "names.csv").write_text(csv(x, y).replace("c", "k", 1))
+        (folder / "label.csv").write_text(csv(x, y) + "1,2,3,4,5,7\n")
+    comm.Barrier()
+    known = Schema(5, np.arange(3), tuple("abcde"), "label", 1)
+    for name, message in {
+        "zero.svm": "has a column 0; in the training set columns were counted from 1",
+        "wide.svm": "has 6 features; the model was trained on 5",
+        "label.svm": "has the label 7.0, the run only 0, 1, 2",
+        "names.csv": "has a column 'k'; expected those of the training set: a, b, c, d, e",
+        "label.csv": "has the label 7, the run only 0, 1, 2",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            load(str(folder / name), comm, F8, shards=shards, known=known)
+        assert len(set(comm.allgather(str(caught.value)))) == 1
+
+
 @pytest.mark.parametrize("kind", ["npz", "idx.gz", "csv.bz2"])
 def test_ranks_without_a_share_to_read_read_nothing(comm, folder, kind, monkeypatch):
     x, y = samples(20)
@@ -198,6 +224,7 @@ def test_files_that_differ_from_rank_to_rank(comm, folder, monkeypatch):
     x, y = samples(20)
     last = comm.rank == P - 1
     Path("bytes.svm").write_text(svm(x, y) + "\n" * last)
+    Path("names.csv").write_text("b,y\n1,0\n" if last else "a,y\n1,0\n")
     for name in ("rows", "columns", "test"):
         Path(name).mkdir()
         np.save(f"{name}/X.npy", x)
@@ -217,6 +244,7 @@ def test_files_that_differ_from_rank_to_rank(comm, folder, monkeypatch):
         "columns": f"rank {P - 1} finds 20 bytes or samples, 4 features, rank 0 20 bytes or samples, 5 features",
         "test": f"rank {P - 1} finds a test set and 20 bytes or samples, 5 and 5 features, rank 0 20 bytes",
         "bytes.svm": f"rank {P - 1} finds {size + 1} bytes or samples, rank 0 {size} bytes or samples",
+        "names.csv": f"rank {P - 1} finds 8 bytes or samples, 1 features b, rank 0 8 bytes or samples, 1 features a;",
         "data.csv": rf"data file 'data.csv' does not exist; .* \(on rank {P - 1}\)",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
