@@ -186,6 +186,10 @@ BAD: dict[str, Callable[[Path], str]] = {
     r"data.tsv' has 40 different labels for 60 samples; expected classes": _text(
         "data.tsv", "".join(f"1\tname{n % 40}\n" for n in range(60))
     ),
+    r"data.csv' has samples of one class only, yes: expected two at least": _text("data.csv", 20 * "1,yes\n"),
+    r"data.csv' has samples of one class only, 1_0: expected": _text("data.csv", "a,label\n" + 20 * "1,1_0\n"),
+    r"data.svm' has samples of one class only, 2.5: expected": _text("data.svm", 20 * "2.5 1:1\n"),
+    r"' has samples of one class only, 2: expected": _npy(X=X, y=30 * [2]),
     r"data.csv' cannot be read: Input/output error": _unreadable,
     r"data.csv.gz' cannot be read: Not a gzipped file": _text("data.csv.gz", "1,2,3\n"),
     r"data.csv.bz2' cannot be read: Invalid data stream": _text("data.csv.bz2", "1,2,3\n"),
@@ -220,7 +224,7 @@ BAD: dict[str, Callable[[Path], str]] = {
     r"has only one of 'X_test' and 'y_test'": _npy(X=X, y=Y, X_test=X),
     r"has no array 'y': training needs a label": _npy(X=X),
     r"features that overflow float32 when scaled": _npy(
-        X=np.eye(60) * 1.7e308 - 8e307, y=[0] * 60, X_test=np.eye(60) * 1e308, y_test=[0] * 60
+        X=np.eye(60) * 1.7e308 - 8e307, y=[0, 1] * 30, X_test=np.eye(60) * 1e308, y_test=[0] * 60
     ),
     r"train-images-idx3-ubyte.gz' cannot be read: Compressed file ended": _torn_gz,
     r"images-idx3-ubyte' begins with 00 00 07 03; expected IDX": _idx(images=b"\0\0\7\3" + bytes(99)),

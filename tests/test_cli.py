@@ -453,7 +453,7 @@ BAD_FILES: dict[str, Callable[[Path], Any]] = {
     "y holds 1e.30 at sample 6; expected integers": _with("y", 6, 1e30),
     "y_test holds 3, y only classes 0 to 2": lambda path: npz(path, **blobs(), X_test=np.eye(4), y_test=[0, 1, 2, 3]),
     "features that overflow float32 when scaled": lambda path: npz(
-        path, X=np.eye(60) * 1.7e308 - 8e307, y=[0] * 60, X_test=np.eye(60) * 1e308, y_test=[0] * 60
+        path, X=np.eye(60) * 1.7e308 - 8e307, y=[0, 1] * 30, X_test=np.eye(60) * 1e308, y_test=[0] * 60
     ),
     "X has dtype <U1; expected real numbers": lambda path: npz(path, X=[["a"]], y=[0]),
     r"X has shape \(3,\); expected samples x features": lambda path: npz(path, X=[1.0, 2.0, 3.0], y=[0, 1, 2]),
@@ -562,6 +562,7 @@ BAD_OPTIONS: list[tuple[list[str], int, str]] = [
         "--patience needs validation samples: hold out a larger share, as with --validation 0.1",
     ),
     (["--timeout", "nan"], 2, "'--timeout': nan is not a finite number"),
+    (["--test-share", "1"], 2, "'--test-share': 1.0 is not in the range 0<=x<1"),
     (["--validation", "1"], 2, "'--validation': 1.0 is not in the range 0<=x<1"),
     (["--config", "gone.toml"], 1, "configuration 'gone.toml' cannot be read: No such file"),
     (["--resume", "gone"], 1, "'gone' holds no run: --resume takes the folder that mpicoll train wrote"),

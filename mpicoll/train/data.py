@@ -5,6 +5,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TEST_EVERY = 5
-"""Unless the data bring a test set of their own, every fifth sample (4, 9, 14, ... counted from 0) is held out."""
+TEST_SHARE = 0.2
+"""The share of the samples that is held out, unless the data bring a test set of their own or another one is named."""
 
 MANY = 20
 """More different labels than this are no classes if they are not integers, or if most samples have one of their own."""
@@ -121,15 +122,18 @@ def load(
     *,
     test: str | None = None,
     shards: bool = False,
+    test_share: float | None = None,
     validation: float = 0.0,
+    seed: int = 0,
     known: Schema | None = None,
     scaling: Scaling | None = None,
 ) -> Dataset:
     """The data set, of which every rank gets all, or if ``shards`` a share of its own; a collective call.
 
-    ``source`` is what ``formats.read`` takes.  The test set is the one it brings, else the file ``test``, else every
-    fifth sample.  Of the other samples, numbered from 0 in the order of the source, sample n is for validation if a
-    multiple of 1 / ``validation`` is in (n, n + 1]: with 0.1, samples 9, 19, 29, ...; this does not depend on any seed.
+    ``source`` is what ``formats.read`` takes.  The test set is the one it brings, else the file ``test``, else
+    ``test_share`` of its samples; of the other samples, ``validation`` is the share for validation.  Both are drawn at
+    random, from each class the same share to within two samples, and no class whole.  They depend on ``seed`` and on
+    the samples' order and classes, not on who reads them.
 
     With ``known`` and ``scaling``, those of a run that is resumed, columns and labels mean what they meant there; else
     what the source says.  Columns of a second file are those of the source, by name where both have names.
@@ -137,16 +141,28 @@ def load(
     With ``shards`` no rank reads or holds what is not its own, where the format allows; where it does not, rank 0 reads
     and hands out.  Whatever is wrong with the data is one ``UserError``, raised by every rank.
     """
+    assemble = partial(
+        _assemble,
+        source,
+        test,
+        dtype=dtype,
+        test_share=test_share,
+        validation=validation,
+        seed=seed,
+        ranks=comm.size,
+        known=known,
+        scaling=scaling,
+    )
     if shards:
         raw = _own_share(source, comm, known)
         test_set = _own_share(test, comm, _columns_of(raw)) if test else None
-        return _assemble(source, raw, test, test_set, comm, dtype, validation, comm.size, known, scaling)
+        return assemble(raw, test_set, comm)
     held: list[Dataset] = []
 
     def prepare() -> None:
         raw = formats.read(source, known=known)
         test_set = formats.read(test, known=_columns_of(raw)) if test else None
-        held.append(_assemble(source, raw, test, test_set, MPI.COMM_SELF, dtype, validation, comm.size, known, scaling))
+        held.append(assemble(raw, test_set, MPI.COMM_SELF))
 
     on_root(comm, prepare)
     data = _broadcast(comm, held[0] if held else None)
@@ -162,6 +178,12 @@ def fingerprint(data: Dataset, comm: MPI.Intracomm) -> str:
         for piece in pieces:
             found = zlib.crc32(np.ascontiguousarray(piece).view(np.uint8).data, found)
     return ".".join(f"{one:08x}" for one in (comm.allgather(found) if data.sharded else [comm.bcast(found)]))
+
+
+def untrained(data: Dataset, comm: MPI.Intracomm) -> list[Any]:
+    """The labels of classes without a training sample; a collective call."""
+    found = np.bincount(data.train.y, minlength=data.classes)
+    return data.labels[(comm.allreduce(found) if data.sharded else found) == 0].tolist()
 
 
 def from_arrays(
@@ -319,12 +341,14 @@ def _own_share(source: str, comm: MPI.Intracomm, known: Schema | None) -> Raw:
 
 def _assemble(
     source: str,
-    raw: Raw,
     test: str | None,
+    raw: Raw,
     test_set: Raw | None,
     comm: MPI.Intracomm,
     dtype: np.dtype,
+    test_share: float | None,
     validation: float,
+    seed: int,
     ranks: int,
     known: Schema | None,
     scaling: Scaling | None,
@@ -336,6 +360,8 @@ def _assemble(
             if found is not None and found.y is None:
                 what = "labels" if found.verbatim else "array 'y'"
                 raise UserError(f"data file {name!r} has no {what}: training needs a label for each sample")
+        if test_share is not None and (test is not None or raw.x_test is not None):
+            raise UserError(f"{test or source!r} is, or brings, a test set: leave out --test-share")
         if test is None or test_set is None:
             return raw
         if test == source or test.startswith("powerlaw"):
@@ -351,23 +377,26 @@ def _assemble(
     raw, labels = _agree_on_classes(source, _agree(source, on_all(comm, check), comm, known), comm, known)
     x, y, x_test, y_test = raw[:4]
     assert y is not None
-    first = sum(comm.allgather(len(y))[: comm.rank])
-    number = np.arange(first, first + len(y))
-    held_out = np.zeros(len(y), np.bool_)
+    trains = np.ones(len(y), np.bool_)
     if x_test is None or y_test is None:
-        held_out = number % TEST_EVERY == TEST_EVERY - 1
-        x_test, y_test = x[held_out], y[held_out]
-        number -= number // TEST_EVERY
-    fraction = Fraction(validation).limit_denominator(10**6)
-    above, below = fraction.as_integer_ratio()
-    validates = ~held_out & ((number + 1) * above // below > number * above // below)
-    trains = ~held_out & ~validates
+        held_out = _drawn(y, len(labels), TEST_SHARE if test_share is None else test_share, [seed, 1], comm)
+        x_test, y_test, trains = x[held_out], y[held_out], ~held_out
+    validates = np.zeros(len(y), np.bool_)
+    validates[trains] = _drawn(y[trains], len(labels), validation, [seed, 2], comm)
+    trains &= ~validates
     sets = [(x[trains], y[trains]), (x[validates], y[validates]), (x_test, y_test)]
     counts = np.array(comm.allgather([len(y) for _, y in sets]))
     totals = counts.sum(axis=0).tolist()
     if totals[0] < ranks:
         raise UserError(
             f"{source!r} has {totals[0]} training samples for {ranks} ranks; start at most {max(totals[0], 1)} ranks"
+        )
+
+    seen = np.flatnonzero(comm.allreduce(np.bincount(y, minlength=len(labels))))
+    if len(seen) < 2:
+        raise UserError(
+            f"{source!r} has samples of one class only, {labels[seen[0]]}: expected two at least, or there is nothing "
+            "to learn"
         )
 
     def scale(scaling: Scaling) -> list[Any]:
@@ -386,6 +415,41 @@ def _assemble(
     held = tuple(counts[:, 0].tolist())
     names = raw.columns, raw.label, raw.base
     return Dataset(train, validating, testing, x.shape[1], len(labels), fitted, labels, True, held, *names)
+
+
+def _drawn(y: np.ndarray, classes: int, share: float, seed: list[int], comm: MPI.Intracomm) -> np.ndarray:
+    """Which samples are drawn, of the classes ``y`` that this rank has of all ranks' samples.
+
+    All samples are thought of as one row, class after class, and in each class in their order.  It is cut into pieces
+    of 1 / ``share`` samples, and one is drawn from each piece that is whole.  A class of which all were drawn gets its
+    first one back.
+    """
+    above, below = Fraction(share).limit_denominator(10**6).as_integer_ratio()
+    own = np.bincount(y, minlength=classes)
+    counts = np.array(comm.allgather(own))
+    totals, before = counts.sum(axis=0), counts[: comm.rank].sum(axis=0)
+    number = np.empty(len(y), np.int64)  # of each sample, among all of its class
+    number[np.argsort(y, kind="stable")] = np.arange(len(y)) - np.repeat(np.cumsum(own) - own - before, own)
+    place = (np.cumsum(totals) - totals)[y] + number
+    if not above:
+        return np.zeros(len(y), np.bool_)
+    piece = place * above // below
+    begin, end = -(-piece * below // above), -(-(piece + 1) * below // above)
+    drawn = (piece < totals.sum() * above // below) & (place == begin + _random(seed, piece) % (end - begin))
+    gone = comm.allreduce(np.bincount(y[drawn], minlength=classes)) == totals
+    return drawn & ~(gone[y] & (number == 0))
+
+
+def _random(seed: list[int], places: np.ndarray) -> np.ndarray:
+    """The numbers of 63 bits at these places of a sequence: splitmix64 (Steele et al., 2014), of which each number can
+    be had without those before it, by any rank."""
+    word = np.uint64
+    z = np.random.SeedSequence(seed).generate_state(1, word) + (places.astype(word) + word(1)) * word(
+        0x9E3779B97F4A7C15
+    )
+    z = (z ^ (z >> word(30))) * word(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> word(27))) * word(0x94D049BB133111EB)
+    return ((z ^ (z >> word(31))) >> word(1)).astype(np.int64)
 
 
 def _agree(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> Raw:

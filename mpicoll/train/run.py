@@ -21,7 +21,7 @@ from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
 from . import files
 from .checkpoint import Checkpoint, latest
-from .data import Scaling, fingerprint, load
+from .data import Scaling, fingerprint, load, untrained
 from .formats import Schema
 from .loop import Epoch, Training, added, check, evaluate
 from .models import MODELS, Layered
@@ -77,11 +77,18 @@ def run(
         np.dtype(settings.dtype),
         test=settings.test,
         shards=settings.shards,
+        test_share=settings.test_share,
         validation=settings.validation,
+        seed=settings.seed,
         known=schema and Schema.of(schema),
         scaling=scaling and Scaling(*np.array(scaling)),
     )
     crc, is_dense = fingerprint(data, beside), isinstance(data.train.x, np.ndarray)
+    if checkpoint and schema is None and crc != checkpoint.facts["environment"].get("data_crc32"):
+        raise UserError(
+            f"checkpoint {str(checkpoint.path)!r} was written by an earlier version, and {settings.data!r} now gives "
+            "other training samples: test sets were drawn, and labels read, in another way; start the run anew"
+        )
     model = MODELS[settings.model](data.features, data.classes, settings.widths)
     own = _split(model, grid, settings) if grid else model
     threads = limit_threads(comm, settings.threads)
@@ -106,6 +113,7 @@ def run(
         "shares": list(data.counts) if data.sharded else None,
         "features": data.features,
         "classes": data.classes,
+        "untrained": untrained(data, beside),
         "parameters": model.size,
         "parameters_held": comm.allgather(own.size) if grid else None,
     }

@@ -44,7 +44,8 @@ def test_the_data_are_the_same_on_all_ranks(comm, folder, monkeypatch):
         np.savez(path, X=x, y=y)
     data = load(path, comm, np.dtype("f4"))
     assert len({data.train.x.tobytes() + data.test.x.tobytes() for data in comm.allgather(data)}) == 1
-    held_out = np.arange(100) % 5 == 4
+    held_out = data_module._drawn(y, 4, 0.2, [0, 1], MPI.COMM_SELF)
+    assert sorted(np.bincount(y[held_out])) in ([5, 5, 5, 5], [4, 5, 5, 6])
     np.testing.assert_array_equal(data.test.y, y[held_out])
     np.testing.assert_array_equal(data.train.x, data.scaling.apply(x[~held_out], np.dtype("f4")))
     np.testing.assert_allclose(data.train.x.mean(axis=0, dtype="f8"), 0, atol=1e-6)
