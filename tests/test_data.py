@@ -15,7 +15,18 @@ from datafiles import BAD, FORMATS, LABELS, SPARSE, csv, idx, labelled, samples,
 from mpicoll import UserError
 from mpicoll.train import data as data_module
 from mpicoll.train import formats
-from mpicoll.train.data import Batches, Dataset, Part, Scaling, load, normalized, read, rebalanced, untrained
+from mpicoll.train.data import (
+    Batches,
+    Dataset,
+    Part,
+    Scaling,
+    from_arrays,
+    load,
+    normalized,
+    read,
+    rebalanced,
+    untrained,
+)
 from mpicoll.train.formats import Raw, Schema, divisible
 
 F8 = np.dtype("f8")
@@ -543,6 +554,23 @@ def test_bad_data_are_told_in_one_line(tmp_path, message):
             load(source, MPI.COMM_SELF, np.dtype("f4"), shards=shards)
         assert re.search(message, str(caught.value)), caught.value
         assert "\n" not in str(caught.value)
+
+
+def test_data_sets_say_what_they_are(tmp_path):
+    assert repr(load("digits", MPI.COMM_SELF, np.dtype("f4"), validation=0.1)) == (
+        "<Dataset 'digits': 1295 training, 143 validation and 359 test samples; 64 features, 10 classes, float32>"
+    )
+    sharded = load("powerlaw:100x40:3", MPI.COMM_SELF, F8, shards=True)
+    assert repr(sharded) == (
+        "<Dataset 'powerlaw:100x40:3': 80 training, 0 validation and 20 test samples, in 1 shards, here 80, 0 and 20; "
+        "40 features, 2 classes, float64>"
+    )
+    assert repr(sharded.train) == "<Part: 80 of 80 samples, sparse (80, 40) float64>"
+    arrays = from_arrays(np.eye(3), np.arange(3), test=1)
+    assert repr(arrays).startswith("<Dataset 'arrays': 2 training, 0 validation and 1 test samples; 3 features, 3 cl")
+    assert repr(arrays.test) == "<Part: 1 of 1 samples, dense (1, 3) float64>"
+    path = write("csv", tmp_path, *samples(20))
+    assert repr(formats.read(path)) == "<Raw: x (20, 5) float64, y (20,) <U1>"
 
 
 # Batches.

@@ -87,13 +87,17 @@ class Part(NamedTuple):
     start: int
     total: int
 
+    def __repr__(self) -> str:
+        kind = "sparse" if hasattr(self.x, "indptr") else "dense"
+        return f"<Part: {len(self.y)} of {self.total} samples, {kind} {self.x.shape} {self.x.dtype}>"
+
 
 class Dataset(NamedTuple):
     """What this rank holds, and what all ranks know.
 
     ``labels[class]`` is what the data call the class.  Unless ``sharded``, every rank holds all samples; ``counts``
     are the training samples that each rank holds.  Validation and test set may be empty.  ``columns``, ``label`` and
-    ``base`` are as in ``formats.Raw``.
+    ``base`` are as in ``formats.Raw``, and ``name`` is the source.
     """
 
     train: Part
@@ -108,6 +112,15 @@ class Dataset(NamedTuple):
     columns: tuple[str, ...] | None = None
     label: str | None = None
     base: int | None = None
+    name: str = "arrays"
+
+    def __repr__(self) -> str:
+        train, validation, test = self[:3]
+        held = f", in {len(self.counts)} shards, here {len(train.y)}, {len(validation.y)} and {len(test.y)}"
+        return (
+            f"<Dataset {self.name!r}: {train.total} training, {validation.total} validation and {test.total} test "
+            f"samples{held if self.sharded else ''}; {self.features} features, {self.classes} classes, {train.x.dtype}>"
+        )
 
     @property
     def schema(self) -> Schema:
@@ -414,7 +427,7 @@ def _assemble(
     )
     held = tuple(counts[:, 0].tolist())
     names = raw.columns, raw.label, raw.base
-    return Dataset(train, validating, testing, x.shape[1], len(labels), fitted, labels, True, held, *names)
+    return Dataset(train, validating, testing, x.shape[1], len(labels), fitted, labels, True, held, *names, source)
 
 
 def _drawn(y: np.ndarray, classes: int, share: float, seed: list[int], comm: MPI.Intracomm) -> np.ndarray:

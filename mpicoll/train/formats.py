@@ -59,6 +59,10 @@ class Raw(NamedTuple):
     label: str | None = None
     base: int | None = None
 
+    def __repr__(self) -> str:
+        sets = ((name, getattr(self, name)) for name in ("x", "y", "x_test", "y_test"))
+        return f"<Raw: {', '.join(f'{name} {array.shape} {array.dtype}' for name, array in sets if array is not None)}>"
+
 
 class Schema(NamedTuple):
     """What training found out about its data, which a model keeps, so that other data are read in the same way.
