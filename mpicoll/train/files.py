@@ -181,7 +181,7 @@ def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, Schema]:
             f"model {str(path)!r} holds tensors of the wrong shape or dtype, or with infinite or nan values"
         )
     if len(schema.labels) < 2:
-        raise UserError(f"model {str(path)!r} knows one class only, {schema.labels[0]}: there is nothing to predict")
+        raise UserError(f"model {str(path)!r} knows fewer than two classes: there is nothing to predict")
     if not (scaling.spread > 0).all():
         raise UserError(f"model {str(path)!r} holds a scaling that divides by zero")
     return model, params, scaling, schema

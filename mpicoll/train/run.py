@@ -84,10 +84,12 @@ def run(
         scaling=scaling and Scaling(*np.array(scaling)),
     )
     crc, is_dense = fingerprint(data, beside), isinstance(data.train.x, np.ndarray)
-    if checkpoint and schema is None and crc != checkpoint.facts["environment"].get("data_crc32"):
+    before = str(checkpoint.facts["environment"].get("data_crc32")) if checkpoint and schema is None else crc
+    if checkpoint and crc != before:
         raise UserError(
             f"checkpoint {str(checkpoint.path)!r} was written by an earlier version, and {settings.data!r} now gives "
-            "other training samples: test sets were drawn, and labels read, in another way; start the run anew"
+            "other training samples: test sets were drawn, and labels read, in another way; "
+            + ("resume it on as many ranks" if crc.count(".") != before.count(".") else "start the run anew")
         )
     model = MODELS[settings.model](data.features, data.classes, settings.widths)
     own = _split(model, grid, settings) if grid else model
