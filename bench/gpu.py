@@ -148,7 +148,7 @@ def step(ranks: int, folder: Path) -> float:
     path = folder / "samples.npz"
     if not path.exists():
         rng = np.random.default_rng(0)
-        x = rng.standard_normal((BATCH * STEPS * 5 // 4, WIDTHS[0]), np.float32)  # every fifth is a test
+        x = rng.standard_normal((BATCH * STEPS * 5 // 4, WIDTHS[0]), np.float32)  # a fifth is the test set
         np.savez(path, X=x, y=(x @ rng.standard_normal((WIDTHS[0], WIDTHS[-1]), np.float32)).argmax(axis=1))
     out = folder / f"run-{ranks}"
     mpirun = Path(sys.prefix, "bin", "mpirun")

@@ -67,6 +67,34 @@ def svm(x: np.ndarray, y: np.ndarray, end: str = "\n", first: int = 1) -> str:
     return "".join(line + end for line in lines)
 
 
+LABELS: dict[str, tuple[list[str], list[str] | list[int]]] = {
+    "integers": (["10", "9", "-1"], [-1, 9, 10]),
+    "underscores": (["1_0", "10", "2_1"], ["10", "1_0", "2_1"]),
+    "signs": (["+1", "1", "-1", "-0", "0"], ["-1", "-0", "0", "+1", "1"]),
+    "leading zeros": (["01", "1", "001", "10"], ["001", "01", "1", "10"]),
+    "points": (["1", "1.0", "1.", "1.00"], ["1", "1.", "1.0", "1.00"]),
+    "points only": (["10.0", "9.0"], ["9.0", "10.0"]),
+    "exponents": (["1e0", "1", "1E0", "1e400", "1e500"], ["1", "1E0", "1e0", "1e400", "1e500"]),
+    "fractions": (["0.1", ".1", "0.10000000000000001"], [".1", "0.1", "0.10000000000000001"]),
+    "long": (["9007199254740993", "9007199254740992"], [9007199254740992, 9007199254740993]),
+    "longer": (["92233720368547758080", "92233720368547758081"], ["92233720368547758080", "92233720368547758081"]),
+    "digits of other scripts": (["1", "\uff11", "\u0661", "\u00b9"], ["1", "\u00b9", "\u0661", "\uff11"]),
+    "blanks of other kinds": (["1", "\xa01", "1\u2003"], ["1", "1\u2003", "\xa01"]),
+    "hexadecimal and words": (["0x1", "1", "True", "one"], ["0x1", "1", "True", "one"]),
+    "accents": (["\u00e9", "e\u0301", "e"], ["e", "e\u0301", "\u00e9"]),
+    "case": (["a", "A", "nano"], ["A", "a", "nano"]),
+    "bytes that are no text": (["\udcff", "\\xff", "\udcfe"], ["\\xff", "\udcfe", "\udcff"]),
+}
+"""Texts of labels, all different, and what the classes are called in their order."""
+
+
+def labelled(path: Path, texts: list[str]) -> str:
+    """A csv file with each of these labels in three lines."""
+    lines = [f"{n},{text}\n" for n, text in enumerate(3 * texts)]
+    path.write_text("".join(["a,label\n", *lines]), encoding="utf-8", errors="surrogateescape")
+    return str(path)
+
+
 def _text(name: str, text: str | bytes) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
@@ -147,7 +175,7 @@ BAD: dict[str, Callable[[Path], str]] = {
     r"line 31: 5 fields; expected 6, as in line 1": _lines("data.csv", CSV, 31, "1,2,3,4,5"),
     r"line 3: 7 fields; expected 6, as in line 1": _lines("data.csv", CSV, 3, "1,2,3,4,5,6,0"),
     r"line 17: a quoted field does not end": _lines("data.csv", CSV, 17, '1,2,3,4,5,"0'),
-    r"line 6: cannot be read as numbers": _lines("data.csv", CSV, 6, "1_0,2,3,4,5,0"),
+    r"line 6: '1_0' in column 'a'; expected a finite number": _lines("data.csv", CSV, 6, "1_0,2,3,4,5,0"),
     r"columns 'y' and 'Target'; expected one of labels": _text("data.csv", "a,y,Target\n1,2,3\n"),
     r"data.csv', line 1: nothing; expected features and a label": _text("data.csv", ""),
     r"data.csv', line 1: one field; expected features and a label": _text("data.csv", "1 2 0\n3 4 1\n"),
@@ -158,6 +186,10 @@ BAD: dict[str, Callable[[Path], str]] = {
     r"data.tsv' has 40 different labels for 60 samples; expected classes": _text(
         "data.tsv", "".join(f"1\tname{n % 40}\n" for n in range(60))
     ),
+    r"data.csv' has samples of one class only, yes: expected two at least": _text("data.csv", 20 * "1,yes\n"),
+    r"data.csv' has samples of one class only, 1_0: expected": _text("data.csv", "a,label\n" + 20 * "1,1_0\n"),
+    r"data.svm' has samples of one class only, 2.5: expected": _text("data.svm", 20 * "2.5 1:1\n"),
+    r"' has samples of one class only, 2: expected": _npy(X=X, y=30 * [2]),
     r"data.csv' cannot be read: Input/output error": _unreadable,
     r"data.csv.gz' cannot be read: Not a gzipped file": _text("data.csv.gz", "1,2,3\n"),
     r"data.csv.bz2' cannot be read: Invalid data stream": _text("data.csv.bz2", "1,2,3\n"),
@@ -192,7 +224,7 @@ BAD: dict[str, Callable[[Path], str]] = {
     r"has only one of 'X_test' and 'y_test'": _npy(X=X, y=Y, X_test=X),
     r"has no array 'y': training needs a label": _npy(X=X),
     r"features that overflow float32 when scaled": _npy(
-        X=np.eye(60) * 1.7e308 - 8e307, y=[0] * 60, X_test=np.eye(60) * 1e308, y_test=[0] * 60
+        X=np.eye(60) * 1.7e308 - 8e307, y=[0, 1] * 30, X_test=np.eye(60) * 1e308, y_test=[0] * 60
     ),
     r"train-images-idx3-ubyte.gz' cannot be read: Compressed file ended": _torn_gz,
     r"images-idx3-ubyte' begins with 00 00 07 03; expected IDX": _idx(images=b"\0\0\7\3" + bytes(99)),

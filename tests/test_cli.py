@@ -186,7 +186,24 @@ def test_labels_are_those_of_the_file(tmp_path):
     assert mpirun(3, [*QUICK, "--epochs", "30", "--data", "a.csv", "--shards", "--out", "run"], tmp_path).status == 0
     (tmp_path / "b.csv").write_text("x,label\n10,dog\n0,eel\n10,gnu\n")
     predicted = run(["mpicoll", "predict", "run", "--data", "b.csv"], tmp_path)
-    assert (predicted.out, predicted.err) == ("dog\neel\ndog\n", "accuracy 66.67% (2 of 3)\n")
+    assert (predicted.out, predicted.err) == (
+        "dog\neel\ndog\n",
+        "mpicoll: 1 of 3 labels are none that the model knows, and count as wrong\naccuracy 66.67% (2 of 3)\n",
+    )
+
+
+def test_predictions_are_the_bytes_of_the_labels_whatever_the_locale(tmp_path):
+    names = ["Köln", "東京", "a\udcffb"]  # the last is no text: a byte 255
+    rows = "".join(f"{5 * n},{names[n]}\n" * 10 for n in range(3))
+    (tmp_path / "a.csv").write_text("x,label\n" + rows, encoding="utf-8", errors="surrogateescape")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run([*QUICK, "--epochs", "30", "--data", "a.csv", "--out", "run"], tmp_path, env=ascii_only)
+    assert (done.status, done.err) == (0, "")
+    predict = "mpicoll predict run --data a.csv"
+    saved = run(["bash", "-c", f"{predict} --out y.txt && {predict} > z.txt"], tmp_path, env=ascii_only)
+    assert saved.status == 0, saved
+    expected = "".join(f"{name}\n" * 10 for name in names).encode(errors="surrogateescape")
+    assert (tmp_path / "y.txt").read_bytes() == (tmp_path / "z.txt").read_bytes() == expected
 
 
 def test_runs_without_out_get_folders_of_their_own(tmp_path):
@@ -436,7 +453,7 @@ BAD_FILES: dict[str, Callable[[Path], Any]] = {
     "y holds 1e.30 at sample 6; expected integers": _with("y", 6, 1e30),
     "y_test holds 3, y only classes 0 to 2": lambda path: npz(path, **blobs(), X_test=np.eye(4), y_test=[0, 1, 2, 3]),
     "features that overflow float32 when scaled": lambda path: npz(
-        path, X=np.eye(60) * 1.7e308 - 8e307, y=[0] * 60, X_test=np.eye(60) * 1e308, y_test=[0] * 60
+        path, X=np.eye(60) * 1.7e308 - 8e307, y=[0, 1] * 30, X_test=np.eye(60) * 1e308, y_test=[0] * 60
     ),
     "X has dtype <U1; expected real numbers": lambda path: npz(path, X=[["a"]], y=[0]),
     r"X has shape \(3,\); expected samples x features": lambda path: npz(path, X=[1.0, 2.0, 3.0], y=[0, 1, 2]),
@@ -545,6 +562,7 @@ BAD_OPTIONS: list[tuple[list[str], int, str]] = [
         "--patience needs validation samples: hold out a larger share, as with --validation 0.1",
     ),
     (["--timeout", "nan"], 2, "'--timeout': nan is not a finite number"),
+    (["--test-share", "1"], 2, "'--test-share': 1.0 is not in the range 0<=x<1"),
     (["--validation", "1"], 2, "'--validation': 1.0 is not in the range 0<=x<1"),
     (["--config", "gone.toml"], 1, "configuration 'gone.toml' cannot be read: No such file"),
     (["--resume", "gone"], 1, "'gone' holds no run: --resume takes the folder that mpicoll train wrote"),

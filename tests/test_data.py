@@ -3,17 +3,31 @@
 import io
 import re
 import struct
+import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-from datafiles import BAD, FORMATS, SPARSE, csv, idx, samples, svm, write
+from datafiles import BAD, FORMATS, LABELS, SPARSE, csv, idx, labelled, samples, svm, write
 from mpicoll import UserError
+from mpicoll.train import data as data_module
 from mpicoll.train import formats
-from mpicoll.train.data import Batches, Dataset, Part, Scaling, load, normalized, read, rebalanced
-from mpicoll.train.formats import Raw, divisible
+from mpicoll.train.data import (
+    Batches,
+    Dataset,
+    Part,
+    Scaling,
+    from_arrays,
+    load,
+    normalized,
+    read,
+    rebalanced,
+    untrained,
+)
+from mpicoll.train.formats import Raw, Schema, divisible
 
 F8 = np.dtype("f8")
 
@@ -31,13 +45,15 @@ def together(shares: list[Raw], features: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_holds_the_same_samples(tmp_path, kind):
     x, y = samples(20)
-    (found, classes, x_test, _, verbatim, _), labels = read(write(kind, tmp_path, x, y))
-    np.testing.assert_array_equal(dense(found), x)
-    assert isinstance(found, np.ndarray) is (kind not in SPARSE)
-    np.testing.assert_array_equal(classes, y)
+    raw, labels = read(write(kind, tmp_path, x, y))
+    np.testing.assert_array_equal(dense(raw.x), x)
+    assert isinstance(raw.x, np.ndarray) is (kind not in SPARSE)
+    assert raw.y is not None
+    np.testing.assert_array_equal(raw.y, y)
     np.testing.assert_array_equal(labels, [0, 1, 2])
-    assert classes is not None
-    assert (classes.dtype, x_test, verbatim) == (np.int64, None, False)
+    assert (raw.y.dtype, raw.x_test, raw.verbatim) == (np.int64, None, False)
+    assert (raw.columns, raw.label) == ((tuple("abcde"), "label") if kind.startswith("csv") else (None, None))
+    assert raw.base == (1 if kind in SPARSE else None)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -249,9 +265,10 @@ def test_predictions_need_no_labels(tmp_path):
         ("1,2,0\n3,4,1\n", [[1, 2], [3, 4]], [0, 1]),
         ("w;h;c\n1;2;a\n3;4;b\n", [[1, 2], [3, 4]], ["a", "b"]),
         ("Class\tw\th\nb\t1\t2\na\t3\t4\n", [[3, 4], [1, 2]], ["a", "b"]),
-        ("w,LABEL,h\n1,-1,2\n3,+1,4\n", [[1, 2], [3, 4]], [-1, 1]),
-        ("7,8,target\n1,2,1.5\n3,4,10\n", [[1, 2], [3, 4]], [1.5, 10]),
-        ("\ufeffa,y\n1e2,9\n-.5,10.0\n", [[100], [-0.5]], [9, 10]),
+        ("w,LABEL,h\n1,-1,2\n3,1,4\n", [[1, 2], [3, 4]], [-1, 1]),
+        ("w,LABEL,h\n3,+1,4\n1,-1,2\n", [[1, 2], [3, 4]], ["-1", "+1"]),
+        ("7,8,target\n1,2,1.5\n3,4,10\n", [[1, 2], [3, 4]], ["1.5", "10"]),
+        ("\ufeffa,y\n1e2,9\n-.5,10\n", [[100], [-0.5]], [9, 10]),
         ("\ufeff1,9\n2,10\n", [[1], [2]], [9, 10]),
         ('"1","a, or b"\n" 2 ",c\n', [[1], [2]], ["a, or b", "c"]),
         ("1,x#1\n2,x#2\n", [[1], [2]], ["x#1", "x#2"]),
@@ -273,25 +290,56 @@ def test_labels_are_looked_up_among_those_of_a_model(tmp_path):
     for text, known, classes in [
         ("1,9+\n2,10\n3,8\n", np.array(["10", "9+"]), [1, 0, -1]),
         ("1,10\n2,10\n", np.array(["10", "9+"]), [0, 0]),
-        ("1,10\n2,+1.0\n3,x\n", np.array([-1, 1, 10]), [2, 1, -1]),
+        ("1,10\n2,1\n3,x\n4,+1\n5,1.0\n", np.array([-1, 1, 10]), [2, 1, -1, -1, -1]),
+        ("1,10\n2,1.5\n3,1.50\n", np.array([-1, 1.5, 10]), [2, 1, -1]),
     ]:
         (tmp_path / "data.csv").write_text(text)
-        raw, labels = read(str(tmp_path / "data.csv"), labels=known)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            raw, labels = read(str(tmp_path / "data.csv"), Schema(1, known))
         assert raw.y is not None
         assert raw.y.tolist() == classes
         assert labels is known
+        assert len(told) == (-1 in classes)
     (tmp_path / "data.svm").write_text("+1 1:1\n0 1:1\n")
-    raw, _ = read(str(tmp_path / "data.svm"), 3, np.array([-1, 1]))
+    with pytest.warns(RuntimeWarning, match="1 of 2 labels are none that the model knows, and count as wrong"):
+        raw, _ = read(str(tmp_path / "data.svm"), Schema(3, np.array([-1, 1]), base=1))
     assert raw.y is not None
     assert (raw.y.tolist(), raw.x.shape) == ([1, -1], (2, 3))
 
 
-def test_labels_that_are_equal_as_numbers_are_one_class(tmp_path):
-    (tmp_path / "data.csv").write_text("1,1\n2,1.0\n3,-2\n4,+1\n")
-    raw, labels = read(str(tmp_path / "data.csv"))
+@pytest.mark.parametrize("name", LABELS)
+def test_two_texts_are_two_classes_and_come_back_as_they_were(tmp_path, name):
+    texts, labels = LABELS[name]
+    source = labelled(tmp_path / "data.csv", texts)
+    raw, found = read(source)
+    assert found is not None
     assert raw.y is not None
-    assert labels is not None
-    assert (raw.y.tolist(), labels.tolist()) == ([1, 1, 0, 1], [-2, 1])
+    assert found.tolist() == labels
+    assert [str(label) for label in found[raw.y]] == 3 * texts
+    data = load(source, MPI.COMM_SELF, F8, shards=True)
+    assert data.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("text", ["", " ", "nan", "NaN", "-nan", "INF", "+Infinity", "a\0"])
+def test_what_is_no_label(tmp_path, text):
+    source = labelled(tmp_path / "data.csv", ["a", text, "b"])
+    with pytest.raises(UserError, match=r"line 3: .* in column 'label'; expected a label"):
+        read(source)
+
+
+def test_labels_of_svmlight_files_are_numbers(tmp_path):
+    """The format says so: what is equal as a number is one class."""
+    for texts, labels in [
+        (["+1", "1", "-1", "01", "1e0", "-1.0"], [-1, 1]),
+        (["2.50", "2.5", "7", "-0"], [0, 2.5, 7]),
+    ]:
+        (tmp_path / "data.svm").write_text("".join(f"{text} 1:1\n" for text in texts))
+        raw, found = read(str(tmp_path / "data.svm"))
+        assert found is not None
+        assert raw.y is not None
+        assert found.tolist() == labels
+        assert found[raw.y].tolist() == [float(text) for text in texts]
 
 
 @pytest.mark.parametrize(("first", "columns"), [(1, 5), (0, 5)])
@@ -304,7 +352,7 @@ def test_svm_counts_from_1_unless_there_is_a_0(tmp_path, first, columns):
     np.testing.assert_array_equal(dense(raw.x), [*x, [0] * columns])
     assert labels is not None
     assert labels.tolist() == [-1, 1, 3]
-    wider, _ = read(str(tmp_path / "data.svm"), 7)
+    wider, _ = read(str(tmp_path / "data.svm"), Schema(7, np.array([-1, 1, 3]), base=first))
     assert wider.x.shape == (9, 7)
 
 
@@ -360,18 +408,65 @@ def test_scaling_keeps_sparse_samples_sparse():
     np.testing.assert_array_equal(centred, raw.x.toarray() - 1)
 
 
-def test_the_split_goes_by_numbers(tmp_path):
+ORDERS: dict[str, np.ndarray] = {
+    "of period 5": np.arange(100) % 5,
+    "of period 10": np.arange(200) % 10,
+    "sorted": np.sort(np.arange(97) % 4),
+    "rare": np.array([0] * 80 + [1] * 5 + [2] * 2 + [3]),
+    "rarest": np.arange(30) // 2,
+    "one of each": np.arange(20),
+    "at random": np.random.default_rng(0).choice(6, 500, p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]),
+    "with a gap": np.arange(60) % 3 * 2,
+    "of two": np.array([0, 1]),
+}
+"""Classes, in the order of samples."""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.25, 1 / 3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_class_gives_its_share_and_none_gives_all(order, share):
+    y = ORDERS[order]
+    counts = np.bincount(y)
+    for seed in range(20):
+        drawn = data_module._drawn(y, len(counts), share, [seed, 1], MPI.COMM_SELF)
+        of_each = np.bincount(y[drawn], minlength=len(counts))
+        np.testing.assert_array_less(of_each[counts > 0], counts[counts > 0])
+        assert abs(of_each - share * counts).max() < 2
+        small = np.count_nonzero((counts > 0) & ((counts <= 2) | (share > 0.5)))  # they may have got one back
+        missing = int(Fraction(share).limit_denominator(100) * len(y)) - np.count_nonzero(drawn)
+        assert 0 <= missing <= small
+
+
+def test_each_sample_is_drawn_as_often_as_any_other():
+    y = np.array([0] * 23 + [1] * 14)
+    times = sum(data_module._drawn(y, 2, 0.2, [seed, 1], MPI.COMM_SELF).astype(int) for seed in range(1000))
+    assert abs(times[:35] - 200).max() < 4 * np.sqrt(1000 * 0.2 * 0.8)
+    assert times[35:].tolist() == [0, 0]  # they are no whole piece
+
+
+def test_the_split_goes_by_classes_and_seed(tmp_path):
     x, y = np.arange(60.0).reshape(60, 1), np.arange(60) % 2
     np.savez(tmp_path / "d.npz", X=x, y=y)
-    data = load(str(tmp_path / "d.npz"), MPI.COMM_SELF, F8, validation=0.1)
-    numbers = [np.round(part.x * data.scaling.spread + data.scaling.center).astype(int).ravel() for part in data[:3]]
-    left = [n for n in range(60) if n % 5 != 4]
-    np.testing.assert_array_equal(numbers[2], range(4, 60, 5))
-    np.testing.assert_array_equal(numbers[1], left[9::10])
-    np.testing.assert_array_equal(numbers[0], [n for n in left if n not in left[9::10]])
+
+    def split(**given) -> tuple[Dataset, list[list[int]]]:
+        data = load(str(tmp_path / "d.npz"), MPI.COMM_SELF, F8, **given)
+        x = [np.round(part.x * data.scaling.spread + data.scaling.center) for part in data[:3]]
+        for part, numbers in zip(data[:3], x, strict=True):
+            np.testing.assert_array_equal(part.y, numbers.ravel() % 2)
+        return data, [numbers.astype(int).ravel().tolist() for numbers in x]
+
+    data, numbers = split(validation=0.1)
     assert [part.total for part in data[:3]] == [44, 4, 12]
+    assert sorted(n for part in numbers for n in part) == list(range(60))
+    assert all(part == sorted(part) for part in numbers)
     assert (data.counts, data.sharded, data.train.start) == ((44,), False, 0)
-    assert [part.total for part in load(str(tmp_path / "d.npz"), MPI.COMM_SELF, F8, validation=1 / 3)[:2]] == [32, 16]
+    assert split(validation=0.1)[1] == split(validation=0.1, test_share=0.2)[1] == numbers
+    assert split(validation=0.4)[1][2] == numbers[2]  # the test set is the same
+    others = [split(validation=0.1, seed=seed)[1] for seed in (1, 2**63)]
+    assert len({str(part[n]) for n in (1, 2) for part in (numbers, *others)}) == 6
+    assert [part.total for part in split(validation=1 / 3)[0][:3]] == [32, 16, 12]
+    assert [part.total for part in split(test_share=0.45)[0][:3]] == [33, 0, 27]
+    assert [part.total for part in split(test_share=0)[0][:3]] == [60, 0, 0]
     # The scaling is that of the training samples alone.
     np.testing.assert_allclose(np.ptp(data.train.x), 2)
     np.testing.assert_allclose(data.train.x.mean(), 0, atol=1e-15)
@@ -402,7 +497,9 @@ def test_a_test_set_of_its_own(tmp_path, kind):
         ("a,label\n1,0\n2,1\n", "a,label\n1,0\n2,7\n", "the test set has the label 7, '.*train.csv' only 0, 1"),
         ("a,label\n1,x\n2,z\n", "a,label\n1,x\n2,y\n", "the test set has the label y, '.*train.csv' only x, z"),
         ("a,label\n1,0\n2,1\n", "a,label\n1,0\n2,one\n", "the test set has the label one, '.*train.csv' only 0, 1"),
-        ("a,label\n1,0\n2,1\n", "a,b,label\n1,0,0\n", "the test set has 2 features, '.*train.csv' has 1"),
+        ("a,label\n1,0\n2,1\n", "a,b,label\n1,0,0\n", "test.csv' has a column 'b'; expected those of the tr.*: a$"),
+        ("1,0\n2,1\n", "1,0,0\n", "test.csv' has 3 columns; the model was trained on 1 features: expected as many"),
+        ("1,0\n2,1\n", "1\n2\n", "test.csv' has no labels: training needs a label for each sample"),
     ],
 )
 def test_a_test_set_that_does_not_fit(tmp_path, train, test, message):
@@ -410,6 +507,24 @@ def test_a_test_set_that_does_not_fit(tmp_path, train, test, message):
     (tmp_path / "test.csv").write_text(test)
     with pytest.raises(UserError, match=message):
         load(str(tmp_path / "train.csv"), MPI.COMM_SELF, F8, test=str(tmp_path / "test.csv"))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_classes_that_training_never_sees_are_told(tmp_path, shards):
+    np.savez(tmp_path / "d.npz", X=np.eye(9), y=[0, 2, 4] * 3, X_test=np.eye(9), y_test=[0, 1, 2] * 3)
+    data = load(str(tmp_path / "d.npz"), MPI.COMM_SELF, F8, shards=shards)
+    assert untrained(data, MPI.COMM_SELF) == [1, 3]
+    assert untrained(load("digits", MPI.COMM_SELF, F8, shards=shards), MPI.COMM_SELF) == []
+
+
+def test_a_share_for_testing_is_for_data_without_a_test_set(tmp_path):
+    x, y = samples(10)
+    np.savez(tmp_path / "both.npz", X=x, y=y, X_test=x, y_test=y)
+    train, test = (write("csv", tmp_path, x, y, name) for name in ("train", "test"))
+    with pytest.raises(UserError, match=r"both\.npz' is, or brings, a test set: leave out --test-share"):
+        load(str(tmp_path / "both.npz"), MPI.COMM_SELF, F8, test_share=0.2)
+    with pytest.raises(UserError, match=r"test\.csv' is, or brings, a test set: leave out --test-share"):
+        load(train, MPI.COMM_SELF, F8, test=test, test_share=0.2)
 
 
 def test_test_sets_of_another_kind_are_refused(tmp_path):
@@ -439,6 +554,23 @@ def test_bad_data_are_told_in_one_line(tmp_path, message):
             load(source, MPI.COMM_SELF, np.dtype("f4"), shards=shards)
         assert re.search(message, str(caught.value)), caught.value
         assert "\n" not in str(caught.value)
+
+
+def test_data_sets_say_what_they_are(tmp_path):
+    assert repr(load("digits", MPI.COMM_SELF, np.dtype("f4"), validation=0.1)) == (
+        "<Dataset 'digits': 1295 training, 143 validation and 359 test samples; 64 features, 10 classes, float32>"
+    )
+    sharded = load("powerlaw:100x40:3", MPI.COMM_SELF, F8, shards=True)
+    assert repr(sharded) == (
+        "<Dataset 'powerlaw:100x40:3': 80 training, 0 validation and 20 test samples, in 1 shards, here 80, 0 and 20; "
+        "40 features, 2 classes, float64>"
+    )
+    assert repr(sharded.train) == "<Part: 80 of 80 samples, sparse (80, 40) float64>"
+    arrays = from_arrays(np.eye(3), np.arange(3), test=1)
+    assert repr(arrays).startswith("<Dataset 'arrays': 2 training, 0 validation and 1 test samples; 3 features, 3 cl")
+    assert repr(arrays.test) == "<Part: 1 of 1 samples, dense (1, 3) float64>"
+    path = write("csv", tmp_path, *samples(20))
+    assert repr(formats.read(path)) == "<Raw: x (20, 5) float64, y (20,) <U1>"
 
 
 # Batches.

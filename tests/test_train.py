@@ -1,17 +1,22 @@
 """The files of a run: what comes back, and what is left when something goes wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from safetensors import SafetensorError
 
-from mpicoll import UserError
+from datafiles import samples
+from mpicoll import Comm, UserError
+from mpicoll.train import data as data_module
 from mpicoll.train import files
 from mpicoll.train.checkpoint import Checkpoint
 from mpicoll.train.data import Dataset, Scaling
 from mpicoll.train.models import MODELS
+from mpicoll.train.run import run
 from mpicoll.train.settings import Settings, read_settings, written
 from training import blobs
 
@@ -39,7 +44,6 @@ def softmax(folder: Path) -> None:
         ("logistic", 2, None),
         ("svm", 2, None),
         ("svm", 3, None),
-        ("softmax", 1, None),
     ],
 )
 @pytest.mark.parametrize("labels", [None, "text", "signed"])
@@ -51,14 +55,23 @@ def test_a_model_comes_back_as_it_was_written(tmp_path, name, classes, hidden, l
     whole = data(classes, named)
     files.begin(tmp_path / "a" / "run", settings, {})
     files.finish(tmp_path / "a" / "run", settings, model, params, whole, {})
-    back, back_params, back_scaling, back_labels = files.read_model(tmp_path / "a" / "run")
+    back, back_params, back_scaling, schema = files.read_model(tmp_path / "a" / "run")
     assert back.sizes == model.sizes
     x = np.random.default_rng(1).normal(size=(20, 4))
     np.testing.assert_array_equal(back.predict(params, x), model.predict(params, x))
     np.testing.assert_array_equal(back_params, params)
     assert back_params.dtype == params.dtype
     np.testing.assert_array_equal(back_scaling, whole.scaling)
-    assert back_labels.tolist() == named
+    assert schema.labels.tolist() == named
+
+
+def test_a_model_of_one_class_is_refused(tmp_path):
+    """As earlier versions wrote them, with an output for a class that there is not."""
+    model = MODELS["softmax"](4, 1, ())
+    files.begin(tmp_path / "run", Settings(model="softmax"), {})
+    files.finish(tmp_path / "run", Settings(model="softmax"), model, np.zeros(model.size), data(1, ["yes"]), {})
+    with pytest.raises(UserError, match=r"'.*model\.safetensors' knows fewer than two classes: there is nothing"):
+        files.read_model(tmp_path / "run")
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, monkeypatch):
@@ -121,6 +134,65 @@ def test_metrics_of_epochs_to_be_done_again_are_dropped_and_a_torn_line_does_not
             files.read_metrics(tmp_path / "run")
     with pytest.raises(UserError, match=r"cannot be read .No such file or directory.; expected the folder of a run"):
         files.read_metrics(tmp_path)
+
+
+def of_before(folder: Path) -> str:
+    """The run's only checkpoint becomes one of an earlier version; returns what is told of its training samples."""
+    (manifest,) = folder.glob("checkpoints/*/manifest.json")
+    facts = json.loads(manifest.read_text())
+    del facts["schema"], facts["scaling"], facts["settings"]["test_share"]
+    manifest.write_text(json.dumps(facts))
+    return facts["environment"]["data_crc32"]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_checkpoints_of_before_are_resumed_with_the_same_samples_or_refused(tmp_path, shards):
+    x, y = samples(30)
+    np.savez(tmp_path / "own.npz", X=x, y=y, X_test=x, y_test=y)  # a test set that was not drawn
+    given = {"model": "softmax", "epochs": 2, "checkpoint": 2, "shards": shards, "out": str(tmp_path / "own")}
+    own = Settings(**given, data=str(tmp_path / "own.npz"))
+    run(Comm(MPI.COMM_SELF), own)
+    crc = of_before(tmp_path / "own")
+    summary = run(Comm(MPI.COMM_SELF), replace(own, epochs=4), resume=tmp_path / "own")
+    assert (summary["data_crc32"], summary["changed"], summary["epochs_done"]) == (crc, [], 4)
+
+    np.savez(tmp_path / "drawn.npz", X=x, y=y)
+    drawn = replace(own, data=str(tmp_path / "drawn.npz"), out=str(tmp_path / "drawn"))
+    run(Comm(MPI.COMM_SELF), drawn)
+    of_before(tmp_path / "drawn")
+    held = {path: path.read_bytes() for path in (tmp_path / "drawn").rglob("*.*")}
+    with pytest.MonkeyPatch.context() as patch:  # as if it had been drawn otherwise
+        patch.setattr(data_module, "_random", lambda seed, places: places)
+        with pytest.raises(UserError, match=r"epoch-00000002' was written by an earlier version, and .*drawn.npz' now"):
+            run(Comm(MPI.COMM_SELF), replace(drawn, epochs=4), resume=tmp_path / "drawn")
+    assert {path: path.read_bytes() for path in (tmp_path / "drawn").rglob("*.*")} == held
+
+
+def test_a_resumed_run_keeps_its_test_set(tmp_path):
+    x, y = samples(50)
+    np.savez(tmp_path / "d.npz", X=x, y=y)
+    settings = Settings(
+        data=str(tmp_path / "d.npz"), model="softmax", epochs=2, out=str(tmp_path / "r"), test_share=0.3, seed=5
+    )
+    first = run(Comm(MPI.COMM_SELF), settings)
+    assert (first["test_samples"], first["test_share"], first["untrained"]) == (15, 0.3, [])
+    assert read_settings(tmp_path / "r/config.toml")["test_share"] == 0.3
+    again = run(Comm(MPI.COMM_SELF), replace(settings, epochs=3), resume=tmp_path / "r")
+    assert (again["data_crc32"], again["changed"], again["test_samples"]) == (first["data_crc32"], [], 15)
+    for other in (replace(settings, epochs=4, test_share=0.2), replace(settings, epochs=4, seed=6)):
+        with pytest.raises(UserError, match=r"--(test-share|seed) is .*: of a resumed run only --epochs"):
+            run(Comm(MPI.COMM_SELF), other, resume=tmp_path / "r")
+
+
+@pytest.mark.parametrize("period", [5, 10, 7])
+def test_labels_in_turn_are_all_learnt_and_all_tested(tmp_path, period):
+    """Classes that are easy to tell apart, of which none may be missing in training or in the test set."""
+    y = np.arange(40 * period) % period
+    np.savez(tmp_path / "d.npz", X=np.eye(period)[y] + 0.01, y=y)
+    settings = Settings(data=str(tmp_path / "d.npz"), model="softmax", epochs=5, checkpoint=0, out=str(tmp_path / "r"))
+    for validation in (0.0, 0.1):
+        given = replace(settings, validation=validation, out=str(tmp_path / str(validation)))
+        assert run(Comm(MPI.COMM_SELF), given)["test_accuracy"] == 1
 
 
 def test_settings_come_back_from_the_file_that_a_run_writes(tmp_path):

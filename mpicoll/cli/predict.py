@@ -16,7 +16,7 @@ from ..mpi.launch import launched_ranks
     default="digits",
     show_default=True,
     metavar="SOURCE",
-    help="What train takes; an .npz file need have no y.",
+    help="What train takes; an .npz or .csv file need have no labels.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the predicted classes here, one a line."
@@ -25,6 +25,7 @@ def predict(model: Path, source: str, out: Path | None) -> None:
     """Predict the classes of the samples in --data with MODEL, the folder a training run wrote.
 
     Prints the predicted classes, one a line, unless --out names a file; and the accuracy, if the data have labels.
+    Columns are those of the training set: by name where both name them, and counted from 0 or 1 as there.
     """
     if launched_ranks() > 1:
         raise UserError("predict runs on one process: start it without mpirun")
@@ -33,11 +34,8 @@ def predict(model: Path, source: str, out: Path | None) -> None:
     from ..train.data import read
     from ..train.files import read_model
 
-    network, params, scaling, labels = read_model(model)
-    features = len(scaling.center)
-    data, _ = read(source, features, labels)
-    if data.x.shape[1] != features:
-        raise UserError(f"{source!r} has {data.x.shape[1]} features; the model was trained on {features}")
+    network, params, scaling, schema = read_model(model)
+    data, _ = read(source, schema)
     with np.errstate(all="ignore"):  # what overflows is reported
         scaled = scaling.apply(data.x, params.dtype)
     if not np.isfinite(scaled if isinstance(scaled, np.ndarray) else scaled.data).all():
@@ -45,12 +43,13 @@ def predict(model: Path, source: str, out: Path | None) -> None:
             f"{source!r} has features that overflow {params.dtype} when scaled: nothing like the training set"
         )
     classes = network.predict(params, scaled)
-    lines = "".join(f"{label}\n" for label in labels[classes])
+    # In UTF-8 whatever the locale, and bytes of a label that are no text as they were.
+    lines = "".join(f"{label}\n" for label in schema.labels[classes]).encode(errors="surrogateescape")
     if out is None:
         click.echo(lines, nl=False)
     else:
         try:
-            out.write_text(lines)
+            out.write_bytes(lines)
         except OSError as error:
             raise UserError(f"{str(out)!r} cannot be written ({error.strerror})") from error
         click.echo(f"{len(classes)} predictions written to {out}")

@@ -66,7 +66,11 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             "digits (handwritten, from scikit-learn), fashion-mnist, powerlaw[:SAMPLESxFEATURES], an .npz, .csv or "
             "LIBSVM file, or a folder of .npy or IDX files.",
         ),
-        "test": (str, "A test set of the same kind [default: the data's own, else every fifth sample]."),
+        "test": (str, "A test set of the same kind [default: the data's own, else a share of the samples]."),
+        "test_share": (
+            _Number(0, 1, max_open=True),
+            "The share of the samples to hold out for testing [default: 0.2].",
+        ),
         "validation": (_Number(0, 1, max_open=True), "Share of the training samples to hold out for validation."),
         "shards": (bool, "Every rank reads and keeps a part of the data, instead of all."),
         "model": (click.Choice(list(MODELS)), "What to train."),
@@ -159,7 +163,10 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             "Stop after so many epochs without a better validation loss, and take the best model.",
         ),
         "checkpoint": (click.IntRange(min=LEAST["checkpoint"]), "Epochs from one checkpoint to the next; 0 for none."),
-        "seed": (click.IntRange(min=LEAST["seed"]), "Of the initial parameters and the order of samples."),
+        "seed": (
+            click.IntRange(min=LEAST["seed"]),
+            "Of the initial parameters, the order of samples, and which are held out.",
+        ),
         "dtype": (click.Choice(DTYPES), "Of parameters and data."),
         "device": (
             click.Choice(DEVICES),
@@ -308,6 +315,10 @@ class _Progress:
             f"{facts['train_samples']} training{validation} and {facts['test_samples']} test samples, "
             f"{facts['features']} features, {facts['classes']} classes, {facts['parameters']} parameters ({s.dtype})"
         )
+        if facts["untrained"]:
+            from ..train.formats import listed
+
+            _say(f"no training sample of the class(es) {listed(facts['untrained'])}: they cannot be learnt")
         if facts["grid"]:
             held = facts["parameters_held"]
             _say(f"grid {facts['grid']}: {min(held)} to {max(held)} parameters a rank")

@@ -22,6 +22,7 @@ from mpi4py import MPI
 from ..errors import UserError
 from ..mpi.gpu import in_host_memory
 from ..mpi.guard import on_all, on_root
+from .formats import Schema
 
 FORMAT = "mpicoll-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -40,6 +41,8 @@ FACTS: dict[str, tuple[type, ...]] = {
     "ranks": (int,),
     "settings": (dict,),
     "environment": (dict,),
+    "schema": (dict, type(None)),  # of the data; earlier versions did not keep it, nor
+    "scaling": (list, type(None)),  # centers and spreads of dense ones
     "files": (dict,),
 }
 """What a manifest says, and of what kind that is."""
@@ -172,6 +175,9 @@ def _open(path: Path) -> Checkpoint:
         for name, kinds in FACTS.items():
             if type(facts.get(name)) not in kinds:
                 raise ValueError(f"{name} is {facts.get(name)!r}")
+        schema = facts.get("schema") and Schema.of(facts["schema"])
+        if schema and facts.get("scaling") and np.array(facts["scaling"], np.float64).shape != (2, schema.features):
+            raise ValueError(f"its scaling is not that of {schema.features} features")
         files = facts.pop("files")
         if _file(0) not in files or len(files) not in (1, facts["ranks"]):
             raise ValueError(f"it names the files of {len(files)} of {facts['ranks']} ranks")

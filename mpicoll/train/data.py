@@ -1,9 +1,11 @@
 """Data: what all ranks agree on, the split, the scaling, and which samples a rank holds and visits."""
 
 import pickle
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -13,15 +15,15 @@ from mpi4py import MPI
 from ..errors import UserError
 from ..mpi.guard import on_all, on_root
 from . import formats
-from .formats import Raw, share
+from .formats import Raw, Schema, listed, share
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 T = TypeVar("T")
 
-TEST_EVERY = 5
-"""Unless the data bring a test set of their own, every fifth sample (4, 9, 14, ... counted from 0) is held out."""
+TEST_SHARE = 0.2
+"""The share of the samples that is held out, unless the data bring a test set of their own or another one is named."""
 
 MANY = 20
 """More different labels than this are no classes if they are not integers, or if most samples have one of their own."""
@@ -85,12 +87,17 @@ class Part(NamedTuple):
     start: int
     total: int
 
+    def __repr__(self) -> str:
+        kind = "sparse" if hasattr(self.x, "indptr") else "dense"
+        return f"<Part: {len(self.y)} of {self.total} samples, {kind} {self.x.shape} {self.x.dtype}>"
+
 
 class Dataset(NamedTuple):
     """What this rank holds, and what all ranks know.
 
     ``labels[class]`` is what the data call the class.  Unless ``sharded``, every rank holds all samples; ``counts``
-    are the training samples that each rank holds.  Validation and test set may be empty.
+    are the training samples that each rank holds.  Validation and test set may be empty.  ``columns``, ``label`` and
+    ``base`` are as in ``formats.Raw``, and ``name`` is the source.
     """
 
     train: Part
@@ -102,6 +109,23 @@ class Dataset(NamedTuple):
     labels: np.ndarray
     sharded: bool
     counts: tuple[int, ...]
+    columns: tuple[str, ...] | None = None
+    label: str | None = None
+    base: int | None = None
+    name: str = "arrays"
+
+    def __repr__(self) -> str:
+        train, validation, test = self[:3]
+        held = f", in {len(self.counts)} shards, here {len(train.y)}, {len(validation.y)} and {len(test.y)}"
+        return (
+            f"<Dataset {self.name!r}: {train.total} training, {validation.total} validation and {test.total} test "
+            f"samples{held if self.sharded else ''}; {self.features} features, {self.classes} classes, {train.x.dtype}>"
+        )
+
+    @property
+    def schema(self) -> Schema:
+        """What a model trained on these data keeps of them."""
+        return Schema(self.features, self.labels, self.columns, self.label, self.base)
 
 
 def load(
@@ -111,25 +135,47 @@ def load(
     *,
     test: str | None = None,
     shards: bool = False,
+    test_share: float | None = None,
     validation: float = 0.0,
+    seed: int = 0,
+    known: Schema | None = None,
+    scaling: Scaling | None = None,
 ) -> Dataset:
     """The data set, of which every rank gets all, or if ``shards`` a share of its own; a collective call.
 
-    ``source`` is what ``formats.read`` takes.  The test set is the one it brings, else the file ``test``, else every
-    fifth sample.  Of the other samples, numbered from 0 in the order of the source, sample n is for validation if a
-    multiple of 1 / ``validation`` is in (n, n + 1]: with 0.1, samples 9, 19, 29, ...; this does not depend on any seed.
+    ``source`` is what ``formats.read`` takes.  The test set is the one it brings, else the file ``test``, else
+    ``test_share`` of its samples; of the other samples, ``validation`` is the share for validation.  Both are drawn at
+    random, from each class the same share to within two samples, and no class whole.  They depend on ``seed`` and on
+    the samples' order and classes, not on who reads them.
+
+    With ``known`` and ``scaling``, those of a run that is resumed, columns and labels mean what they meant there; else
+    what the source says.  Columns of a second file are those of the source, by name where both have names.
 
     With ``shards`` no rank reads or holds what is not its own, where the format allows; where it does not, rank 0 reads
     and hands out.  Whatever is wrong with the data is one ``UserError``, raised by every rank.
     """
+    assemble = partial(
+        _assemble,
+        source,
+        test,
+        dtype=dtype,
+        test_share=test_share,
+        validation=validation,
+        seed=seed,
+        ranks=comm.size,
+        known=known,
+        scaling=scaling,
+    )
     if shards:
-        raw, test_set = _own_share(source, comm), test and _own_share(test, comm)
-        return _assemble(source, raw, test, test_set or None, comm, dtype, validation, comm.size)
+        raw = _own_share(source, comm, known)
+        test_set = _own_share(test, comm, _columns_of(raw)) if test else None
+        return assemble(raw, test_set, comm)
     held: list[Dataset] = []
 
     def prepare() -> None:
-        raw, test_set = formats.read(source), formats.read(test) if test else None
-        held.append(_assemble(source, raw, test, test_set, MPI.COMM_SELF, dtype, validation, comm.size))
+        raw = formats.read(source, known=known)
+        test_set = formats.read(test, known=_columns_of(raw)) if test else None
+        held.append(assemble(raw, test_set, MPI.COMM_SELF))
 
     on_root(comm, prepare)
     data = _broadcast(comm, held[0] if held else None)
@@ -145,6 +191,12 @@ def fingerprint(data: Dataset, comm: MPI.Intracomm) -> str:
         for piece in pieces:
             found = zlib.crc32(np.ascontiguousarray(piece).view(np.uint8).data, found)
     return ".".join(f"{one:08x}" for one in (comm.allgather(found) if data.sharded else [comm.bcast(found)]))
+
+
+def untrained(data: Dataset, comm: MPI.Intracomm) -> list[Any]:
+    """The labels of classes without a training sample; a collective call."""
+    found = np.bincount(data.train.y, minlength=data.classes)
+    return data.labels[(comm.allreduce(found) if data.sharded else found) == 0].tolist()
 
 
 def from_arrays(
@@ -173,22 +225,35 @@ def from_arrays(
     )
 
 
-def read(source: str, features: int | None = None, labels: np.ndarray | None = None) -> tuple[Raw, np.ndarray | None]:
+def read(source: str, known: Schema | None = None) -> tuple[Raw, np.ndarray | None]:
     """All that a source holds, for one process, and the labels of its classes, if it has any.
 
-    A model's ``features`` are what sparse samples get at least, and its ``labels`` what labels in a file are looked up
-    in: those that it does not know become class -1.  Arrays hold classes, not labels.
+    With ``known``, a model's schema, columns and labels are the model's: labels that it does not know become class -1.
+    What contradicts it is a ``UserError``, and what had to be assumed a warning.  Arrays hold classes, not labels.
     """
-    raw = _agree(source, formats.read(source), MPI.COMM_SELF)
-    if features is not None and not isinstance(raw.x, np.ndarray) and raw.x.shape[1] < features:
-        raw.x.resize(raw.x.shape[0], features)
-    if raw.y is None:
-        return raw, None
-    if not raw.verbatim:
-        return raw, np.arange(raw.y.max() + 1)
-    if labels is None:
-        labels = _values(source, np.unique(raw.y))
-    return raw._replace(y=_classes(raw.y, labels), verbatim=False), labels
+    raw = _agree(source, formats.read(source, known=known), MPI.COMM_SELF, known)
+    labels = None
+    if raw.y is not None and not raw.verbatim:
+        labels = np.arange(raw.y.max() + 1)
+    elif raw.y is not None:
+        labels = _values(source, np.unique(raw.y)) if known is None else known.labels
+        raw = raw._replace(y=_classes(raw.y, labels), verbatim=False)
+    for assumption in _assumptions(source, raw, known) if known else ():
+        warnings.warn(assumption, RuntimeWarning, stacklevel=2)
+    return raw, labels
+
+
+def _assumptions(source: str, raw: Raw, known: Schema) -> Iterator[str]:
+    if raw.base is not None and known.base is None:
+        yield f"the model does not say how columns are numbered: those of {source!r} are counted from {raw.base}"
+    if raw.columns is None and known.columns is not None:
+        yield f"{source!r} does not name its columns: expected in the order {listed(known.columns)}"
+    if raw.columns is not None and known.columns is None:
+        yield f"the model does not name its columns: those of {source!r} are taken in their order"
+    if raw.y is not None:
+        strange = np.count_nonzero((raw.y < 0) | (raw.y >= len(known.labels)))
+        if strange:
+            yield f"{strange} of {len(raw.y)} labels are none that the model knows, and count as wrong"
 
 
 def rebalanced(weights: Sequence[float], measured: Sequence[tuple[int, float]], total: int) -> list[float]:
@@ -263,12 +328,19 @@ class Batches:
         return self._order[rank][(step - self._data.train.start) % self.steps :: self.steps], length
 
 
-def _own_share(source: str, comm: MPI.Intracomm) -> Raw:
+def _columns_of(raw: Raw) -> Schema | None:
+    """What a second file goes by, if they are csv files."""
+    if not (raw.verbatim and isinstance(raw.x, np.ndarray)):
+        return None
+    return Schema(raw.x.shape[1], np.arange(0), raw.columns, raw.label)
+
+
+def _own_share(source: str, comm: MPI.Intracomm, known: Schema | None) -> Raw:
     """Read by each rank for itself, or else by rank 0, which then keeps only its own."""
     if on_root(comm, lambda: formats.divisible(source)):
-        return on_all(comm, lambda: formats.read(source, comm.rank, comm.size))
+        return on_all(comm, lambda: formats.read(source, comm.rank, comm.size, known))
     held: list[Raw] = []
-    on_root(comm, lambda: held.append(formats.read(source)))
+    on_root(comm, lambda: held.append(formats.read(source, known=known)))
 
     def cut(rank: int) -> Raw:
         whole = held[0]
@@ -282,20 +354,27 @@ def _own_share(source: str, comm: MPI.Intracomm) -> Raw:
 
 def _assemble(
     source: str,
-    raw: Raw,
     test: str | None,
+    raw: Raw,
     test_set: Raw | None,
     comm: MPI.Intracomm,
     dtype: np.dtype,
+    test_share: float | None,
     validation: float,
+    seed: int,
     ranks: int,
+    known: Schema | None,
+    scaling: Scaling | None,
 ) -> Dataset:
     """The data set whose shares the ranks of ``comm`` bring, for so many ranks to train with."""
 
     def check() -> Raw:
         for name, found in ((source, raw), (test, test_set)):
             if found is not None and found.y is None:
-                raise UserError(f"data file {name!r} has no array 'y': training needs a label for each sample")
+                what = "labels" if found.verbatim else "array 'y'"
+                raise UserError(f"data file {name!r} has no {what}: training needs a label for each sample")
+        if test_share is not None and (test is not None or raw.x_test is not None):
+            raise UserError(f"{test or source!r} is, or brings, a test set: leave out --test-share")
         if test is None or test_set is None:
             return raw
         if test == source or test.startswith("powerlaw"):
@@ -308,20 +387,16 @@ def _assemble(
             raise UserError(f"{test!r} is not of the same kind as {source!r}: expected a test set in the same format")
         return raw._replace(x_test=test_set.x, y_test=test_set.y, extent=raw.extent + test_set.extent)
 
-    raw, labels = _agree_on_classes(source, _agree(source, on_all(comm, check), comm), comm)
+    raw, labels = _agree_on_classes(source, _agree(source, on_all(comm, check), comm, known), comm, known)
     x, y, x_test, y_test = raw[:4]
     assert y is not None
-    first = sum(comm.allgather(len(y))[: comm.rank])
-    number = np.arange(first, first + len(y))
-    held_out = np.zeros(len(y), np.bool_)
+    trains = np.ones(len(y), np.bool_)
     if x_test is None or y_test is None:
-        held_out = number % TEST_EVERY == TEST_EVERY - 1
-        x_test, y_test = x[held_out], y[held_out]
-        number -= number // TEST_EVERY
-    fraction = Fraction(validation).limit_denominator(10**6)
-    above, below = fraction.as_integer_ratio()
-    validates = ~held_out & ((number + 1) * above // below > number * above // below)
-    trains = ~held_out & ~validates
+        held_out = _drawn(y, len(labels), TEST_SHARE if test_share is None else test_share, [seed, 1], comm)
+        x_test, y_test, trains = x[held_out], y[held_out], ~held_out
+    validates = np.zeros(len(y), np.bool_)
+    validates[trains] = _drawn(y[trains], len(labels), validation, [seed, 2], comm)
+    trains &= ~validates
     sets = [(x[trains], y[trains]), (x[validates], y[validates]), (x_test, y_test)]
     counts = np.array(comm.allgather([len(y) for _, y in sets]))
     totals = counts.sum(axis=0).tolist()
@@ -330,29 +405,72 @@ def _assemble(
             f"{source!r} has {totals[0]} training samples for {ranks} ranks; start at most {max(totals[0], 1)} ranks"
         )
 
-    def scale() -> list[Any]:
+    seen = np.flatnonzero(comm.allreduce(np.bincount(y, minlength=len(labels))))
+    if len(seen) < 2:
+        raise UserError(
+            f"{source!r} has samples of one class only, {labels[seen[0]]}: expected two at least, or there is nothing "
+            "to learn"
+        )
+
+    def scale(scaling: Scaling) -> list[Any]:
         scaled = [scaling.apply(x, dtype) for x, _ in sets]
         if not all(np.isfinite(x if isinstance(x, np.ndarray) else x.data).all() for x in scaled):
             raise UserError(f"{source!r} has features that overflow {dtype} when scaled; make the values smaller")
         return scaled
 
     with np.errstate(all="ignore"):  # what overflows is reported
-        scaling = Scaling.fit(sets[0][0], comm)
-        scaled = on_all(comm, scale)
+        fitted = scaling or Scaling.fit(sets[0][0], comm)
+        scaled = on_all(comm, lambda: scale(fitted))
     starts = counts[: comm.rank].sum(axis=0).tolist()
     train, validating, testing = (
         Part(x, y, start, total) for x, (_, y), start, total in zip(scaled, sets, starts, totals, strict=True)
     )
     held = tuple(counts[:, 0].tolist())
-    return Dataset(train, validating, testing, x.shape[1], len(labels), scaling, labels, True, held)
+    names = raw.columns, raw.label, raw.base
+    return Dataset(train, validating, testing, x.shape[1], len(labels), fitted, labels, True, held, *names, source)
 
 
-def _agree(source: str, raw: Raw, comm: MPI.Intracomm) -> Raw:
-    """The rank's share with features as all shares together have them."""
+def _drawn(y: np.ndarray, classes: int, share: float, seed: list[int], comm: MPI.Intracomm) -> np.ndarray:
+    """Which samples are drawn, of the classes ``y`` that this rank has of all ranks' samples.
+
+    All samples are thought of as one row, class after class, and in each class in their order.  It is cut into pieces
+    of 1 / ``share`` samples, and one is drawn from each piece that is whole.  A class of which all were drawn gets its
+    first one back.
+    """
+    above, below = Fraction(share).limit_denominator(10**6).as_integer_ratio()
+    own = np.bincount(y, minlength=classes)
+    counts = np.array(comm.allgather(own))
+    totals, before = counts.sum(axis=0), counts[: comm.rank].sum(axis=0)
+    number = np.empty(len(y), np.int64)  # of each sample, among all of its class
+    number[np.argsort(y, kind="stable")] = np.arange(len(y)) - np.repeat(np.cumsum(own) - own - before, own)
+    place = (np.cumsum(totals) - totals)[y] + number
+    if not above:
+        return np.zeros(len(y), np.bool_)
+    piece = place * above // below
+    begin, end = -(-piece * below // above), -(-(piece + 1) * below // above)
+    drawn = (piece < totals.sum() * above // below) & (place == begin + _random(seed, piece) % (end - begin))
+    gone = comm.allreduce(np.bincount(y[drawn], minlength=classes)) == totals
+    return drawn & ~(gone[y] & (number == 0))
+
+
+def _random(seed: list[int], places: np.ndarray) -> np.ndarray:
+    """The numbers of 63 bits at these places of a sequence: splitmix64 (Steele et al., 2014), of which each number can
+    be had without those before it, by any rank."""
+    word = np.uint64
+    z = np.random.SeedSequence(seed).generate_state(1, word) + (places.astype(word) + word(1)) * word(
+        0x9E3779B97F4A7C15
+    )
+    z = (z ^ (z >> word(30))) * word(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> word(27))) * word(0x94D049BB133111EB)
+    return ((z ^ (z >> word(31))) >> word(1)).astype(np.int64)
+
+
+def _agree(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> Raw:
+    """The rank's share with features as all shares together have them, which must be those that are known."""
     sets = [x for x in (raw.x, raw.x_test) if x is not None]
     dense = isinstance(raw.x, np.ndarray)
     fixed = [x.shape[1] for x in sets] if dense else None
-    told = comm.allgather((len(sets), raw.y is None, raw.extent, fixed))
+    told = comm.allgather((len(sets), raw.y is None, raw.extent, fixed, raw.columns))
     for rank, facts in enumerate(told):
         if facts != told[0]:
             raise UserError(
@@ -363,31 +481,42 @@ def _agree(source: str, raw: Raw, comm: MPI.Intracomm) -> Raw:
         raise UserError(f"the test set has {fixed[1]} features, {source!r} has {fixed[0]}; expected as many")
     if comm.allreduce(raw.x.shape[0]) == 0:
         raise UserError(f"data file {source!r} holds no samples")
-    return raw if dense else _agree_on_columns(source, raw, comm)
+    raw = raw if dense else _agree_on_columns(source, raw, comm, known)
+    if known is not None and raw.x.shape[1] != known.features:
+        raise UserError(f"{source!r} has {raw.x.shape[1]} features; the model was trained on {known.features}")
+    return raw
 
 
-def _described(facts: tuple[int, bool, int, list[int] | None]) -> str:
-    sets, _, extent, fixed = facts
+def _described(facts: tuple[int, bool, int, list[int] | None, tuple[str, ...] | None]) -> str:
+    sets, _, extent, fixed, columns = facts
     features = f", {' and '.join(map(str, fixed))} features" if fixed else ""
+    features += f" {listed(columns)}" if columns else ""
     return f"{'a test set and ' if sets > 1 else ''}{extent} bytes or samples{features}"
 
 
-def _agree_on_columns(source: str, raw: Raw, comm: MPI.Intracomm) -> Raw:
-    """Sparse samples of all shares, training and test, with the same columns: as many as the largest number needs.  In
-    a file they are counted from 1, unless there is a 0 anywhere."""
+def _agree_on_columns(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> Raw:
+    """Sparse samples of all shares, training and test, with the same columns: as many as the largest number needs, and
+    at least those that are known.  In a file they are counted from 1, unless there is a 0 anywhere, or it is known."""
     sets: list[Any] = [x for x in (raw.x, raw.x_test) if x is not None]
-    base = 0
+    base = None
     if raw.verbatim:
-        base = comm.allreduce(min(int(x.indices.min(initial=1)) for x in sets), MPI.MIN)
-    features = comm.allreduce(max(x.shape[1] for x in sets), MPI.MAX) - base
+        base = lowest = comm.allreduce(min(int(x.indices.min(initial=1)) for x in sets), MPI.MIN)
+        if known is not None and known.base is not None:
+            base = known.base
+        if lowest < base:
+            raise UserError(f"{source!r} has a column 0; in the training set columns were counted from 1")
+    features = comm.allreduce(max(x.shape[1] for x in sets), MPI.MAX) - (base or 0)
+    if known is not None:
+        features = max(features, known.features)
     if features < 1:
         raise UserError(f"data file {source!r} has no features: not one 'index:value' in it")
-    sets = [type(x)((x.data, x.indices - base, x.indptr), shape=(x.shape[0], features)) for x in sets]
-    return raw._replace(x=sets[0], x_test=sets[1] if len(sets) > 1 else None)
+    sets = [type(x)((x.data, x.indices - (base or 0), x.indptr), shape=(x.shape[0], features)) for x in sets]
+    return raw._replace(x=sets[0], x_test=sets[1] if len(sets) > 1 else None, base=base)
 
 
-def _agree_on_classes(source: str, raw: Raw, comm: MPI.Intracomm) -> tuple[Raw, np.ndarray]:
-    """Classes in ``y`` and ``y_test``, and the labels that they stand for: numbers in their order, else text in its."""
+def _agree_on_classes(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> tuple[Raw, np.ndarray]:
+    """Classes in ``y`` and ``y_test``, and the labels that they stand for: those that are known, or else numbers in
+    their order, or text in its."""
     y, y_test = raw.y, raw.y_test
     assert y is not None
     samples = comm.allreduce(len(y))
@@ -395,33 +524,44 @@ def _agree_on_classes(source: str, raw: Raw, comm: MPI.Intracomm) -> tuple[Raw, 
         most, most_test = comm.allreduce(_largest(y), MPI.MAX), comm.allreduce(_largest(y_test), MPI.MAX)
         if most >= max(samples, 2):
             raise UserError(f"{source!r}: y holds {most}, more classes than samples; number the classes 0, 1, 2, ...")
+        if known is not None and most >= len(known.labels):
+            raise UserError(f"{source!r}: y holds {most}, the run only classes 0 to {len(known.labels) - 1}")
         if most_test > most:
             raise UserError(f"{source!r}: y_test holds {most_test}, y only classes 0 to {most}")
-        return raw, np.arange(most + 1)
+        return raw, np.arange(most + 1) if known is None else known.labels
 
     own = np.unique(y)
-    on_all(comm, lambda: _values(source, own))  # so that measurements do not travel
-    labels = _values(source, np.unique(np.concatenate(comm.allgather(own))))
+    if known is None:
+        on_all(comm, lambda: _values(source, own))  # so that measurements do not travel
+        labels = _values(source, np.unique(np.concatenate(comm.allgather(own))))
+    else:
+        labels = known.labels
     if len(labels) > max(MANY, samples // 2):
         raise UserError(f"{source!r} has {len(labels)} different labels for {samples} samples; expected classes")
-    test_classes = None if y_test is None else _classes(y_test, labels)
+    classes, test_classes = _classes(y, labels), None if y_test is None else _classes(y_test, labels)
 
     def check() -> None:
+        if classes.min(initial=0) < 0:
+            raise UserError(f"{source!r} has the label {y[classes < 0][0]}, the run only {listed(labels.tolist())}")
         if y_test is not None and test_classes is not None and test_classes.min(initial=0) < 0:
-            listed = ", ".join(map(str, labels[:9].tolist())) + (", ..." if len(labels) > 9 else "")
-            raise UserError(f"the test set has the label {y_test[test_classes < 0][0]}, {source!r} only {listed}")
+            strange = y_test[test_classes < 0][0]
+            raise UserError(f"the test set has the label {strange}, {source!r} only {listed(labels.tolist())}")
 
     on_all(comm, check)
-    return raw._replace(y=_classes(y, labels), y_test=test_classes, verbatim=False), labels
+    return raw._replace(y=classes, y_test=test_classes, verbatim=False), labels
 
 
 def _classes(found: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place of each among the sorted labels; -1 if it has none."""
+    """The place of each among the labels, by its text; -1 if it has none."""
+    known = {text: n for n, text in enumerate(_texts(labels))}
     values, inverse = np.unique(found, return_inverse=True)
-    if labels.dtype.kind != "U" and values.dtype.kind == "U":
-        values = np.array([float(text) if formats.is_number(text) else np.nan for text in values])
-    classes = np.where(np.isin(values, labels), np.searchsorted(labels, values), -1)
-    return classes[inverse].astype(np.int64)
+    classes = np.array([known.get(text, -1) for text in _texts(values)], np.int64)
+    return classes[inverse]
+
+
+def _texts(labels: np.ndarray) -> list[str]:
+    """Labels as a csv file has them; of a number, what Python writes, and of a whole one without ``.0``."""
+    return [str(int(n)) if isinstance(n, float) and n.is_integer() else str(n) for n in labels.tolist()]
 
 
 def _largest(y: np.ndarray | None) -> int:
@@ -429,17 +569,22 @@ def _largest(y: np.ndarray | None) -> int:
 
 
 def _values(source: str, labels: np.ndarray) -> np.ndarray:
-    """Distinct labels as numbers if all are, as integers if all are; measurements are refused."""
-    if labels.dtype.kind == "U" and not all(map(formats.is_number, labels)):
-        return labels
-    numbers = np.unique(labels.astype(np.float64))
-    if (numbers == np.floor(numbers)).all() and (abs(numbers) < 2**53).all():
-        return numbers.astype(np.int64)
-    if len(numbers) > MANY:
-        raise UserError(
-            f"{source!r} has labels like {numbers[0]:g}, {numbers[1]:g}, {numbers[2]:g}: measurements; expected classes"
-        )
-    return numbers
+    """Distinct labels in the order of their classes; measurements are refused.
+
+    Text stays as it is, so that different texts are different labels, but becomes integers if all of it is what Python
+    writes for one.  It is sorted as numbers if all of it looks like numbers.
+    """
+    texts = labels.dtype.kind == "U"
+    if texts and not all(map(formats.DECIMAL.fullmatch, labels)):
+        return np.unique(labels)
+    numbers = labels.astype(np.float64)
+    order = np.lexsort((labels, numbers))
+    labels, numbers = labels[order], numbers[order]
+    if len(labels) > MANY and (numbers != np.floor(numbers)).any():
+        raise UserError(f"{source!r} has labels like {', '.join(_texts(labels[:3]))}: measurements; expected classes")
+    if all(map(formats.INTEGER.fullmatch, labels)) if texts else (numbers == np.floor(numbers)).all():
+        return labels.astype(np.int64)
+    return labels
 
 
 # Moving what NumPy arrays are in: these go as they are, in messages of at most BROADCAST_BYTES.

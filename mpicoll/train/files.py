@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..mpi.gpu import in_host_memory
 from .checkpoint import Checkpoint, drop_after, umask
 from .data import Dataset, Scaling
+from .formats import Schema
 from .models import MODELS, Layered
 from .settings import Settings, written
 
@@ -132,7 +133,7 @@ def finish(
         "format": FORMAT,
         "model": settings.model,
         "hidden": settings.widths,
-        "labels": data.labels.tolist(),
+        **data.schema.facts(),
     }
     with _writable(folder):
         partial = folder / f".{MODEL}.partial"
@@ -145,9 +146,9 @@ def finish(
         _replace(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
-def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, np.ndarray]:
-    """The model, its parameters, the scaling its inputs need, and what its classes are called, from a run's folder or
-    its model file."""
+def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, Schema]:
+    """The model, its parameters, the scaling its inputs need, and what they and its classes are called, from a run's
+    folder or its model file."""
     from safetensors import safe_open
 
     if path.is_dir():
@@ -163,9 +164,10 @@ def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, np.ndarray]:
     if header.get("format") != FORMAT:
         raise UserError(f"model {str(path)!r} has format {header.get('format')!r}; expected {FORMAT!r}")
     try:
-        scaling, labels = Scaling(tensors["scaling.center"], tensors["scaling.spread"]), header["labels"]
+        scaling = Scaling(tensors["scaling.center"], tensors["scaling.spread"])
         features = len(scaling.center)
-        model = MODELS[header["model"]](features, len(labels), tuple(header["hidden"]))
+        schema = Schema.of({**header, "features": features})
+        model = MODELS[header["model"]](features, len(schema.labels), tuple(header["hidden"]))
         dtype = next(array.dtype for name, array in tensors.items() if not name.startswith("scaling."))
         params = np.empty(model.size, dtype)
         parts = [(part, (features,)) for part in scaling]
@@ -178,9 +180,11 @@ def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, np.ndarray]:
         raise UserError(
             f"model {str(path)!r} holds tensors of the wrong shape or dtype, or with infinite or nan values"
         )
+    if len(schema.labels) < 2:
+        raise UserError(f"model {str(path)!r} knows fewer than two classes: there is nothing to predict")
     if not (scaling.spread > 0).all():
         raise UserError(f"model {str(path)!r} holds a scaling that divides by zero")
-    return model, params, scaling, np.array(labels)
+    return model, params, scaling, schema
 
 
 def _replace(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,11 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian has it
 LABELS = ("y", "label", "class", "target")
 """What a csv file calls the column of labels; if none of its columns is called so, labels are the last."""
 
+NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
+DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
+"""What Python writes for an integer, and fits into 64 bits."""
+
 
 class Raw(NamedTuple):
     """What a rank's share of a source holds, checked: ``x`` (samples, features), finite; ``y`` (samples,).
@@ -40,6 +45,8 @@ class Raw(NamedTuple):
     ``y`` are classes from 0; if ``verbatim``, labels as the file has them (text of a csv file, numbers of an svmlight
     file), and a sparse ``x`` has columns numbered as in the file, and as many as this share needs: what they mean
     depends on the other shares.  ``extent``, bytes or samples of the whole source, is the same for all shares.
+    ``columns`` and ``label`` are what a csv file calls the features and the labels, if it names them, each by another
+    name; ``base`` is the number of an svmlight file's first column, once that is known.
     """
 
     x: "np.ndarray | csr_array"
@@ -48,6 +55,42 @@ class Raw(NamedTuple):
     y_test: np.ndarray | None = None
     verbatim: bool = False
     extent: int = 0
+    columns: tuple[str, ...] | None = None
+    label: str | None = None
+    base: int | None = None
+
+    def __repr__(self) -> str:
+        sets = ((name, getattr(self, name)) for name in ("x", "y", "x_test", "y_test"))
+        return f"<Raw: {', '.join(f'{name} {array.shape} {array.dtype}' for name, array in sets if array is not None)}>"
+
+
+class Schema(NamedTuple):
+    """What training found out about its data, which a model keeps, so that other data are read in the same way.
+
+    ``labels[class]`` is what the data call the class; the others are as in ``Raw``, and ``None`` where the data did not
+    tell.
+    """
+
+    features: int
+    labels: np.ndarray
+    columns: tuple[str, ...] | None = None
+    label: str | None = None
+    base: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What it holds, as JSON can."""
+        return {**self._asdict(), "labels": self.labels.tolist()}
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "Schema":
+        """The schema that told these ``facts``; ``ValueError``, ``KeyError`` or ``TypeError`` if none did."""
+        features, labels, columns = facts["features"], np.array(facts["labels"]), facts.get("columns")
+        label, base = facts.get("label"), facts.get("base")
+        if labels.ndim != 1 or labels.dtype.kind not in "ifU" or base not in (None, 0, 1):
+            raise ValueError(f"labels {labels.dtype} of shape {labels.shape}, base {base}")
+        if columns is not None and (len(columns) != features or not all(isinstance(name, str) for name in columns)):
+            raise ValueError(f"{len(columns)} names of {features} features")
+        return cls(features, labels, None if columns is None else tuple(columns), label, base)
 
 
 def share(samples: int, rank: int, ranks: int) -> slice:
@@ -63,16 +106,19 @@ def divisible(source: str) -> bool:
     return kind in ("powerlaw", "npy") or (kind in ("csv", "svm") and path.suffix.lower() not in OPENERS)
 
 
-def read(source: str, rank: int = 0, ranks: int = 1) -> Raw:
+def read(source: str, rank: int = 0, ranks: int = 1, known: Schema | None = None) -> Raw:
     """Samples that this rank reads: all together, in their order, what one rank reads; shares only of what is
-    ``divisible``.  Shares of files of lines hold the lines that begin in as many ranges of equally many bytes."""
+    ``divisible``.  Shares of files of lines hold the lines that begin in as many ranges of equally many bytes.
+
+    Columns of a csv file are those of ``known``, in its order, by their names where both have names; then the file need
+    have no labels.  What a file of another kind says against ``known`` shows only when all shares are known."""
     kind, path = _find(source)
     if kind == "digits":
         return _read_digits()
     if kind == "powerlaw":
         return _read_powerlaw(source, rank, ranks)
     if kind == "csv":
-        return _read_csv(path, rank, ranks)
+        return _read_csv(path, rank, ranks, known)
     if kind == "svm":
         return _read_svm(path, rank, ranks)
     arrays = {"npz": _open_npz, "npy": _map_npy, "idx": _map_idx}[kind](path)
@@ -149,8 +195,8 @@ def _open_npz(path: Path) -> dict[str, np.ndarray]:
         why = reason(error).splitlines()[0]
         raise UserError(f"{what} cannot be read as an .npz file of plain arrays: {why}") from error
     if "X" not in arrays:
-        listed = ", ".join(map(repr, names[:9])) + (", ..." if len(names) > 9 else "")
-        raise UserError(f"{what} has no array 'X' (samples x features); it has {listed or 'none'}")
+        there = listed(list(map(repr, names))) or "none"
+        raise UserError(f"{what} has no array 'X' (samples x features); it has {there}")
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):  # NumPy returns what it does not know as bytes
             raise UserError(f"{what}: {name} is not an array")
@@ -319,12 +365,55 @@ def _parse(
         raise UserError(f"data file {str(path)!r}, line {number}: {complaint(lines[good])}") from error
 
 
-def _read_csv(path: Path, rank: int, ranks: int) -> Raw:
+class _Columns(NamedTuple):
+    """Which columns of a csv file are features, in the order of the model, and which one the labels, if any."""
+
+    has_header: bool
+    features: list[int]
+    label: int | None
+
+
+def _columns(path: Path, names: list[str], known: Schema | None) -> _Columns:
+    """What the fields of the first line, ``names`` if it is a header, say of the columns."""
+    what, count = f"data file {str(path)!r}", len(names)
+    if count < (2 if known is None else 1):
+        raise UserError(
+            f"{what}, line 1: {'one field' if names else 'nothing'}; expected features and a label, "
+            "with commas, semicolons or tabs between"
+        )
+    called = [n for n, name in enumerate(names) if name.lower() in LABELS]
+    if len(called) > 1:
+        raise UserError(f"{what} has columns {names[called[0]]!r} and {names[called[1]]!r}; expected one of labels")
+    places = {name: n for n, name in enumerate(known.columns or ())} if known else {}
+    has_header = bool(called) or not any(map(is_number, names)) or (bool(places) and places.keys() <= set(names))
+    by_name = has_header and bool(places)
+    label = called[0] if called else None
+    if label is None and known is not None and by_name:
+        label = names.index(known.label) if known.label in names else None
+    elif label is None and (known is None or count == known.features + 1):
+        label = count - 1
+    features = [n for n in range(count) if n != label]
+    if known is not None and by_name:
+        found = {names[n] for n in features}
+        if found != places.keys() or len(found) < len(features):
+            other, missing = sorted(found - places.keys()), sorted(places.keys() - found)
+            why = f"a column {other[0]!r}" if other else f"no column {missing[0]!r}" if missing else "a column twice"
+            raise UserError(f"{what} has {why}; expected those of the training set: {listed(known.columns or ())}")
+        features.sort(key=lambda n: places[names[n]])
+    elif known is not None and len(features) != known.features:
+        raise UserError(
+            f"{what} has {count} columns; the model was trained on {known.features} features: expected as many, and "
+            "perhaps a label"
+        )
+    return _Columns(has_header, features, label)
+
+
+def _read_csv(path: Path, rank: int, ranks: int, known: Schema | None) -> Raw:
     """Numbers, and a label in one column.
 
     The first line tells the delimiter: the first of tab, semicolon, comma that occurs in it; and the number of columns.
-    It is a header if it names a column of labels, or if none of its fields is a number.  Fields may be quoted, but
-    hold no line ends.
+    It is a header if it names a column of labels, or all those that are known, or if none of its fields is a number.
+    Fields may be quoted, but hold no line ends.
     """
     with _reading(path):
         with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
@@ -338,25 +427,14 @@ def _read_csv(path: Path, rank: int, ranks: int) -> Raw:
             return []
 
     names = fields(head)
-    if len(names) < 2:
-        raise UserError(
-            f"data file {str(path)!r}, line 1: {'one field' if names else 'nothing'}; expected features and a label, "
-            "with commas, semicolons or tabs between"
-        )
-    called = [n for n, name in enumerate(names) if name.lower() in LABELS]
-    if len(called) > 1:
-        raise UserError(
-            f"data file {str(path)!r} has columns {names[called[0]]!r} and {names[called[1]]!r}; expected one of labels"
-        )
-    has_header = bool(called) or not any(map(is_number, names))
-    label = called[0] if called else len(names) - 1
+    has_header, features, label = _columns(path, names, known)
 
-    def parse(lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def parse(lines: list[bytes]) -> tuple[np.ndarray, np.ndarray | None]:
         known: dict[str, int] = {}
 
         def number_of(text: str) -> int:
-            text = text.strip()
-            if not text or (is_number(text) and not math.isfinite(float(text))):
+            text = text.strip(" \t")
+            if not is_label(text):
                 raise ValueError(text)
             return known.setdefault(text, len(known))
 
@@ -365,13 +443,12 @@ def _read_csv(path: Path, rank: int, ranks: int) -> Raw:
             raise ValueError('"')  # the field would go on in the next line
         table = np.empty((0, len(names)))
         if texts:
-            table = np.loadtxt(
-                texts, delimiter=delimiter, comments=None, converters={label: number_of}, quotechar='"', ndmin=2
-            )
+            converters: dict[int | str, Callable[[str], int]] = {} if label is None else {label: number_of}
+            table = np.loadtxt(texts, delimiter=delimiter, comments=None, converters=converters, quotechar='"', ndmin=2)
         if table.shape[1] != len(names) or not np.isfinite(table).all():
             raise ValueError(table.shape)
-        labels = np.array(list(known), np.str_)
-        return np.delete(table, label, axis=1), labels[table[:, label].astype(np.intp)]
+        x = np.take(table, features, axis=1)
+        return x, None if label is None else np.array(list(known), np.str_)[table[:, label].astype(np.intp)]
 
     def complaint(line: bytes) -> str:
         found = fields(line)
@@ -380,8 +457,8 @@ def _read_csv(path: Path, rank: int, ranks: int) -> Raw:
         if len(found) != len(names):
             return f"{len(found)} fields; expected {len(names)}, as in line 1"
         for n, field in enumerate(found):
-            number = float(field) if is_number(field) else None
-            if (n != label or not field) if number is None else not math.isfinite(number):
+            finite = bool(DECIMAL.fullmatch(field)) and math.isfinite(float(field))
+            if not (is_label(field) if n == label else finite):
                 name = f"{names[n]!r}" if has_header else n + 1
                 return f"{field!r} in column {name}; expected {'a label' if n == label else 'a finite number'}"
         return "cannot be read as numbers"
@@ -390,20 +467,30 @@ def _read_csv(path: Path, rank: int, ranks: int) -> Raw:
     if begin == 0 and lines:
         lines[0] = b"" if has_header else lines[0].removeprefix(b"\xef\xbb\xbf")
     x, y = _parse(path, begin, lines, parse, complaint)
-    return Raw(x, y, verbatim=True, extent=size)
+    raw = Raw(x, y, verbatim=True, extent=size)
+    if not has_header or len(set(names)) < len(names):
+        return raw
+    return raw._replace(columns=tuple(names[n] for n in features), label=None if label is None else names[label])
+
+
+def listed(values: Sequence[Any]) -> str:
+    """The first ones, and whether there are more."""
+    return ", ".join(map(str, values[:9])) + (", ..." if len(values) > 9 else "")
 
 
 def _text(line: bytes) -> str:
-    return line.decode(errors="backslashreplace")
+    """Whatever the bytes are, no two lines become the same text, and each can be written as it was."""
+    return line.decode(errors="surrogateescape")
+
+
+def is_label(text: str) -> bool:
+    """Whether a field may be one: not what stands for a missing value, nor with a NUL, which NumPy drops at the end."""
+    return bool(text) and "\0" not in text and not NOT_FINITE.fullmatch(text)
 
 
 def is_number(text: str) -> bool:
-    """Whether it is one, be it ``nan``."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    """Whether a field is a decimal number in ASCII, or ``nan``, or infinite; Python's ``float`` takes more."""
+    return bool(DECIMAL.fullmatch(text) or NOT_FINITE.fullmatch(text))
 
 
 def _read_svm(path: Path, rank: int, ranks: int) -> Raw:
@@ -417,14 +504,17 @@ def _read_svm(path: Path, rank: int, ranks: int) -> Raw:
             x, y = load_svmlight_file(io.BytesIO(b"\n".join(lines)), zero_based=True)
         except OverflowError as error:
             raise ValueError(error) from error
-        if not (np.isfinite(x.data).all() and np.isfinite(y).all()):
+        if not (np.isfinite(x.data).all() and (abs(y) < 2**53).all()):  # beyond, different integers would be equal
             raise ValueError("not finite")
         shape = (len(y), int(x.indices.max(initial=-1)) + 1)
         return Raw(csr_array((x.data, x.indices.astype(np.int32), x.indptr), shape=shape), y, verbatim=True)
 
     def complaint(line: bytes) -> str:
         shown = _text(line[:40]) + ("..." if len(line) > 40 else "")
-        return f"{shown!r}; expected 'label index:value index:value ...', finite numbers and increasing indices"
+        return (
+            f"{shown!r}; expected 'label index:value index:value ...', finite numbers, increasing indices, and a label "
+            "below 2^53"
+        )
 
     lines, begin, size = _own_lines(path, rank, ranks)
     return _parse(path, begin, lines, parse, complaint)._replace(extent=size)

@@ -21,7 +21,8 @@ from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
 from . import files
 from .checkpoint import Checkpoint, latest
-from .data import fingerprint, load
+from .data import Scaling, fingerprint, load, untrained
+from .formats import Schema
 from .loop import Epoch, Training, added, check, evaluate
 from .models import MODELS, Layered
 from .parallel import Grid, Split, sizes_of
@@ -69,15 +70,27 @@ def run(
     out = checkpoint.path.parent.parent if checkpoint else on_root(comm, lambda: _output(settings, comm.size))
     grid = Grid(comm, sizes) if sizes.group > 1 else None
     beside = grid.data if grid else comm  # those who are to agree on what this rank has
+    schema, scaling = (checkpoint.facts.get(name) if checkpoint else None for name in ("schema", "scaling"))
     data = load(
         settings.data,
         beside,
         np.dtype(settings.dtype),
         test=settings.test,
         shards=settings.shards,
+        test_share=settings.test_share,
         validation=settings.validation,
+        seed=settings.seed,
+        known=schema and Schema.of(schema),
+        scaling=scaling and Scaling(*np.array(scaling)),
     )
-    crc = fingerprint(data, beside)
+    crc, is_dense = fingerprint(data, beside), isinstance(data.train.x, np.ndarray)
+    before = str(checkpoint.facts["environment"].get("data_crc32")) if checkpoint and schema is None else crc
+    if checkpoint and crc != before:
+        raise UserError(
+            f"checkpoint {str(checkpoint.path)!r} was written by an earlier version, and {settings.data!r} now gives "
+            "other training samples: test sets were drawn, and labels read, in another way; "
+            + ("resume it on as many ranks" if crc.count(".") != before.count(".") else "start the run anew")
+        )
     model = MODELS[settings.model](data.features, data.classes, settings.widths)
     own = _split(model, grid, settings) if grid else model
     threads = limit_threads(comm, settings.threads)
@@ -102,6 +115,7 @@ def run(
         "shares": list(data.counts) if data.sharded else None,
         "features": data.features,
         "classes": data.classes,
+        "untrained": untrained(data, beside),
         "parameters": model.size,
         "parameters_held": comm.allgather(own.size) if grid else None,
     }
@@ -146,7 +160,12 @@ def run(
         def save(training: Training) -> None:
             every = settings.checkpoint
             if every and folder is not None and (training.epoch % every == 0 or training.epoch == settings.epochs):
-                pinned = {"settings": asdict(settings), "environment": {name: facts[name] for name in DEPENDS}}
+                pinned = {
+                    "settings": asdict(settings),
+                    "environment": {name: facts[name] for name in DEPENDS},
+                    "schema": data.schema.facts(),
+                    "scaling": np.array(data.scaling).tolist() if is_dense else None,
+                }
                 training.save(folder / files.CHECKPOINTS, pinned)
 
         result = training.run(epoch_done, save)

@@ -14,6 +14,7 @@ class Settings:
     # what is learned
     data: str = "digits"
     test: str | None = None
+    test_share: float | None = None
     validation: float = 0.0
     shards: bool = False
     model: str = "mlp"

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from datafiles import BAD, FORMATS, idx, samples, svm, write
+from datafiles import BAD, FORMATS, LABELS, csv, idx, labelled, samples, svm, write
 from mpicoll import Comm, UserError
 from mpicoll.mpi.guard import on_all
 from mpicoll.train import data as data_module
 from mpicoll.train import formats
 from mpicoll.train.data import Batches, Dataset, load
+from mpicoll.train.formats import Schema
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
@@ -43,7 +44,8 @@ def test_the_data_are_the_same_on_all_ranks(comm, folder, monkeypatch):
         np.savez(path, X=x, y=y)
     data = load(path, comm, np.dtype("f4"))
     assert len({data.train.x.tobytes() + data.test.x.tobytes() for data in comm.allgather(data)}) == 1
-    held_out = np.arange(100) % 5 == 4
+    held_out = data_module._drawn(y, 4, 0.2, [0, 1], MPI.COMM_SELF)
+    assert sorted(np.bincount(y[held_out])) in ([5, 5, 5, 5], [4, 5, 5, 6])
     np.testing.assert_array_equal(data.test.y, y[held_out])
     np.testing.assert_array_equal(data.train.x, data.scaling.apply(x[~held_out], np.dtype("f4")))
     np.testing.assert_allclose(data.train.x.mean(axis=0, dtype="f8"), 0, atol=1e-6)
@@ -141,6 +143,44 @@ def test_what_one_share_shows_all_know(comm, folder, where):
     assert load(str(folder / "data.csv"), comm, F8, shards=True).labels.tolist() == ["1", "1?"]
 
 
+@pytest.mark.parametrize("name", LABELS)
+def test_two_texts_are_two_classes_wherever_they_are_read(comm, folder, name):
+    """In shards, where some ranks see what looks like numbers only."""
+    texts, labels = LABELS[name]
+    if comm.rank == 0:
+        labelled(folder / "data.csv", sorted(texts))
+    comm.Barrier()
+    whole = load(str(folder / "data.csv"), comm, F8)
+    mine = load(str(folder / "data.csv"), comm, F8, shards=True)
+    assert whole.labels.tolist() == labels
+    same(comm, whole, mine)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_all_ranks_refuse_what_contradicts_a_schema(comm, folder, shards):
+    """Where one share shows it."""
+    x, y = samples(20)
+    text = svm(x, y)
+    if comm.rank == 0:
+        (folder / "zero.svm").write_text(text + "0 0:1\n")
+        (folder / "wide.svm").write_text(text + "0 6:1\n")
+        (folder / "label.svm").write_text(text + "7 1:1\n")
+        (folder / "names.csv").write_text(csv(x, y).replace("c", "k", 1))
+        (folder / "label.csv").write_text(csv(x, y) + "1,2,3,4,5,7\n")
+    comm.Barrier()
+    known = Schema(5, np.arange(3), tuple("abcde"), "label", 1)
+    for name, message in {
+        "zero.svm": "has a column 0; in the training set columns were counted from 1",
+        "wide.svm": "has 6 features; the model was trained on 5",
+        "label.svm": "has the label 7.0, the run only 0, 1, 2",
+        "names.csv": "has a column 'k'; expected those of the training set: a, b, c, d, e",
+        "label.csv": "has the label 7, the run only 0, 1, 2",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            load(str(folder / name), comm, F8, shards=shards, known=known)
+        assert len(set(comm.allgather(str(caught.value)))) == 1
+
+
 @pytest.mark.parametrize("kind", ["npz", "idx.gz", "csv.bz2"])
 def test_ranks_without_a_share_to_read_read_nothing(comm, folder, kind, monkeypatch):
     x, y = samples(20)
@@ -185,6 +225,7 @@ def test_files_that_differ_from_rank_to_rank(comm, folder, monkeypatch):
     x, y = samples(20)
     last = comm.rank == P - 1
     Path("bytes.svm").write_text(svm(x, y) + "\n" * last)
+    Path("names.csv").write_text("b,y\n1,0\n" if last else "a,y\n1,0\n")
     for name in ("rows", "columns", "test"):
         Path(name).mkdir()
         np.save(f"{name}/X.npy", x)
@@ -204,6 +245,7 @@ def test_files_that_differ_from_rank_to_rank(comm, folder, monkeypatch):
         "columns": f"rank {P - 1} finds 20 bytes or samples, 4 features, rank 0 20 bytes or samples, 5 features",
         "test": f"rank {P - 1} finds a test set and 20 bytes or samples, 5 and 5 features, rank 0 20 bytes",
         "bytes.svm": f"rank {P - 1} finds {size + 1} bytes or samples, rank 0 {size} bytes or samples",
+        "names.csv": f"rank {P - 1} finds 8 bytes or samples, 1 features b, rank 0 8 bytes or samples, 1 features a;",
         "data.csv": rf"data file 'data.csv' does not exist; .* \(on rank {P - 1}\)",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
