@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.skipif(P > 4, reason="four ranks show what more would, and sooner"),
     pytest.mark.timeout(300),
 ]
+SATURATES = MPI.get_vendor()[0] == "Open MPI"
+"""Open MPI adds bytes, ``MPI.BYTE`` too, and where they overflow stops at 255: there is nothing to compare with."""
 BEFORE = 8  # elements of the memory before those that are named, a multiple of every derived type's extent
 AFTER = 8
 SHARED = ["shared"] if P > 1 else []
@@ -187,9 +189,9 @@ TAKEN = [
 """All describe the same elements."""
 
 TYPES = [
-    Form("of bytes", lambda m: m.exact.view("u1")),
-    Form("[of bytes, BYTE]", lambda m: [m.exact.view("u1"), MPI.BYTE]),
-    Form("[a, n bytes, BYTE]", lambda m: [m.long, 8 * m.n, MPI.BYTE]),
+    Form("of bytes", lambda m: None if SATURATES else m.exact.view("u1")),
+    Form("[of bytes, BYTE]", lambda m: None if SATURATES else [m.exact.view("u1"), MPI.BYTE]),
+    Form("[a, n bytes, BYTE]", lambda m: None if SATURATES else [m.long, 8 * m.n, MPI.BYTE]),
     Form("[a, n, TWO]", lambda m: if_by(2, m, lambda: [m.long, m.n // 2, TWO]), derived=True),
     Form("[a, TWO]", lambda m: if_by(2, m, lambda: [m.exact, TWO]), derived=True),
     Form("[a, n, displ, TWO]", lambda m: if_by(2, m, lambda: [m.whole, m.n // 2, 4, TWO]), derived=True),
