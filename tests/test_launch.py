@@ -144,7 +144,7 @@ FIRST = [
     "Training(W, from_arrays(np.eye(9), np.arange(9) % 2), MODELS['mlp'](9, 2, ()), Settings())",
 ]
 CALLS = """
-import sys
+import os, sys
 import numpy as np
 from mpi4py import MPI
 import mpicoll
@@ -154,12 +154,14 @@ from mpicoll.train.models import MODELS
 from mpicoll.train.settings import Settings
 W, x = MPI.COMM_WORLD, np.ones(3)
 mpicoll.allreduce(x, mpicoll.Comm(MPI.COMM_SELF))
+said = ""
 for call in sys.argv[1:]:
     try:
         eval(call)
-        print("nothing is wrong")
+        said += "nothing is wrong\\n"
     except mpicoll.UserError as error:
-        print(error)
+        said += f"{error}\\n"
+os.write(1, said.encode())  # at once: launchers mix what ranks print in pieces
 """
 
 
@@ -188,8 +190,6 @@ def test_ranks_that_each_believe_to_be_alone_are_found_out_in_whatever_is_called
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_NPROCS": "4"}, 0),  # a batch script
         ({"SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"}, 0),  # salloc
         (STEP | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, 0),  # a step of one
-        ({"OMPI_UNIVERSE_SIZE": "4"}, 0),
-        ({}, 1),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 2),  # mpirun in a batch script
         (STEP, 2),  # and on nodes where srun has started its daemons
         (STEP, 1),
@@ -226,7 +226,6 @@ def test_the_advice_suits_launcher_and_library(monkeypatch, variable, vendor, ad
     ("command", "env"),
     [
         (["-m", "mpicoll", "bench"], {"MPI4PY_LIBMPI": "/no/libmpi.so"}),
-        (["-m", "mpicoll", "train"], {"MPI4PY_MPIABI": "mpich", "MPI4PY_LIBMPI": "/no/libmpi.so"}),
         (["-m", "mpicoll", "doctor"], {"MPI4PY_LIBMPI": "/no/libmpi.so"}),
         (["-c", "import mpicoll; mpicoll.guard()"], {"MPI4PY_LIBMPI": "/no/libmpi.so"}),
         (["-c", "from mpicoll import Comm"], {"MPI4PY_LIBMPI": "/no/libmpi.so"}),
