@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 def launched_ranks() -> int:
     """How many ranks the launcher says it started; 0 if there was no launcher."""
+    # Not SLURM_NTASKS, which says what the job may start, and is set in a batch script too.
     return _from_launcher("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
@@ -105,7 +106,7 @@ def world() -> "MPI.Intracomm":
     elif little:
         time.sleep(0.4)  # MPI may not survive its start: let rank 0 speak
     if "OMPI_COMM_WORLD_SIZE" in os.environ and MPI.get_vendor()[0] in MPICH_KIN:
-        raise UserError(_foreign("is another MPI"))
+        raise UserError(_foreign(started=False))
     if not MPI.Is_initialized():
         MPI.Init_thread()
     check(MPI.COMM_WORLD)
@@ -122,30 +123,34 @@ def check(comm: "MPI.Intracomm") -> None:
     Rank 0 tells of misspelt environment variables, unless that was done before.
     """
     global checked
+    if checked:
+        return
     from mpi4py import MPI
 
-    if checked or comm == MPI.COMM_SELF:
+    if comm == MPI.COMM_SELF:
         return
     if MPI.COMM_WORLD.size == 1 and launched_ranks() > 1:
-        raise UserError(_foreign("sees only 1: the launcher is that of another MPI"))
+        raise UserError(_foreign(started=True))
     if not _told and MPI.COMM_WORLD.rank == 0:
         tell_of_variables()
     checked = True
 
 
-def _foreign(why: str) -> str:
-    """The launcher does not suit the MPI library: why, and what does."""
+def _foreign(started: bool) -> str:
+    """The launcher does not suit the MPI library, which has started and sees one rank, or had better not start: what
+    does."""
     from mpi4py import MPI
 
     beside = os.path.join(sys.prefix, "bin", "mpirun")
+    cause = "the launcher is that of another MPI"
     advice = f"use {beside if os.path.exists(beside) else f'the mpirun of {library_name()}'}"
     if launcher() == SRUN:
-        why = why.replace("the launcher is that of another MPI", "srun does not speak to it")
+        cause = "srun does not speak to it"
         kinds = {"Open MPI": "pmix", "Intel MPI": "pmi2, and I_MPI_PMI_LIBRARY=/path/to/libpmi2.so"}
         advice = f"use srun --mpi={kinds.get(MPI.get_vendor()[0], 'pmi2')} (srun --mpi=list shows what there is)"
     return (
         f"the launcher started {launched_ranks()} rank(s), but {library_name()}, the MPI library that this Python "
-        f"loads, {why}; {_several_wheels() or advice}"
+        f"loads, {f'sees only 1: {cause}' if started else 'is another MPI'}; {_several_wheels() or advice}"
     )
 
 
@@ -265,7 +270,7 @@ def _debian_mpich() -> str:
         return ""
     return (
         f"MPICH is here as {found[0]}, the name that Debian and Ubuntu give it, and mpi4py's wheel needs it as "
-        f"libmpi.so.12: mkdir ~/mpi; ln -s {found[0]} ~/mpi/libmpi.so.12; export LD_LIBRARY_PATH=~/mpi"
+        f"libmpi.so.12: mkdir -p ~/mpi; ln -s {found[0]} ~/mpi/libmpi.so.12; export LD_LIBRARY_PATH=~/mpi"
     )
 
 
