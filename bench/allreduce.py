@@ -21,14 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from cluster import SKIPPED
 
 from mpicoll.cli.bench import pretty
 
@@ -246,12 +249,130 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
     figure.savefig(path, dpi=130)
 
 
+LOOK = """
+import importlib, sys
+from mpicoll.errors import UserError
+from mpicoll.mpi.launch import check, launched_rank, load
+modules, data = (words.split() for words in sys.argv[1:])
+missing = None
+try:
+    load()
+    import numpy as np
+    from mpi4py import MPI
+    check(MPI.COMM_WORLD)
+    for name in modules:
+        importlib.import_module(name)
+    for name in data:
+        from mpicoll.train.data import load
+        load(name, MPI.COMM_SELF, np.dtype("f4"))
+except ModuleNotFoundError as error:
+    missing = f"the package {error.name} is missing: pip install {error.name}"
+except UserError as error:
+    missing = error
+if missing and launched_rank() == 0:
+    print(missing)
+"""
+
+
+def mpirun(ranks: int) -> list[str]:
+    """How to launch so many ranks on this machine."""
+    beside = Path(sys.prefix, "bin", "mpirun")
+    return [str(beside) if beside.exists() else "mpirun", "-n", str(ranks)]
+
+
+def look_first(*modules: str, data: Sequence[str] = (), cluster: Sequence[str] = (), out: Sequence[Path] = ()) -> None:
+    """End in one line if anything is missing that a script is going to need, now and not after minutes of measuring:
+    an mpirun that suits this Python, modules, data sets, a cluster with such options, or folders to write to."""
+    RESULTS.mkdir(exist_ok=True)
+    for path in (RESULTS / "any.json", *out):
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            sys.exit(f"{str(path)!r} cannot be written: name a file in a folder of yours that exists")
+    look = [*mpirun(2), sys.executable, "-m", "mpi4py", "-c", LOOK, " ".join(modules), " ".join(data)]
+    try:
+        done = subprocess.run(look, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        sys.exit("there is no mpirun: install an MPI beside this Python, as pip install 'mpicoll[mpich]' does")
+    if done.stdout or done.returncode:
+        sys.exit((done.stdout or done.stderr or f"{look[0]} does not work").splitlines()[0])
+    if cluster:
+        tried = [sys.executable, str(Path(__file__).with_name("cluster.py")), "--ranks-per-host", "1", *cluster, "--"]
+        try_it = [sys.executable, "-c", "from mpi4py import MPI"]
+        if status := subprocess.run([*tried, *try_it], stdout=sys.stderr, timeout=120).returncode:
+            sys.exit(status)
+
+
+class Ended:
+    """Why measuring has ended before all was measured, if it has; and with which status the script is to end."""
+
+    def __init__(self) -> None:
+        self.why, self.status = "", 0
+
+
+@contextmanager
+def measuring(found: list | dict) -> Iterator[Ended]:
+    """Within it launches are added to ``found``.  Whatever ends that, Ctrl-C too, is kept for ``finish``, which records
+    what there is; if there is nothing, the script ends."""
+    ended = Ended()
+    try:
+        yield ended
+    except subprocess.CalledProcessError as error:
+        ended.why = f"a launch has ended with status {error.returncode}"
+        ended.status = SKIPPED if error.returncode == SKIPPED else 1
+    except subprocess.TimeoutExpired as error:
+        ended.why, ended.status = f"a launch has not ended in {error.timeout:g} s", 1
+    except KeyboardInterrupt:
+        ended.why, ended.status = "interrupted", 130
+    except SystemExit as error:
+        ended.why, ended.status = str(error.code), 1
+    except Exception as error:
+        traceback.print_exc()
+        ended.why, ended.status = f"{type(error).__name__}: {error}", 1
+    if ended.why and not any(found.values() if isinstance(found, dict) else found):
+        _end(ended, "nothing was measured before")
+
+
+def finish(
+    name: str,
+    found: list | dict,
+    ended: Ended,
+    record: Callable[[], dict],
+    show: Callable[[dict], None],
+    draw: Callable[[dict], None] | None = None,
+) -> None:
+    """Record, show and draw, in this order: nothing that goes wrong later loses what was measured.
+
+    If measuring has ended early, what there is is recorded under a name of its own, so that a whole record stays, and
+    the script ends.  If nothing can be made of it, launches are recorded as they are.
+    """
+    part = f"{name}-unfinished"
+    try:
+        made = record()
+    except (Exception, SystemExit) as error:
+        why = ended.why or f"{type(error).__name__}: {error}"
+        save({"failed": why, "found": found}, part)
+        if ended.why:
+            _end(ended, "what was measured before is recorded, as it is")
+        raise
+    if ended.why:
+        save({"failed": ended.why, **made}, part)
+        show(made)
+        _end(ended, "what was measured before is recorded")
+    save(made, name)
+    show(made)
+    if draw:
+        draw(made)
+
+
+def _end(ended: Ended, more: str) -> NoReturn:
+    sys.stdout.flush()
+    print(f"{Path(sys.argv[0]).name}: {ended.why}; {more}", file=sys.stderr, flush=True)
+    sys.exit(ended.status)
+
+
 def launched(script: str, ranks: int, *options: str) -> dict:
     """What one launch of ``script --worker FILE``, with options, on this machine measures: the JSON that rank 0 writes
     there."""
-    mpirun = Path(sys.prefix, "bin", "mpirun")
-    launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]
-    return written(script, launcher, *options, MPICOLL_PROFILE="none")
+    return written(script, mpirun(ranks), *options, MPICOLL_PROFILE="none")
 
 
 def written(script: str, launcher: Sequence[str], *options: str, **environment: str) -> dict:
@@ -268,15 +389,25 @@ def save(record: dict, name: str) -> None:
     """Write it to ``RESULTS``, a line for each row of its table."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    text = json.dumps({**record, "table": None}, indent=1)
-    rows = ",\n".join("  " + json.dumps(row) for row in record["table"])
-    path.write_text(text.replace('"table": null', f'"table": [\n{rows}\n ]') + "\n")
+    text = json.dumps(record, indent=1)
+    if isinstance(record.get("table"), list):
+        rows = ",\n".join("  " + json.dumps(row) for row in record["table"])
+        text = json.dumps({**record, "table": None}, indent=1)
+        text = text.replace('"table": null', f'"table": [\n{rows}\n ]')
+    path.write_text(text + "\n")
     print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
 
 
 def library(mpi: str) -> str:
     """Without the version, as part of the name of a file."""
     return mpi.rsplit(" ", 1)[0].lower().replace(" ", "-")
+
+
+def existing(name: str) -> Path:
+    """A file that is there."""
+    if not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"{name!r} is no file: name one that was recorded, as those in bench/results")
+    return Path(name)
 
 
 def command(
@@ -288,9 +419,9 @@ def command(
     """The arguments, if there is something to measure; ``None`` if all has been done here: a recorded result was to be
     shown or drawn, or this is a worker, which ``launched`` has launched."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--show", type=Path, metavar="FILE")
+    parser.add_argument("--show", type=existing, metavar="FILE")
     if draw:
-        parser.add_argument("--plot", type=Path, metavar="FILE")
+        parser.add_argument("--plot", type=existing, metavar="FILE")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -311,7 +442,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--launches", type=int, default=3)
-    parser.add_argument("--plot", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--plot", type=existing, nargs="+", metavar="FILE")
     parser.add_argument("--only", nargs="+", metavar="NAME")
     args = command(parser, measure, lambda record: show(record, parser.parse_args().only))
     if args is None:
@@ -319,27 +450,32 @@ def main() -> None:
     if args.plot:
         draw([json.loads(path.read_text()) for path in args.plot], PICTURE)
         return
-    launches = []
-    for launch in range(args.launches):
-        for ranks in args.ranks:
-            print(f"launch {launch + 1} of {args.launches}, {ranks} ranks", file=sys.stderr, flush=True)
-            launches.append(launched(__file__, ranks))
-    memory = {
-        str(ranks): [launch["memory"]["add"] for launch in launches if launch["ranks"] == ranks] for ranks in args.ranks
-    }
-    record = {
-        "mpi": launches[0]["mpi"],
-        "machine": machine(),
-        "launches": args.launches,
-        "memory": {
-            ranks: [round(float(f(of)), 2) for f in (np.median, np.min, np.max)] for ranks, of in memory.items()
-        },
-        "wrong": sum(launch["wrong"] for launch in launches),
-        "table": summarize(launches),
-    }
-    show(record)
-    save(record, f"allreduce-{library(record['mpi'])}{'-gloo' if TORCH else ''}")
-    sys.exit(1 if record["wrong"] else 0)
+    look_first()
+    launches: list[dict] = []
+    with measuring(launches) as ended:
+        for launch in range(args.launches):
+            for ranks in args.ranks:
+                print(f"launch {launch + 1} of {args.launches}, {ranks} ranks", file=sys.stderr, flush=True)
+                launches.append(launched(__file__, ranks))
+    mpi, wrong = launches[0]["mpi"], sum(launch["wrong"] for launch in launches)
+
+    def record() -> dict:
+        memory: dict[str, list[float]] = {str(one["ranks"]): [] for one in launches}
+        for one in launches:
+            memory[str(one["ranks"])].append(one["memory"]["add"])
+        return {
+            "mpi": mpi,
+            "machine": machine(),
+            "launches": args.launches,
+            "memory": {
+                ranks: [round(float(f(of)), 2) for f in (np.median, np.min, np.max)] for ranks, of in memory.items()
+            },
+            "wrong": wrong,
+            "table": summarize(launches),
+        }
+
+    finish(f"allreduce-{library(mpi)}{'-gloo' if TORCH else ''}", launches, ended, record, show)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ bytes of an agreement take at the rate of a link; nothing else.  Several seeds; 
 
 import argparse
 import random
-import subprocess
 import sys
 import time
 from functools import partial
@@ -27,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from allreduce import command, launched, library, machine, save, spread, written
-from cluster import SKIPPED, bits
+from allreduce import command, finish, launched, library, look_first, machine, measuring, spread, written
+from cluster import bits
 from stragglers import Emulated
 
 PICTURE = Path(__file__).parents[1] / "docs" / "averaging.png"
+MODULES = ("matplotlib", "threadpoolctl")
 DATA, SEEDS, HIDDEN = "fashion-mnist", 3, (128,)
 # how often
 RANKS = 4
@@ -267,21 +267,21 @@ def main() -> None:
         return
     cluster = [sys.executable, str(Path(__file__).with_name("cluster.py")), "--hosts", str(max(HOSTS))]
     cluster += ["--ranks-per-host", "1", "--rate", RATE, "--"]
+    look_first(*MODULES, data=[DATA], cluster=["--rate", RATE], out=[PICTURE])
     launches: dict[str, list[dict]] = {"often": [], "faster": []}
-    for seed in range(args.seeds):
-        print(f"seed {seed + 1} of {args.seeds}", file=sys.stderr, flush=True)
-        options = "--seed", str(seed), "--part"
-        launches["often"].append(launched(__file__, RANKS, *options, "often"))
-        try:
+    with measuring(launches) as ended:
+        for seed in range(args.seeds):
+            print(f"seed {seed + 1} of {args.seeds}", file=sys.stderr, flush=True)
+            options = "--seed", str(seed), "--part"
+            launches["often"].append(launched(__file__, RANKS, *options, "often"))
             launches["faster"].append(written(__file__, cluster, *options, "faster", MPICOLL_PROFILE="none"))
-        except subprocess.CalledProcessError as error:
-            sys.exit(error.returncode if error.returncode == SKIPPED else str(error))
-    first = launches["faster"][0]
-    facts = {"mpi": first["mpi"], "machine": machine(), "parameters": first["parameters"], "seeds": args.seeds}
-    record = {**facts, "table": summarize(launches)}
-    show(record)
-    save(record, f"averaging-{library(record['mpi'])}")
-    draw(record, PICTURE)
+    first = launches["often"][0]
+
+    def record() -> dict:
+        facts = {"mpi": first["mpi"], "machine": machine(), "parameters": first["parameters"], "seeds": args.seeds}
+        return {**facts, "table": summarize(launches)}
+
+    finish(f"averaging-{library(first['mpi'])}", launches, ended, record, show, partial(draw, path=PICTURE))
 
 
 if __name__ == "__main__":

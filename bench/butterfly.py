@@ -29,7 +29,6 @@ import argparse
 import json
 import math
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,11 +39,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from allreduce import RESULTS, command, library, machine, save, spread, written
-from cluster import SKIPPED
+from allreduce import RESULTS, command, finish, library, look_first, machine, measuring, spread, written
 
 CLUSTER = Path(__file__).with_name("cluster.py")
 PICTURE = Path(__file__).parents[1] / "docs" / "butterfly-mixing.png"
+MODULES = ("matplotlib", "scipy", "threadpoolctl")
 MODELS = {"logistic": "logistic regression", "svm": "linear SVM"}
 SMALL, LARGE = "powerlaw:20480x2048:50", "powerlaw:20480x47236:75"  # models of 8 KiB, one frame, and of 185 KiB, RCV1's
 DECAY, BATCH = 1e-4, 32  # weight decay, and samples of a rank in a step
@@ -414,35 +413,38 @@ def main() -> None:
     problems = {(at.ranks, at.data): name for name, at in EXPERIMENTS.items() if name in args.only}
     ordered = dict(sorted(problems.items(), reverse=True))
     options = [("--experiment", name, "--launches", str(args.launches)) for name in ordered.values()]
-    print("choosing learning rates", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(ordered, pool.map(lambda of: written(__file__, [], *of), options), strict=True))
-    chosen = {name: found[EXPERIMENTS[name].ranks, EXPERIMENTS[name].data] for name in args.only}
+    links = ["--delay", "1"] if any(EXPERIMENTS[name].delay for name in args.only) else []
+    links += ["--rate", "100mbit"] if any(EXPERIMENTS[name].rate for name in args.only) else []
+    look_first(*MODULES, cluster=links, out=[PICTURE])
+    chosen: dict[str, dict] = {}
     launches: dict[str, list[dict]] = {name: [] for name in args.only}
-    for n in range(args.launches):
-        for name, runs in launches.items():
-            print(f"launch {n + 1} of {args.launches}: {name}", file=sys.stderr, flush=True)
-            try:
+    found = {"chosen": chosen, **launches}
+    with measuring(found) as ended:
+        print("choosing learning rates", file=sys.stderr, flush=True)
+        with ThreadPoolExecutor(2) as pool:
+            for problem, of in zip(ordered, pool.map(lambda of: written(__file__, [], *of), options), strict=True):
+                chosen |= {
+                    name: of for name in args.only if (EXPERIMENTS[name].ranks, EXPERIMENTS[name].data) == problem
+                }
+        for n in range(args.launches):
+            for name, runs in launches.items():
+                print(f"launch {n + 1} of {args.launches}: {name}", file=sys.stderr, flush=True)
                 runs.append(launch(name, chosen[name], n))
-            except subprocess.CalledProcessError as error:
-                sys.exit(error.returncode if error.returncode == SKIPPED else str(error))
     every = [run for runs in launches.values() for run in runs]
-    record = {
-        "mpi": every[0]["mpi"],
-        "machine": machine(),
-        "launches": args.launches,
-        "wrong": sum(run["wrong"] for run in every),
-        "table": summarize(launches, chosen),
-    }
-    show(record)
-    name = f"butterfly-{library(record['mpi'])}"
-    if (recorded := RESULTS / f"{name}.json").exists():
-        rows = [row for row in json.loads(recorded.read_text())["table"] if row["experiment"] not in launches]
-        rows += record["table"]
-        record["table"] = [row for one in EXPERIMENTS for row in rows if row["experiment"] == one]
-    save(record, name)
-    draw(record, PICTURE)
-    sys.exit(1 if record["wrong"] else 0)
+    mpi, wrong = (every[0]["mpi"] if every else "unknown MPI"), sum(run["wrong"] for run in every)
+    name = f"butterfly-{library(mpi)}"
+
+    def record() -> dict:
+        if not (measured := {one: runs for one, runs in launches.items() if runs}):
+            raise RuntimeError("nothing was launched")
+        rows = summarize(measured, chosen)
+        if (recorded := RESULTS / f"{name}.json").exists() and not ended.why:
+            rows += [row for row in json.loads(recorded.read_text())["table"] if row["experiment"] not in measured]
+        rows = [row for one in EXPERIMENTS for row in rows if row["experiment"] == one]
+        return {"mpi": mpi, "machine": machine(), "launches": args.launches, "wrong": wrong, "table": rows}
+
+    finish(name, found, ended, record, show, partial(draw, path=PICTURE))
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

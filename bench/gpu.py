@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from allreduce import command, launched, library, machine, save, spread
+from allreduce import command, finish, launched, library, look_first, machine, measuring, mpirun, spread
 
 from mpicoll.cli.bench import PLACES, pretty
 
@@ -44,6 +44,7 @@ BOXES = [1 << 20, 4 << 20, 8 << 20, 16 << 20]  # bytes
 AIMS = {"ipc": 0.7, "staged": 0.85}  # shares
 COLORS = {"ipc": "#54278f", "staged": "#e6850e"}
 PICTURE = Path(__file__).parents[1] / "docs" / "gpu.png"
+MODULES = ("matplotlib",)
 TRAINED, BATCH, STEPS, EPOCHS, WIDTHS = [1, 2, 4], 1024, 20, 4, (784, 4096, 4096, 10)
 
 
@@ -151,14 +152,13 @@ def step(ranks: int, folder: Path) -> float:
         x = rng.standard_normal((BATCH * STEPS * 5 // 4, WIDTHS[0]), np.float32)  # a fifth is the test set
         np.savez(path, X=x, y=(x @ rng.standard_normal((WIDTHS[0], WIDTHS[-1]), np.float32)).argmax(axis=1))
     out = folder / f"run-{ranks}"
-    mpirun = Path(sys.prefix, "bin", "mpirun")
     options = ["--data", path, "--model", "mlp", "--hidden", ",".join(map(str, WIDTHS[1:-1])), "--lr", "0.01"]
     options += ["--batch-size", BATCH, "--epochs", EPOCHS, "--checkpoint", "0", "--out", out, "--json"]
-    train = [mpirun if mpirun.exists() else "mpirun", "-n", ranks, sys.executable, "-m", "mpicoll", "train"]
+    train = [*mpirun(ranks), sys.executable, "-m", "mpicoll", "train"]
     line = [*map(str, [*train, "--device", "gpu", *options])]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600)
     if done.returncode:
-        sys.exit(done.stderr)
+        sys.exit(done.stderr.strip())
     epochs = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     return (epochs[-1] - epochs[0]) / (EPOCHS - 1) / STEPS * 1e3
 
@@ -185,7 +185,7 @@ def summarize(launches: list[dict], steps: dict[int, list[float]]) -> list[dict]
                 row[name]["speed"] = spread([one["speed"] for one in rows])
             row[name]["way"] = ", ".join(dict.fromkeys(one["way"] for one in rows))
         table.append(row)
-    for ranks, ms in steps.items():
+    for ranks, ms in [(ranks, ms) for ranks, ms in steps.items() if ms]:
         apart = [launch["gradient_us"] / 1e3 for launch in launches if launch["ranks"] == ranks] or [0.0]
         part = float(np.median(apart))
         shares = spread([part / one for one in ms])
@@ -279,9 +279,10 @@ def main() -> None:
     if args is None:
         return
     check()
+    look_first(*([] if args.out else MODULES), out=[args.out or PICTURE])
     launches: list[dict] = []
     steps: dict[int, list[float]] = {ranks: [] for ranks in TRAINED}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, measuring(launches) as ended:
         for launch in range(args.launches):
             for ranks in RANKS:
                 print(f"launch {launch + 1} of {args.launches}, {ranks} ranks", file=sys.stderr, flush=True)
@@ -290,26 +291,26 @@ def main() -> None:
                 print(f"launch {launch + 1} of {args.launches}, training on {ranks}", file=sys.stderr, flush=True)
                 Path(folder, str(launch)).mkdir(exist_ok=True)
                 steps[ranks].append(step(ranks, Path(folder, str(launch))))
-    speeds = [launch["gpu_memory"] for launch in launches]
-    record = {
-        "mpi": launches[0]["mpi"],
-        "machine": machine(),
-        "gpu": {"name": launches[0]["gpu"]["gpus"][0]["name"], **launches[0]["gpu"]},
-        "gpu_memory": {name: float(np.median([one[name] for one in speeds])) for name in speeds[0]},
-        "memory": {launch["ranks"]: launch["memory"] for launch in launches},
-        "refused": launches[0]["refused"],
-        "launches": args.launches,
-        "parameters": parameters(),
-        "wrong": sum(launch["wrong"] for launch in launches),
-        "table": summarize(launches, steps),
-    }
-    show(record)
-    if args.out:
-        save(record, str(args.out.absolute().with_suffix("")))
-    else:
-        save(record, f"gpu-{library(record['mpi'])}")
-        draw(record)
-    sys.exit(1 if record["wrong"] else 0)
+    mpi, wrong = launches[0]["mpi"], sum(launch["wrong"] for launch in launches)
+
+    def record() -> dict:
+        speeds = [launch["gpu_memory"] for launch in launches]
+        return {
+            "mpi": mpi,
+            "machine": machine(),
+            "gpu": {"name": launches[0]["gpu"]["gpus"][0]["name"], **launches[0]["gpu"]},
+            "gpu_memory": {name: float(np.median([one[name] for one in speeds])) for name in speeds[0]},
+            "memory": {launch["ranks"]: launch["memory"] for launch in launches},
+            "refused": launches[0]["refused"],
+            "launches": args.launches,
+            "parameters": parameters(),
+            "wrong": wrong,
+            "table": summarize(launches, steps),
+        }
+
+    name = str(args.out.absolute().with_suffix("")) if args.out else f"gpu-{library(mpi)}"
+    finish(name, [launches, steps], ended, record, show, None if args.out else draw)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ must at least send divided by the rate of its link; on one host nothing but the 
 import argparse
 import math
 import random
-import subprocess
 import sys
 import time
 from functools import partial
@@ -26,10 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from allreduce import command, launched, library, machine, save, spread, written
-from cluster import SKIPPED, bits
+from allreduce import command, finish, launched, library, look_first, machine, measuring, spread, written
+from cluster import bits
 
 PICTURE = Path(__file__).parents[1] / "docs" / "grids.png"
+MODULES = ("matplotlib", "threadpoolctl")
 RATE, FLOPS = "100mbit", 5e8  # of a link, each way; floating-point operations a second of a device
 LAYERS, CLASSES, LAUNCHES, BLOCKS = (
     8,
@@ -224,7 +224,7 @@ def summarize(launches: dict[str, list[dict]]) -> list[dict]:
     """A row for each case and grid: milliseconds of a step and speed, the fastest grid's being 1; the median, the least
     and the most over launches, of which each has its median."""
     table: list[dict] = []
-    for name, found in launches.items():
+    for name, found in [(name, found) for name, found in launches.items() if found]:
         rows = []
         by_grid = [{run["grid"]: run for run in launch["runs"]} for launch in found]
         losses = [run["loss"] for launch in found for run in launch["runs"]]
@@ -246,6 +246,8 @@ def show(record: dict) -> None:
     print(f"{record['mpi']}, {record['machine']['cpu']}, {record['machine']['cores']} cores, {LAUNCHES} launches")
     for name, case in CASES.items():
         rows = [row for row in record["table"] if row["case"] == name]
+        if not rows:
+            continue
         where = (
             f"{case.ranks} ranks on {case.hosts} hosts, {RATE} a link"
             if case.hosts > 1
@@ -301,27 +303,25 @@ def main() -> None:
     if args is None:
         return
     cluster = [sys.executable, str(Path(__file__).with_name("cluster.py")), "--rate", RATE]
+    look_first(*MODULES, cluster=["--rate", RATE], out=[PICTURE])
     launches: dict[str, list[dict]] = {name: [] for name in CASES}
-    for launch in range(args.launches):
-        for name, case in CASES.items():
-            print(f"launch {launch + 1} of {args.launches}, {case.title}", file=sys.stderr, flush=True)
-            try:
-                found = (
-                    written(
-                        __file__, [*cluster, "--hosts", str(case.hosts), "--"], "--case", name, MPICOLL_PROFILE="none"
-                    )
+    with measuring(launches) as ended:
+        for launch in range(args.launches):
+            for name, case in CASES.items():
+                print(f"launch {launch + 1} of {args.launches}, {case.title}", file=sys.stderr, flush=True)
+                hosts = [*cluster, "--hosts", str(case.hosts), "--"]
+                launches[name].append(
+                    written(__file__, hosts, "--case", name, MPICOLL_PROFILE="none")
                     if case.hosts > 1
                     else launched(__file__, case.ranks, "--case", name)
                 )
-            except subprocess.CalledProcessError as error:
-                sys.exit(error.returncode if error.returncode == SKIPPED else str(error))
-            launches[name].append(found)
-    mpi = launches["small"][0]["mpi"]
-    parameters = {name: found[0]["parameters"] for name, found in launches.items()}
-    record = {"mpi": mpi, "machine": machine(), "parameters": parameters, "table": summarize(launches)}
-    show(record)
-    save(record, f"grids-{library(mpi)}")
-    draw(record, PICTURE)
+    mpi = next(found[0]["mpi"] for found in launches.values() if found)
+
+    def record() -> dict:
+        parameters = {name: found[0]["parameters"] for name, found in launches.items() if found}
+        return {"mpi": mpi, "machine": machine(), "parameters": parameters, "table": summarize(launches)}
+
+    finish(f"grids-{library(mpi)}", launches, ended, record, show, partial(draw, path=PICTURE))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from allreduce import RESULTS, columns, command, in_turn, library, machine, save, speeds, spread, times, written
-from cluster import SKIPPED, bits, traffic
+from allreduce import (
+    RESULTS,
+    columns,
+    command,
+    finish,
+    in_turn,
+    library,
+    look_first,
+    machine,
+    measuring,
+    speeds,
+    spread,
+    times,
+    written,
+)
+from cluster import bits, traffic
 
 from mpicoll.cli.bench import pretty
 
@@ -269,30 +283,33 @@ def main() -> None:
     )
     if args is None:
         return
+    links = ["--delay", "1"] if any(EXPERIMENTS[name].delay for name in args.only) else []
+    links += ["--rate", RATE] if any(EXPERIMENTS[name].rate for name in args.only) else []
+    look_first(cluster=links)
     launches: dict[str, list[dict]] = {name: [] for name in args.only}
-    for n in range(args.launches):
-        for name, found in launches.items():
-            print(f"launch {n + 1} of {args.launches}: {name}", file=sys.stderr, flush=True)
-            try:
+    with measuring(launches) as ended:
+        for n in range(args.launches):
+            for name, found in launches.items():
+                print(f"launch {n + 1} of {args.launches}: {name}", file=sys.stderr, flush=True)
                 found.append(launch(name))
-            except subprocess.CalledProcessError as error:
-                sys.exit(error.returncode if error.returncode == SKIPPED else str(error))
     runs = [run for found in launches.values() for run in found]
-    record = {
-        "mpi": runs[0]["mpi"],
-        "machine": machine(),
-        "environment": runs[0]["environment"],
-        "launches": args.launches,
-        "wrong": sum(run["wrong"] for run in runs),
-        "table": summarize(launches),
-    }
-    show(record)
-    name = f"network-{library(record['mpi'])}"
-    if (recorded := RESULTS / f"{name}.json").exists():
-        rows = record["table"] + json.loads(recorded.read_text())["table"]
-        record["table"] = [row for one in EXPERIMENTS for row in _first(rows, one)]
-    save(record, name)
-    sys.exit(1 if record["wrong"] else 0)
+    name, wrong = f"network-{library(runs[0]['mpi'])}", sum(run["wrong"] for run in runs)
+
+    def record() -> dict:
+        rows = summarize({one: found for one, found in launches.items() if found})
+        if (recorded := RESULTS / f"{name}.json").exists() and not ended.why:
+            rows = rows + json.loads(recorded.read_text())["table"]
+        return {
+            "mpi": runs[0]["mpi"],
+            "machine": machine(),
+            "environment": runs[0]["environment"],
+            "launches": args.launches,
+            "wrong": wrong,
+            "table": [row for one in EXPERIMENTS for row in _first(rows, one)],
+        }
+
+    finish(name, launches, ended, record, show)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 import time
 
 import numpy as np
-from allreduce import RESULTS, command, launched, machine
+from allreduce import command, finish, launched, library, look_first, machine, measuring
 
 PROCESSES, LAUNCHES, REPETITIONS, CALLS = 15, 5, 40, 200
 START = """
@@ -119,17 +119,23 @@ def main() -> None:
     args = command(parser, calls, show)
     if args is None:
         return
-    table = summarize(starts())
-    for ranks in (1, 2):
-        launches = [launched(__file__, ranks) for _ in range(LAUNCHES)]
-        rows = summarize([launch["rows"] for launch in launches])
-        table.update({f"{ranks} rank(s): {name}": values for name, values in rows.items()})
-    record = {"mpi": launches[0]["mpi"], "machine": machine(), "table": table}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"overhead-{record['mpi'].rsplit(' ', 1)[0].lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    show(record)
-    print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
+    look_first()
+    found: dict[int, list[dict]] = {0: [], 1: [], 2: []}
+    with measuring(found) as ended:
+        found[0] += starts()
+        for ranks in (1, 2):
+            for _ in range(LAUNCHES):
+                found[ranks].append(launched(__file__, ranks))
+    mpi = next((launch["mpi"] for launch in found[1]), "unknown MPI")
+
+    def record() -> dict:
+        table = summarize(found[0])
+        for ranks in (1, 2):
+            rows = summarize([launch["rows"] for launch in found[ranks]]) if found[ranks] else {}
+            table.update({f"{ranks} rank(s): {name}": values for name, values in rows.items()})
+        return {"mpi": mpi, "machine": machine(), "table": table}
+
+    finish(f"overhead-{library(mpi)}", found, ended, record, show)
 
 
 def summarize(runs: list[dict]) -> dict:

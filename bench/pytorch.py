@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from allreduce import command, gloo, launched, library, machine, save, spread
+from allreduce import command, finish, gloo, launched, library, look_first, machine, measuring, spread
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pytorch.png"
+MODULES = ("torch", "matplotlib", "threadpoolctl")
 RANKS, LAUNCHES = [2], 3
 BATCH = 64  # samples of a rank and step
 CLOSE = 5e-2  # how far parameters may be apart, as a share of how far they have come: see ``_apart``
@@ -385,21 +386,26 @@ def main() -> None:
     )
     if args is None:
         return
-    launches = []
-    for seed in range(args.launches):
-        for ranks in args.ranks:
-            for name in SUBJECTS:
-                print(f"launch {seed + 1} of {args.launches}, {ranks} ranks: {name}", file=sys.stderr, flush=True)
-                launches.append(launched(__file__, ranks, "--subject", name, "--seed", str(seed)))
+    data = [subject.data for subject in SUBJECTS.values() if subject.data]
+    look_first(*MODULES, data=data, out=[PICTURE])
+    launches: list[dict] = []
+    with measuring(launches) as ended:
+        for seed in range(args.launches):
+            for ranks in args.ranks:
+                for name in SUBJECTS:
+                    print(f"launch {seed + 1} of {args.launches}, {ranks} ranks: {name}", file=sys.stderr, flush=True)
+                    launches.append(launched(__file__, ranks, "--subject", name, "--seed", str(seed)))
     mpi = launches[0]["mpi"]
-    record = {"mpi": mpi, "machine": machine(), "launches": args.launches, "table": summarize(launches)}
-    show(record)
-    save(record, f"pytorch-{library(mpi)}")
-    draw(record, PICTURE)
-    apart = max(row["apart"] for row in record["table"])
+
+    def record() -> dict:
+        return {"mpi": mpi, "machine": machine(), "launches": args.launches, "table": summarize(launches)}
+
+    finish(f"pytorch-{library(mpi)}", launches, ended, record, show, partial(draw, path=PICTURE))
+    table = summarize(launches)
+    apart = max(row["apart"] for row in table)
     if not apart < CLOSE:
         sys.exit(f"parameters are {apart:.1e} apart after a block of steps: not the same training")
-    curves = max((max(row["curves"].values()) for row in record["table"] if "curves" in row), default=0.0)
+    curves = max((max(row["curves"].values()) for row in table if "curves" in row), default=0.0)
     if not curves < ALIKE:
         sys.exit(f"losses on the test set are {curves:.1%} apart: not the same training")
 

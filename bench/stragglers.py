@@ -13,14 +13,15 @@ import argparse
 import random
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from allreduce import command, library, machine, save, spread, written
+from allreduce import command, finish, launched, library, look_first, machine, measuring, spread
 
 PICTURE = Path(__file__).parents[1] / "docs" / "stragglers.png"
+MODULES = ("matplotlib", "threadpoolctl")
+DATA = "digits"
 RANKS, SEEDS, SLOW, SAMPLE, TIMES = 4, 3, 1, 2e-4, 5  # ranks, seeds, which is slow, seconds a sample, how much slower
 COMMON: dict[str, Any] = {"epochs": 20, "batch_size": 128, "lr": 0.05, "momentum": 0.5}
 REACHED = 0.2  # a loss, over the training samples of an epoch as they were seen
@@ -66,7 +67,7 @@ def measure(name: str, seed: int) -> dict:
 
     comm = MPI.COMM_WORLD
     limit_threads(comm, 1)
-    data = load("digits", comm, np.dtype("f4"))
+    data = load(DATA, comm, np.dtype("f4"))
     model = MODELS["mlp"](data.features, data.classes, ())
     settings = Settings(**{**COMMON, **STRATEGIES[name], "seed": seed})
     emulated = Emulated(model, SAMPLE * (TIMES if comm.rank == SLOW else 1))
@@ -83,7 +84,8 @@ def measure(name: str, seed: int) -> dict:
 
 
 def summarize(runs: dict[str, list[dict]]) -> list[dict]:
-    """A row for each strategy, median, least and most over seeds; seconds beside those of sync with the same seed."""
+    """A row for each strategy, median, least and most over seeds; seconds beside those of sync with the same seed, of
+    seeds that have both."""
     from mpicoll.train.loop import added
 
     def until(run: dict) -> float:
@@ -94,7 +96,9 @@ def summarize(runs: dict[str, list[dict]]) -> list[dict]:
 
     table = []
     for name, found in runs.items():
-        pairs = list(zip(runs["sync"], found, strict=True))
+        pairs = list(zip(runs["sync"], found, strict=False))
+        if not pairs:
+            continue
         histogram = added(run["staleness"] for run in found)
         total = sum(histogram)
         table.append(
@@ -154,17 +158,21 @@ def main() -> None:
     args = command(parser, lambda: measure(parser.parse_args().strategy, parser.parse_args().seed), show)
     if args is None:
         return
-    train = partial(written, __file__, ["mpirun", "-n", str(RANKS)])
+    look_first(*MODULES, data=[DATA], out=[PICTURE])
     runs: dict[str, list[dict]] = {name: [] for name in STRATEGIES}
-    for seed in range(SEEDS):
-        for name in random.sample(list(STRATEGIES), len(STRATEGIES)):
-            runs[name].append(train("--strategy", name, "--seed", str(seed)))
-            print(f"seed {seed}, {name}: {runs[name][-1]['seconds'][-1]:.1f} s", file=sys.stderr)
-    mpi = runs["sync"][0]["mpi"]
-    record = {"mpi": mpi, "machine": machine(), "options": COMMON, "seeds": SEEDS, "table": summarize(runs)}
-    save(record, f"stragglers-{library(mpi)}")
-    draw(runs, PICTURE)
-    show(record)
+    with measuring(runs) as ended:
+        for seed in range(SEEDS):
+            for name in random.sample(list(STRATEGIES), len(STRATEGIES)):
+                runs[name].append(launched(__file__, RANKS, "--strategy", name, "--seed", str(seed)))
+                print(f"seed {seed}, {name}: {runs[name][-1]['seconds'][-1]:.1f} s", file=sys.stderr)
+    mpi = next(found[0]["mpi"] for found in runs.values() if found)
+
+    def record() -> dict:
+        if not (table := summarize(runs)):
+            raise RuntimeError("nothing to compare with: sync has not run")
+        return {"mpi": mpi, "machine": machine(), "options": COMMON, "seeds": SEEDS, "table": table}
+
+    finish(f"stragglers-{library(mpi)}", runs, ended, record, show, lambda _: draw(runs, PICTURE))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mpicoll' has no attribute {name!r}")
+    if ".mpi." in _HOMES[name]:
+        import_module(".mpi.launch", __name__).load()
     value = getattr(import_module(_HOMES[name], __name__), name)
     globals()[name] = value
     return value

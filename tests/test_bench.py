@@ -1,7 +1,9 @@
 """The benchmark runs; what it measures is not asserted."""
 
+import ast
 import importlib
 import json
+import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -593,3 +595,260 @@ def test_shares_and_steps_are_summarized_over_launches(monkeypatch, capsys):
     assert "| 1 MiB | 70.0 | 10.0 by ipc, staged | 7.00 (5.00 to 10.00) | 0.50 (0.36 to 0.71) | - | - | - |\n" in out
     assert "| 2 ranks, 1 MiB, 4 KiB that ranks share | 10.0 by ipc | 0.50 (0.36 to 0.71) |\n" in out
     assert "| 2 rank(s), 20 parameters | 4.5 (4 to 5) | 0.225 (0.2 to 0.25) |\n" in out
+
+
+# ---- what is needed is looked for before anything is measured
+
+SCRIPTS = sorted(path.stem for path in (REPOSITORY / "bench").glob("*.py") if path.stem != "cluster")
+
+
+def measured(*args, **more):
+    raise AssertionError("something is measured already")
+
+
+def alone(monkeypatch, tmp_path, name, *options):
+    """A script that writes to a folder of the test's, and measures nothing."""
+    module, shared = script(monkeypatch, name), script(monkeypatch, "allreduce")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
+    for one in (module, shared):
+        monkeypatch.setattr(one, "RESULTS", tmp_path / "results", raising=one is shared)
+        monkeypatch.setattr(one, "PICTURE", tmp_path / "picture.png", raising=False)
+    for job in ("launched", "written", "launch", "starts", "step", "train", "check"):
+        monkeypatch.setattr(module, job, measured, raising=False)
+    return module
+
+
+def without_data(module, monkeypatch, tmp_path):
+    if hasattr(module, "SUBJECTS"):
+        monkeypatch.setattr(module, "SUBJECTS", {"random": module.SUBJECTS["random"]._replace(data="gone.npz")})
+    else:
+        monkeypatch.setattr(module, "DATA", "gone.npz")
+
+
+def without_package(name):
+    def prepare(module, monkeypatch, tmp_path):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise ModuleNotFoundError('no {name}', name='{name}')")
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
+
+    return prepare
+
+
+def without_commands(module, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def without_mpirun(module, monkeypatch, tmp_path):
+    without_commands(module, monkeypatch, tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+
+
+def without_its_own_mpirun(module, monkeypatch, tmp_path):
+    """One that starts processes which MPI lets believe to be alone."""
+    fake = tmp_path / "bin" / "mpirun"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nshift 2\nSLURM_STEP_NUM_TASKS=2 exec "$@"\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+
+
+def without_folder(module, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "PICTURE", tmp_path / "gone" / "picture.png")
+
+
+NEEDS = [
+    ("pytorch", without_data, "'gone.npz' does not exist"),
+    ("stragglers", without_data, "'gone.npz' does not exist"),
+    ("strategies", without_data, "'gone.npz' does not exist"),
+    ("pytorch", without_package("torch"), "the package torch is missing: pip install torch$"),
+    ("butterfly", without_package("scipy"), "the package scipy is missing: pip install scipy$"),
+    ("grids", without_package("matplotlib"), "the package matplotlib is missing"),
+    ("network", without_commands, "77"),  # which says what is missing
+    ("overhead", without_mpirun, "there is no mpirun: install an MPI beside this Python"),
+    ("allreduce", without_its_own_mpirun, "the launcher started 2 rank.s., but .* sees only 1"),
+    ("strategies", without_folder, "'.*/gone/picture.png' cannot be written: name a file in a folder "),
+]
+
+
+@pytest.mark.parametrize(("name", "prepare", "said"), NEEDS, ids=lambda part: getattr(part, "__name__", None))
+def test_what_is_missing_is_told_before_anything_is_measured(monkeypatch, tmp_path, capfd, name, prepare, said):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    module = alone(monkeypatch, tmp_path, name)
+    if prepare is without_data:
+        monkeypatch.setattr(module, "MODULES", ())  # which may be missing here
+    prepare(module, monkeypatch, tmp_path)
+    with pytest.raises(SystemExit, match=said) as ended:
+        module.main()
+    told = str(ended.value) if ended.value.code != 77 else capfd.readouterr().err
+    assert told.strip().count("\n") == 0
+    assert not list((tmp_path / "results").glob("*")) if (tmp_path / "results").exists() else True
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_record_that_is_not_there_is_told_in_a_line(monkeypatch, tmp_path, capsys, name):
+    module = alone(monkeypatch, tmp_path, name, "--show", "gone.json")
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert "--show: 'gone.json' is no file: name one that was recorded" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_all_packages_that_a_script_imports_are_looked_for(name):
+    source = ast.parse((REPOSITORY / "bench" / f"{name}.py").read_text())
+    imported, looked = set(), set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            imported |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add(node.module)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODULES":
+            looked = {*ast.literal_eval(node.value)}
+    theirs = {one.partition(".")[0] for one in imported} - {"numpy", "mpi4py", "mpicoll", "cluster", *SCRIPTS}
+    theirs -= {*sys.stdlib_module_names}
+    theirs -= {"torch", "matplotlib"} if name in ("allreduce", "network") else set()  # where it is, and for --plot
+    assert theirs <= looked
+    assert any(isinstance(node, ast.Call) and ast.unparse(node.func) == "look_first" for node in ast.walk(source))
+
+
+# ---- what was measured is recorded, whatever comes after it
+
+MACHINE = {"cpu": "CPU", "cores": 2, "mpi4py": "4", "numpy": "2", "torch": "2", "python": "3", "mpicoll": "1"}
+MACHINE |= {"kernel": "6", "date": "today"}
+SPEED = {"copy": 1.0, "to_host": 1.0, "from_host": 1.0}
+
+
+def option(args, name):
+    return args[args.index(name) + 1]
+
+
+def found_by(module, name):
+    """What stands in for the functions of a script that measure."""
+    mpi = {"mpi": "MPI 1"}
+    if name == "allreduce":
+        return {"launched": lambda file, ranks: {**launch(ranks=ranks), **mpi, "wrong": 0, "memory": {"add": 9.0}}}
+    if name == "averaging":
+        parts = {part: {**found[0], **mpi, "parameters": 1000} for part, found in averaged(module).items()}
+        return dict.fromkeys(("launched", "written"), lambda *args, **env: parts[option(args, "--part")])
+    if name == "butterfly":
+        strategies = {at.ranks: module.strategies(at.ranks) for at in module.EXPERIMENTS.values()}
+        names = {one for of in strategies.values() for one in of}
+        of = {one: {"lr": 8.0, "runs": [[100, 0.5]] * 3} for one in names}
+        chosen = {kind: {"least": 0.4, "target": 0.5, "strategies": of} for kind in module.MODELS}
+        seconds = dict.fromkeys(module.MODELS, dict.fromkeys(names, 2.0))
+        trial = dict.fromkeys(module.ALGORITHMS, 1.0)
+        return {
+            "written": lambda *args, **env: chosen,
+            "launch": lambda *args: {**mpi, "wrong": 0, "trial": trial, "seconds": seconds},
+        }
+    if name == "gpu":
+        row = {"in_place": True, "bytes": 1 << 20, "median": 7.0, "memory_share": 0.1, "speed": 1.0}
+        rows = [{**row, "implementation": one, "way": one} for one in ("native", "ipc", "staged")]
+        gpu = {"gpus": [{"name": "GPU"}], "cupy": "14", "cuda_runtime": "13", "cuda_driver": "13"}
+        facts = {"gpu_memory": SPEED, "memory": {}, "gpu": gpu, "refused": {}, "wrong": 0, "gradient_us": 1.0}
+        return {
+            "check": lambda: None,
+            "launched": lambda file, ranks, *sizes: {**mpi, "ranks": ranks, "rows": rows, **facts},
+            "step": lambda ranks, folder: 5.0,
+        }
+    if name == "grids":
+        of = {case: {**found, **mpi} for case, found in found_of_grids(module).items()}
+        return dict.fromkeys(("launched", "written"), lambda *args, **env: of[option(args, "--case")])
+    if name == "network":
+        by_size = {"native": [4.0, 4.0], "auto": [2.0, 2.0]}
+
+        def across(one):
+            rows = [{"bytes": n, "us": by_size, "sent": {"native": n}} for n in module.EXPERIMENTS[one].sizes]
+            return {**mpi, "environment": {}, "wrong": 0, "rows": rows}
+
+        return {"launch": across}
+    if name == "overhead":
+        return {"starts": lambda: [{"import (ms)": 1.0}], "launched": lambda *args: {**mpi, "rows": {"call (us)": 1.0}}}
+    if name == "pytorch":
+        return {"launched": lambda *args: {**launched_beside_pytorch(module), "subject": option(args, "--subject")}}
+    if name == "stragglers":
+        run = {**mpi, "seconds": [1.0, 2.0], "loss": [0.5, 0.1], "accuracy": 0.9, "staleness": [1, 2]}
+        return {"launched": lambda *args: run}
+    assert name == "strategies"
+    run = {**mpi, "ranks": 4, "test_accuracy": 0.9, "seconds": 2.0, "bytes_sent_per_rank": 8, "out": "run"}
+    return {"train": lambda *args: {**run, "per_rank": [{"messages": 3}]}}
+
+
+def ends_after(monkeypatch, module, name, launches, error):
+    """So many launches, then an error."""
+    done = []
+
+    def counted(measure):
+        def count(*args, **more):
+            if len(done) == launches:
+                raise error
+            done.append(measure(*args, **more))
+            return done[-1]
+
+        return count
+
+    monkeypatch.setattr(module, "look_first", lambda *args, **more: None)
+    monkeypatch.setattr(module, "SIZES", [4, 1 << 20], raising=False)
+    monkeypatch.setattr(module, "CALLS", (1,), raising=False)
+    monkeypatch.setattr(module, "machine", lambda: MACHINE)
+    for job, measure in found_by(module, name).items():
+        monkeypatch.setattr(module, job, measure if job == "check" else counted(measure))
+    monkeypatch.setattr(module.random, "sample", lambda of, count: [*of]) if hasattr(module, "random") else None
+    return done
+
+
+FAILED = [
+    (subprocess.CalledProcessError(3, "mpirun"), 1, "a launch has ended with status 3"),
+    (subprocess.CalledProcessError(77, "cluster"), 77, "a launch has ended with status 77"),
+    (subprocess.TimeoutExpired("mpirun", 600), 1, "a launch has not ended in 600 s"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (SystemExit("mpicoll: the data are gone"), 1, "mpicoll: the data are gone"),
+    (ValueError("no JSON"), 1, "ValueError: no JSON"),
+]
+ENDS = [*((name, 5, FAILED[0]) for name in SCRIPTS), *(("pytorch", 2, of) for of in FAILED[1:])]
+
+
+@pytest.mark.parametrize(("name", "launches", "failed"), ENDS)
+def test_what_was_measured_before_a_launch_failed_is_recorded(monkeypatch, tmp_path, capsys, name, launches, failed):
+    module = alone(monkeypatch, tmp_path, name)
+    error, status, why = failed
+    done = ends_after(monkeypatch, module, name, launches, error)
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    (path,) = (tmp_path / "results").iterdir()
+    record = json.loads(path.read_text())
+    assert path.match(f"{name}*-unfinished.json")
+    assert (ended.value.code, record["failed"], len(done)) == (status, why, launches)
+    assert record.get("table") or record["found"]
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith(f"{name}.py: {why}; what was measured before is recorded")
+    assert out or "found" in record
+    assert not (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_is_recorded_where_nothing_was_measured(monkeypatch, tmp_path, capsys, name):
+    module = alone(monkeypatch, tmp_path, name)
+    ends_after(monkeypatch, module, name, 0, FAILED[0][0])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.endswith(f"{name}.py: {FAILED[0][2]}; nothing was measured before\n")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("later", ["summarize", "show"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_was_measured_is_recorded_though_what_is_made_of_it_fails(monkeypatch, tmp_path, name, later):
+    module = alone(monkeypatch, tmp_path, name)
+    ends_after(monkeypatch, module, name, -1, None)
+
+    def fails(*args, **more):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, later, fails)
+    with pytest.raises(ZeroDivisionError):
+        module.main()
+    (path,) = (tmp_path / "results").iterdir()
+    record = json.loads(path.read_text())
+    assert record["table"] if later == "show" else record["found"]
+    assert path.name.endswith("-unfinished.json") == (later == "summarize")

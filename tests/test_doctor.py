@@ -15,7 +15,7 @@ from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll import tuning
 from mpicoll.cli import doctor as said
 from mpicoll.cli.app import app
-from mpicoll.mpi import doctor
+from mpicoll.mpi import doctor, launch
 from mpicoll.mpi.doctor import Findings
 from mpicoll.mpi.gpu import Gpu
 
@@ -96,8 +96,8 @@ def test_what_is_wrong_is_told_on_all_ranks_with_what_is_doubtful(tmp_path):
     assert "\nMPI " in done.out
     *_, wrong, near, far = done.out.splitlines()
     assert re.fullmatch("wrong:      profile '.*gone.json' cannot be read .No such file or directory.; make .*", wrong)
-    unknown = "doubtful:   the environment variable {} is none that mpicoll knows"
-    assert near == f"{unknown.format('MPICOLL_TRAIN_EPOCH')}: MPICOLL_TRAIN_EPOCHS is meant?"
+    unknown = "doubtful:   the environment variable {} is unknown, and ignored"
+    assert near == f"{unknown.format('MPICOLL_TRAIN_EPOCH')}: did you mean MPICOLL_TRAIN_EPOCHS?"
     assert far == unknown.format("MPICOLL_X")
 
 
@@ -117,7 +117,8 @@ def test_a_launcher_of_another_mpi(tmp_path):
     found = json.loads(done.out)
     assert found["launcher"] == {"name": "Slurm's srun", "ranks": 2}
     assert len(found["wrong"]) == 1
-    assert found["wrong"][0].endswith("or srun --mpi=pmi2, or =pmix (srun --mpi=list says what there is)")
+    kind = "pmix" if IS_OPEN_MPI else "pmi2"
+    assert found["wrong"][0].endswith(f"use srun --mpi={kind} (srun --mpi=list shows what there is)")
 
 
 def test_without_an_mpi_the_rest_is_said(tmp_path):
@@ -150,11 +151,11 @@ def test_the_limit_ends_nobody_who_comes_through(capfd):
 def test_all_variables_that_are_read_are_known():
     read = set()
     for path in (REPOSITORY / "mpicoll").rglob("*.py"):
-        if path.name != "doctor.py":
+        if path.name != "launch.py":
             read |= {*re.findall(r'"(MPICOLL_[A-Z_]+)"', path.read_text())}
     with app.make_context("mpicoll", ["show", "ring"]) as context:
         options = said.options(context)
-    assert read - {*options} == {*doctor.VARIABLES}
+    assert read - {*options} == {*launch.VARIABLES}
     assert {"MPICOLL_TRAIN_BATCH_SIZE", "MPICOLL_BENCH_SYNC", "MPICOLL_DOCTOR_TIMEOUT"} < {*options}
     assert "MPICOLL_DOCTOR_AS_JSON" not in options
     result = CliRunner(env={"MPICOLL_DOCTOR_TIMEOUT": "0"}).invoke(app, ["doctor"])
@@ -303,6 +304,22 @@ def test_of_little_shared_memory_it_speaks_before_mpi_may_crash(monkeypatch, cap
     doctor._tell_before_a_crash()
     line = "mpicoll: /dev/shm has 1024 KiB free: MPI may crash now; a container gets more by --shm-size\n"
     assert capsys.readouterr().err == (line if told else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "told"),
+    [
+        ("MPICH 5.0.2", "multiple", True),
+        ("MPICH 4.0.2", "multiple", True),
+        ("MPICH 5.0.2", "serialized", False),
+        ("MPICH 5.0.2", "single", False),
+        ("Open MPI 5.0.11", "multiple", False),
+        ("Intel MPI 2021.18.1", "multiple", False),
+    ],
+)
+def test_what_threads_cost_small_messages_is_told_of_mpich(name, given, told):
+    mpi = {"name": name, "ranks": 2, "files": [], "threads": {"asked": "multiple", "given": given}}
+    assert ["mpi4py.rc.thread_level = 'serialized'" in line for line in said._mpi(mpi)].count(True) == told
 
 
 @pytest.mark.parametrize("wrong", [[], ["the end"]])

@@ -3,8 +3,9 @@
 import click
 
 from .. import __version__
+from ..mpi.launch import launched_rank, tell_of_variables
 from .bench import bench
-from .doctor import doctor
+from .doctor import doctor, options
 from .plot import plot
 from .predict import predict
 from .report import report
@@ -28,6 +29,8 @@ def app(context: click.Context) -> None:
 
     Exit status: 0 done, 1 something is wrong with the input or a rank failed, 2 usage, 130 interrupted.
     """
+    if launched_rank() == 0 and context.invoked_subcommand != "doctor":  # which has it among what it finds
+        tell_of_variables(options(context))
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -13,7 +13,7 @@ from ..algorithms import Algorithm
 from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
 from ..tuning import WAYS
-from . import gpu, operations, record
+from . import gpu, launch, operations, record
 from .agreement import Header, Headers, check_level, header_of, level_of
 from .buffers import (
     Part,
@@ -128,7 +128,7 @@ def allreduce(
         and not interrupted
         and comm
         and (level == "header" or level == "off")
-        and (comm.size == 1 or x.nbytes < (state := _state(comm)).limits["allreduce"].native_below)
+        and ((comm.size == 1 and launch.checked) or x.nbytes < (state := _state(comm)).limits["allreduce"].native_below)
     ):
         if level == "off" or comm.size == 1:
             MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, x)

@@ -5,7 +5,6 @@ Facts are plain values, as JSON has them.
 """
 
 import ctypes
-import difflib
 import os
 import platform
 import re
@@ -25,6 +24,7 @@ import numpy as np
 
 from .. import __version__, tuning
 from ..errors import UserError
+from . import launch
 from .launch import SEGMENT, WHEELS, cores, launched_rank, launched_ranks, library_name, world
 
 if TYPE_CHECKING:
@@ -33,25 +33,6 @@ if TYPE_CHECKING:
     from .state import State
 
 Facts = dict[str, Any]
-
-VARIABLES = (
-    "MPICOLL_CHECK",
-    "MPICOLL_GPU_AWARE",
-    "MPICOLL_PROFILE",
-    "MPICOLL_REPORT",
-    "MPICOLL_TIMEOUT",
-    "MPICOLL_TRACEBACK",
-)
-"""Environment variables that are no options of the command line."""
-
-LAUNCHERS = (
-    ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
-    ("HYDI_CONTROL_FD", "MPICH's mpirun (hydra)"),
-    ("SLURM_STEP_NUM_TASKS", "Slurm's srun"),
-    ("PMI_SIZE", "one that speaks PMI, as MPICH's and Intel MPI's mpirun do"),
-    ("PMIX_RANK", "one that speaks PMIx, as Open MPI's mpirun does"),
-)
-"""By what they set, in this order: mpirun may start its own processes by srun, but not the other way round."""
 
 
 @dataclass
@@ -73,13 +54,10 @@ def alone(known: Collection[str]) -> Findings:
     """What can be said without an MPI; ``known`` are the environment variables that are options."""
     found = Findings()
     found.facts["software"] = _software()
-    given, unknown = _variables(), {}
-    for name in sorted(given.keys() - {*VARIABLES, *known}):
-        unknown[name] = _nearest(name, [*VARIABLES, *known])
-        meant = f": {unknown[name]} is meant?" if unknown[name] else ""
-        found.doubtful.append(f"the environment variable {name} is none that mpicoll knows{meant}")
-    found.facts["variables"] = {"set": given, "unknown": unknown}
-    found.facts["launcher"] = {"name": _launcher(), "ranks": launched_ranks()}
+    unknown = launch.unknown_variables(known)
+    found.doubtful += [launch.unknown(name, meant) for name, meant in unknown.items()]
+    found.facts["variables"] = {"set": _variables(), "unknown": unknown}
+    found.facts["launcher"] = {"name": launch.launcher(), "ranks": launched_ranks()}
     return found
 
 
@@ -97,17 +75,6 @@ def _software() -> Facts:
 
 def _variables() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith("MPICOLL_")}
-
-
-def _nearest(name: str, known: list[str]) -> str | None:
-    """By what comes after what all have in common."""
-    endings = {one.removeprefix("MPICOLL_"): one for one in known}
-    found = difflib.get_close_matches(name.removeprefix("MPICOLL_"), endings, 1)
-    return endings[found[0]] if found else None
-
-
-def _launcher() -> str | None:
-    return next((name for variable, name in LAUNCHERS if variable in os.environ), None)
 
 
 def _own() -> Facts:
@@ -262,8 +229,6 @@ def _tell_before_a_crash() -> None:
 
 def _tell_of_failure(found: Findings, error: str) -> None:
     """There is no MPI, or no job: what can be said of this process only."""
-    if found.facts["launcher"]["name"] == dict(LAUNCHERS)["SLURM_STEP_NUM_TASKS"] and "launcher" in error:
-        error += ", or srun --mpi=pmi2, or =pmix (srun --mpi=list says what there is)"
     own, told = _own(), found.facts["software"]["told"]
     if own["mpi"] is None and told:
         error += f"; or unset {' and '.join(told)}, by which mpi4py is told what to load"

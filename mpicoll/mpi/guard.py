@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 from mpi4py import MPI
 
 from ..errors import MismatchError, UserError
-from .launch import hints
+from .launch import check, hints
 from .watch import LIMIT, Watch, flush
 
 T = TypeVar("T")
@@ -280,6 +280,7 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
     for others, but not small ones that go to the MPI library with ``check="off"``; and not those of mpi4py's own
     communicators.
     """
+    check(MPI.COMM_WORLD)
     given: Any = (os.environ.get("MPICOLL_TIMEOUT") or LIMIT) if timeout is None else timeout
     report = report or os.environ.get("MPICOLL_REPORT")
     given, folder = MPI.COMM_WORLD.bcast((given, report and os.path.abspath(report)))

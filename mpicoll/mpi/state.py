@@ -22,7 +22,7 @@ from ..graphs import Graph
 from ..schedule import Schedule
 from ..tuning import COLLECTIVES, Fingerprint, Rule, Rules, machine
 from ..tuning import find as find_profile
-from . import gpu, record
+from . import gpu, launch, record
 from .agreement import Agreement, Comparison, Header, Headers, header_of
 from .launch import library_name
 from .operations import Operation
@@ -821,10 +821,11 @@ def find_state(comm: MPI.Intracomm) -> State | None:
 
 
 def check_comm(comm: Any) -> None:
-    """Raise ``TypeError`` unless it is a communicator to work on."""
+    """Raise ``TypeError`` unless it is a communicator to work on; see also ``launch.check``."""
     if not isinstance(comm, MPI.Intracomm) or not comm:
         what = "one that is null or was freed" if isinstance(comm, MPI.Comm) and not comm else type(comm).__name__
         raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
+    launch.check(comm)
 
 
 def _world(comm: MPI.Comm) -> tuple[int, ...]:
@@ -892,6 +893,7 @@ def state_of(comm: MPI.Intracomm) -> State:
     state = find_state(comm)
     if state is None:
         check(comm)
+        launch.check(comm)
         with (
             record.during("making a communicator of ours", ranks=_world(comm)),
             driving(comm),

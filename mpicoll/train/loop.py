@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
-from ..mpi import gpu
+from ..mpi import gpu, launch
 from ..mpi.collectives import allgather, allreduce, bcast
 from ..mpi.guard import on_all, on_root
 from ..pipeline import PIPELINES
@@ -160,6 +160,7 @@ class Training:
 
     def __init__(self, comm: MPI.Intracomm, data: Dataset, model: Model, settings: Settings) -> None:
         check(settings)
+        launch.check(comm)
         if settings.patience is not None and not data.validation.total:
             raise UserError("--patience needs validation samples: hold out a larger share, as with --validation 0.1")
         self.comm, self.data, self.model, self.settings = comm, data, model, settings
