@@ -422,11 +422,12 @@ def test_levels_come_from_the_call_the_comm_and_the_environment(ours, monkeypatc
         assert level(derived, check="header") == ["header"] * 4
     monkeypatch.setattr(agreement, "_default", None)
     monkeypatch.setenv("MPICOLL_CHECK", "full")
-    assert level(mpicoll.Comm(ours)) == ["full"] * 4
+    assert level(mpicoll.Comm(MPI.Intracomm(ours))) == ["full"] * 4
+    assert level(mpicoll.Comm(ours)) == ["header"] * 4  # a copy does what the original does
     monkeypatch.setattr(agreement, "_default", None)
     monkeypatch.setenv("MPICOLL_CHECK", "sometimes")
     with pytest.raises(ValueError, match="check must be one of off, header, full, got 'sometimes'"):
-        mpicoll.Comm(ours)
+        mpicoll.Comm(MPI.Intracomm(ours))
     with pytest.raises(ValueError, match="check must be one of off, header, full, got 'sometimes'"):
         mpicoll.allreduce(ones(), MPI.Intracomm(ours))
     with pytest.raises(ValueError, match="check must be one of off, header, full, got 'on'"):
