@@ -20,6 +20,8 @@ import time
 import numpy as np
 from allreduce import RESULTS, command, launched, machine
 
+from mpicoll.files import to_json
+
 PROCESSES, LAUNCHES, REPETITIONS, CALLS = 15, 5, 40, 200
 START = """
 import json, time
@@ -41,7 +43,7 @@ print(json.dumps({
     "import mpicoll (ms)": (imported - start) * 1e3,
     "import mpicoll and its engine (ms)": (engine - start) * 1e3,
     **compiled,
-}))
+}, allow_nan=False))
 """
 
 
@@ -127,7 +129,7 @@ def main() -> None:
     record = {"mpi": launches[0]["mpi"], "machine": machine(), "table": table}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"overhead-{record['mpi'].rsplit(' ', 1)[0].lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(to_json(record, indent=1) + "\n")
     show(record)
     print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from allreduce import RESULTS, machine
 
+from mpicoll.files import to_json
+
 RANKS, SEEDS = 4, 3
 COMMON = ["--data", "fashion-mnist", "--validation", "0.1", "--epochs", "12", "--batch-size", "128", "--lr", "0.1"]
 COMMON += ["--momentum", "0.9", "--schedule", "cosine", "--checkpoint", "0"]
@@ -102,7 +104,7 @@ def main() -> None:
         "table": summarize(runs),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "strategies.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / "strategies.json").write_text(to_json(record, indent=1) + "\n")
     show(record)
 
 

@@ -1,6 +1,5 @@
 """``mpicoll train``: the main job."""
 
-import json
 import math
 import re
 import signal
@@ -14,6 +13,7 @@ import click
 
 from ..algorithms import ALGORITHMS
 from ..errors import UserError
+from ..files import to_json
 from ..mpi.launch import launched_rank, launched_ranks, world
 from ..mpi.record import named
 from ..pipeline import PIPELINES
@@ -262,7 +262,7 @@ def train(resume: Path | None, as_json: bool, timeout: float, report: Path | Non
         summary = run(Comm(comm), settings, resume, progress.start, progress.epoch)
     progress.finish(summary)
     if as_json:
-        _say(json.dumps(summary))
+        _say(to_json(summary))
 
 
 def _say(line: str, nl: bool = True) -> None:
@@ -365,6 +365,8 @@ class _Progress:
             "agreement": f"{summary['algorithm']}, {summary['comm_fraction']:.0%} of the time"
             + (f"; ranks were {summary['consensus']:.2g} apart" if summary["consensus"] is not None else ""),
         }
+        if summary["not_finite"]:
+            rows["not finite"] = f"{', '.join(summary['not_finite'])}: infinite or nan, and null in summary.json"
         _say("".join(f"{name:>14}  {value}\n" for name, value in rows.items()), nl=False)
         _say("\n".join(_table(summary["per_rank"])))
         _say(f"{'written to':>14}  {summary['out']}")

@@ -20,6 +20,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
+from ..files import to_json
 from ..mpi.gpu import in_host_memory
 from ..mpi.guard import on_all, on_root
 
@@ -103,7 +104,7 @@ def save(
     def finish(written: list[tuple[str, str] | None]) -> None:
         manifest = partial / MANIFEST
         files = dict(file for file in written if file)
-        manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1))
+        manifest.write_text(to_json({"format": FORMAT, **facts, "files": files}, indent=1))
         _synchronize(manifest)
         _synchronize(partial)
         partial.chmod(0o777 & ~umask())

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import to_json
 from ..mpi.gpu import in_host_memory
 from .checkpoint import Checkpoint, drop_after, umask
 from .data import Dataset, Scaling
@@ -48,7 +49,7 @@ def begin(folder: Path, settings: Settings, environment: dict[str, Any]) -> None
 
     ``FileExistsError`` if somebody else has written there since it was checked.
     """
-    texts = {CONFIG: written(settings), ENVIRONMENT: json.dumps(environment, indent=1) + "\n", METRICS: ""}
+    texts = {CONFIG: written(settings), ENVIRONMENT: to_json(environment, indent=1) + "\n", METRICS: ""}
     with _writable(folder):
         real = Path(os.path.realpath(folder))
         exists = real.is_dir()
@@ -75,7 +76,7 @@ def begin(folder: Path, settings: Settings, environment: dict[str, Any]) -> None
 def add_metrics(folder: Path, epoch: dict[str, Any]) -> None:
     """One more line."""
     with _writable(folder), (folder / METRICS).open("a") as file:
-        file.write(json.dumps(epoch) + "\n")
+        file.write(to_json(epoch) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -100,7 +101,7 @@ def resume(folder: Path, settings: Settings, checkpoint: Checkpoint) -> None:
     with _writable(folder):
         for name in (SUMMARY, MODEL):
             (folder / name).unlink(missing_ok=True)
-        _replace(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        _replace(folder / METRICS, "".join(to_json(line) + "\n" for line in kept))
         _replace(folder / CONFIG, written(settings))
 
 
@@ -137,12 +138,12 @@ def finish(
     with _writable(folder):
         partial = folder / f".{MODEL}.partial"
         try:
-            save_file(tensors, partial, {HEADER: json.dumps(header)})  # of several keys the order would be random
+            save_file(tensors, partial, {HEADER: to_json(header)})  # of several keys the order would be random
             partial.chmod(0o666 & ~umask())  # the library makes it private
             partial.rename(folder / MODEL)
         finally:
             partial.unlink(missing_ok=True)
-        _replace(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        _replace(folder / SUMMARY, to_json(summary, indent=2) + "\n")
 
 
 def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, np.ndarray]:

@@ -506,6 +506,7 @@ def added(histograms: Iterable[list[int]]) -> list[int]:
     return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
 
 
+@np.errstate(all="ignore")  # what overflows ends up in the loss
 def evaluate(
     comm: MPI.Intracomm, model: Model, params: np.ndarray, part: Part, sharded: bool
 ) -> tuple[float, float] | tuple[None, None]:

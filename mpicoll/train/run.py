@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ def run(
             summary = {
                 **asdict(settings),
                 **facts,
+                "graph": settings.graph,
                 "algorithm": result.algorithm,
                 "test_accuracy": test_accuracy,
                 "test_loss": test_loss,
@@ -183,6 +185,10 @@ def run(
                 "per_rank": [rank._asdict() for rank in result.ranks],
                 "out": str(where),
             }
+            # Of an epoch what is null was not finite: what there is not has no key.
+            lost = {name for name, value in last.items() if value is None and name in summary}
+            lost |= {name for name, value in summary.items() if isinstance(value, float) and not isfinite(value)}
+            summary |= {**dict.fromkeys(lost), "not_finite": sorted(lost)}
             files.finish(where, settings, model, result.params, data, summary)
             return summary
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import UserError
+from ..files import to_json
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def written(settings: Settings) -> str:
     """The same as the text of a TOML file, for ``read_settings``."""
-    from json import dumps  # of a string, number or truth value it is TOML too, but for one character
-
     named = [(field.name, getattr(settings, field.name)) for field in fields(Settings) if field.name not in NOT_SAVED]
-    lines = (f"{name} = {dumps(value, ensure_ascii=False)}\n" for name, value in named if value is not None)
+    # Of a text, a finite number or a truth value JSON is TOML too, but for one character.
+    lines = (f"{name} = {to_json(value, ensure_ascii=False)}\n" for name, value in named if value is not None)
     return "".join(lines).replace("\x7f", "\\u007f")
