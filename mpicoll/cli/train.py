@@ -19,7 +19,7 @@ from ..mpi.record import named
 from ..pipeline import PIPELINES
 from ..train.models import MODELS
 from ..train.optimizers import OPTIMIZERS, SCHEDULES
-from ..train.settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag, read_settings
+from ..train.settings import DEVICES, DTYPES, LARGE, LEAST, MOMENTA, Settings, flag, read_settings
 from ..train.strategies import STRATEGIES
 from ..train.strategies.average import OUTER
 from ..tuning import NATIVE, WAYS
@@ -59,6 +59,10 @@ class _Layers(click.ParamType):
         return text
 
 
+def _whole(name: str) -> click.IntRange:
+    return click.IntRange(LEAST[name], LARGE - 1)
+
+
 _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "What is learned": {
         "data": (
@@ -80,7 +84,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         ),
         "cut": (_Layers(), "pipe: the first layer of each stage but the first, as 1,3 [default: as even as can be]."),
         "micro": (
-            click.IntRange(min=LEAST["micro"]),
+            _whole("micro"),
             "pipe: into how many parts a group's share of a batch is cut [default: as there are stages].",
         ),
         "pipeline": (click.Choice(list(PIPELINES)), "pipe: the order of their tasks [default: 1f1b]."),
@@ -101,9 +105,9 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             str,
             "Shares of each batch: auto, by measured speed, or a weight for each rank, as 2,1,1 [default: even].",
         ),
-        "every": (click.IntRange(min=LEAST["every"]), "average: steps from one mean to the next [default: 8]."),
+        "every": (_whole("every"), "average: steps from one mean to the next [default: 8]."),
         "sync_epochs": (
-            click.IntRange(min=LEAST["sync_epochs"]),
+            _whole("sync_epochs"),
             "average: epochs to be synchronous first [default: 0].",
         ),
         "outer": (click.Choice(list(OUTER)), "average: what becomes of the mean [default: mean]."),
@@ -130,16 +134,16 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "How far ranks may run apart": {
         "staleness": (str, "async: steps, at most, of one rank before another; inf for any number [default: 4]."),
         "backups": (
-            click.IntRange(min=LEAST["backups"]),
+            _whole("backups"),
             "async, --staleness 0: gradients of a step that need not be waited for [default: 0].",
         ),
         "compensate": (_Number(min=0), "async: correct stale gradients by so much, as DC-ASGD does [default: 0]."),
         "slow_down": (bool, "async: the staler a gradient, the smaller its learning rate."),
         "delays": (
-            click.IntRange(min=LEAST["delays"]),
+            _whole("delays"),
             "async, ad-psgd: simulate, with delays drawn from this seed, to have the same run again.",
         ),
-        "workers": (click.IntRange(min=LEAST["workers"]), "async, --delays: so many [default: as there are ranks]."),
+        "workers": (_whole("workers"), "async, --delays: so many [default: as there are ranks]."),
     },
     "How a rank steps": {
         "optimizer": (click.Choice(list(OPTIMIZERS)), "The rule."),
@@ -149,17 +153,17 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "weight_decay": (_Number(min=0), "Shrinks parameters by this times the learning rate in every step."),
         "clip": (_Number(min=0, min_open=True), "Longest gradient, by its Euclidean norm [default: any]."),
         "schedule": (click.Choice(list(SCHEDULES)), "Of the learning rate, over the whole run."),
-        "warmup": (click.IntRange(min=LEAST["warmup"]), "Steps in which the learning rate grows to its full value."),
+        "warmup": (_whole("warmup"), "Steps in which the learning rate grows to its full value."),
     },
     "For how long, and what else": {
-        "epochs": (click.IntRange(min=LEAST["epochs"]), "Passes over the training set."),
-        "batch_size": (click.IntRange(min=LEAST["batch_size"]), "Samples a step, of all ranks together."),
+        "epochs": (_whole("epochs"), "Passes over the training set."),
+        "batch_size": (_whole("batch_size"), "Samples a step, of all ranks together."),
         "patience": (
-            click.IntRange(min=LEAST["patience"]),
+            _whole("patience"),
             "Stop after so many epochs without a better validation loss, and take the best model.",
         ),
-        "checkpoint": (click.IntRange(min=LEAST["checkpoint"]), "Epochs from one checkpoint to the next; 0 for none."),
-        "seed": (click.IntRange(min=LEAST["seed"]), "Of the initial parameters and the order of samples."),
+        "checkpoint": (_whole("checkpoint"), "Epochs from one checkpoint to the next; 0 for none."),
+        "seed": (_whole("seed"), "Of the initial parameters and the order of samples."),
         "dtype": (click.Choice(DTYPES), "Of parameters and data."),
         "device": (
             click.Choice(DEVICES),

@@ -1,6 +1,7 @@
 """The training loop, top to bottom."""
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +22,7 @@ from .models import Batch, Model
 from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from .parallel import Spent, Split
 from .sent import finished
-from .settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag
+from .settings import DEVICES, DTYPES, MOMENTA, Settings, expected, flag, shown
 from .strategies import STRATEGIES, Now
 from .strategies.average import OUTER
 
@@ -46,14 +47,13 @@ CHOICES: dict[str, Collection[str]] = {
 
 def check(settings: Settings) -> None:
     """A ``UserError`` for a setting that is out of range, or belongs to another strategy than the chosen one."""
+    for name, value in asdict(settings).items():
+        if value is not None and (wanted := expected(name, value)) is not None:
+            raise UserError(f"{flag(name)} must be {wanted}, got {shown(value)}")
     for name, known in CHOICES.items():
         value = getattr(settings, name)
         if value is not None and value not in known:
             raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {value!r}")
-    for name, least in LEAST.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise UserError(f"{flag(name)} must be at least {least}, got {value}")
     for name in {name: None for strategy in STRATEGIES.values() for name in strategy.options}:
         if getattr(settings, name) is not None and name not in STRATEGIES[settings.strategy].options:
             owners = ", ".join(other for other, strategy in STRATEGIES.items() if name in strategy.options)
