@@ -154,7 +154,8 @@ class Replica:
         now = Now(1, self.steps, float(self.optimizer.param_groups[0]["lr"]))
         self.strategy.step(now, own, 1)
         self.steps += 1
-        self.strategy.seconds.clear()  # nobody asks for them
+        for times in (self.strategy.seconds, self.strategy.waits or []):
+            times.clear()  # nobody asks for them
         self._sums[:] = 0
         self._go_to_point()
 

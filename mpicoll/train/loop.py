@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from itertools import zip_longest
+from math import fsum
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -273,7 +274,7 @@ class Training:
         totals = np.array([float(loss), float(correct), samples])  # on a GPU, when all is done
         took = perf_counter() - start
         self.seconds += took
-        agreeing, weights = self._account(), self.weights
+        agreeing, weights = self._account(took), self.weights
         if weights and s.balance == "auto":
             if self.split:  # which computes as fast as the slowest of the group
                 computing = self.split.grid.group.allreduce(computing, MPI.MAX)
@@ -299,23 +300,25 @@ class Training:
             )
         )
 
-    def _account(self) -> float:
+    def _account(self, took: float) -> float:
         """Add up the times of the epoch's agreements, among them those on outputs and errors of ranks that hold a model
-        together; returns this rank's seconds in them."""
+        together; returns this rank's seconds in them, of those that the epoch ``took``."""
         strategy, seconds = self.strategy, np.array(self.strategy.seconds)
+        if strategy.waits is None:
+            fastest = seconds.copy()
+            self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
+            waits = seconds - fastest
+        else:
+            waits = np.array(strategy.waits)
+            strategy.waits.clear()
         strategy.seconds.clear()
         spent = self.split.spent if self.split else Spent()
         strategy.count(spent.bytes_sent, spent.messages)
-        agreeing = float(np.sum(seconds)) + spent.seconds
+        # Rounded once each, and likewise, so that a part is not more than the whole.
+        agreeing, waiting = fsum(seconds) + spent.seconds, fsum(waits) + spent.waiting
+        assert 0 <= waiting <= agreeing <= took, f"of {took} s of training {agreeing} s agreeing, {waiting} s waiting"
         self.agreeing += agreeing
-        self.waiting += spent.waiting
-        if strategy.waited is None:
-            fastest = seconds.copy()
-            self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
-            self.waiting += float(np.sum(seconds - fastest))
-        else:
-            self.waiting += strategy.waited
-            strategy.waited = 0.0
+        self.waiting += waiting
         return agreeing
 
     def _staleness(self) -> list[int] | None:
