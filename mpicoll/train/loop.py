@@ -229,6 +229,7 @@ class Training:
         """
         s, history = self.settings, []
         while self.epoch < s.epochs and self.step != max_steps and not self._is_done():
+            before = self.step
             try:
                 history.append(self._epoch(max_steps))
             except MemoryError as error:
@@ -238,7 +239,7 @@ class Training:
                     f"the memory of {self.gpu} is full ({error}): take a smaller --batch-size, or fewer ranks on it"
                 ) from error
             report(history[-1])
-            if self.step % self.steps_per_epoch == 0:
+            if history[-1].step - before == self.steps_per_epoch:
                 checkpoint(self)
         final = self.strategy.consensus()
         distance = self._distance(final)
@@ -394,20 +395,29 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "optimizer_steps": self.optimizer.steps,
-            "best": self.best if self.best_params is not None else None,
+            "best": self.best if self.settings.patience is not None else None,
             "weights": self.weights,
             "ranks": self.comm.size,
+            "meaning": self.strategy.meaning,
             "layout": self._layout,
         }
         writes = (self.comm.rank == 0 or not self.strategy.one_file) and (not self.split or self.split.grid.leads)
         return save(folder, self.world, {**where, **facts}, tensors, self.comm.rank if writes else None)
 
+    def is_own(self, checkpoint: Checkpoint) -> bool:
+        """Is what a rank had still its own?  Not with other ranks, nor if that has another ``meaning`` now."""
+        facts, strategy = checkpoint.facts, self.strategy
+        same = facts.get("meaning") == strategy.meaning
+        if "meaning" not in facts:  # it is older, and what it means may depend on the graph
+            same = facts["environment"].get("graph", strategy.digest) == strategy.digest
+        return checkpoint.ranks == self.comm.size and same
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, a collective call.
 
-        If it was written by as many ranks, each takes what it had; otherwise all take the mean of what the others had.
+        Each rank takes what it had, or, if that ``is_own`` no longer, all take the mean of what there is.
         """
-        facts, same = checkpoint.facts, checkpoint.ranks == self.comm.size or len(checkpoint.files) == 1
+        facts, own = checkpoint.facts, self.is_own(checkpoint)
         vectors = ["params", *(f"optimizer.{name}" for name in self.optimizer.state)]
 
         def read(rank: int) -> dict[str, np.ndarray]:
@@ -429,7 +439,7 @@ class Training:
                     sums[name] += others[name]
             held.append({**tensors, **{name: total / checkpoint.ranks for name, total in sums.items()}})
 
-        if same:
+        if own or len(checkpoint.files) == 1:
             tensors = on_all(self.world, lambda: read(self.comm.rank))
         else:  # rank 0 reads, or every file would be read by every rank
             held: list[dict[str, np.ndarray]] = []
@@ -451,13 +461,19 @@ class Training:
                 tensors[FACTORS] = self.split.own(tensors[FACTORS], begun.size)
         state = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
         self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]
-        self.strategy.restore(state)
+        self.strategy.restore(state, own)
         self.seconds = self.resumed_seconds = facts["seconds"]
         if self.settings.balance == "auto" and len(facts.get("weights") or ()) == self.comm.size:
             self.weights = facts["weights"]
-        self.best = np.inf, self.epoch  # if patience is new, it begins here
-        if facts["best"] is not None:
-            self.best, self.best_params = tuple(facts["best"]), self.arrays.asarray(tensors["best"])
+        self.begin_patience()  # it may be new
+        if facts["best"] is not None and self.settings.patience is not None:
+            loss, epoch = facts["best"]
+            self.best = np.inf if loss is None else loss, epoch
+            self.best_params = self.arrays.asarray(tensors["best"]) if "best" in tensors else None
+
+    def begin_patience(self) -> None:
+        """Know no best model of earlier epochs: those of other data, say."""
+        self.best, self.best_params = (np.inf, self.epoch), None
 
 
 def _by_rows(array: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarray:

@@ -65,8 +65,8 @@ def run(
     _check_same(comm, settings, resume)
     check(settings)
     sizes = sizes_of(settings.grid, comm.size)
-    _check_pipeline(settings, sizes.pipe, resume)
     checkpoint = on_root(comm, lambda: _checkpoint(resume, settings)) if resume else None
+    _check_pipeline(settings, sizes.pipe, checkpoint)
     out = checkpoint.path.parent.parent if checkpoint else on_root(comm, lambda: _output(settings, comm.size))
     grid = Grid(comm, sizes) if sizes.group > 1 else None
     beside = grid.data if grid else comm  # those who are to agree on what this rank has
@@ -109,8 +109,10 @@ def run(
     hosts = comm.gather(socket.gethostname())
     if checkpoint:
         training.restore(checkpoint)
+        if _other_data(checkpoint, crc):
+            training.begin_patience()
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
-        facts["changed"] = _changed(checkpoint, facts, settings, beside.size)
+        facts["changed"] = _changed(checkpoint, facts, settings, beside.size, training.is_own(checkpoint))
     started(facts)
 
     with ExitStack() as held:
@@ -198,10 +200,11 @@ def run(
         return summary
 
 
-def _check_pipeline(settings: Settings, stages: int, resume: Path | None) -> None:
-    """A resumed run may have no stages any more, and then its settings for them mean nothing."""
-    for name in OF_PIPELINES if stages == 1 and resume is None else ():
-        if getattr(settings, name) not in (None, False):
+def _check_pipeline(settings: Settings, stages: int, checkpoint: Checkpoint | None) -> None:
+    """A resumed run may have no stages any more, and then those of its settings for them mean nothing."""
+    before = checkpoint.facts["settings"] if checkpoint else {}
+    for name in OF_PIPELINES if stages == 1 else ():
+        if getattr(settings, name) not in (None, False, before.get(name)):
             raise UserError(f"{flag(name)} is for stages, as --grid pipe=2 makes them: leave it out")
 
 
@@ -250,11 +253,24 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
     done = found.facts["epoch"]
     if done >= settings.epochs and (folder / files.SUMMARY).exists():
         raise UserError(f"{str(folder)!r} has done its {done} epochs; to go on, ask for more with --epochs")
+    best = found.facts["best"]
+    if best and settings.patience and done - best[1] >= settings.patience and (folder / files.SUMMARY).exists():
+        raise UserError(
+            f"{str(folder)!r} stopped early, after epoch {done}: no better validation loss since epoch {best[1]} "
+            f"(--patience {settings.patience}); to go on, ask for more with --patience"
+        )
     return found
 
 
-def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, models: int) -> list[str]:
-    """What bits depend on, and is not as it was; of a run where so many ranks, or groups, have a model each."""
+def _other_data(checkpoint: Checkpoint, crc: str) -> bool:
+    """Are the data others than before?  In as many shards as before, or in none: else nobody knows."""
+    before = str(checkpoint.facts["environment"].get("data_crc32", crc))
+    return before != crc and before.count(".") == crc.count(".")
+
+
+def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, models: int, own: bool) -> list[str]:
+    """What bits depend on, and is not as it was; of a run where so many ranks, or groups, have a model each, and go on
+    with what was their ``own``, or not."""
     before, ranks = checkpoint.facts["environment"], checkpoint.ranks
     names = [name for name in DEPENDS if ranks == models or name not in OF_RANKS]
     changes = [f"{name} {before.get(name)} -> {facts[name]}" for name in names if before.get(name) != facts[name]]
@@ -267,9 +283,9 @@ def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, 
         was, now = checkpoint.facts["settings"].get(name), getattr(settings, name)
         if was != now:
             changes.append(f"{name} {was} -> {now}")
-    if ranks != models and len(checkpoint.files) > 1:
+    if not own and len(checkpoint.files) > 1:
         changes.append(f"the models and momenta of {ranks} ranks are averaged")
-    if ranks != models and settings.compress is not None:
+    if not own and settings.compress is not None:
         changes.append(f"what {ranks} rank(s) had kept back for --compress is dropped")
     return changes
 

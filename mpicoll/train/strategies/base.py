@@ -160,14 +160,18 @@ class Strategy(Sent):
 
     def state(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps of it, beside parameters and the optimizer's state."""
-        return {**self.compressor.state, "ranks": np.array([self.p])} if self.compressor else {}
+        return self.compressor.state if self.compressor else {}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """The opposite; if the number of ranks has changed since, ``state`` is that of rank 0, and no residual is."""
+    def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
+        """Go on from what ``state`` was, when ``params`` are there.
+
+        It is this rank's ``own``; or else rank 0's, and ``params`` are the mean of all ranks' (see ``meaning``): what
+        each rank has for itself, as residuals, then begins anew.
+        """
         if self.compressor:
             for name, array in self.compressor.state.items():
                 array[:] = np.asarray(state[name], like=array)
-            if state["ranks"][0] != self.p:
+            if not own:
                 self.compressor.residual[:] = 0
 
     @contextmanager

@@ -83,7 +83,7 @@ class ADPSGD(Strategy):
         """See ``Strategy``: how many steps this rank has taken, since not all take as many."""
         return {"steps": np.array([self.optimizer.steps])}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
+    def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
         """See ``Strategy``.  Checkpoints of before have rank 0's steps only."""
         self._point[:] = self.params
         if "steps" in state:
