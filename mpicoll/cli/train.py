@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -262,8 +263,8 @@ def train(resume: Path | None, as_json: bool, timeout: float, report: Path | Non
     progress = _Progress(settings)
     if launched_ranks() == 0:
         _say("one rank: use more with mpirun -n N mpicoll train")
-    with ends_job(comm, timeout, report):
-        summary = run(Comm(comm), settings, resume, progress.start, progress.epoch)
+    with ends_job(comm, timeout, report, progress.advice):
+        summary = run(Comm(comm), settings, resume, progress.start, progress.open, progress.epoch)
     progress.finish(summary)
     if as_json:
         _say(to_json(summary))
@@ -284,6 +285,7 @@ class _Progress:
         self._bar_fits = sys.stdout.isatty() and launched_ranks() == 0
         self._bar: Any = None
         self._kept: Epoch | None = None  # the latest, if it was not shown
+        self._folder: Path | None = None
         self._first = 0
         self._columns: dict[str, tuple[str, str]] = {
             "epoch": ("epoch", "7d"),
@@ -331,8 +333,24 @@ class _Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(total=s.epochs, initial=self._first, unit="epoch", leave=False)
+
+    def open(self, folder: Path) -> None:
+        """There is a folder: say where, and what it is good for, since a job that is killed has no last words."""
+        self._folder = folder
+        resume = f"; if it is killed: mpicoll train --resume {quote(str(folder))}" if self._settings.checkpoint else ""
+        told = f"writes to {folder}{resume}"
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.write(told)
         else:
+            _say(told)
             _say(" ".join(f"{head:>{self._width(spec)}}" for head, spec in self._columns.values()))
+
+    def advice(self) -> str:
+        """How to go on if the job ends now, for the end of a line."""
+        from ..train.checkpoint import going_on
+
+        return going_on(self._folder) if self._folder else ""
 
     @staticmethod
     def _width(spec: str) -> str:
@@ -361,7 +379,10 @@ class _Progress:
         elif self._kept is not None:  # patience has ended the run
             self._line(self._kept)
         accuracy, best = summary["test_accuracy"], summary["best_epoch"]
-        rows = {
+        rows = {}
+        if summary["epochs_done"] < summary["epochs"]:
+            rows["stopped early"] = f"no better validation loss in {summary['patience']} epoch(s)"
+        rows |= {
             "test accuracy": "no test samples" if accuracy is None else f"{accuracy:.2%} of {summary['test_samples']}",
             "training loss": f"{summary['train_loss']:.4f}, accuracy {summary['train_accuracy']:.2%} (last epoch)",
             "steps": f"{summary['steps']} in {summary['seconds']:.2f} s, {summary['steps_per_s']:.0f} a second"

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import UserError
 from ..files import to_json
 from ..mpi.gpu import in_host_memory
-from .checkpoint import Checkpoint, drop_after, umask
+from .checkpoint import Checkpoint, drop_after, going_on, umask
 from .data import Dataset, Scaling
 from .models import MODELS, Layered
 from .settings import Settings, written
@@ -203,6 +203,5 @@ def _writable(folder: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:  # among them a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"output folder {str(folder)!r} cannot be written ({reason}); name another one with --out"
-        ) from error
+        advice = going_on(folder) or "; name another one with --out"
+        raise UserError(f"output folder {str(folder)!r} cannot be written ({reason}){advice}") from error

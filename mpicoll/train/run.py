@@ -54,13 +54,14 @@ def run(
     settings: Settings,
     resume: Path | None = None,
     started: Callable[[dict[str, Any]], None] = lambda facts: None,
+    opened: Callable[[Path], None] = lambda folder: None,
     report: Callable[[Epoch], None] = lambda epoch: None,
 ) -> dict[str, Any]:
     """Train as ``settings`` say and write the output folder; a collective call.  Returns the summary.
 
     ``resume`` is the folder of a run to go on with, from its latest checkpoint, or that of a checkpoint.  ``started``
-    gets what is known once the data are there, ``report`` each epoch.  Bad input raises ``UserError`` on all ranks, and
-    leaves nothing written.
+    gets what is known once the data are there, ``opened`` the folder once it is, ``report`` each epoch.  Bad input
+    raises ``UserError`` on all ranks, and leaves nothing written.
     """
     _check_same(comm, settings, resume)
     check(settings)
@@ -138,10 +139,15 @@ def run(
             return out
 
         folder = on_root(comm, go_on) if checkpoint else None
+        if folder:
+            opened(folder)
 
         def epoch_done(epoch: Epoch) -> None:
             nonlocal folder
-            folder = where = folder or on_root(comm, begin)
+            if folder is None:
+                folder = on_root(comm, begin)
+                opened(folder)
+            where = folder
             known = {name: value for name, value in epoch._asdict().items() if value is not None}
             on_root(comm, lambda: files.add_metrics(where, known))
             report(epoch)
