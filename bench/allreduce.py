@@ -34,6 +34,7 @@ import numpy as np
 from cluster import SKIPPED
 
 from mpicoll.cli.bench import pretty
+from mpicoll.files import to_json
 
 SIZES = [4**n for n in range(1, 14)]  # bytes of float32: 4 B to 64 MiB
 COMPARED = ("native", "auto", "shared_arrays", "shared_result", "recursive_doubling", "circulant")
@@ -389,10 +390,10 @@ def save(record: dict, name: str) -> None:
     """Write it to ``RESULTS``, a line for each row of its table."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    text = json.dumps(record, indent=1)
+    text = to_json(record, indent=1)
     if isinstance(record.get("table"), list):
-        rows = ",\n".join("  " + json.dumps(row) for row in record["table"])
-        text = json.dumps({**record, "table": None}, indent=1)
+        rows = ",\n".join("  " + to_json(row) for row in record["table"])
+        text = to_json({**record, "table": None}, indent=1)
         text = text.replace('"table": null', f'"table": [\n{rows}\n ]')
     path.write_text(text + "\n")
     print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
@@ -427,7 +428,7 @@ def command(
     if args.worker:
         result = measure()
         if result.pop("rank") == 0:
-            args.worker.write_text(json.dumps(result))
+            args.worker.write_text(to_json(result))
     elif args.show:
         show(json.loads(args.show.read_text()))
     elif draw and args.plot:

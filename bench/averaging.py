@@ -89,7 +89,7 @@ def often(comm: Any, data: Any, model: Any, seed: int, order: random.Random) -> 
         try:
             result = Training(comm, data, model, Settings(**COMMON, **run, strategy=strategy, seed=seed)).run()
         except UserError:  # numbers are not finite any more
-            run |= {"loss": np.inf, "accuracy": 0.0}
+            run |= {"loss": None, "accuracy": 0.0}
             continue
         loss, _ = evaluate(comm, model, result.params, data.train, False)
         _, accuracy = evaluate(comm, model, result.params, data.test, False)
@@ -138,7 +138,7 @@ def summarize(launches: dict[str, list[dict]]) -> list[dict]:
     table: list[dict] = []
     for runs in zip(*(launch["runs"] for launch in launches["often"]), strict=True):
         row = {"part": "often", **{name: runs[0][name] for name in ("lr", "outer", "every")}}
-        finite = [run for run in runs if np.isfinite(run["loss"])]
+        finite = [run for run in runs if run["loss"] is not None]
         for what in ("loss", "accuracy") if finite else ():
             row[what] = spread([run[what] for run in finite])
         table.append({**row, "diverged": len(runs) - len(finite)})

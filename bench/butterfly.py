@@ -41,6 +41,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from allreduce import RESULTS, command, finish, library, look_first, machine, measuring, spread, written
 
+from mpicoll.files import to_json
+
 CLUSTER = Path(__file__).with_name("cluster.py")
 PICTURE = Path(__file__).parents[1] / "docs" / "butterfly-mixing.png"
 MODULES = ("matplotlib", "scipy", "threadpoolctl")
@@ -280,7 +282,7 @@ def launch(name: str, chosen: dict, seed: int) -> dict:
     cluster += ["--delay", str(at.delay), *(["--rate", f"{at.rate}mbit"] if at.rate else []), "--"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "chosen.json")
-        file.write_text(json.dumps(chosen))
+        file.write_text(to_json(chosen))
         options = ["--experiment", name, "--chosen", str(file), "--seed", str(seed)]
         return written(__file__, cluster, *options, MPICOLL_PROFILE="none", MPICOLL_CHECK="off")
 

@@ -183,7 +183,7 @@ def inside(args: argparse.Namespace) -> int:
     if args.counters:
         pairs = zip(before, after, strict=True)
         found = [Traffic(new.sent - old.sent, new.received - old.received)._asdict() for old, new in pairs]
-        args.counters.write_text(json.dumps(dict(zip(names, found, strict=True)), indent=1) + "\n")
+        args.counters.write_text(json.dumps(dict(zip(names, found, strict=True)), indent=1, allow_nan=False) + "\n")
     return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
 

@@ -41,7 +41,7 @@ print(json.dumps({
     "import mpicoll (ms)": (imported - start) * 1e3,
     "import mpicoll and its engine (ms)": (engine - start) * 1e3,
     **compiled,
-}))
+}, allow_nan=False))
 """
 
 

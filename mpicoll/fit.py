@@ -3,7 +3,6 @@
 Compared are always repetitions in which both took their turn: the median of the ratio, and its 95 % interval.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .algorithms import ALGORITHMS
+from .files import to_json
 from .tuning import (
     NATIVE,
     SHARED,
@@ -116,7 +116,7 @@ def write(measured: Measurements, path: str | os.PathLike[str]) -> None:
 
 def _line(row: Row) -> str:
     us = {name: times.tolist() for name, times in row.us.items()}
-    return json.dumps({"bytes": row.nbytes, "fitted": row.fitted, "default": row.default, "us": us})
+    return to_json({"bytes": row.nbytes, "fitted": row.fitted, "default": row.default, "us": us})
 
 
 def _measurements(value: Any) -> Measurements:

@@ -203,7 +203,8 @@ class Replica:
             self.strategy.step(now, own, 1)
         finally:
             self._sums[:] = 0
-            self.strategy.seconds.clear()  # nobody asks for them
+            for times in (self.strategy.seconds, self.strategy.waits or []):
+                times.clear()  # nobody asks for them
         self.steps += 1
         self._taken = 0
         self._go_to_point()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from .algorithms import ALGORITHMS
 from .errors import UserError
+from .files import to_json
 
 T = TypeVar("T")
 
@@ -120,7 +121,7 @@ def write(profile: Profile, path: str | os.PathLike[str]) -> None:
 
 
 def _line(rule: Rule) -> str:
-    return json.dumps(rule._asdict())
+    return to_json(rule._asdict())
 
 
 def replace(
@@ -133,9 +134,9 @@ def replace(
 ) -> None:
     """Write JSON that people can read, with lists under ``key`` that have a line for each item; whole or not at all."""
     head = {"version": VERSION, **fingerprint._asdict(), "made": made}
-    members = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
-    lists = [f"  {json.dumps(name)}: [\n   " + ",\n   ".join(items) + "\n  ]" for name, items in lines.items()]
-    members.append(f" {json.dumps(key)}: {{\n" + ",\n".join(lists) + "\n }")
+    members = [f" {to_json(name)}: {to_json(value)}" for name, value in head.items()]
+    lists = [f"  {to_json(name)}: [\n   " + ",\n   ".join(items) + "\n  ]" for name, items in lines.items()]
+    members.append(f" {to_json(key)}: {{\n" + ",\n".join(lists) + "\n }")
     text = "{\n" + ",\n".join(members) + "\n}\n"
     real = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
     partial = real.with_name(f".{real.name}.{os.getpid()}.partial")
@@ -198,8 +199,8 @@ def _json(data: bytes) -> Any:
 
 
 def shown(value: Any) -> str:
-    """In an error: as JSON, but not for lines."""
-    text = json.dumps(value)
+    """In an error: as JSON, but not for lines, and with what is no number."""
+    text = json.dumps(value, allow_nan=True)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

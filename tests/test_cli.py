@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_files import strict
 
 import mpicoll
 from launch import BIN, CROWDED, IS_OPEN_MPI, REPOSITORY, mpirun, run
@@ -682,18 +683,23 @@ def test_a_launcher_of_another_mpi_is_found_out(tmp_path):
     assert failed.err.count("\n") == 1
 
 
-def test_ctrl_c_leaves_what_can_be_resumed(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_kill_leave_what_can_be_resumed_and_say_how(tmp_path, number):
     def interrupt(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("  epoch"):
                 break
+            told.append(line)
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
 
+    told: list[str] = []
     done = mpirun(3, ["mpicoll", "train", "--epochs", "1000000", "--out", "run"], tmp_path, meanwhile=interrupt)
     assert done.status != 0
-    assert IS_OPEN_MPI or "mpicoll: interrupted" in done.err
+    assert told[-1] == "writes to run; if it is killed: mpicoll train --resume run\n"
+    last = "mpicoll: interrupted; go on with mpicoll train --resume run\n"
+    assert IS_OPEN_MPI or done.err.endswith(last)
     assert "Traceback" not in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     reached = int(max(path.name for path in (tmp_path / "run/checkpoints").glob("epoch-*"))[len("epoch-") :])
@@ -701,6 +707,95 @@ def test_ctrl_c_leaves_what_can_be_resumed(tmp_path):
     resumed = mpirun(3, more, tmp_path)
     assert (resumed.status, resumed.err) == (0, "")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+
+
+FULL = """
+import json, sys
+from pathlib import Path
+from mpicoll import cli
+from mpicoll.mpi.launch import world
+comm = world()
+from mpicoll.train import checkpoint, files
+cli.time.sleep = lambda seconds: None
+
+def full(where, when):
+    def writing(value, *rest, **named):
+        if when(value):
+            raise OSError(28, "No space left on device")
+        return usual(value, *rest, **named)
+    module, name = where
+    usual = getattr(module, name)
+    setattr(module, name, writing)
+    return lambda: setattr(module, name, usual)
+
+for place, epoch, name in json.loads(Path("places").read_text()):
+    after = {
+        "metrics": ((files, "to_json"), lambda value: value.get("epoch") == epoch),
+        "rank": ((checkpoint, "_synchronize"), lambda path: f"{epoch}.partial/rank-1" in str(path) and comm.rank == 1),
+        "manifest": ((checkpoint, "to_json"), lambda value: value["epoch"] == epoch),
+        "summary": ((files, "to_json"), lambda value: "epochs_done" in value),
+    }[place]
+    mend = full(*after)
+    print(name, file=sys.stderr, flush=True)
+    options = ["--strategy", "gossip", "--model", "softmax", "--epochs", "3", "--out", name]
+    assert cli.main(["train", *options]) == 1
+    mend()
+    comm.Barrier()
+    if epoch > 1:
+        assert cli.main(["train", "--resume", name]) == 0
+    comm.Barrier()
+"""
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path):
+    """Where there is a checkpoint, and it can be done then: rank 0's line is the last."""
+    on, full = "; go on with mpicoll train --resume ", "cannot be written .No space left on device."
+    metrics, stops = f"output folder '.*' {full}", f"checkpoint '.*' {full}: training stops"
+    places = {
+        ("metrics", 1, "a"): f"{metrics}; name another one with --out",
+        ("metrics", 3, "b"): f"{metrics}{on}b",
+        ("rank", 1, "c"): f"{stops} .on rank 1.",
+        ("rank", 2, "d e"): f"{stops} .on rank 1.{on}'d e'",
+        ("manifest", 3, "$g"): f"{stops}{on}'.g'",
+        ("summary", 9, "h"): f"{metrics}{on}h",
+    }
+    (tmp_path / "places").write_text(json.dumps([*places]))
+    done = mpirun(3, [sys.executable, "-c", FULL], tmp_path)
+    assert done.status == 0, done.err
+    lines = done.err.splitlines()
+    for (_, _, name), message in places.items():
+        while lines.pop(0) != name:
+            pass
+        told = [line for line in lines[:5] if line.startswith("mpicoll: ") and CROWDED not in line]
+        assert re.fullmatch(f"mpicoll: {message}", told[0])
+
+
+def test_a_run_that_stopped_early_says_why_it_stops_at_once(tmp_path):
+    early = ["--model", "softmax", "--lr", "3", "--validation", "0.2", "--patience", "1", "--epochs", "99"]
+    done = run(["mpicoll", "train", *early, "--out", "run"], tmp_path)
+    assert re.search(r"^ stopped early  no better validation loss in 1 epoch.s.$", done.out, re.MULTILINE)
+    again = run(["mpicoll", "train", "--resume", "run"], tmp_path)
+    assert again.status == 1
+    assert re.fullmatch(
+        r"mpicoll: 'run' stopped early, after epoch \d+: no better validation loss since epoch \d+ \(--patience 1\); "
+        "to go on, ask for more with --patience\n",
+        again.err,
+    )
+    (tmp_path / "run/summary.json").unlink()
+    again = run(["mpicoll", "train", "--resume", "run"], tmp_path)
+    assert (again.status, " stopped early  no better" in again.out) == (0, True)
+
+
+def test_numbers_that_are_not_finite_are_told(tmp_path):
+    given = blobs()
+    far = {"X_test": np.full((2, 4), 1e38), "y_test": [0, 1]}
+    data = npz(tmp_path / "d.npz", **given, **far)
+    done = run(["mpicoll", "train", "--data", data, "--lr", "1", "--epochs", "2", "--json", "--out", "run"], tmp_path)
+    assert (done.status, done.err) == (0, "")
+    assert "    not finite  test_loss: infinite or nan, and null in summary.json\n" in done.out
+    summary = strict(done.out.splitlines()[-1])
+    assert strict((tmp_path / "run/summary.json").read_text()) == summary
+    assert (summary["test_loss"], summary["not_finite"]) == (None, ["test_loss"])
 
 
 @pytest.mark.parametrize("delay", [0.2, 0.4, 0.5, 0.6])

@@ -111,9 +111,9 @@ def test_what_is_not_as_before_is_said_of_models_not_of_ranks():
     facts: dict[str, Any] = {"ranks": 2, "environment": before, "settings": {"micro": 2}}
     found = Checkpoint(Path("run/checkpoints/epoch-00000001"), facts, {"rank-0": "", "rank-1": ""})
     now = {**dict.fromkeys(DEPENDS), "data_crc32": "b", "ranks": 4, "grid": "data=2,pipe=2"}
-    same = changed(found, now, Settings(), 2)
+    same = changed(found, now, Settings(), 2, True)
     assert same == ["ranks 2 -> 4", "grid None -> data=2,pipe=2", "data_crc32 a -> b", "micro 2 -> None"]
-    assert changed(found, now, Settings(), 4)[2:] == [
+    assert changed(found, now, Settings(), 4, False)[2:] == [
         "micro 2 -> None",
         "the models and momenta of 2 ranks are averaged",
     ]

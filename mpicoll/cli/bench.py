@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import signal
 import time
@@ -18,6 +17,7 @@ from click.core import ParameterSource
 
 from ..algorithms import ALGORITHMS
 from ..errors import UserError
+from ..files import to_json
 from ..mpi.launch import world
 from ..pipeline import PIPELINES
 from ..tuning import COLLECTIVES, NATIVE, WAYS
@@ -554,7 +554,7 @@ def _cells(one: Record) -> dict[str, str]:
 def pipeline_document(facts: Record, records: list[Record]) -> str:
     """JSON: the records of each schedule; beside them what all have in common."""
     made = [{"name": name, "results": own} for (name,), own in _grouped(records, "implementation").items()]
-    return json.dumps({"version": 1, **facts, "implementations": made}, indent=1) + "\n"
+    return to_json({"version": 1, **facts, "implementations": made}, indent=1) + "\n"
 
 
 def table(facts: Record, records: list[Record], raw: bool = False) -> str:
@@ -588,7 +588,7 @@ def document(facts: Record, records: list[Record]) -> str:
         ends = {"out_of_bounds": {"count": wrong, "okay": not wrong}}
         ends |= {"average_bus_bandwidth": {"bandwidth": float(np.mean(busbw))}} if busbw else {}
         made.append({"name": name, "results": results, **ends})
-    return json.dumps({"version": 1, **facts, "implementations": made}, indent=1) + "\n"
+    return to_json({"version": 1, **facts, "implementations": made}, indent=1) + "\n"
 
 
 def _nccl(one: Record) -> list[tuple[str, Record]]:

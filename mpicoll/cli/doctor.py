@@ -1,6 +1,5 @@
 """``mpicoll doctor``: what an expert would ask first."""
 
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +7,7 @@ from uuid import UUID
 
 import click
 
+from ..files import to_json
 from ..mpi.doctor import Facts, Findings, alone, grouped, together
 from ..mpi.launch import launched_rank
 from ..mpi.record import named
@@ -37,7 +37,7 @@ def doctor(context: click.Context, as_json: bool, timeout: float) -> int:
         click.echo("\n".join(before(found)))
     speaks = together(found, timeout)
     if speaks and as_json:
-        click.echo(json.dumps({"version": 1, **found.facts, "wrong": found.wrong, "doubtful": found.doubtful}))
+        click.echo(to_json({"version": 1, **found.facts, "wrong": found.wrong, "doubtful": found.doubtful}))
     elif speaks:
         click.echo("\n".join([*after(found), *end(found)]))
     if found.wrong and launched_rank():

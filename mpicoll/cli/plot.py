@@ -1,5 +1,6 @@
 """``mpicoll plot``: runs side by side."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,12 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row", sharex="col")
     for row, (key, name) in zip(axes, VALIDATED if validated else PANELS, strict=True):
-        shown = [line[key] for lines in curves for line in lines]
+        shown = [line[key] for lines in curves for line in lines if line[key] is not None] or [0]
         for axis, x in zip(row, ("step", "seconds"), strict=True):
             for lines, label in zip(curves, names(settings, runs), strict=True):
                 marker = "." if len(lines) < 50 else None
-                axis.plot([line[x] for line in lines], [line[key] for line in lines], marker=marker, label=label)
+                y = [math.nan if line[key] is None else line[key] for line in lines]
+                axis.plot([line[x] for line in lines], y, marker=marker, label=label)
             axis.grid(alpha=0.3)
         if key.endswith("loss") and max(shown) > 10 * min(shown) > 0:
             row[0].set_yscale("log")

@@ -1,6 +1,5 @@
 """``mpicoll train``: the main job."""
 
-import json
 import math
 import re
 import signal
@@ -8,18 +7,20 @@ import sys
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..algorithms import ALGORITHMS
 from ..errors import UserError
+from ..files import to_json
 from ..mpi.launch import launched_rank, launched_ranks, world
 from ..mpi.record import named
 from ..pipeline import PIPELINES
 from ..train.models import MODELS
 from ..train.optimizers import OPTIMIZERS, SCHEDULES
-from ..train.settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag, read_settings
+from ..train.settings import DEVICES, DTYPES, LARGE, LEAST, MOMENTA, Settings, flag, read_settings
 from ..train.strategies import STRATEGIES
 from ..train.strategies.average import OUTER
 from ..tuning import NATIVE, WAYS
@@ -59,6 +60,10 @@ class _Layers(click.ParamType):
         return text
 
 
+def _whole(name: str) -> click.IntRange:
+    return click.IntRange(LEAST[name], LARGE - 1)
+
+
 _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "What is learned": {
         "data": (
@@ -84,7 +89,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         ),
         "cut": (_Layers(), "pipe: the first layer of each stage but the first, as 1,3 [default: as even as can be]."),
         "micro": (
-            click.IntRange(min=LEAST["micro"]),
+            _whole("micro"),
             "pipe: into how many parts a group's share of a batch is cut [default: as there are stages].",
         ),
         "pipeline": (click.Choice(list(PIPELINES)), "pipe: the order of their tasks [default: 1f1b]."),
@@ -105,9 +110,9 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             str,
             "Shares of each batch: auto, by measured speed, or a weight for each rank, as 2,1,1 [default: even].",
         ),
-        "every": (click.IntRange(min=LEAST["every"]), "average: steps from one mean to the next [default: 8]."),
+        "every": (_whole("every"), "average: steps from one mean to the next [default: 8]."),
         "sync_epochs": (
-            click.IntRange(min=LEAST["sync_epochs"]),
+            _whole("sync_epochs"),
             "average: epochs to be synchronous first [default: 0].",
         ),
         "outer": (click.Choice(list(OUTER)), "average: what becomes of the mean [default: mean]."),
@@ -134,16 +139,16 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "How far ranks may run apart": {
         "staleness": (str, "async: steps, at most, of one rank before another; inf for any number [default: 4]."),
         "backups": (
-            click.IntRange(min=LEAST["backups"]),
+            _whole("backups"),
             "async, --staleness 0: gradients of a step that need not be waited for [default: 0].",
         ),
         "compensate": (_Number(min=0), "async: correct stale gradients by so much, as DC-ASGD does [default: 0]."),
         "slow_down": (bool, "async: the staler a gradient, the smaller its learning rate."),
         "delays": (
-            click.IntRange(min=LEAST["delays"]),
+            _whole("delays"),
             "async, ad-psgd: simulate, with delays drawn from this seed, to have the same run again.",
         ),
-        "workers": (click.IntRange(min=LEAST["workers"]), "async, --delays: so many [default: as there are ranks]."),
+        "workers": (_whole("workers"), "async, --delays: so many [default: as there are ranks]."),
     },
     "How a rank steps": {
         "optimizer": (click.Choice(list(OPTIMIZERS)), "The rule."),
@@ -153,20 +158,17 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "weight_decay": (_Number(min=0), "Shrinks parameters by this times the learning rate in every step."),
         "clip": (_Number(min=0, min_open=True), "Longest gradient, by its Euclidean norm [default: any]."),
         "schedule": (click.Choice(list(SCHEDULES)), "Of the learning rate, over the whole run."),
-        "warmup": (click.IntRange(min=LEAST["warmup"]), "Steps in which the learning rate grows to its full value."),
+        "warmup": (_whole("warmup"), "Steps in which the learning rate grows to its full value."),
     },
     "For how long, and what else": {
-        "epochs": (click.IntRange(min=LEAST["epochs"]), "Passes over the training set."),
-        "batch_size": (click.IntRange(min=LEAST["batch_size"]), "Samples a step, of all ranks together."),
+        "epochs": (_whole("epochs"), "Passes over the training set."),
+        "batch_size": (_whole("batch_size"), "Samples a step, of all ranks together."),
         "patience": (
-            click.IntRange(min=LEAST["patience"]),
+            _whole("patience"),
             "Stop after so many epochs without a better validation loss, and take the best model.",
         ),
-        "checkpoint": (click.IntRange(min=LEAST["checkpoint"]), "Epochs from one checkpoint to the next; 0 for none."),
-        "seed": (
-            click.IntRange(min=LEAST["seed"]),
-            "Of the initial parameters, the order of samples, and which are held out.",
-        ),
+        "checkpoint": (_whole("checkpoint"), "Epochs from one checkpoint to the next; 0 for none."),
+        "seed": (_whole("seed"), "Of the initial parameters, the order of samples, and which are held out."),
         "dtype": (click.Choice(DTYPES), "Of parameters and data."),
         "device": (
             click.Choice(DEVICES),
@@ -265,11 +267,11 @@ def train(resume: Path | None, as_json: bool, timeout: float, report: Path | Non
     progress = _Progress(settings)
     if launched_ranks() == 0:
         _say("one rank: use more with mpirun -n N mpicoll train")
-    with ends_job(comm, timeout, report):
-        summary = run(Comm(comm), settings, resume, progress.start, progress.epoch)
+    with ends_job(comm, timeout, report, progress.advice):
+        summary = run(Comm(comm), settings, resume, progress.start, progress.open, progress.epoch)
     progress.finish(summary)
     if as_json:
-        _say(json.dumps(summary))
+        _say(to_json(summary))
 
 
 def _say(line: str, nl: bool = True) -> None:
@@ -287,6 +289,7 @@ class _Progress:
         self._bar_fits = sys.stdout.isatty() and launched_ranks() == 0
         self._bar: Any = None
         self._kept: Epoch | None = None  # the latest, if it was not shown
+        self._folder: Path | None = None
         self._first = 0
         self._columns: dict[str, tuple[str, str]] = {
             "epoch": ("epoch", "7d"),
@@ -338,8 +341,24 @@ class _Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(total=s.epochs, initial=self._first, unit="epoch", leave=False)
+
+    def open(self, folder: Path) -> None:
+        """There is a folder: say where, and what it is good for, since a job that is killed has no last words."""
+        self._folder = folder
+        resume = f"; if it is killed: mpicoll train --resume {quote(str(folder))}" if self._settings.checkpoint else ""
+        told = f"writes to {folder}{resume}"
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.write(told)
         else:
+            _say(told)
             _say(" ".join(f"{head:>{self._width(spec)}}" for head, spec in self._columns.values()))
+
+    def advice(self) -> str:
+        """How to go on if the job ends now, for the end of a line."""
+        from ..train.checkpoint import going_on
+
+        return going_on(self._folder) if self._folder else ""
 
     @staticmethod
     def _width(spec: str) -> str:
@@ -368,7 +387,10 @@ class _Progress:
         elif self._kept is not None:  # patience has ended the run
             self._line(self._kept)
         accuracy, best = summary["test_accuracy"], summary["best_epoch"]
-        rows = {
+        rows = {}
+        if summary["epochs_done"] < summary["epochs"]:
+            rows["stopped early"] = f"no better validation loss in {summary['patience']} epoch(s)"
+        rows |= {
             "test accuracy": "no test samples" if accuracy is None else f"{accuracy:.2%} of {summary['test_samples']}",
             "training loss": f"{summary['train_loss']:.4f}, accuracy {summary['train_accuracy']:.2%} (last epoch)",
             "steps": f"{summary['steps']} in {summary['seconds']:.2f} s, {summary['steps_per_s']:.0f} a second"
@@ -376,6 +398,8 @@ class _Progress:
             "agreement": f"{summary['algorithm']}, {summary['comm_fraction']:.0%} of the time"
             + (f"; ranks were {summary['consensus']:.2g} apart" if summary["consensus"] is not None else ""),
         }
+        if summary["not_finite"]:
+            rows["not finite"] = f"{', '.join(summary['not_finite'])}: infinite or nan, and null in summary.json"
         _say("".join(f"{name:>14}  {value}\n" for name, value in rows.items()), nl=False)
         _say("\n".join(_table(summary["per_rank"])))
         _say(f"{'written to':>14}  {summary['out']}")

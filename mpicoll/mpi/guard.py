@@ -67,7 +67,14 @@ def on_all(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
 class Guard:
     """What ``mpicoll.guard`` returns: in force at once, until the end of the program, or of a ``with`` block."""
 
-    def __init__(self, comm: MPI.Intracomm, watch: Watch | None, handled: bool = True) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        watch: Watch | None,
+        handled: bool = True,
+        advice: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.advice = advice  # for the end of the last line
         self.comm, self.rank, self.watch = comm, comm.rank, watch  # the rank is told after MPI is finalized, too
         self.handled = handled  # Ctrl-C: it is enough that the program handles it
         _in_force.append(self)
@@ -98,7 +105,7 @@ class Guard:
             if not isinstance(error, SystemExit):
                 print(f"mpicoll: rank {self.rank} failed after MPI was finalized", file=sys.stderr, flush=True)
         elif isinstance(error, KeyboardInterrupt):
-            _exit_interrupted(self.rank)
+            _exit_interrupted(self)
         elif not isinstance(error, SystemExit):
             _abort(self.comm, 1, error, thread, self.watch)
         elif _status_of(error.code):
@@ -211,7 +218,7 @@ class _Hooks:
             while time.monotonic() < deadline and self._is_open(wake, handled):
                 time.sleep(LEAVE / 50)
             if self._is_open(wake, handled):
-                _exit_interrupted(_in_force[-1].rank)
+                _exit_interrupted(_in_force[-1])
         woken.close()
 
     def _is_open(self, wake: socket.socket, handled: int) -> bool:
@@ -298,18 +305,20 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
 
 
 @contextmanager
-def ends_job(comm: MPI.Intracomm, limit: float = 0, folder: Path | None = None) -> Iterator[None]:
+def ends_job(
+    comm: MPI.Intracomm, limit: float = 0, folder: Path | None = None, advice: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
     """Within it, an exception on one rank ends the whole job instead of leaving the others waiting.
 
     A ``UserError`` is expected to be raised by all ranks, and passes on once they all did; if they do not within
     ``ARRIVE`` seconds, or for any other exception, the rank's traceback goes to standard error and the job is aborted
     with status 1 (that of ``sys.exit`` if this is what was raised).  After Ctrl-C or SIGTERM the job ends with
     status 130, even if this rank is inside MPI for ever.  Calls longer than ``limit`` seconds end it as ``guard`` does.
-    Entering and leaving are collective calls.
+    ``advice`` gives the end of the last line then.  Entering and leaving are collective calls.
     """
     own = comm.Dup()  # so that no barrier of ours can meet one of the program's
     watch = Watch(own, limit or math.inf, folder) if limit or folder else None
-    guard = Guard(own, watch, handled=False)
+    guard = Guard(own, watch, handled=False, advice=advice)
     try:
         yield
     except UserError:
@@ -317,7 +326,7 @@ def ends_job(comm: MPI.Intracomm, limit: float = 0, folder: Path | None = None) 
             _abort(comm, 1)
         raise
     except KeyboardInterrupt:
-        _exit_interrupted(comm.rank)
+        _exit_interrupted(guard)
     except SystemExit as leaving:
         _abort(comm, _status_of(leaving.code) or 1)
     except BaseException as error:
@@ -362,10 +371,10 @@ def _abort(
     os._exit(status)  # some MPIs return while the launcher is still ending the job
 
 
-def _exit_interrupted(rank: int) -> NoReturn:
+def _exit_interrupted(guard: Guard) -> NoReturn:
     flush()
-    if rank == 0:
-        print("mpicoll: interrupted", file=sys.stderr, flush=True)
+    if (rank := guard.rank) == 0:
+        print(f"mpicoll: interrupted{guard.advice()}", file=sys.stderr, flush=True)
     else:
         time.sleep(1.5 * LEAVE)  # the first process to exit takes the others along: rank 0 must have spoken
         print(f"mpicoll: rank {rank} interrupted", file=sys.stderr, flush=True)  # alone, then

@@ -12,6 +12,8 @@ from threading import get_ident
 from time import monotonic
 from typing import Any
 
+from ..files import to_json
+
 KEPT = 256
 """Calls; older ones are forgotten."""
 
@@ -134,7 +136,7 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
     with (folder / f"{name}.txt").open("w") as file:
         faulthandler.dump_traceback(file)
     partial = folder / f"{name}.partial"
-    partial.write_text(json.dumps({**facts, "calls": known}))
+    partial.write_text(to_json({**facts, "calls": known}))
     partial.replace(folder / f"{name}.json")
 
 

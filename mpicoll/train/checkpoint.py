@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
+from ..files import to_json
 from ..mpi.gpu import in_host_memory
 from ..mpi.guard import on_all, on_root
 from .formats import Schema
@@ -106,7 +108,7 @@ def save(
     def finish(written: list[tuple[str, str] | None]) -> None:
         manifest = partial / MANIFEST
         files = dict(file for file in written if file)
-        manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1))
+        manifest.write_text(to_json({"format": FORMAT, **facts, "files": files}, indent=1))
         _synchronize(manifest)
         _synchronize(partial)
         partial.chmod(0o777 & ~umask())
@@ -119,10 +121,11 @@ def save(
         on_root(comm, lambda: _writing(final, prepare))
         written = comm.allgather(on_all(comm, lambda: _writing(final, write)))
         on_root(comm, lambda: _writing(final, lambda: finish(written)))
-    except UserError:
+    except UserError as error:
         if comm.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
+        advice = comm.bcast(going_on(folder.parent) if comm.rank == 0 else None)
+        raise UserError(f"{error}{advice}") from error
     return final
 
 
@@ -139,12 +142,17 @@ def latest(run: Path) -> Checkpoint:
     return _open(found[-1])
 
 
+def going_on(run: Path) -> str:
+    """How to go on with the run in a folder, for the end of a line; nothing if it has no checkpoint."""
+    return f"; go on with mpicoll train --resume {quote(str(run))}" if _listed(run / "checkpoints") else ""
+
+
 def drop_after(checkpoint: Checkpoint) -> None:
     """Remove those that came later: a run that goes on from this one is another one from here on."""
     folder = checkpoint.path.parent
     for left in folder.glob(".epoch-*"):  # by jobs that were killed
         shutil.rmtree(left, ignore_errors=True)
-    with _writable(folder):
+    with _writable(checkpoint.path):
         _set_aside([other for other in _listed(folder) if other.name > checkpoint.path.name])
 
 

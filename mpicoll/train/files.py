@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import to_json
 from ..mpi.gpu import in_host_memory
-from .checkpoint import Checkpoint, drop_after, umask
+from .checkpoint import Checkpoint, drop_after, going_on, umask
 from .data import Dataset, Scaling
 from .formats import Schema
 from .models import MODELS, Layered
@@ -49,7 +50,7 @@ def begin(folder: Path, settings: Settings, environment: dict[str, Any]) -> None
 
     ``FileExistsError`` if somebody else has written there since it was checked.
     """
-    texts = {CONFIG: written(settings), ENVIRONMENT: json.dumps(environment, indent=1) + "\n", METRICS: ""}
+    texts = {CONFIG: written(settings), ENVIRONMENT: to_json(environment, indent=1) + "\n", METRICS: ""}
     with _writable(folder):
         real = Path(os.path.realpath(folder))
         exists = real.is_dir()
@@ -76,7 +77,7 @@ def begin(folder: Path, settings: Settings, environment: dict[str, Any]) -> None
 def add_metrics(folder: Path, epoch: dict[str, Any]) -> None:
     """One more line."""
     with _writable(folder), (folder / METRICS).open("a") as file:
-        file.write(json.dumps(epoch) + "\n")
+        file.write(to_json(epoch) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -101,7 +102,7 @@ def resume(folder: Path, settings: Settings, checkpoint: Checkpoint) -> None:
     with _writable(folder):
         for name in (SUMMARY, MODEL):
             (folder / name).unlink(missing_ok=True)
-        _replace(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        _replace(folder / METRICS, "".join(to_json(line) + "\n" for line in kept))
         _replace(folder / CONFIG, written(settings))
 
 
@@ -138,12 +139,12 @@ def finish(
     with _writable(folder):
         partial = folder / f".{MODEL}.partial"
         try:
-            save_file(tensors, partial, {HEADER: json.dumps(header)})  # of several keys the order would be random
+            save_file(tensors, partial, {HEADER: to_json(header)})  # of several keys the order would be random
             partial.chmod(0o666 & ~umask())  # the library makes it private
             partial.rename(folder / MODEL)
         finally:
             partial.unlink(missing_ok=True)
-        _replace(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        _replace(folder / SUMMARY, to_json(summary, indent=2) + "\n")
 
 
 def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, Schema]:
@@ -206,6 +207,5 @@ def _writable(folder: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:  # among them a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"output folder {str(folder)!r} cannot be written ({reason}); name another one with --out"
-        ) from error
+        advice = going_on(folder) or "; name another one with --out"
+        raise UserError(f"output folder {str(folder)!r} cannot be written ({reason}){advice}") from error

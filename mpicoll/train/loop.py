@@ -1,7 +1,9 @@
 """The training loop, top to bottom."""
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict
 from itertools import zip_longest
+from math import fsum
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from .models import Batch, Model
 from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from .parallel import Spent, Split
 from .sent import finished
-from .settings import DEVICES, DTYPES, LEAST, MOMENTA, Settings, flag
+from .settings import DEVICES, DTYPES, MOMENTA, Settings, expected, flag, shown
 from .strategies import STRATEGIES, Now
 from .strategies.average import OUTER
 
@@ -46,14 +48,13 @@ CHOICES: dict[str, Collection[str]] = {
 
 def check(settings: Settings) -> None:
     """A ``UserError`` for a setting that is out of range, or belongs to another strategy than the chosen one."""
+    for name, value in asdict(settings).items():
+        if value is not None and (wanted := expected(name, value)) is not None:
+            raise UserError(f"{flag(name)} must be {wanted}, got {shown(value)}")
     for name, known in CHOICES.items():
         value = getattr(settings, name)
         if value is not None and value not in known:
             raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {value!r}")
-    for name, least in LEAST.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise UserError(f"{flag(name)} must be at least {least}, got {value}")
     for name in {name: None for strategy in STRATEGIES.values() for name in strategy.options}:
         if getattr(settings, name) is not None and name not in STRATEGIES[settings.strategy].options:
             owners = ", ".join(other for other, strategy in STRATEGIES.items() if name in strategy.options)
@@ -229,6 +230,7 @@ class Training:
         """
         s, history = self.settings, []
         while self.epoch < s.epochs and self.step != max_steps and not self._is_done():
+            before = self.step
             try:
                 history.append(self._epoch(max_steps))
             except MemoryError as error:
@@ -238,7 +240,7 @@ class Training:
                     f"the memory of {self.gpu} is full ({error}): take a smaller --batch-size, or fewer ranks on it"
                 ) from error
             report(history[-1])
-            if self.step % self.steps_per_epoch == 0:
+            if history[-1].step - before == self.steps_per_epoch:
                 checkpoint(self)
         final = self.strategy.consensus()
         distance = self._distance(final)
@@ -274,7 +276,7 @@ class Training:
         totals = np.array([float(loss), float(correct), samples])  # on a GPU, when all is done
         took = perf_counter() - start
         self.seconds += took
-        agreeing, weights = self._account(), self.weights
+        agreeing, weights = self._account(took), self.weights
         if weights and s.balance == "auto":
             if self.split:  # which computes as fast as the slowest of the group
                 computing = self.split.grid.group.allreduce(computing, MPI.MAX)
@@ -300,23 +302,25 @@ class Training:
             )
         )
 
-    def _account(self) -> float:
+    def _account(self, took: float) -> float:
         """Add up the times of the epoch's agreements, among them those on outputs and errors of ranks that hold a model
-        together; returns this rank's seconds in them."""
+        together; returns this rank's seconds in them, of those that the epoch ``took``."""
         strategy, seconds = self.strategy, np.array(self.strategy.seconds)
+        if strategy.waits is None:
+            fastest = seconds.copy()
+            self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
+            waits = seconds - fastest
+        else:
+            waits = np.array(strategy.waits)
+            strategy.waits.clear()
         strategy.seconds.clear()
         spent = self.split.spent if self.split else Spent()
         strategy.count(spent.bytes_sent, spent.messages)
-        agreeing = float(np.sum(seconds)) + spent.seconds
+        # Rounded once each, and likewise, so that a part is not more than the whole.
+        agreeing, waiting = fsum(seconds) + spent.seconds, fsum(waits) + spent.waiting
+        assert 0 <= waiting <= agreeing <= took, f"of {took} s of training {agreeing} s agreeing, {waiting} s waiting"
         self.agreeing += agreeing
-        self.waiting += spent.waiting
-        if strategy.waited is None:
-            fastest = seconds.copy()
-            self.comm.Allreduce(MPI.IN_PLACE, fastest, MPI.MIN)
-            self.waiting += float(np.sum(seconds - fastest))
-        else:
-            self.waiting += strategy.waited
-            strategy.waited = 0.0
+        self.waiting += waiting
         return agreeing
 
     def _staleness(self) -> list[int] | None:
@@ -392,20 +396,29 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "optimizer_steps": self.optimizer.steps,
-            "best": self.best if self.best_params is not None else None,
+            "best": self.best if self.settings.patience is not None else None,
             "weights": self.weights,
             "ranks": self.comm.size,
+            "meaning": self.strategy.meaning,
             "layout": self._layout,
         }
         writes = (self.comm.rank == 0 or not self.strategy.one_file) and (not self.split or self.split.grid.leads)
         return save(folder, self.world, {**where, **facts}, tensors, self.comm.rank if writes else None)
 
+    def is_own(self, checkpoint: Checkpoint) -> bool:
+        """Is what a rank had still its own?  Not with other ranks, nor if that has another ``meaning`` now."""
+        facts, strategy = checkpoint.facts, self.strategy
+        same = facts.get("meaning") == strategy.meaning
+        if "meaning" not in facts:  # it is older, and what it means may depend on the graph
+            same = facts["environment"].get("graph", strategy.digest) == strategy.digest
+        return checkpoint.ranks == self.comm.size and same
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, a collective call.
 
-        If it was written by as many ranks, each takes what it had; otherwise all take the mean of what the others had.
+        Each rank takes what it had, or, if that ``is_own`` no longer, all take the mean of what there is.
         """
-        facts, same = checkpoint.facts, checkpoint.ranks == self.comm.size or len(checkpoint.files) == 1
+        facts, own = checkpoint.facts, self.is_own(checkpoint)
         vectors = ["params", *(f"optimizer.{name}" for name in self.optimizer.state)]
 
         def read(rank: int) -> dict[str, np.ndarray]:
@@ -427,7 +440,7 @@ class Training:
                     sums[name] += others[name]
             held.append({**tensors, **{name: total / checkpoint.ranks for name, total in sums.items()}})
 
-        if same:
+        if own or len(checkpoint.files) == 1:
             tensors = on_all(self.world, lambda: read(self.comm.rank))
         else:  # rank 0 reads, or every file would be read by every rank
             held: list[dict[str, np.ndarray]] = []
@@ -449,13 +462,19 @@ class Training:
                 tensors[FACTORS] = self.split.own(tensors[FACTORS], begun.size)
         state = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
         self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]
-        self.strategy.restore(state)
+        self.strategy.restore(state, own)
         self.seconds = self.resumed_seconds = facts["seconds"]
         if self.settings.balance == "auto" and len(facts.get("weights") or ()) == self.comm.size:
             self.weights = facts["weights"]
-        self.best = np.inf, self.epoch  # if patience is new, it begins here
-        if facts["best"] is not None:
-            self.best, self.best_params = tuple(facts["best"]), self.arrays.asarray(tensors["best"])
+        self.begin_patience()  # it may be new
+        if facts["best"] is not None and self.settings.patience is not None:
+            loss, epoch = facts["best"]
+            self.best = np.inf if loss is None else loss, epoch
+            self.best_params = self.arrays.asarray(tensors["best"]) if "best" in tensors else None
+
+    def begin_patience(self) -> None:
+        """Know no best model of earlier epochs: those of other data, say."""
+        self.best, self.best_params = (np.inf, self.epoch), None
 
 
 def _by_rows(array: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarray:
@@ -507,6 +526,7 @@ def added(histograms: Iterable[list[int]]) -> list[int]:
     return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
 
 
+@np.errstate(all="ignore")  # what overflows ends up in the loss
 def evaluate(
     comm: MPI.Intracomm, model: Model, params: np.ndarray, part: Part, sharded: bool
 ) -> tuple[float, float] | tuple[None, None]:

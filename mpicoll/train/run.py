@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,20 @@ def run(
     settings: Settings,
     resume: Path | None = None,
     started: Callable[[dict[str, Any]], None] = lambda facts: None,
+    opened: Callable[[Path], None] = lambda folder: None,
     report: Callable[[Epoch], None] = lambda epoch: None,
 ) -> dict[str, Any]:
     """Train as ``settings`` say and write the output folder; a collective call.  Returns the summary.
 
     ``resume`` is the folder of a run to go on with, from its latest checkpoint, or that of a checkpoint.  ``started``
-    gets what is known once the data are there, ``report`` each epoch.  Bad input raises ``UserError`` on all ranks, and
-    leaves nothing written.
+    gets what is known once the data are there, ``opened`` the folder once it is, ``report`` each epoch.  Bad input
+    raises ``UserError`` on all ranks, and leaves nothing written.
     """
     _check_same(comm, settings, resume)
     check(settings)
     sizes = sizes_of(settings.grid, comm.size)
-    _check_pipeline(settings, sizes.pipe, resume)
     checkpoint = on_root(comm, lambda: _checkpoint(resume, settings)) if resume else None
+    _check_pipeline(settings, sizes.pipe, checkpoint)
     out = checkpoint.path.parent.parent if checkpoint else on_root(comm, lambda: _output(settings, comm.size))
     grid = Grid(comm, sizes) if sizes.group > 1 else None
     beside = grid.data if grid else comm  # those who are to agree on what this rank has
@@ -122,8 +124,10 @@ def run(
     hosts = comm.gather(socket.gethostname())
     if checkpoint:
         training.restore(checkpoint)
+        if _other_data(checkpoint, crc):
+            training.begin_patience()
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
-        facts["changed"] = _changed(checkpoint, facts, settings, beside.size)
+        facts["changed"] = _changed(checkpoint, facts, settings, beside.size, training.is_own(checkpoint))
     started(facts)
 
     with ExitStack() as held:
@@ -149,10 +153,15 @@ def run(
             return out
 
         folder = on_root(comm, go_on) if checkpoint else None
+        if folder:
+            opened(folder)
 
         def epoch_done(epoch: Epoch) -> None:
             nonlocal folder
-            folder = where = folder or on_root(comm, begin)
+            if folder is None:
+                folder = on_root(comm, begin)
+                opened(folder)
+            where = folder
             known = {name: value for name, value in epoch._asdict().items() if value is not None}
             on_root(comm, lambda: files.add_metrics(where, known))
             report(epoch)
@@ -183,6 +192,7 @@ def run(
             summary = {
                 **asdict(settings),
                 **facts,
+                "graph": settings.graph,
                 "algorithm": result.algorithm,
                 "test_accuracy": test_accuracy,
                 "test_loss": test_loss,
@@ -202,6 +212,10 @@ def run(
                 "per_rank": [rank._asdict() for rank in result.ranks],
                 "out": str(where),
             }
+            # Of an epoch what is null was not finite: what there is not has no key.
+            lost = {name for name, value in last.items() if value is None and name in summary}
+            lost |= {name for name, value in summary.items() if isinstance(value, float) and not isfinite(value)}
+            summary |= {**dict.fromkeys(lost), "not_finite": sorted(lost)}
             files.finish(where, settings, model, result.params, data, summary)
             return summary
 
@@ -211,10 +225,11 @@ def run(
         return summary
 
 
-def _check_pipeline(settings: Settings, stages: int, resume: Path | None) -> None:
-    """A resumed run may have no stages any more, and then its settings for them mean nothing."""
-    for name in OF_PIPELINES if stages == 1 and resume is None else ():
-        if getattr(settings, name) not in (None, False):
+def _check_pipeline(settings: Settings, stages: int, checkpoint: Checkpoint | None) -> None:
+    """A resumed run may have no stages any more, and then those of its settings for them mean nothing."""
+    before = checkpoint.facts["settings"] if checkpoint else {}
+    for name in OF_PIPELINES if stages == 1 else ():
+        if getattr(settings, name) not in (None, False, before.get(name)):
             raise UserError(f"{flag(name)} is for stages, as --grid pipe=2 makes them: leave it out")
 
 
@@ -263,11 +278,24 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
     done = found.facts["epoch"]
     if done >= settings.epochs and (folder / files.SUMMARY).exists():
         raise UserError(f"{str(folder)!r} has done its {done} epochs; to go on, ask for more with --epochs")
+    best = found.facts["best"]
+    if best and settings.patience and done - best[1] >= settings.patience and (folder / files.SUMMARY).exists():
+        raise UserError(
+            f"{str(folder)!r} stopped early, after epoch {done}: no better validation loss since epoch {best[1]} "
+            f"(--patience {settings.patience}); to go on, ask for more with --patience"
+        )
     return found
 
 
-def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, models: int) -> list[str]:
-    """What bits depend on, and is not as it was; of a run where so many ranks, or groups, have a model each."""
+def _other_data(checkpoint: Checkpoint, crc: str) -> bool:
+    """Are the data others than before?  In as many shards as before, or in none: else nobody knows."""
+    before = str(checkpoint.facts["environment"].get("data_crc32", crc))
+    return before != crc and before.count(".") == crc.count(".")
+
+
+def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, models: int, own: bool) -> list[str]:
+    """What bits depend on, and is not as it was; of a run where so many ranks, or groups, have a model each, and go on
+    with what was their ``own``, or not."""
     before, ranks = checkpoint.facts["environment"], checkpoint.ranks
     names = [name for name in DEPENDS if ranks == models or name not in OF_RANKS]
     changes = [f"{name} {before.get(name)} -> {facts[name]}" for name in names if before.get(name) != facts[name]]
@@ -280,9 +308,9 @@ def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, 
         was, now = checkpoint.facts["settings"].get(name), getattr(settings, name)
         if was != now:
             changes.append(f"{name} {was} -> {now}")
-    if ranks != models and len(checkpoint.files) > 1:
+    if not own and len(checkpoint.files) > 1:
         changes.append(f"the models and momenta of {ranks} ranks are averaged")
-    if ranks != models and settings.compress is not None:
+    if not own and settings.compress is not None:
         changes.append(f"what {ranks} rank(s) had kept back for --compress is dropped")
     return changes
 

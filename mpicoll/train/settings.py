@@ -1,10 +1,14 @@
 """What a run is told: the options of the command line and keys of configuration files, and their defaults."""
 
 from dataclasses import dataclass, fields
+from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
+from sys import float_info
 from typing import Any, get_args, get_type_hints
 
 from ..errors import UserError
+from ..files import to_json
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ LEAST = {
     "workers": 1,
     "warmup": 0,
     "patience": 1,
+    "threads": 1,
     "checkpoint": 0,
     "seed": 0,
 }
@@ -110,7 +115,37 @@ MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads", "data", "test", "gr
 """What may be another when a run is resumed: how long it is, where things are, who is how fast and has which part."""
 
 LARGE = 2**64
+"""Whole numbers are below this, so that a configuration file that holds them can be read again."""
+
 NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@cache
+def kind_of(name: str) -> type:
+    """The type of a setting, if it is given."""
+    hint = get_type_hints(Settings)[name]
+    return (get_args(hint) or (hint,))[0]
+
+
+def expected(name: str, value: Any) -> str | None:
+    """What a setting must be, if ``value`` is not that; ``None`` if it will do.  Its type, and how large a number."""
+    kind, least = kind_of(name), LEAST.get(name)
+    accepted: Any = {int: Integral, float: Real}.get(kind, kind)
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool) or (kind is str and "\0" in value):
+        return NAMES[kind]
+    if kind is int and value >= LARGE:
+        return "below 2^64"
+    if kind is float and not abs(value) <= float_info.max:
+        return "finite"
+    return f"at least {least}" if least is not None and value < least else None
+
+
+def shown(value: Any) -> str:
+    """A value in an error, cut short."""
+    try:
+        return repr(value)[:40]
+    except ValueError:  # Python does not print these
+        return "one of thousands of digits"
 
 
 def flag(name: str) -> str:
@@ -127,28 +162,29 @@ def read_settings(path: Path) -> dict[str, Any]:
         given = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))  # paths may be no text
     except OSError as error:
         raise UserError(f"configuration {str(path)!r} cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, among others
         raise UserError(f"configuration {str(path)!r} is not TOML: {error}") from error
-    known = get_type_hints(Settings)
-    settings = {}
+    known = [field.name for field in fields(Settings)]
+    settings: dict[str, Any] = {}
     for key, value in given.items():
         name = key.replace("-", "_")
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
             raise UserError(f"configuration {str(path)!r} has an unknown key {key!r}: {hint}")
-        kinds = get_args(known[name]) or (known[name],)
-        accepted = {float: (float, int), str: (str, int)}.get(kinds[0], kinds[:1])
-        if type(value) not in accepted or "\0" in str(value) or (type(value) is int and abs(value) >= LARGE):
-            raise UserError(f"configuration {str(path)!r}: {key} must be {NAMES[kinds[0]]}, got {str(value)[:40]!r}")
-        settings[name] = kinds[0](value)
+        if name in settings:
+            raise UserError(f"configuration {str(path)!r} has {name!r} twice, with - and with _: leave one of them out")
+        kind = kind_of(name)
+        value = str(value) if kind is str and type(value) is int else value
+        if (wanted := expected(name, value)) is not None:
+            raise UserError(f"configuration {str(path)!r}: {key} must be {wanted}, got {shown(value)}")
+        settings[name] = kind(value)
     return settings
 
 
 def written(settings: Settings) -> str:
     """The same as the text of a TOML file, for ``read_settings``."""
-    from json import dumps  # of a string, number or truth value it is TOML too, but for one character
-
     named = [(field.name, getattr(settings, field.name)) for field in fields(Settings) if field.name not in NOT_SAVED]
-    lines = (f"{name} = {dumps(value, ensure_ascii=False)}\n" for name, value in named if value is not None)
+    # Of a text, a finite number or a truth value JSON is TOML too, but for one character.
+    lines = (f"{name} = {to_json(value, ensure_ascii=False)}\n" for name, value in named if value is not None)
     return "".join(lines).replace("\x7f", "\\u007f")

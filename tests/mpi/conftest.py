@@ -33,7 +33,8 @@ FIVE_SHOW_IT = {
 
 ODD_SHOW_IT = {
     *("test_async.py", "test_async_gpu.py", "test_balance.py", "test_checkpoints.py", "test_compress_ranks.py"),
-    *("test_data_ranks.py", "test_measure_ranks.py", "test_strategies.py", "test_train_gpu.py", "test_train_ranks.py"),
+    *("test_data_ranks.py", "test_measure_ranks.py", "test_run.py", "test_strategies.py", "test_train_gpu.py"),
+    "test_train_ranks.py",
 }
 """Of training, and measuring: 1 and 3 ranks of MPICH, and 2 and 4 of Open MPI, which CI has as well.  Others are there
 for what collectives do with such a number."""

@@ -14,7 +14,7 @@ from mpicoll import UserError
 from mpicoll.train.data import Batches
 from mpicoll.train.loop import Result, Training
 from mpicoll.train.models import MODELS, Batch, Sums
-from mpicoll.train.settings import Settings
+from mpicoll.train.settings import Settings, kind_of
 from mpicoll.train.strategies.base import drawn
 from training import blobs, trained, training
 
@@ -333,6 +333,6 @@ def test_what_is_asked_for_wrongly(comm):
         f"delays=1 workers={P + 1} shards=1": f"--shards gives each of {P} rank",
     }.items():
         given = dict(option.split("=") for option in wrong.split())
-        numbers = {name: value if name == "staleness" else int(value) for name, value in given.items()}
+        numbers = {name: value if name == "staleness" else kind_of(name)(int(value)) for name, value in given.items()}
         with pytest.raises(UserError, match=message):
             training(comm, blobs(20), strategy="async", **numbers)

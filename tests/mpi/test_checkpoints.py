@@ -120,6 +120,23 @@ def test_fewer_ranks_go_on_from_the_mean(comm, folder, run):
     part.Free()
 
 
+@pytest.mark.skipif(P == 1, reason="needs other numbers of ranks")
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(str(value) for value in run.values()))
+def test_more_ranks_go_on_from_the_model_of_one(comm, folder, run):
+    data, given = blobs(101), {**run, "graph": "ring"} if "directed" in str(run.get("graph")) else run
+    model = None
+    if comm.rank == 0:
+        alone = training(MPI.COMM_SELF, data, **given)
+        stopped_after(alone, 1, folder / "checkpoints")
+        model = alone.strategy.consensus()
+    model = comm.bcast(model)
+    other = training(comm, data, **graphs(run, folder, comm))
+    other.restore(latest(folder))
+    np.testing.assert_allclose(other.strategy.consensus(), model, rtol=1e-12)
+    assert len({point.tobytes() for point in comm.allgather(other.strategy.point())}) == 1
+    assert other.run().epochs[-1].epoch == 3
+
+
 def saved(comm: MPI.Intracomm, folder: Path, epochs: int = 2, **given: Any) -> list[Path]:
     """Checkpoints of that many epochs, every rank having a file of its own."""
     made = training(comm, blobs(60), strategy="gossip", epochs=epochs, **given)

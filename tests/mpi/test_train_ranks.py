@@ -8,6 +8,7 @@ import pytest
 from mpi4py import MPI
 
 from mpicoll import UserError
+from mpicoll.cli.train import _table
 from mpicoll.mpi.threads import limit_threads
 from mpicoll.train.data import Part
 from mpicoll.train.loop import evaluate
@@ -146,6 +147,27 @@ def test_waiting_is_told_from_moving(comm, monkeypatch):
     slowest, *others = [rank.waiting for rank in ranks]
     assert slowest < min(others, default=1)
     assert P > 1 or slowest == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"strategy": name} for name in STRATEGIES),
+        *({"strategy": name, "delays": 3, "graph": graph} for name, graph in (("ad-psgd", "ring"), ("async", None))),
+        {"strategy": "async", "staleness": "inf"},
+        {"strategy": "async", "staleness": "0", "compress": "sign"},
+        {"strategy": "sync", "compress": "powersgd:1"},
+        {"strategy": "sync", "algorithm": "native", "clip": 1.0},
+        {"strategy": "average", "every": 1, "momenta": "average"},
+        {"strategy": "gossip", "graph": "ring", "compress": "topk:0.1"},
+    ],
+    ids=lambda given: "-".join(str(value) for value in given.values()),
+)
+def test_computing_moving_and_waiting_are_parts_of_the_whole(comm, given):
+    ranks = trained(comm, blobs(101, "f4"), epochs=4, batch_size=P, **given).ranks
+    for rank in ranks:
+        assert 0 <= rank.waiting <= rank.agreeing <= rank.seconds
+    assert not any("-" in line for line in _table([rank._asdict() for rank in ranks]))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adagrad", "rmsprop", "adam", "adamw"])

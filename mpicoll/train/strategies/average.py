@@ -148,8 +148,8 @@ class Average(Strategy):
         """See ``Strategy``: the anchor, the last change of it, and the learning rate then; the same on all ranks."""
         return {**self._state, **super().state()}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
+    def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
         """See ``Strategy``."""
-        super().restore(state)
+        super().restore(state, own)
         for name, array in self._state.items():
             array[:] = np.asarray(state[name], like=array)

@@ -37,11 +37,15 @@ class Strategy(Sent):
     over this rank's samples, and two numbers more, which add up likewise: the loss, and the correct predictions.
 
     ``seconds`` holds the time of each agreement of this rank, waiting for others included, until the loop takes them
-    out; ``waited`` adds up the waiting where a rank can tell it by itself, which it must if not all ranks agree equally
-    often; what it has sent counts up.  ``digest`` stands for what bits depend on beside settings.  ``workers`` have a
-    share of each batch: as many as there are ranks, unless some are simulated.  ``compressor`` is there if ranks are
-    to send less than they have; it may need ``tensors``, the model's.  ``clip`` is another one where ranks have a part
-    of the gradient only.
+    out; ``waits`` those parts of it that are nothing but waiting, where a rank can tell them by itself, which it must
+    if not all ranks agree equally often; what it has sent counts up.  ``digest`` stands for what bits depend on beside
+    settings.  ``workers`` have a share of each batch: as many as there are ranks, unless some are simulated.
+    ``compressor`` is there if ranks are to send less than they have; it may need ``tensors``, the model's.  ``clip`` is
+    another one where ranks have a part of the gradient only.
+
+    ``meaning`` is what a rank's parameters and state stand for, if that follows from a setting that may change when a
+    run is resumed.  Where it is not that of the checkpoint, or the number of ranks is not, nobody goes on with what was
+    its own: all ranks begin with the mean of the models.
     """
 
     options: ClassVar[dict[str, Any]] = {}
@@ -79,8 +83,8 @@ class Strategy(Sent):
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
         self.clip: Callable[[np.ndarray, float], float] = clip
         self.seconds: list[float] = []
-        self.waited: float | None = None
-        self.digest = ""
+        self.waits: list[float] | None = None
+        self.digest = self.meaning = ""
         self.algorithm = settings.algorithm
         self.compressor: Compressor | None = None
         if settings.compress is not None:
@@ -156,14 +160,18 @@ class Strategy(Sent):
 
     def state(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps of it, beside parameters and the optimizer's state."""
-        return {**self.compressor.state, "ranks": np.array([self.p])} if self.compressor else {}
+        return self.compressor.state if self.compressor else {}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """The opposite; if the number of ranks has changed since, ``state`` is that of rank 0, and no residual is."""
+    def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
+        """Go on from what ``state`` was, when ``params`` are there.
+
+        It is this rank's ``own``; or else rank 0's, and ``params`` are the mean of all ranks' (see ``meaning``): what
+        each rank has for itself, as residuals, then begins anew.
+        """
         if self.compressor:
             for name, array in self.compressor.state.items():
                 array[:] = np.asarray(state[name], like=array)
-            if state["ranks"][0] != self.p:
+            if not own:
                 self.compressor.residual[:] = 0
 
     @contextmanager
@@ -171,9 +179,8 @@ class Strategy(Sent):
         """Around an agreement; on a GPU it begins when what is to be agreed on is there."""
         if self.p > 1:
             finished(self.params)
-        start = perf_counter()
-        yield
-        self.seconds.append(perf_counter() - start)
+        with timed(self.seconds):
+            yield
 
     def allreduce(self, arrays: Sequence[np.ndarray], op: str) -> None:
         """All of them at once, in place, by the algorithm that the settings name; by default in the canonical order,
@@ -206,6 +213,14 @@ class Strategy(Sent):
         key = "allgather", array.size
         self.algorithm = self.accounted(key, lambda: account(array, self.comm, named, collective="allgather")).algorithm
         return gathered
+
+
+@contextmanager
+def timed(into: list[float]) -> Iterator[None]:
+    """Put the seconds that it takes into a list: of what is timed within another one, never more than of that."""
+    start = perf_counter()
+    yield
+    into.append(perf_counter() - start)
 
 
 def mean_of(comm: "MPI.Intracomm", array: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Strategy
+from .base import Strategy, timed
 
 POLL = 1e-3
 """Seconds from one look for messages to the next while a rank computes."""
@@ -78,6 +78,8 @@ class Messages:
         from ...mpi.state import state_of
 
         self.strategy = strategy
+        self.waits: list[float] = []
+        strategy.waits = self.waits
         self.p, self.rank, self.state = strategy.p, strategy.comm.rank, state_of(strategy.comm)
         self.others = [(self.rank + n) % self.p for n in range(1, self.p)]
         self.wire = self.state.comm
@@ -107,8 +109,7 @@ class Messages:
             raise self._failed
         if done():
             return
-        start = time.perf_counter()
-        with record.during(f"waiting for {what}", self.state):
+        with timed(self.waits), record.during(f"waiting for {what}", self.state):
             looks = 0
             while not done():
                 if self.look():
@@ -117,7 +118,6 @@ class Messages:
                     os.sched_yield()  # MPI itself would not, and others may need this core to send
                 else:
                     time.sleep(PAUSE)
-        self.strategy.waited = (self.strategy.waited or 0.0) + time.perf_counter() - start
 
     def send(self, what: Any, message: np.ndarray, rank: int, tag: int) -> None:
         """Under that name; it must stay as it is until it is settled."""
@@ -142,7 +142,6 @@ class Messages:
     def attended(self) -> Iterator[None]:
         """With a thread that looks for messages while this rank computes, where MPI allows it."""
         self._stop.clear()
-        self.strategy.waited = self.strategy.waited or 0.0
         thread = Thread(target=self._attend, name="mpicoll messages", daemon=True)
         if self._threads and self.others:
             thread.start()

@@ -73,6 +73,7 @@ class Gossip(Strategy):
         if self.momenta == "reset":
             raise UserError(f"momenta reset is for averaging: {self.settings.strategy} mixes in every step")
         self.digest = self.graph.digest.hex()[:8]
+        self.meaning = "" if self.graph.doubly else "push-sum"  # whose models are quotients
         self.push = None if self.graph.doubly else PushSum(self.comm, self.graph)
         if self.push and self.momenta == "average":
             raise UserError(f"momenta average needs a doubly stochastic graph; only columns of the {self.graph} add up")
@@ -87,6 +88,7 @@ class Gossip(Strategy):
                 f"--compress needs a symmetric graph, and the {self.graph} is none: take gossip on ring, torus, star, "
                 "complete, matching or base"
             )
+        self.meaning = f"differences on {self.digest}"  # of which ranks know those of their neighbors
         return Differences(code, self.params, self.graph.peers(self.comm.rank))
 
     def point(self) -> np.ndarray:
@@ -140,22 +142,16 @@ class Gossip(Strategy):
     def state(self) -> dict[str, np.ndarray]:
         """See ``Strategy``: the weights of push-sum, the same on all ranks; or what neighbors know of each other."""
         if self.differences:
-            graph = np.frombuffer(self.graph.digest, np.uint8)
-            return {"known": self.differences.known, "ranks": np.array([self.p]), "graph": graph}
+            return {"known": self.differences.known}
         return {"weights": self.push.weights} if self.push else {}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """See ``Strategy``.  Other ranks than before have all been given the mean, and begin with weights of 1, and
-        with that mean for what they know of each other."""
-        if self.push and len(state["weights"]) == self.p:
-            self.push.weights = state["weights"]
-        if self.differences and state["ranks"][0] != self.p:
+    def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
+        """See ``Strategy``: where all have the mean, weights are 1, and it is what they know of each other."""
+        if self.push:
+            self.push.weights = state["weights"] if own else np.ones(self.p)
+        if self.differences and not own:
             self.differences.begin(self.params)
         elif self.differences:
-            if state["graph"].tobytes() != self.graph.digest:
-                raise UserError(
-                    "--graph has become another, of which no rank knows its neighbors: with --compress, keep it"
-                )
             known = self.differences.known
             known[:] = np.asarray(state["known"], like=known)
 

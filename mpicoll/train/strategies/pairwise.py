@@ -1,6 +1,5 @@
 """AD-PSGD (Lian et al. 2018): ranks average in pairs, each when it is ready to, and nobody waits for all."""
 
-import time
 from collections.abc import Iterator
 from heapq import heappop, heappush
 from itertools import count
@@ -10,7 +9,7 @@ import numpy as np
 
 from ..optimizers import clip
 from ..sent import finished
-from .base import Now, Strategy, drawn, share_of
+from .base import Now, Strategy, drawn, share_of, timed
 from .messages import Messages, load, memory_for, store
 from .mixing import graph_of
 
@@ -41,7 +40,6 @@ class ADPSGD(Strategy):
         on_cpu = isinstance(self.params, np.ndarray)
         self._host = None if on_cpu else memory_for(self.params)(self.params.nbytes).view(self.params.dtype)
         self._point = self.params.copy() if on_cpu else self.params
-        self.waited: float = 0.0
         simulated = self.option("delays") is not None
         self._run: _Messages | _Simulated = _Simulated(self) if simulated else _Messages(self)
         self.algorithm = f"{'simulated ' if simulated else ''}averaging in pairs on {self.graph.name}"
@@ -85,7 +83,7 @@ class ADPSGD(Strategy):
         """See ``Strategy``: how many steps this rank has taken, since not all take as many."""
         return {"steps": np.array([self.optimizer.steps])}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
+    def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
         """See ``Strategy``.  Checkpoints of before have rank 0's steps only."""
         self._point[:] = self.params
         if "steps" in state:
@@ -239,6 +237,7 @@ class _Simulated:
         from ...mpi.state import state_of
 
         self.strategy, self._state = strategy, state_of(strategy.comm)
+        self._waits = strategy.waits = []
         self._tag, self._other = self._state.persistent_tag(), np.empty_like(strategy.model)
 
     def shares(self, steps: range) -> Iterator[tuple[int, int]]:
@@ -277,10 +276,9 @@ class _Simulated:
     def _average(self) -> None:
         from ...mpi import record
 
-        s, model, peer, start = self.strategy, self.strategy.model, self._peer, time.perf_counter()
-        with s.agreeing(), record.during(f"averaging with rank {peer}", self._state):
+        s, model, peer = self.strategy, self.strategy.model, self._peer
+        with s.agreeing(), timed(self._waits), record.during(f"averaging with rank {peer}", self._state):
             self._state.comm.Sendrecv(model, peer, self._tag, self._other, peer, self._tag)
-        s.waited += time.perf_counter() - start
         s.count(model.nbytes, 1)
         model += self._other
         model *= 0.5
