@@ -444,9 +444,15 @@ def _pieces(array: Any) -> Iterator[Any]:
 def facts(device: int) -> Facts:
     """Of this rank: what tells the GPUs that it sees from all others, which it uses, and why it cannot go each way."""
     gpus = [gpu.identity(number)[1] for number in range(gpu.count())]
-    trusted = os.environ.get("MPICOLL_GPU_AWARE") == "1"
+    said = os.environ.get("MPICOLL_GPU_AWARE", "")
     untrusted = "not unless it is asked for by its name, and tried, or MPICOLL_GPU_AWARE=1 says that it works"
-    return gpus, device, {"ipc": gpu.ipc_refusal(), "nccl": gpu.nccl_missing(), "aware": "" if trusted else untrusted}
+    if said not in ("", "0", "1"):
+        untrusted = f"MPICOLL_GPU_AWARE={said} is not understood: expected 1 or 0"
+    return (
+        gpus,
+        device,
+        {"ipc": gpu.ipc_refusal(), "nccl": gpu.nccl_missing(), "aware": "" if said == "1" else untrusted},
+    )
 
 
 def _reasons(whys: list[dict[str, str]], owned: list[str], node: Node) -> dict[str, str]:

@@ -644,6 +644,11 @@ def test_the_mpi_library_is_given_arrays_only_where_that_is_known_to_work(fake, 
     x = cupy.asarray(own_data(7, ours.rank))
     with pytest.raises(ValueError, match=r"aware cannot do this allreduce here: .* with status 1: a GPU needs CuPy"):
         mpicoll.allreduce(x, ours, algorithm="aware")
+    monkeypatch.setenv("MPICOLL_GPU_AWARE", "yes")
+    doubtful = mpicoll.Comm(ours.Dup())
+    mpicoll.allreduce(x, doubtful)
+    assert "MPICOLL_GPU_AWARE=yes is not understood: expected 1 or 0" in state_of(doubtful).devices.why["aware"]
+    doubtful.Free()
     monkeypatch.setenv("MPICOLL_GPU_AWARE", "1")
 
     flat = gpu.Array.flat
