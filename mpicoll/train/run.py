@@ -86,6 +86,7 @@ def run(
         scaling=scaling and Scaling(*np.array(scaling)),
     )
     crc, is_dense = fingerprint(data, beside), isinstance(data.train.x, np.ndarray)
+    unseen = untrained(data, beside)
     before = str(checkpoint.facts["environment"].get("data_crc32")) if checkpoint and schema is None else crc
     if checkpoint and crc != before:
         raise UserError(
@@ -117,7 +118,7 @@ def run(
         "shares": list(data.counts) if data.sharded else None,
         "features": data.features,
         "classes": data.classes,
-        "untrained": untrained(data, beside),
+        "untrained": unseen,
         "parameters": model.size,
         "parameters_held": comm.allgather(own.size) if grid else None,
     }
