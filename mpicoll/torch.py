@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -152,6 +153,9 @@ class Replica:
         if self.strategy.replicated:  # as by a scheduler that goes by a rank's own loss
             everyones["setting of the optimizer, as the learning rate,"] = self._made.settings()
         _compare(self.comm, everyones)
+        for name, least, number in (("batch_size", 1, batch_size), ("epoch", 0, epoch), ("seed", 0, seed)):
+            if not isinstance(number, Integral) or number < least:
+                raise UserError(f"batches(): {name} must be a whole number of at least {least}, got {number!r}")
         x, y = np.empty((samples, 0)), np.zeros(samples, np.int8)  # there is nothing to know of them but their number
         data = from_arrays(x, y, self.comm if sharded else None)
         batches, first = Batches(data, self.comm.size, batch_size, seed, epoch), self.steps
@@ -218,6 +222,11 @@ class Replica:
             )
         own = self._share[0] if samples is None else samples
         length = self._share[1] if total is None else total
+        if not (isinstance(own, Integral) and isinstance(length, Integral)):
+            raise UserError(
+                f"step(samples, total) takes two numbers of samples, got {type(own).__name__} and "
+                f"{type(length).__name__}: a closure is for optimizers that need one, which a Replica cannot take"
+            )
         if not 0 <= own <= length or not length:
             raise UserError(
                 f"step of {own} samples in a batch of {length}: take them from batches(), or give step(samples, total)"
@@ -537,6 +546,12 @@ def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """The parameters to train, each once; a ``UserError`` if they cannot be."""
+    for name, given, kind in (("model", model, torch.nn.Module), ("optimizer", optimizer, torch.optim.Optimizer)):
+        if not isinstance(given, kind):
+            raise UserError(
+                f"Replica(): {name} must be a torch.{kind.__module__.split('.')[1]}.{kind.__name__}, got "
+                f"{type(given).__name__}"
+            )
     if _in_inference():
         raise UserError("nothing can be trained within torch.inference_mode(): make the Replica outside of it")
     for name, tensor in _tensors(model):

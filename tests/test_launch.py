@@ -239,7 +239,7 @@ def test_the_mpich_of_debian_is_found_and_how_to_use_it_told(tmp_path, command, 
     last = (done.out + done.err).splitlines()[-1]
     assert "cannot load an MPI library (" in last
     made = f"ln -s {tmp_path}/libmpich.so.12 ~/mpi/libmpi.so.12"
-    assert f": mkdir -p ~/mpi; {made}; export LD_LIBRARY_PATH=~/mpi" in last
+    assert f": mkdir -p ~/mpi; {made}; export LD_LIBRARY_PATH=~/mpi:$LD_LIBRARY_PATH" in last
 
 
 # ---- environment variables

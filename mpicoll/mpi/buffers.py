@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from numbers import Integral
+from math import prod
+from numbers import Integral, Number
 from operator import index
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,11 @@ from .gpu import Array
 
 REFUSALS = (TypeError, ValueError, BufferError, KeyError)
 """What wrong arguments raise; the last from mpi4py, for a dtype that it does not know."""
+
+
+class TooShortError(ValueError):
+    """A specification goes beyond its buffer.  mpi4py does not look: it is never left to that."""
+
 
 _CPU = 1  # DLPack's device type
 _PAIRS = (MPI.FLOAT_INT, MPI.DOUBLE_INT, MPI.LONG_INT, MPI.TWOINT, MPI.SHORT_INT, MPI.LONG_DOUBLE_INT)
@@ -263,6 +269,8 @@ def message(x: Any, blocks: bool = False) -> Message:
         form = "[buffer, counts, displacements, datatype]" if blocks else "[buffer, count, datatype]"
         raise TypeError(f"expected an array or {form}, as mpi4py has it, got a list of {len(x)}")
     buffer, count, *rest = x
+    if isinstance(buffer, Number):
+        raise TypeError("expected an array, got a list of numbers: pass a NumPy array, such as x = np.array(x)")
     datatype = rest.pop() if rest else None
     if len(x) == 2 and isinstance(count, (str, MPI.Datatype)):
         count, datatype = None, count
@@ -307,7 +315,7 @@ def _named(asked: Message, nbytes: int, dtype: np.dtype) -> tuple[int, int]:
         raise ValueError(f"the buffer has {nbytes} bytes: no whole number of elements of {size} bytes from {start} on")
     stop = nbytes // size if asked.count is None else start + index(asked.count)
     if not 0 <= start <= stop <= nbytes // size:
-        raise ValueError(
+        raise TooShortError(
             f"the buffer has {nbytes // size} elements, {asked.count} from number {start} on were asked for"
         )
     return start, stop
@@ -348,7 +356,7 @@ def blocks(x: Any, p: int, stream: Any = None) -> tuple[np.ndarray | Array, list
     if len(starts) != len(found):
         raise ValueError(f"expected as many displacements as counts, {len(found)}, got {len(starts)}")
     if any(count and not 0 <= start <= flat.size - count for start, count in zip(starts, found, strict=True)):
-        raise ValueError(f"counts and displacements go beyond the {flat.size} elements of the buffer")
+        raise TooShortError(f"counts and displacements go beyond the {flat.size} elements of the buffer")
     return flat, found, starts
 
 
@@ -382,6 +390,8 @@ def described(x: Any, writable: bool = False) -> tuple[str, int | None]:
     try:
         flat = vector(x, writable)
         return (name_of(flat.dtype) if len(flat) else "", len(flat))
+    except TooShortError:
+        raise
     except Exception as error:
         size = _derived_size(x)
         return (str(error), None) if size is None else ("bytes" if size else "", size)
@@ -478,7 +488,9 @@ def _exported(x: Any) -> np.ndarray:
         pass
     if hasattr(x, "__cuda_array_interface__"):  # which also tells of host memory: see on_device
         told = x.__cuda_array_interface__
-        shape, dtype, (_, readonly) = told["shape"], np.dtype(told["typestr"]), told["data"]
+        shape, dtype, (pointer, readonly) = told["shape"], np.dtype(told["typestr"]), told["data"]
+        if not pointer and prod(shape):
+            raise ValueError(f"{type(x).__module__}.{type(x).__name__} exports a null pointer: it has no memory")
         memory = memoryview(MPI.buffer.frombuffer(x, readonly))  # type: ignore[arg-type]
         return np.ndarray(shape, dtype, memory, strides=told.get("strides"))
     if hasattr(x, "__dlpack__"):

@@ -16,6 +16,7 @@ from .agreement import Header, check_level, header_of, level_of
 from .buffers import (
     REFUSALS,
     Part,
+    TooShortError,
     as_bytes,
     block,
     blocks,
@@ -691,7 +692,9 @@ class Comm(MPI.Intracomm):
     def _allgatherv_header(self, sendbuf: Any, recvbuf: Any) -> Header:
         try:
             received, counts, _ = blocks(recvbuf, self.size)
-        except (TypeError, ValueError, BufferError, KeyError) as error:
+        except TooShortError:
+            raise
+        except REFUSALS as error:
             return header_of("allgatherv", "", str(error), None)
         size = received.dtype.itemsize
         cuts = cuts_of([count * size for count in counts], None, self.size)

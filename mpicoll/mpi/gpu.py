@@ -61,6 +61,11 @@ def adopted(x: Any, writable: bool) -> Any:
     """A CuPy array on the memory of another library's array, of which all is there that was to be written."""
     name = f"{type(x).__module__}.{type(x).__name__} is in the memory of a device"
     try:
+        told = x.__cuda_array_interface__ if hasattr(x, "__cuda_array_interface__") else None
+        readonly = told is not None and told["data"][1]
+    except Exception as error:
+        raise TypeError(f"{name}, and its CUDA array interface cannot be read: {reason(error)}") from error
+    try:
         module = importlib.import_module("cupy")
     except ImportError as error:
         raise TypeError(
@@ -68,11 +73,7 @@ def adopted(x: Any, writable: bool) -> Any:
             "memory"
         ) from None
     try:
-        readonly = False
-        if hasattr(x, "__cuda_array_interface__"):
-            found, (_, readonly) = module.asarray(x), x.__cuda_array_interface__["data"]
-        else:
-            found = module.from_dlpack(x)
+        found = module.from_dlpack(x) if told is None else module.asarray(x)
     except Exception as error:
         raise TypeError(
             f"{name}, and no CuPy array can be made of it ({reason(error)}): pass cupy.asarray(x), or a copy in host "

@@ -270,7 +270,8 @@ def _debian_mpich() -> str:
         return ""
     return (
         f"MPICH is here as {found[0]}, the name that Debian and Ubuntu give it, and mpi4py's wheel needs it as "
-        f"libmpi.so.12: mkdir -p ~/mpi; ln -s {found[0]} ~/mpi/libmpi.so.12; export LD_LIBRARY_PATH=~/mpi"
+        f"libmpi.so.12: mkdir -p ~/mpi; ln -s {found[0]} ~/mpi/libmpi.so.12; "
+        "export LD_LIBRARY_PATH=~/mpi:$LD_LIBRARY_PATH"
     )
 
 

@@ -412,6 +412,8 @@ def test_exporters_of_memory(comm, name):
         ([np.zeros(3), np.ma.zeros(3)], TypeError, "got a masked one"),
         ([np.zeros(3), 4, 5, MPI.DOUBLE], ValueError, "the buffer has 3 elements, 4 from number 5 on were asked for"),
         ([np.zeros(3), 1, MPI.DOUBLE.Create_contiguous(2)], TypeError, "derived MPI datatypes"),
+        ([1, 2, 3], TypeError, r"got a list of numbers: pass a NumPy array"),
+        ([np.zeros(3), 400_000, MPI.DOUBLE], ValueError, "the buffer has 3 elements, 400000 from number 0 on"),
         ([np.zeros(3), np.array(2)], TypeError, r"could be a count, or one more array of a list: pass \[x, int\(n\)\]"),
     ],
 )

@@ -859,6 +859,7 @@ def test_pairs_take_no_share_ahead(comm, delays):
         (lambda rank: (rank == 0, 2 * P), f"add up to {1 / (2 * P):.4g} times"),
         (lambda rank: (2, 1 if rank == P - 1 else 2 * P), "step of 2 samples in a batch of 1"),
         (lambda rank: (0, 0), "step of 0 samples in a batch of 0"),
+        (lambda rank: (lambda: 0,), "takes two numbers of samples, got function"),
     ],
 )
 def test_numbers_that_do_not_fit_together_are_refused_by_all_ranks(comm, given, wanted):
@@ -870,6 +871,22 @@ def test_numbers_that_do_not_fit_together_are_refused_by_all_ranks(comm, given, 
     assert re.search(wanted, told_by_all(comm, lambda: replica.step(*given(comm.rank))))
     np.testing.assert_array_equal(vector(model), before)
     replica.step(2, 2 * P)
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (lambda replica, comm: next(replica.batches(10, 0)), "batch_size must be a whole number of at least 1, got 0"),
+        (lambda replica, comm: next(replica.batches(10, 5, -1)), "epoch must be a whole number of at least 0, got -1"),
+        (lambda replica, comm: next(replica.batches(10, 2.5)), "batch_size must be a whole number .* got 2.5"),
+        (lambda replica, comm: Replica(network(), None, comm), "optimizer must be a torch.optim.Optimizer, got None"),
+        (lambda replica, comm: Replica([], sgd(network()), comm), "model must be a torch.nn.Module, got list"),
+    ],
+)
+def test_what_is_no_number_or_no_module_is_refused_by_name(comm, call, wanted):
+    model = network()
+    replica = Replica(model, sgd(model), comm)
+    assert re.search(wanted, told_by_all(comm, lambda: call(replica, comm)))
 
 
 @pytest.mark.skipif(P == 1, reason="one rank is like itself")
