@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
-from numbers import Integral
+from numbers import Integral, Number
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -159,13 +159,15 @@ class Replica:
         x, y = np.empty((samples, 0)), np.zeros(samples, np.int8)  # there is nothing to know of them but their number
         data = from_arrays(x, y, self.comm if sharded else None)
         batches, first = Batches(data, self.comm.size, batch_size, seed, epoch), self.steps
+        if self._evaluates:  # shares that no step is for
+            for step in range(batches.steps):
+                yield _share_of(*batches.share(step, self.comm.rank))
+            return
         self._is_epoch, self._taken = True, 0
         for step, rank in self.strategy.shares(first, first + batches.steps):
             mine, total = batches.share(step - first, rank)
             self._share, self._taken = (len(mine), total), self._taken + 1
-            given: Any = torch.from_numpy(mine)
-            given.total = total
-            yield given
+            yield _share_of(mine, total)
             if self._taken and not self.strategy.in_step:  # others count on a step
                 self._verdict.note(self._refuse_to_skip)
                 self.step(0, 1)
@@ -173,6 +175,7 @@ class Replica:
         if not self.strategy.in_step:
             self.steps = first + batches.steps
             self._go_to_point()  # others may have moved it since the last step
+        if not self.strategy.replicated:
             self._verdict.tell()
 
     def _refuse_to_skip(self) -> None:
@@ -218,7 +221,8 @@ class Replica:
         if self._taken > 1 and (samples is None or total is None):
             raise UserError(
                 f"{self._taken} shares were taken from batches() since the last step: for a step of several, or where "
-                "a data loader reads ahead, give step(samples, total), which are len(mine) and mine.total of a share"
+                "a data loader reads ahead, give step(samples, total), which are len(mine) and mine.total of a share; "
+                "for a batch that is left out, call step(0, mine.total) on all ranks"
             )
         own = self._share[0] if samples is None else samples
         length = self._share[1] if total is None else total
@@ -237,7 +241,10 @@ class Replica:
         """Do all ranks meet in this step, otherwise than in the gradient?"""
         if self.strategy.replicated or not self.strategy.in_step:
             return False
-        return (self.steps + 1) % getattr(self.strategy, "every", MEETING) == 0
+        step, often = self.steps + 1, min(getattr(self.strategy, "every", MEETING), MEETING)
+        return step % often == 0 or (
+            step < often and step & (step - 1) == 0
+        )  # soon: most mistakes are made in all steps
 
     def _meet(self) -> None:
         """Raise on all ranks what is wrong on any; a collective call."""
@@ -282,6 +289,17 @@ def _zeros(comm: MPI.Intracomm, size: int, dtype: np.dtype) -> np.ndarray:
     zeros = np.empty(size, dtype) if own is None else own.view(dtype)
     zeros[:] = 0
     return zeros
+
+
+def _share_of(mine: np.ndarray, total: int) -> torch.Tensor:
+    """A rank's share of a batch, which tells how many samples the batch has."""
+    given: Any = torch.from_numpy(mine)
+    given.total = total
+    return given
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.numel() == 1
 
 
 class _Slice:
@@ -348,12 +366,19 @@ class _Made:
     def _in_groups(self) -> list[list[int]]:
         return [[*map(id, group["params"])] for group in self.optimizer.param_groups]
 
-    def settings(self) -> list[dict[str, Any]]:
-        """The optimizer's, by group, as can be compared."""
-        return [
-            {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in group.items()}
-            for group in ({**group, "params": None} for group in self.optimizer.param_groups)
+    def settings(self) -> str:
+        """The numbers, words and tuples of them that are settings of the optimizer, by group; other things may be the
+        program's own."""
+        plain = (Number, str, type(None))
+
+        def comparable(value: Any) -> bool:
+            return isinstance(value, plain) or (isinstance(value, (tuple, list)) and all(map(comparable, value)))
+
+        groups = [
+            {name: value.item() if _is_number(value) else value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
         ]
+        return repr([{name: value for name, value in group.items() if comparable(value)} for group in groups])
 
     def check(self) -> None:
         """Raise a ``UserError`` if it has changed."""
