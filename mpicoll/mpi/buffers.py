@@ -5,7 +5,7 @@ Arrays in the memory of a GPU are told from all others here, and what is done wi
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from math import prod
 from numbers import Integral, Number
@@ -112,6 +112,7 @@ def is_half(dtype: np.dtype) -> bool:
     return dtype.num == 23 or (dtype.num >= 24 and dtype.name == "bfloat16")  # a name costs 3 us
 
 
+@lru_cache
 def name_of(dtype: np.dtype) -> str:
     """The same for the same numbers, on all ranks."""
     return str(PAIRS[dtype].name) if dtype in PAIRS else dtype.name
@@ -167,7 +168,7 @@ def is_in_place(sendbuf: Any) -> bool:
 
 def on_device(x: Any) -> bool:
     """Is it an array in the memory of a device, or mpi4py's specification of one?"""
-    if isinstance(x, np.ndarray):
+    if isinstance(x, (np.ndarray, int)):
         return False
     if isinstance(x, (list, tuple)):
         return len(x) > 0 and _is_specification(x) and on_device(x[0])
@@ -297,7 +298,7 @@ def _is_counts(x: Any) -> bool:
 
 def _is_number(n: Any) -> bool:
     """Is it a whole number, of whatever type?  An array of integers with no dimension is one, as for mpi4py."""
-    if isinstance(n, Integral):
+    if isinstance(n, (int, Integral)):
         return True
     if not hasattr(n, "__index__") or getattr(n, "ndim", False):
         return False
@@ -381,7 +382,7 @@ def entries(x: Any) -> int:
     if asked.count is not None:
         return index(asked.count)
     size = _derived_size(x)
-    return operand(x).size if not size else size // cast(MPI.Datatype, asked.datatype).Get_size()
+    return operand(x).size if size is None else size // max(cast(MPI.Datatype, asked.datatype).Get_size(), 1)
 
 
 def described(x: Any, writable: bool = False) -> tuple[str, int | None]:

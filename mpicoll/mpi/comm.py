@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import pairwise
 from math import prod
 from operator import index
 from threading import get_ident
@@ -24,6 +25,7 @@ from .buffers import (
     described,
     each_rank,
     entries,
+    is_half,
     is_in_place,
     no_stream,
     of_blocks,
@@ -98,7 +100,7 @@ class Comm(MPI.Intracomm):
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Copy and pickle what mpi4py does: ``MPI.COMM_WORLD`` and ``MPI.COMM_SELF``."""
         _, (_, named) = cast(tuple[Any, ...], super().__reduce__())
-        return _again, (named, self.deterministic, self.check)
+        return _again, (type(self), named, self.deterministic, self.check)
 
     def __repr__(self) -> str:
         if MPI.Is_finalized() or not self:
@@ -553,6 +555,10 @@ class Comm(MPI.Intracomm):
                 given = gpu.copied(given) if isinstance(given, Array) else given.copy()
             if device:
                 return [DeviceCall.made(self, "reduce_scatter", given, taken, found, options, cuts=cuts)]
+            if options.algorithm == "native" and is_half(given.dtype) and isinstance(op, MPI.Op):
+                header = Header("reduce_scatter", "native", found.name, dtype_name(given.dtype), given.size, (), cuts)
+                counts = [after - before for before, after in pairwise(cuts)]
+                return [Native(header, self._natively("Reduce_scatter", given, taken, counts, op))]
             part = Part(cast(np.ndarray, given))
             return [decide(self, part, found, options, collective="reduce_scatter", cuts=cuts, result=cast(Any, taken))]
 
@@ -795,9 +801,9 @@ class Comm(MPI.Intracomm):
         run(made)
 
 
-def _again(comm: MPI.Intracomm, deterministic: bool, check: str) -> Comm:
-    """A copy of a ``Comm``."""
-    return Comm(comm, deterministic=deterministic, check=check)
+def _again(kind: type[Comm], comm: MPI.Intracomm, deterministic: bool, check: str) -> Comm:
+    """A copy of a ``Comm``, or of one of a kind of the program's own."""
+    return kind(comm, deterministic=deterministic, check=check)
 
 
 def _like(x: Any, flat: np.ndarray) -> np.ndarray:

@@ -92,6 +92,15 @@ def test_copies_keep_what_calls_do_by_default(named, how):
     assert (changed.deterministic, changed.check) == (False, "off")
 
 
+class Named(mpicoll.Comm):
+    """One of a kind of the program's own."""
+
+
+def test_copies_are_of_the_same_kind():
+    for how in ("copy", "deepcopy", "pickle"):
+        assert type(COPIES[how](Named(MPI.COMM_WORLD))) is Named
+
+
 def test_a_communicator_tells_what_it_is(comm):
     shown = repr(mpicoll.Comm(MPI.COMM_WORLD, deterministic=True))
     assert shown == f"<mpicoll.Comm MPI_COMM_WORLD, rank {comm.rank} of {P}, deterministic, check='header'>"
