@@ -33,6 +33,8 @@ LAYERS = [
         "mpi.agreement",
         "mpi.probe",
         "mpi.devices",
+        "mpi.attach",
+        "mpi.progress",
         "mpi.state",
         "mpi.collectives",
         "mpi.mixing",

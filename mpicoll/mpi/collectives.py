@@ -15,6 +15,7 @@ from ..schedule import Schedule, chunk_start
 from ..tuning import WAYS
 from . import gpu, launch, operations, record
 from .agreement import Header, Headers, check_level, header_of, level_of
+from .attach import check_comm, interrupted, whole
 from .buffers import (
     Part,
     in_c_order,
@@ -33,20 +34,9 @@ from .gpu import Array
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
 from .plan import Bound, Plan
+from .progress import Handle, NativeHandle, PersistentHandle, driving, under_way
 from .select import PLAIN, SHARED, Options, Preference, Shared, choose, defaults, parameters
-from .state import (
-    Handle,
-    NativeHandle,
-    PersistentHandle,
-    State,
-    check_comm,
-    driving,
-    find_state,
-    interrupted,
-    state_of,
-    under_way,
-    whole,
-)
+from .state import State, find_state, state_of
 
 C = TypeVar("C", "Call", "DeviceCall", "Native", "Call | DeviceCall")
 T = TypeVar("T")

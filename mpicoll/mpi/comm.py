@@ -14,6 +14,7 @@ from mpi4py import MPI
 from ..tuning import NATIVE, preferred
 from . import gpu, operations, record
 from .agreement import Header, check_level, header_of, level_of
+from .attach import check_comm, interrupted, whole
 from .buffers import (
     REFUSALS,
     Part,
@@ -60,8 +61,9 @@ from .collectives import (
 )
 from .gpu import Array
 from .operations import MOVE, Operation, name_of, operation, predefined
+from .progress import driving, under_way
 from .select import PLAIN, SHARED, SHARED_FROM, Options, Shared
-from .state import State, check_comm, driving, interrupted, state_of, under_way, whole
+from .state import State, state_of
 
 C = TypeVar("C", bound=MPI.Intracomm)
 

@@ -10,9 +10,10 @@ from mpi4py import MPI
 from ..algorithms import mixing
 from ..graphs import Graph, graph
 from . import record
+from .attach import check_comm, whole
 from .buffers import Part, is_half, on_device, parts, staged
 from .operations import MOVE
-from .state import MIXING_TAGS, check_comm, state_of, whole
+from .state import MIXING_TAGS, state_of
 
 
 def butterfly_mix(x: Any, comm: MPI.Intracomm, *, step: int, stream: Any = None) -> Any:

@@ -1,32 +1,27 @@
-"""What mpicoll keeps with a communicator, and running plans on it, at once or step by step.
+"""What mpicoll keeps with a communicator, and running plans on it."""
 
-Progress is made by calls: every wait or poll of a handle, and every blocking collective called through mpicoll, drives
-all handles that are under way, on whatever communicator, so that ranks may complete them in any order.  MPI's own
-calls do not drive ours.
-"""
-
-import time
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
-from threading import Event, Lock, Thread, get_ident
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
 from ..algorithms import Algorithm, find
-from ..errors import MismatchError, reason
+from ..errors import reason
 from ..graphs import Graph
 from ..schedule import Schedule
 from ..tuning import COLLECTIVES, Fingerprint, Rule, Rules, machine
 from ..tuning import find as find_profile
 from . import gpu, launch, record
-from .agreement import Agreement, Comparison, Header, Headers, header_of
+from .agreement import Agreement, Header, Headers, header_of
+from .attach import INTERRUPTED, attach, attached, check, interrupted, named, world_ranks
 from .launch import library_name
 from .operations import Operation
 from .plan import Bound, Plan
+from .progress import Handle, advance_all, check_thread, driving, exchange, inside, under_way
 from .select import PLAIN, Limits, Options, choose, defaults, limits, tuned
 from .shared import Node
 
@@ -44,11 +39,6 @@ COPIED = 16 << 10
 MAX_PLANS = 64
 """Plans kept per communicator; the one not used for longest goes first."""
 
-INTERRUPTED = (
-    "an earlier call on this communicator was interrupted by an exception, and its messages may still be under way: "
-    "go on with a new communicator (comm.Dup())"
-)
-
 BLOCKING_TAG = 0
 HANDLE_TAGS = range(1, 8192)  # one each, in turn: several may be under way on one communicator
 MIXING_TAGS = range(8192, 16384)  # by graph and step: ranks that mix differently do not take each other's vectors
@@ -64,7 +54,7 @@ class State:
         group = comm.Get_group()
         self.comm = MPI.Intracomm(MPI.Intracomm(comm).Create(group))  # a duplicate, but for the user's attributes
         self.p, self.rank = self.comm.size, self.comm.rank
-        self.name, self.world = _named(self.comm)
+        self.name, self.world = named(self.comm)
         self.plans: dict[tuple[Any, ...], Plan] = {}
         self._direct: dict[tuple[Any, ...], tuple[Plan, Header] | None] = {}
         group.Free()
@@ -152,7 +142,7 @@ class State:
                 if entry is not None:
                     entry.round = n
                 bound.before()
-                _exchange(self.comm, bound, tag)
+                exchange(self.comm, bound, tag)
                 bound.after()
         if copy is not None:
             vector[:] = copy
@@ -162,14 +152,14 @@ class State:
         self.check()
         self._take_turn()
         try:
-            _inside(True)
+            inside(True)
             return call(*args)
         except BaseException:
             self.interrupt()
             raise
         finally:
             self._running.release()
-            _inside(False)
+            inside(False)
 
     def _spans(self) -> bool:
         node = self.node
@@ -320,7 +310,7 @@ class State:
         """While this rank waits for others: these may be waiting for messages of its, of ours or of the program's."""
         self.comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
         if under_way:
-            _advance_all()
+            advance_all()
 
     def _take_turn(self) -> None:
         if not self._running.acquire(blocking=False):
@@ -378,6 +368,10 @@ class State:
         self._interrupted = True
         interrupted.add(self)
 
+    def disown(self) -> None:
+        """The communicator is being freed, by all ranks."""
+        self.node.disown()
+
     def retain(self) -> None:
         """Another user of the private communicator."""
         self._users += 1
@@ -427,465 +421,15 @@ class State:
         self.release()
 
 
-def _exchange(comm: MPI.Comm, bound: Bound, tag: int) -> None:
-    recvs, sends = bound.recvs, bound.sends
-    if len(recvs) == len(sends) == 1:  # one call: small messages cost what the calls cost
-        (into, source), (out, dest) = recvs[0], sends[0]
-        comm.Sendrecv((out, MPI.BYTE), dest, tag, (into, MPI.BYTE), source, tag)
-    else:
-        MPI.Request.Waitall(_post(comm, bound, tag))
-
-
-def _post(comm: MPI.Comm, bound: Bound, tag: int) -> list[MPI.Request]:
-    requests = [comm.Irecv((memory, MPI.BYTE), peer, tag) for memory, peer in bound.recvs]
-    requests += [comm.Isend((memory, MPI.BYTE), peer, tag) for memory, peer in bound.sends]
-    return requests
-
-
-under_way: list["Handle"] = []
-"""Handles of ours started and not complete, oldest first, of all communicators."""
-
-interrupted: set["State | _Broken"] = set()
-"""Of communicators on which a call was broken off, until they are freed: while there is none, small calls need not
-look."""
-
-_native_under_way: list["NativeHandle"] = []
-_native_abandoned: list["NativeHandle"] = []
-_abandoned: list["Handle"] = []  # after an exception: MPI may still write to their memory
-
-
-class Handle:
-    """A nonblocking collective: ``poll()`` until it is ``True``, or ``wait()``.  It is not an ``MPI.Request``.
-
-    Nothing moves but in calls to mpicoll: ``poll`` and ``wait`` of any handle, and blocking collectives.  A rank that
-    waits in one of MPI's own blocking calls meanwhile keeps the others waiting.  The arrays must be left alone until it
-    is complete.
-    """
-
-    def __init__(
-        self,
-        state: State,
-        bounds: Iterator[Bound],
-        tag: int,
-        result: Any = None,
-        deliver: Iterable[Callable[[], None]] = (),
-        comparison: Comparison | None = None,
-    ) -> None:
-        state.check()
-        if _thread_level != MPI.THREAD_MULTIPLE:  # see driving(); refused here, where all ranks are
-            raise RuntimeError(
-                "handles of our algorithms need MPI_THREAD_MULTIPLE, mpi4py's default: set mpi4py.rc.thread_level = "
-                "'multiple' before the first import of mpi4py.MPI, or use algorithm='native'"
-            )
-        self._state, self._tag = state, tag
-        self._result, self._deliver = result, tuple(deliver)
-        self._lock = Lock()  # of the thread that makes progress
-        self._bound: Bound | Comparison | None = None
-        self._requests: list[Any] = []
-        self._error: BaseException | None = None
-        self._begin(bounds, comparison)
-
-    def poll(self) -> bool:
-        """Make what progress is possible without waiting; is it complete?"""
-        check_thread()
-        with _all_or_none():
-            _advance_all()
-        self._raise_if_abandoned()
-        return self._bound is None
-
-    def wait(self) -> Any:
-        """Wait until it is complete, and return the array (or list) that holds the result."""
-        check_thread()
-        with _all_or_none(), record.during("waiting for a handle of ours", self._state):
-            while self._bound is not None:
-                self._raise_if_abandoned()
-                if under_way == [self]:
-                    self._advance(wait=True)
-                elif not _advance_all():
-                    time.sleep(0)  # others may need this core
-        self._raise_if_abandoned()
-        return self._result
-
-    def abandon(self, error: BaseException) -> None:
-        """Give up: what is under way stays so, and the communicator is of no use any more."""
-        self._error = error
-        self._state.interrupt()
-        if self in under_way:
-            under_way.remove(self)
-            _abandoned.append(self)
-
-    def _raise_if_abandoned(self) -> None:
-        if self._error is not None:
-            _raise_interrupted(self._error)
-
-    def _begin(self, bounds: Iterator[Bound], comparison: Comparison | None = None) -> None:
-        self._bounds = bounds
-        with self._lock, _guarding(self):
-            self._state.started(self, self._tag)
-            under_way.append(self)
-            if comparison is None:
-                self._next_round()
-            else:  # nothing is sent before it is known to match
-                self._bound, self._requests = comparison, [comparison.request]
-
-    def _advance(self, wait: bool = False) -> bool:
-        """Go on with what has arrived, or ``wait`` for all of it.  Was there any progress?"""
-        if not self._lock.acquire(blocking=wait):
-            return False  # another thread is at it
-        progressed = False
-        try:
-            _inside(True)
-            with _guarding(self):
-                while self._bound is not None and self._error is None:
-                    if wait:
-                        MPI.Request.Waitall(self._requests)
-                    elif not MPI.Request.Testall(self._requests):
-                        break
-                    self._bound.after()
-                    self._next_round()
-                    progressed = True
-        finally:
-            self._lock.release()
-            _inside(False)
-        return progressed
-
-    def _next_round(self) -> None:
-        for bound in self._bounds:
-            bound.before()
-            self._bound = bound
-            self._requests = self._post(bound)
-            if self._requests:
-                return
-            bound.after()
-        for deliver in self._deliver:
-            deliver()
-        under_way.remove(self)
-        self._bound = None
-        self._state.completed(self._tag)
-
-    def _post(self, bound: Bound) -> list[Any]:
-        return _post(self._state.comm, bound, self._tag)
-
-
 def _carried(operation: Operation) -> Operation:
     """Of sums that are as wide as they will be, and not finished."""
     return replace(operation, widens=False, finish=None)
 
 
-def _raise_interrupted(error: BaseException) -> NoReturn:
-    if isinstance(error, MismatchError):
-        raise error
-    raise RuntimeError(f"this collective was interrupted by an exception: {error!r}") from error
-
-
-@contextmanager
-def _all_or_none() -> Iterator[None]:
-    """Ctrl-C may come between any two steps, of any handle: none of them goes on after it."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as error:
-        for handle in list(under_way):
-            handle.abandon(error)
-        raise
-
-
-@contextmanager
-def _guarding(handle: Handle) -> Iterator[None]:
-    """Floating-point conditions are results, not errors; any exception spoils the communicator."""
-    try:
-        with np.errstate(all="ignore"):
-            yield
-    except BaseException as error:
-        handle.abandon(error)
-        raise
-
-
-class PersistentHandle(Handle):
-    """A collective set up once for one array: ``start()``, then as any handle, as often as wanted; at last ``free()``.
-
-    It keeps its memory and its MPI requests, so that starting it allocates nothing.
-    """
-
-    def __init__(self, state: State, bounds: Iterator[Bound], tag: int, result: Any) -> None:
-        super().__init__(state, iter(()), tag, result)
-        self._started = False
-        self._rounds: list[Bound] | None = list(bounds)
-        self._made = [self._persistent_requests(bound) for bound in self._rounds]
-        state.retain()
-
-    def start(self) -> "PersistentHandle":
-        """Begin, with what the array holds now.  All ranks start theirs in the same order."""
-        if self._rounds is None:
-            raise RuntimeError("this persistent collective was freed")
-        super()._raise_if_abandoned()
-        if self._bound is not None:
-            raise RuntimeError("this persistent collective is under way: wait for it first")
-        self._state.check()
-        self._started = True
-        self._requests_of = iter(self._made)
-        self._begin(iter(self._rounds))
-        return self
-
-    def _raise_if_abandoned(self) -> None:
-        if not self._started:
-            raise RuntimeError("this persistent collective was not started: start() it first")
-        super()._raise_if_abandoned()
-
-    def free(self) -> None:
-        """Give its requests and its memory back."""
-        if self._error is not None:
-            return  # MPI may still be using them
-        if self._bound is not None:
-            raise RuntimeError("this persistent collective is under way: wait for it first")
-        if self._rounds is not None:
-            for requests in self._made:
-                for request in requests:
-                    request.Free()
-            self._made, self._rounds = [], None
-            self._state.release()
-
-    def _post(self, bound: Bound) -> list[Any]:
-        requests = next(self._requests_of)
-        MPI.Prequest.Startall(requests)
-        return requests
-
-    def _persistent_requests(self, bound: Bound) -> list[MPI.Prequest]:
-        comm, tag = self._state.comm, self._tag
-        recvs = [comm.Recv_init((memory, MPI.BYTE), peer, tag) for memory, peer in bound.recvs]
-        return recvs + [comm.Send_init((memory, MPI.BYTE), peer, tag) for memory, peer in bound.sends]
-
-
-class NativeHandle:
-    """The same face for nonblocking collectives of the MPI library, which any of its calls drives."""
-
-    def __init__(
-        self,
-        requests: list[MPI.Request],
-        keep: Any,
-        result: Any,
-        deliver: Iterable[Callable[[], None]],
-        comparison: Comparison | None = None,
-    ) -> None:
-        self._requests, self._result, self._deliver = requests, result, tuple(deliver)
-        self._comparison = comparison
-        self._keep = keep  # mpi4py's nonblocking reductions let go of their buffers and operation
-        self._lock = Lock()
-        self._error: BaseException | None = None
-        for other in list(_native_under_way):  # those that nobody waits for
-            with suppress(Exception):  # their own affair
-                other._test()
-        _native_under_way.append(self)
-
-    def poll(self) -> bool:
-        """Is it complete?"""
-        check_thread()
-        with _all_or_none():
-            _advance_all()
-        return self._test()
-
-    def wait(self) -> Any:
-        """Wait until it is complete, and return the array (or list) that holds the result."""
-        check_thread()
-        with record.during("waiting for a handle of the MPI library"):
-            while not self._test(wait=not under_way):
-                with _all_or_none():
-                    if not _advance_all():
-                        time.sleep(0)
-        return self._result
-
-    def _test(self, wait: bool = False) -> bool:
-        if self._error is not None:
-            _raise_interrupted(self._error)
-        if self not in _native_under_way:
-            return True
-        if not self._lock.acquire(blocking=False):
-            return False  # another thread is at it
-        try:
-            if self not in _native_under_way:
-                return True
-            if self._comparison is not None:
-                if wait:
-                    self._comparison.request.Wait()
-                elif not self._comparison.request.Test():
-                    return False
-                self._comparison.after()
-                self._comparison = None
-            if wait:
-                MPI.Request.Waitall(self._requests)
-            elif not MPI.Request.Testall(self._requests):
-                return False
-            _native_under_way.remove(self)  # first: what follows is done once
-            for deliver in self._deliver:
-                deliver()
-            self._keep = None
-            return True
-        except BaseException as error:
-            self._error = error
-            if self in _native_under_way:
-                _native_under_way.remove(self)
-                _native_abandoned.append(self)
-            raise
-        finally:
-            self._lock.release()
-
-
-@contextmanager
-def driving(comm: MPI.Comm) -> Iterator[None]:
-    """Around a blocking call of the MPI library on ``comm``: it is refused if one there was broken off, and meanwhile a
-    thread drives what is under way."""
-    if interrupted:
-        check(comm)
-    if under_way:
-        _advance_all()
-    if not under_way:
-        yield
-        return
-    returned = Event()
-
-    def drive() -> None:
-        while under_way and not returned.wait(0.0002):
-            _advance_all()
-
-    thread = Thread(target=drive, name="mpicoll-driving", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        returned.set()
-        thread.join()
-
-
-def _advance_all() -> bool:
-    """All of them, once; was there any progress?  An exception is its own handle's: its ``poll`` and ``wait`` raise."""
-    progressed = False
-    for handle in list(under_way):
-        with suppress(Exception):
-            progressed = handle._advance() or progressed
-    return progressed
-
-
-# Threads: MPI says what it takes, once and for all.
-
-_thread_level: int | None = None
-_thread_inside: int | None = None
-
-
-def check_thread() -> None:
-    """Raise if the MPI library does not take calls from this thread, or not while another one is in a call of ours."""
-    global _thread_level
-    if _thread_level is None:
-        _thread_level = MPI.Query_thread()
-    if _thread_level < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
-        raise RuntimeError(
-            "MPI was initialised for calls from its main thread only (MPI_THREAD_FUNNELED or less): make this call "
-            "there, or set mpi4py.rc.thread_level = 'multiple' before the first import of mpi4py.MPI"
-        )
-    if _thread_level == MPI.THREAD_SERIALIZED and _thread_inside not in (None, get_ident()):
-        raise RuntimeError(
-            "MPI was initialised for one thread at a time (MPI_THREAD_SERIALIZED) and another one is in a collective: "
-            "take turns, or set mpi4py.rc.thread_level = 'multiple' before the first import of mpi4py.MPI"
-        )
-
-
-def _inside(entering: bool) -> None:
-    global _thread_inside
-    _thread_inside = get_ident() if entering else None
-
-
-# The state hangs on the communicator by an MPI attribute, and goes when it goes.
-
-_keyval = MPI.KEYVAL_INVALID
-_keyval_lock = Lock()
-
-
-def _release(comm: MPI.Comm, keyval: int, state: "State | _Broken") -> None:
-    interrupted.discard(state)
-    if isinstance(state, State):
-        state.node.disown()  # now, on all ranks, and not when the last handle here is done
-    state.release()
-
-
-def _create_keyval() -> None:
-    global _keyval
-    with _keyval_lock:
-        if _keyval == MPI.KEYVAL_INVALID:  # not at import: MPI may not be initialised yet
-            _keyval = MPI.Comm.Create_keyval(delete_fn=_release)
-
-
 def find_state(comm: MPI.Intracomm) -> State | None:
     """The communicator's, if it has one."""
-    if _keyval == MPI.KEYVAL_INVALID:
-        _create_keyval()
-    state = comm.Get_attr(_keyval)
-    return state if isinstance(state, State) else None
-
-
-def check_comm(comm: Any) -> None:
-    """Raise ``TypeError`` unless it is a communicator to work on; see also ``launch.check``."""
-    if not isinstance(comm, MPI.Intracomm) or not comm:
-        what = "one that is null or was freed" if isinstance(comm, MPI.Comm) and not comm else type(comm).__name__
-        raise TypeError(f"expected an mpi4py intracommunicator, got {what}")
-    launch.check(comm)
-
-
-def _world(comm: MPI.Comm) -> tuple[int, ...]:
-    """Its ranks in ``MPI.COMM_WORLD``."""
-    group, everything = comm.Get_group(), MPI.COMM_WORLD.Get_group()
-    world = tuple(group.Translate_ranks(list(range(group.size)), everything))
-    group.Free()
-    everything.Free()
-    return world
-
-
-_named_here = 0
-
-
-def _named(comm: MPI.Comm) -> tuple[str, tuple[int, ...]]:
-    """A name that is the same on all ranks and no other's, and the ranks in ``MPI.COMM_WORLD``."""
-    global _named_here
-    world = _world(comm)
-    _named_here += comm.rank == 0
-    return comm.bcast(f"communicator {world[0]}.{_named_here}"), world
-
-
-class _Broken:
-    """In place of the state of a communicator that had none when a call on it was broken off."""
-
-    def check(self) -> None:
-        raise RuntimeError(INTERRUPTED)
-
-    def release(self) -> None:
-        pass
-
-
-def check(comm: MPI.Comm) -> None:
-    """Raise if a call on it was broken off: the other ranks may still be in that."""
-    if _keyval != MPI.KEYVAL_INVALID:
-        kept: Any = comm.Get_attr(_keyval)
-        if kept is not None:
-            kept.check()
-
-
-@contextmanager
-def whole(comm: MPI.Intracomm) -> Iterator[None]:
-    """A call on ``comm``: broken off by Ctrl-C, it is the last one, by our algorithms or natively."""
-    check(comm)
-    try:
-        yield
-        record.end()
-    except (KeyboardInterrupt, SystemExit):
-        state = find_state(comm)
-        if state is not None:
-            state.interrupt()
-        else:
-            broken = _Broken()
-            comm.Set_attr(_keyval, broken)
-            interrupted.add(broken)
-        record.end()
-        raise
-    except BaseException:
-        record.end()
-        raise
+    found = attached(comm)
+    return found if isinstance(found, State) else None
 
 
 def state_of(comm: MPI.Intracomm) -> State:
@@ -895,9 +439,9 @@ def state_of(comm: MPI.Intracomm) -> State:
         check(comm)
         launch.check(comm)
         with (
-            record.during("making a communicator of ours", ranks=_world(comm)),
+            record.during("making a communicator of ours", ranks=world_ranks(comm)),
             driving(comm),
         ):  # other ranks may be waiting for what is under way before they come here
             state = State(comm)
-        comm.Set_attr(_keyval, state)
+        attach(comm, state)
     return state

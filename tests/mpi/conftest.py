@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-from mpicoll.mpi.state import interrupted
+from mpicoll.mpi.attach import interrupted
 
 WORLD = MPI.COMM_WORLD
 os.environ["MPICOLL_PROFILE"] = "none"  # what this machine was tuned to is not tested

@@ -13,7 +13,7 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll
-from mpicoll.mpi import collectives, select, state
+from mpicoll.mpi import collectives, progress, select, state
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
@@ -446,7 +446,7 @@ def test_ten_thousand_calls_leave_nothing(ours):
     gc.collect()
     assert len(gc.get_objects()) < objects + 500
     assert resident() < before + (8 << 20)
-    assert state.under_way == []
+    assert progress.under_way == []
 
 
 @pytest.mark.parametrize("wrap", [mpicoll.Comm, lambda comm: comm])

@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 import mpicoll
 from mpicoll.algorithms import ALGORITHMS
-from mpicoll.mpi import state
+from mpicoll.mpi import progress, state
 from mpicoll.mpi.plan import Bound
 
 NAMES = [*ALGORITHMS["allreduce"], "native", "auto"]
@@ -33,7 +33,7 @@ def ours(comm: MPI.Intracomm) -> mpicoll.Comm:
 @pytest.fixture(autouse=True)
 def nothing_left() -> Any:
     yield
-    assert state.under_way == []
+    assert progress.under_way == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,8 +127,8 @@ def test_tags_come_round_while_one_is_half_way_on_some_ranks(ours, monkeypatch):
 def test_a_call_refused_on_one_rank_leaves_ranks_in_step(ours, monkeypatch):
     if ours.rank == 0:
         with monkeypatch.context() as patch:
-            patch.setattr(state, "_thread_level", MPI.THREAD_SERIALIZED)
-            patch.setattr(state, "_thread_inside", -1)
+            patch.setattr(progress, "_thread_level", MPI.THREAD_SERIALIZED)
+            patch.setattr(progress, "_thread_inside", -1)
             for function in (mpicoll.iallreduce, mpicoll.allreduce_init):
                 with pytest.raises(RuntimeError, match="one thread at a time"):
                     function(np.zeros(3), ours, algorithm="ring")
@@ -162,8 +162,8 @@ def test_a_dropped_native_handle_keeps_its_memory(ours):
         time.sleep(0.2)
     last = mpicoll.iallreduce(mine(ours), ours)
     last.wait()
-    while state._native_under_way:  # by the dropped one itself
-        state._native_under_way[0].poll()
+    while progress._native_under_way:  # by the dropped one itself
+        progress._native_under_way[0].poll()
     np.testing.assert_array_equal(np.concatenate(arrays), TOTAL)
     del junk
 
@@ -174,8 +174,8 @@ def test_a_dropped_handle_still_arrives(ours):
     gc.collect()
     y = mine(ours)
     mpicoll.iallreduce(y, ours, algorithm="ring").wait()
-    while state.under_way:
-        state.under_way[0].poll()
+    while progress.under_way:
+        progress.under_way[0].poll()
     np.testing.assert_array_equal(x, TOTAL)
     np.testing.assert_array_equal(y, TOTAL)
 
@@ -395,7 +395,7 @@ def test_interrupted_while_driving_others_the_communicator_refuses(ours, monkeyp
 
     if P > 1:
         with monkeypatch.context() as patch:
-            patch.setattr(state.Handle, "wait", interrupted)
+            patch.setattr(progress.Handle, "wait", interrupted)
             with pytest.raises(KeyboardInterrupt):  # unchecked: comparing calls may complete what is under way
                 mpicoll.allreduce(mine(ours), own, algorithm="ring", check="off")
         with pytest.raises(RuntimeError, match="interrupted by an exception"):
@@ -473,14 +473,14 @@ def test_two_threads_on_one_communicator_are_refused(ours, monkeypatch, pending)
 )
 def test_past_the_thread_level_is_a_clear_error(ours, monkeypatch, level, message):
     """Ranks all see the same; the level is only pretended."""
-    monkeypatch.setattr(state, "_thread_level", level)
+    monkeypatch.setattr(progress, "_thread_level", level)
     mpicoll.allreduce(np.zeros(3), ours, algorithm="ring")  # the main thread may
     mpicoll.iallreduce(np.zeros(3), ours).wait()
     for function in (mpicoll.iallreduce, mpicoll.allreduce_init):
         with pytest.raises(RuntimeError, match="handles of our algorithms need MPI_THREAD_MULTIPLE"):
             function(np.zeros(3), ours, algorithm="ring")
     if level == MPI.THREAD_SERIALIZED:
-        monkeypatch.setattr(state, "_thread_inside", -1)  # somebody else is
+        monkeypatch.setattr(progress, "_thread_inside", -1)  # somebody else is
     caught: list[str] = []
 
     def call() -> None:
