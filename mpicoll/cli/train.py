@@ -318,6 +318,8 @@ class _Progress:
             f"{facts['train_samples']} training{validation} and {facts['test_samples']} test samples, "
             f"{facts['features']} features, {facts['classes']} classes, {facts['parameters']} parameters ({s.dtype})"
         )
+        if facts["layout"]:
+            _say(facts["layout"])
         if facts["untrained"]:
             from ..train.formats import listed
 

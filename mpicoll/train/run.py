@@ -4,6 +4,7 @@ import platform
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
 from . import files
 from .checkpoint import Checkpoint, latest
-from .data import Scaling, fingerprint, load, untrained
+from .data import TEST_SHARE, Dataset, Scaling, fingerprint, load, untrained
 from .formats import Schema
 from .loop import Epoch, Training, added, check, evaluate
 from .models import MODELS, Layered
@@ -85,6 +86,9 @@ def run(
         known=schema and Schema.of(schema),
         scaling=scaling and Scaling(*np.array(scaling)),
     )
+    if comm.rank == 0:
+        for line in data.assumed:
+            warnings.warn(line, RuntimeWarning, stacklevel=2)
     crc, is_dense = fingerprint(data, beside), isinstance(data.train.x, np.ndarray)
     before = str(checkpoint.facts["environment"].get("data_crc32")) if checkpoint and schema is None else crc
     if checkpoint and crc != before:
@@ -117,6 +121,7 @@ def run(
         "shares": list(data.counts) if data.sharded else None,
         "features": data.features,
         "classes": data.classes,
+        "layout": data.layout,
         "untrained": untrained(data, beside),
         "parameters": model.size,
         "parameters_held": comm.allgather(own.size) if grid else None,
@@ -126,6 +131,8 @@ def run(
         training.restore(checkpoint)
         if _other_data(checkpoint, crc):
             training.begin_patience()
+            if comm.rank == 0 and (drawn_anew := _drawn_anew(data)):
+                warnings.warn(drawn_anew, RuntimeWarning, stacklevel=2)
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
         facts["changed"] = _changed(checkpoint, facts, settings, beside.size, training.is_own(checkpoint))
     started(facts)
@@ -270,11 +277,11 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
         raise UserError(f"--out cannot be changed: a resumed run goes on in its folder, {str(folder)!r}")
     for name, value in asdict(settings).items():
         before = found.facts["settings"].get(name, getattr(Settings, name))
-        if name not in (*MAY_CHANGE, *NOT_SAVED) and value != before:
+        same = value == before or (name == "test_share" and {value, before} == {None, TEST_SHARE})
+        if name not in (*MAY_CHANGE, *NOT_SAVED) and not same:
             may = ", ".join(map(flag, MAY_CHANGE))
-            raise UserError(
-                f"{flag(name)} is {value!r}, and was {before!r}: of a resumed run only {may} can be changed"
-            )
+            now, then = ("not given" if one is None else repr(one) for one in (value, before))
+            raise UserError(f"{flag(name)} is {now}, and was {then}: of a resumed run only {may} can be changed")
     done = found.facts["epoch"]
     if done >= settings.epochs and (folder / files.SUMMARY).exists():
         raise UserError(f"{str(folder)!r} has done its {done} epochs; to go on, ask for more with --epochs")
@@ -291,6 +298,18 @@ def _other_data(checkpoint: Checkpoint, crc: str) -> bool:
     """Are the data others than before?  In as many shards as before, or in none: else nobody knows."""
     before = str(checkpoint.facts["environment"].get("data_crc32", crc))
     return before != crc and before.count(".") == crc.count(".")
+
+
+def _drawn_anew(data: Dataset) -> str | None:
+    """What is to be said of sets that were drawn from other data than before."""
+    names = ["test"] * bool(data.drawn and data.test.total) + ["validation"] * bool(data.validation.total)
+    if not names:
+        return None
+    advice = "name a test set with --test FILE, or train anew" if "test" in names else "train anew"
+    return (
+        f"{data.name!r} does not give the training samples of before, so that the {' and the '.join(names)} set drawn "
+        f"from it may hold samples that were trained on: {advice}"
+    )
 
 
 def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, models: int, own: bool) -> list[str]:

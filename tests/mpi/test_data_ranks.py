@@ -172,7 +172,7 @@ def test_all_ranks_refuse_what_contradicts_a_schema(comm, folder, shards):
     for name, message in {
         "zero.svm": "has a column 0; in the training set columns were counted from 1",
         "wide.svm": "has 6 features; the model was trained on 5",
-        "label.svm": "has the label 7.0, the run only 0, 1, 2",
+        "label.svm": "has the label 7, the run only 0, 1, 2",
         "names.csv": "has a column 'k'; expected those of the training set: a, b, c, d, e",
         "label.csv": "has the label 7, the run only 0, 1, 2",
     }.items():
