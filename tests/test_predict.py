@@ -330,6 +330,16 @@ def test_a_resumed_run_with_a_test_file_draws_none(tmp_path):
     assert summary["test_accuracy"] == 1
 
 
+def test_a_validation_set_that_is_drawn_from_other_data_is_told(tmp_path):
+    (tmp_path / "t.csv").write_text(table("a,b,c,label"))
+    given = {"model": "softmax", "validation": 0.2, "test": str(tmp_path / "t.csv")}
+    model = trained(tmp_path, "d.csv", table("a,b,c,label"), **{**given, "epochs": 1, "checkpoint": 1})
+    (tmp_path / "e.csv").write_text(table("a,b,c,label")[:-24])
+    settings = Settings(**given, data=str(tmp_path / "e.csv"), epochs=2, out=str(model))
+    with pytest.warns(RuntimeWarning, match="so that the validation set drawn from it may .* trained on: train anew"):
+        run(Comm(MPI.COMM_SELF), settings, resume=model)
+
+
 @pytest.mark.parametrize("shards", [False, True])
 def test_it_is_told_when_a_test_file_or_the_training_set_has_no_names(tmp_path, shards):
     (tmp_path / "named.csv").write_text(table("a,b,c,label"))
