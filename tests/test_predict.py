@@ -258,8 +258,8 @@ def test_a_run_that_is_resumed_reads_its_data_as_before(tmp_path, shards):
     assert summary["changed"] == []
     before = read_model(model)[2]
     (tmp_path / "e.csv").write_text(table("c,label,a,b").replace("9", "99"))
-    with pytest.warns(RuntimeWarning, match="the test set drawn from it may hold samples that were trained on"):
-        summary = run(Comm(MPI.COMM_SELF), Settings(**{**given, "epochs": 6}), resume=model)
+    summary = run(Comm(MPI.COMM_SELF), Settings(**{**given, "epochs": 6}), resume=model)
+    assert "the test set drawn from it may hold samples that were trained on" in summary["assumed"][0]
     assert any(line.startswith("data_crc32") for line in summary["changed"])
     np.testing.assert_array_equal(read_model(model)[2], before)  # the scaling
 
@@ -269,8 +269,8 @@ def test_a_resumed_run_counts_columns_as_before(tmp_path, shards):
     model = trained(tmp_path, "d.svm", sparse(0), shards=shards, epochs=3, checkpoint=1)
     (tmp_path / "e.svm").write_text(sparse(0, (1, 2)))
     given = {"model": "softmax", "shards": shards, "epochs": 5, "out": str(model), "data": str(tmp_path / "e.svm")}
-    with pytest.warns(RuntimeWarning, match="the test set drawn from it may hold samples"):
-        run(Comm(MPI.COMM_SELF), Settings(**given), resume=model)
+    summary = run(Comm(MPI.COMM_SELF), Settings(**given), resume=model)
+    assert "the test set drawn from it may hold samples" in summary["assumed"][0]
     facts = latest(model).facts
     assert facts["scaling"] is None
     assert facts["schema"] == {"features": 3, "labels": [0, 1, 2], "columns": None, "label": None, "base": 0}
@@ -305,15 +305,13 @@ def test_a_resumed_run_keeps_what_it_knew_and_tells_what_it_assumes(tmp_path, ca
     facts = latest(model).facts["schema"]
     (tmp_path / "e.csv").write_text(other)
     given = {"model": "softmax", "shards": shards, "epochs": 3, "out": str(model), "data": str(tmp_path / "e.csv")}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run(Comm(MPI.COMM_SELF), Settings(**given), resume=model)
+    summary = run(Comm(MPI.COMM_SELF), Settings(**given), resume=model)
     drawn = (
         "'{}' does not give the training samples of before, so that the test set drawn from it may hold samples that "
         "were trained on: name a test set with --test FILE, or train anew"
     )
     expected = [drawn if line == "drawn" else line for line in told]
-    assert [str(warning.message) for warning in caught] == [line.format(given["data"]) for line in expected]
+    assert summary["assumed"] == [line.format(given["data"]) for line in expected]
     assert latest(model).facts["schema"] == facts
     assert read_model(model)[3].facts() == Schema.of(facts).facts()
 
@@ -324,9 +322,8 @@ def test_a_resumed_run_with_a_test_file_draws_none(tmp_path):
     (tmp_path / "e.csv").write_text(table("a,b,c,label", header=False) + "1,0,0,p\n")
     (tmp_path / "t.csv").write_text(table("c,label,a,b"))
     given = {"model": "softmax", "epochs": 15, "out": str(model), "data": str(tmp_path / "e.csv")}
-    with pytest.warns(RuntimeWarning) as caught:
-        summary = run(Comm(MPI.COMM_SELF), Settings(**given, test=str(tmp_path / "t.csv")), resume=model)
-    assert [str(warning.message) for warning in caught] == [UNNAMED[9:].format(given["data"])]
+    summary = run(Comm(MPI.COMM_SELF), Settings(**given, test=str(tmp_path / "t.csv")), resume=model)
+    assert summary["assumed"] == [UNNAMED[9:].format(given["data"])]
     assert summary["test_accuracy"] == 1
 
 
@@ -336,8 +333,9 @@ def test_a_validation_set_that_is_drawn_from_other_data_is_told(tmp_path):
     model = trained(tmp_path, "d.csv", table("a,b,c,label"), **{**given, "epochs": 1, "checkpoint": 1})
     (tmp_path / "e.csv").write_text(table("a,b,c,label")[:-24])
     settings = Settings(**given, data=str(tmp_path / "e.csv"), epochs=2, out=str(model))
-    with pytest.warns(RuntimeWarning, match="so that the validation set drawn from it may .* trained on: train anew"):
-        run(Comm(MPI.COMM_SELF), settings, resume=model)
+    (line,) = run(Comm(MPI.COMM_SELF), settings, resume=model)["assumed"]
+    assert "so that the validation set drawn from it may" in line
+    assert line.endswith("trained on: train anew")
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -358,8 +356,7 @@ def test_sparse_data_that_become_dense_are_not_scaled(tmp_path):
     model = trained(tmp_path, "d.svm", sparse(1), epochs=2, checkpoint=1)
     (tmp_path / "e.csv").write_text(table("a,b,c,label", labels="012"))
     given = {"model": "softmax", "epochs": 3, "out": str(model), "data": str(tmp_path / "e.csv")}
-    with pytest.warns(RuntimeWarning):
-        run(Comm(MPI.COMM_SELF), Settings(**given), resume=model)
+    run(Comm(MPI.COMM_SELF), Settings(**given), resume=model)
     np.testing.assert_array_equal(read_model(model)[2], [[0] * 3, [1] * 3])
     assert read_model(model)[3].base == 1
 

@@ -339,6 +339,8 @@ class _Progress:
             _say(f"resumed from {resumed['from']}: epoch {resumed['epoch']}, step {resumed['step']}")
             for change in facts["changed"]:
                 _say(f"  not as before, and bits may differ: {change}")
+        for line in facts["assumed"] if launched_rank() == 0 else ():
+            click.echo(f"mpicoll: {line}", err=True)
         if self._bar_fits:
             from tqdm import tqdm
 

@@ -4,7 +4,6 @@ import platform
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -86,9 +85,6 @@ def run(
         known=schema and Schema.of(schema),
         scaling=scaling and Scaling(*np.array(scaling)),
     )
-    if comm.rank == 0:
-        for line in data.assumed:
-            warnings.warn(line, RuntimeWarning, stacklevel=2)
     crc, is_dense = fingerprint(data, beside), isinstance(data.train.x, np.ndarray)
     before = str(checkpoint.facts["environment"].get("data_crc32")) if checkpoint and schema is None else crc
     if checkpoint and crc != before:
@@ -122,6 +118,7 @@ def run(
         "features": data.features,
         "classes": data.classes,
         "layout": data.layout,
+        "assumed": list(data.assumed),
         "untrained": untrained(data, beside),
         "parameters": model.size,
         "parameters_held": comm.allgather(own.size) if grid else None,
@@ -131,8 +128,7 @@ def run(
         training.restore(checkpoint)
         if _other_data(checkpoint, crc):
             training.begin_patience()
-            if comm.rank == 0 and (drawn_anew := _drawn_anew(data)):
-                warnings.warn(drawn_anew, RuntimeWarning, stacklevel=2)
+            facts["assumed"] = [*data.assumed, *_drawn_anew(data)]
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
         facts["changed"] = _changed(checkpoint, facts, settings, beside.size, training.is_own(checkpoint))
     started(facts)
@@ -300,16 +296,15 @@ def _other_data(checkpoint: Checkpoint, crc: str) -> bool:
     return before != crc and before.count(".") == crc.count(".")
 
 
-def _drawn_anew(data: Dataset) -> str | None:
+def _drawn_anew(data: Dataset) -> list[str]:
     """What is to be said of sets that were drawn from other data than before."""
     names = ["test"] * bool(data.drawn and data.test.total) + ["validation"] * bool(data.validation.total)
-    if not names:
-        return None
     advice = "name a test set with --test FILE, or train anew" if "test" in names else "train anew"
-    return (
+    line = (
         f"{data.name!r} does not give the training samples of before, so that the {' and the '.join(names)} set drawn "
         f"from it may hold samples that were trained on: {advice}"
     )
+    return [line] if names else []
 
 
 def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, models: int, own: bool) -> list[str]:
