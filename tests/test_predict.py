@@ -307,12 +307,14 @@ def test_a_resumed_run_keeps_what_it_knew_and_tells_what_it_assumes(tmp_path, ca
     given = {"model": "softmax", "shards": shards, "epochs": 3, "out": str(model), "data": str(tmp_path / "e.csv")}
     summary = run(Comm(MPI.COMM_SELF), Settings(**given), resume=model)
     drawn = (
-        "'{}' does not give the training samples of before, so that the test set drawn from it may hold samples that "
-        "were trained on: name a test set with --test FILE, or train anew"
+        "the run has had other training samples than '{}' gives, so that the test set drawn from it may hold samples "
+        "that were trained on: name a test set with --test FILE, or train anew"
     )
     expected = [drawn if line == "drawn" else line for line in told]
     assert summary["assumed"] == [line.format(given["data"]) for line in expected]
     assert latest(model).facts["schema"] == facts
+    again = run(Comm(MPI.COMM_SELF), Settings(**{**given, "epochs": 4}), resume=model)
+    assert again["assumed"] == summary["assumed"]  # it is still so
     assert read_model(model)[3].facts() == Schema.of(facts).facts()
 
 

@@ -124,10 +124,13 @@ def run(
         "parameters_held": comm.allgather(own.size) if grid else None,
     }
     hosts = comm.gather(socket.gethostname())
+    mixed = checkpoint is not None and bool(checkpoint.facts.get("mixed"))
     if checkpoint:
         training.restore(checkpoint)
         if _other_data(checkpoint, crc):
             training.begin_patience()
+            mixed = True
+        if mixed:
             facts["assumed"] = [*data.assumed, *_drawn_anew(data)]
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
         facts["changed"] = _changed(checkpoint, facts, settings, beside.size, training.is_own(checkpoint))
@@ -176,6 +179,7 @@ def run(
                     "settings": asdict(settings),
                     "environment": {name: facts[name] for name in DEPENDS},
                     "schema": data.schema.facts(),
+                    "mixed": mixed,
                     "scaling": np.array(data.scaling).tolist() if is_dense else None,
                 }
                 training.save(folder / files.CHECKPOINTS, pinned)
@@ -301,8 +305,8 @@ def _drawn_anew(data: Dataset) -> list[str]:
     names = ["test"] * bool(data.drawn and data.test.total) + ["validation"] * bool(data.validation.total)
     advice = "name a test set with --test FILE, or train anew" if "test" in names else "train anew"
     line = (
-        f"{data.name!r} does not give the training samples of before, so that the {' and the '.join(names)} set drawn "
-        f"from it may hold samples that were trained on: {advice}"
+        f"the run has had other training samples than {data.name!r} gives, so that the {' and the '.join(names)} set "
+        f"drawn from it may hold samples that were trained on: {advice}"
     )
     return [line] if names else []
 
