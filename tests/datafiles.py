@@ -177,6 +177,11 @@ BAD: dict[str, Callable[[Path], str]] = {
     r"line 17: a quoted field does not end": _lines("data.csv", CSV, 17, '1,2,3,4,5,"0'),
     r"line 6: '1_0' in column 'a'; expected a finite number": _lines("data.csv", CSV, 6, "1_0,2,3,4,5,0"),
     r"columns 'y' and 'Target'; expected one of labels": _text("data.csv", "a,y,Target\n1,2,3\n"),
+    r"data.csv' has a column 'a' twice .columns 1 and 2.: name each column once": _text(
+        "data.csv", "a,a,b,label\n1,2,3,0\n4,5,6,1\n"
+    ),
+    r"data.csv' has a column '' twice .columns 2 and 3.: name": _text("data.csv", "a,,,label\n1,2,3,0\n4,5,6,1\n"),
+    r"data.csv' has a column 'b' twice .columns 1 and 3.: name": _text("data.csv", "b;y;b\n1;2;3\n4;5;6\n"),
     r"data.csv', line 1: nothing; expected features and a label": _text("data.csv", ""),
     r"data.csv', line 1: one field; expected features and a label": _text("data.csv", "1 2 0\n3 4 1\n"),
     r"data.csv' holds no samples": _text("data.csv", "a,b,label\n\n"),
@@ -200,6 +205,7 @@ BAD: dict[str, Callable[[Path], str]] = {
     r"data.svm', line 30: '1 -1:1'; expected": _lines("data.svm", SVM, 30, "1 -1:1"),
     r"data.svm', line 9: '1 1:inf'; expected": _lines("data.svm", SVM, 9, "1 1:inf"),
     r"data.svm', line 8: 'nan 1:1'; expected": _lines("data.svm", SVM, 8, "nan 1:1"),
+    r"data.svm', line 11: '1_0 1:1'; expected": _lines("data.svm", SVM, 11, "1_0 1:1"),
     r"data.svm', line 7: '1:1 2:1'; expected": _lines("data.svm", SVM, 7, "1:1 2:1"),
     r"data.svm', line 1: '1 99999999999:1'; expected": _lines("data.svm", SVM, 1, "1 99999999999:1"),
     r"data.svm', line 3: '0 1:1 1:1 1:1 1:1 1:1 1:1 1:1 1:1 1:1 1:\.\.\.'; expected": _lines(

@@ -323,6 +323,10 @@ def test_other_data_of_the_same_size_are_told(tmp_path, finished):
     data = npz(tmp_path / "e.npz", **blobs(60, seed=1))
     done = run(["mpicoll", "train", "--resume", "run", "--epochs", "3", "--data", str(data)], tmp_path)
     assert re.search("not as before, and bits may differ: data_crc32 [0-9a-f]{8} -> [0-9a-f]{8}\n", done.out)
+    (line,) = done.err.splitlines()
+    assert re.fullmatch(
+        "mpicoll: the run has had other training samples than '.*e.npz' gives, .* with --test FILE, or .*", line
+    )
 
 
 def test_a_run_that_was_killed_before_its_model_was_written_is_finished(tmp_path, finished):

@@ -1,9 +1,12 @@
 """Data as one process sees them: formats, shares cut by hand, the split, batches."""
 
+import bz2
+import gzip
 import io
 import re
 import struct
 import warnings
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -487,8 +490,6 @@ def test_a_test_set_of_its_own(tmp_path, kind):
             data = load(train, MPI.COMM_SELF, F8, test=str(tmp_path / "other.svm"))
             assert data.train.x.shape[1] == data.test.x.shape[1] == data.features == max(features, 5)
             assert data.test.x[0, features - 1] == 7
-        (tmp_path / "zero.svm").write_text("0 0:7\n")
-        assert load(train, MPI.COMM_SELF, F8, test=str(tmp_path / "zero.svm")).features == 6
 
 
 @pytest.mark.parametrize(
@@ -500,6 +501,10 @@ def test_a_test_set_of_its_own(tmp_path, kind):
         ("a,label\n1,0\n2,1\n", "a,b,label\n1,0,0\n", "test.csv' has a column 'b'; expected those of the tr.*: a$"),
         ("1,0\n2,1\n", "1,0,0\n", "test.csv' has 3 columns; the model was trained on 1 features: expected as many"),
         ("1,0\n2,1\n", "1\n2\n", "test.csv' has no labels: training needs a label for each sample"),
+        ("1,0\n2,1\n", "1,\n2,\n", "test.csv' has no labels: training needs a label for each sample"),
+        ("1,0\n2,1\n", "1,\n2,0\n", "test.csv', line 1: '' in column 2; expected a label"),
+        ("a,label\n1,0\n", "a,label,a\n1,0,2\n", r"test.csv' has a column 'a' twice .columns 1 and 3.: name each"),
+        ("b,label\n1,0\n", "a,label,a\n1,0,2\n", "test.csv' has a column 'a' twice"),
     ],
 )
 def test_a_test_set_that_does_not_fit(tmp_path, train, test, message):
@@ -507,6 +512,88 @@ def test_a_test_set_that_does_not_fit(tmp_path, train, test, message):
     (tmp_path / "test.csv").write_text(test)
     with pytest.raises(UserError, match=message):
         load(str(tmp_path / "train.csv"), MPI.COMM_SELF, F8, test=str(tmp_path / "test.csv"))
+
+
+SPARSE_TESTS: dict[str, tuple[str, str, str | int]] = {
+    "from 1, and a test set from 0": ("0 1:1 2:1\n1 3:1\n", "0 0:1 1:1\n1 2:1\n", "has a column 0; in the training"),
+    "from 0, and a test set from 1": (
+        "0 0:1 1:1\n1 2:1\n",
+        "0 1:1 2:1\n1 3:1\n",
+        "has 4 features and no column 0; the training set has 3, and columns were counted from 0",
+    ),
+    "from 0, and a test set from 1 that is narrow": ("0 0:1 1:1\n1 2:1\n", "0 1:1\n1 2:1\n", 3),
+    "from 0, and a wider test set": ("0 0:1 1:1\n1 2:1\n", "0 0:1\n1 4:1\n", 5),
+    "from 1, and a wider test set": ("0 1:1\n1 3:1\n", "0 4:1\n1 2:1\n", 4),
+    "from 1, and an empty test set": ("0 1:1\n1 3:1\n", "0\n1\n", 3),
+    "labels": ("-1 1:1\n1 3:1\n", "0 1:1\n", "the test set has the label 0, '.*train.svm' only -1, 1"),
+    "labels with a point": ("-1 1:1\n1.5 3:1\n", "2 1:1\n", "the test set has the label 2, '.*train.svm' only -1, 1.5"),
+}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("case", SPARSE_TESTS)
+def test_a_sparse_test_set_goes_by_the_training_set(tmp_path, case, shards):
+    train, test, told = SPARSE_TESTS[case]
+    names = [str(tmp_path / "train.svm"), str(tmp_path / "test.svm")]
+    for name, text in zip(names, (train, test), strict=True):
+        Path(name).write_text(text)
+    if isinstance(told, str):
+        with pytest.raises(UserError, match=told):
+            load(names[0], MPI.COMM_SELF, F8, test=names[1], shards=shards)
+    else:
+        assert load(names[0], MPI.COMM_SELF, F8, test=names[1], shards=shards).features == told
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1 1:1_0", "1_0 1:1", "1 1_0:2", "1 1:0x1", "1 +1:2", "1 1:1__0", "1 1:.", "1 1:1e", "1 1:1e1_0", "1 1:1 2",
+        "1 1:\u0661", "\u0661 1:1", "1,1:1",
+    ],
+)  # fmt: skip
+def test_numbers_of_svmlight_files_are_decimal_and_ascii(tmp_path, line):
+    good = "-.5e-1 qid:7 1:1 2:+2. 30:1E+2 # 1_0\n#1_0\n\n"
+    (tmp_path / "data.svm").write_text(good + "1 1:1\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"line 5: {line!r}; expected 'label index:value")):
+        read(str(tmp_path / "data.svm"))
+    (tmp_path / "data.svm").write_text(good)
+    raw, labels = read(str(tmp_path / "data.svm"))
+    assert labels is not None
+    assert (labels.tolist(), dense(raw.x).sum()) == ([-0.05], 103)
+
+
+@pytest.mark.parametrize("kind", ["csv", "svm", "csv.bz2", "svm.gz"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_files_of_lines_are_utf_8(tmp_path, kind, encoding):
+    x, y = samples(20)
+    text = csv(x, y) if kind.startswith("csv") else svm(x, y)
+    path = tmp_path / f"data.{kind}"
+    pack: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress}
+    path.write_bytes(pack.get(path.suffix, bytes)(text.encode(encoding)))
+    if encoding == "utf-8-sig":
+        raw, labels = read(str(path))
+        assert labels is not None
+        np.testing.assert_array_equal(dense(raw.x), x)
+        assert labels.tolist() == [0, 1, 2]
+        return
+    with pytest.raises(UserError, match=f"data.{kind}' is not UTF-8, but perhaps UTF-16: save it as UTF-8"):
+        read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "layout"),
+    [
+        ("0,1,species\n1,2,a\n3,4,b\n", None),
+        ("1,2,a\n3,4,b\n", "labels: column 3 of 3; line 1 is a sample"),
+        ("w,h,species\n1,2,a\n3,4,b\n", "labels: column 3 of 3, 'species'; line 1 is a header"),
+        ("w,class,h\n1,a,2\n3,b,4\n", "labels: column 2 of 3, 'class'; line 1 is a header"),
+        ("1,y,3\n1,a,2\n3,b,4\n", "labels: column 2 of 3, 'y'; line 1 is a header"),
+    ],
+)
+def test_it_is_told_where_labels_of_a_csv_file_are(tmp_path, text, layout):
+    (tmp_path / "data.csv").write_text(text)
+    data = load(str(tmp_path / "data.csv"), MPI.COMM_SELF, F8)
+    assert data.layout == (layout or "labels: column 3 of 3; line 1 is a sample")
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -521,9 +608,9 @@ def test_a_share_for_testing_is_for_data_without_a_test_set(tmp_path):
     x, y = samples(10)
     np.savez(tmp_path / "both.npz", X=x, y=y, X_test=x, y_test=y)
     train, test = (write("csv", tmp_path, x, y, name) for name in ("train", "test"))
-    with pytest.raises(UserError, match=r"both\.npz' is, or brings, a test set: leave out --test-share"):
+    with pytest.raises(UserError, match=r"both\.npz' brings a test set of its own: leave out --test-share"):
         load(str(tmp_path / "both.npz"), MPI.COMM_SELF, F8, test_share=0.2)
-    with pytest.raises(UserError, match=r"test\.csv' is, or brings, a test set: leave out --test-share"):
+    with pytest.raises(UserError, match=r"test\.csv' is the test set: leave out --test-share"):
         load(train, MPI.COMM_SELF, F8, test=test, test_share=0.2)
 
 

@@ -13,15 +13,13 @@ from ..mpi.launch import launched_ranks
 @click.option(
     "--data",
     "source",
-    default="digits",
-    show_default=True,
     metavar="SOURCE",
-    help="What train takes; an .npz or .csv file need have no labels.",
+    help="What train takes; an .npz or .csv file need have no labels [default: digits, if MODEL was trained on them].",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the predicted classes here, one a line."
 )
-def predict(model: Path, source: str, out: Path | None) -> None:
+def predict(model: Path, source: str | None, out: Path | None) -> None:
     """Predict the classes of the samples in --data with MODEL, the folder a training run wrote.
 
     Prints the predicted classes, one a line, unless --out names a file; and the accuracy, if the data have labels.
@@ -35,6 +33,10 @@ def predict(model: Path, source: str, out: Path | None) -> None:
     from ..train.files import read_model
 
     network, params, scaling, schema = read_model(model)
+    if source is None:
+        source = "digits"
+        if (schema.features, schema.labels.tolist(), schema.columns) != (64, list(range(10)), None):
+            raise UserError(f"{str(model)!r} was not trained on the digits: name the data with --data FILE")
     data, _ = read(source, schema)
     with np.errstate(all="ignore"):  # what overflows is reported
         scaled = scaling.apply(data.x, params.dtype)

@@ -318,6 +318,8 @@ class _Progress:
             f"{facts['train_samples']} training{validation} and {facts['test_samples']} test samples, "
             f"{facts['features']} features, {facts['classes']} classes, {facts['parameters']} parameters ({s.dtype})"
         )
+        if facts["layout"]:
+            _say(facts["layout"])
         if facts["untrained"]:
             from ..train.formats import listed
 
@@ -337,6 +339,8 @@ class _Progress:
             _say(f"resumed from {resumed['from']}: epoch {resumed['epoch']}, step {resumed['step']}")
             for change in facts["changed"]:
                 _say(f"  not as before, and bits may differ: {change}")
+        for line in facts["assumed"] if launched_rank() == 0 else ():
+            click.echo(f"mpicoll: {line}", err=True)
         if self._bar_fits:
             from tqdm import tqdm
 

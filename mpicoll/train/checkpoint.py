@@ -45,6 +45,7 @@ FACTS: dict[str, tuple[type, ...]] = {
     "environment": (dict,),
     "schema": (dict, type(None)),  # of the data; earlier versions did not keep it, nor
     "scaling": (list, type(None)),  # centers and spreads of dense ones
+    "mixed": (bool, type(None)),  # whether training data became others on the way
     "files": (dict,),
 }
 """What a manifest says, and of what kind that is."""

@@ -49,7 +49,7 @@ class Scaling(NamedTuple):
         they are: they would not be sparse any more."""
         samples, features = x.shape
         if not isinstance(x, np.ndarray):
-            return cls(np.zeros(features), np.ones(features))
+            return cls.none(features)
         low, high, mean = np.full(features, np.inf), np.full(features, -np.inf), np.zeros(features)
         if samples:
             low, high = x.min(axis=0).astype(np.float64), x.max(axis=0).astype(np.float64)
@@ -60,6 +60,11 @@ class Scaling(NamedTuple):
         mean /= comm.allreduce(samples)
         spread = high / 2 - low / 2
         return cls(mean, np.where(spread > 0, spread, 1.0))
+
+    @classmethod
+    def none(cls, features: int) -> "Scaling":
+        """The scaling that changes nothing."""
+        return cls(np.zeros(features), np.ones(features))
 
     def apply(self, x: "np.ndarray | csr_array", dtype: np.dtype) -> Any:
         """Scaled samples, a new array; sparse ones stay so if they need not be centred."""
@@ -97,7 +102,9 @@ class Dataset(NamedTuple):
 
     ``labels[class]`` is what the data call the class.  Unless ``sharded``, every rank holds all samples; ``counts``
     are the training samples that each rank holds.  Validation and test set may be empty.  ``columns``, ``label`` and
-    ``base`` are as in ``formats.Raw``, and ``name`` is the source.
+    ``base`` are as in ``formats.Raw``, or as a run that is resumed had them, ``name`` is the source and ``layout`` its.
+    ``drawn`` tells whether the test set was drawn from the samples; ``assumed`` are lines on what had to be assumed,
+    since the data do not say it.
     """
 
     train: Part
@@ -113,6 +120,9 @@ class Dataset(NamedTuple):
     label: str | None = None
     base: int | None = None
     name: str = "arrays"
+    layout: str | None = None
+    drawn: bool = False
+    assumed: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         train, validation, test = self[:3]
@@ -148,8 +158,9 @@ def load(
     random, from each class the same share to within two samples, and no class whole.  They depend on ``seed`` and on
     the samples' order and classes, not on who reads them.
 
-    With ``known`` and ``scaling``, those of a run that is resumed, columns and labels mean what they meant there; else
-    what the source says.  Columns of a second file are those of the source, by name where both have names.
+    With ``known`` and ``scaling``, those of a run that is resumed, columns and labels mean what they meant there, and
+    the data set keeps what is known; else what the source says.  Known data without a scaling, sparse ones, have none.
+    Columns of a second file are those of the source, by name where both have names, and counted from 0 or 1 as there.
 
     With ``shards`` no rank reads or holds what is not its own, where the format allows; where it does not, rank 0 reads
     and hands out.  Whatever is wrong with the data is one ``UserError``, raised by every rank.
@@ -168,13 +179,13 @@ def load(
     )
     if shards:
         raw = _own_share(source, comm, known)
-        test_set = _own_share(test, comm, _columns_of(raw)) if test else None
+        test_set = _own_share(test, comm, known or _columns_of(raw)) if test else None
         return assemble(raw, test_set, comm)
     held: list[Dataset] = []
 
     def prepare() -> None:
         raw = formats.read(source, known=known)
-        test_set = formats.read(test, known=_columns_of(raw)) if test else None
+        test_set = formats.read(test, known=known or _columns_of(raw)) if test else None
         held.append(assemble(raw, test_set, MPI.COMM_SELF))
 
     on_root(comm, prepare)
@@ -218,7 +229,7 @@ def from_arrays(
         test=Part(x[train:], y[train:], before[1], totals[1]),
         features=features,
         classes=classes,
-        scaling=Scaling(np.zeros(features), np.ones(features)),
+        scaling=Scaling.none(features),
         labels=np.arange(classes),
         sharded=comm is not None,
         counts=tuple(count for count, _ in shares),
@@ -237,23 +248,28 @@ def read(source: str, known: Schema | None = None) -> tuple[Raw, np.ndarray | No
         labels = np.arange(raw.y.max() + 1)
     elif raw.y is not None:
         labels = _values(source, np.unique(raw.y)) if known is None else known.labels
-        raw = raw._replace(y=_classes(raw.y, labels), verbatim=False)
-    for assumption in _assumptions(source, raw, known) if known else ():
-        warnings.warn(assumption, RuntimeWarning, stacklevel=2)
+        as_numbers = known is not None and known.as_numbers
+        raw = raw._replace(y=_classes(raw.y, labels, as_numbers), verbatim=False)
+    told = list(_assumptions(source, raw, known)) if known else []
+    if known and raw.y is not None:
+        strange = np.count_nonzero((raw.y < 0) | (raw.y >= len(known.labels)))
+        if strange:
+            told.append(f"{strange} of {len(raw.y)} labels are none that the model knows, and count as wrong")
+    for line in told:
+        warnings.warn(line, RuntimeWarning, stacklevel=2)
     return raw, labels
 
 
 def _assumptions(source: str, raw: Raw, known: Schema) -> Iterator[str]:
+    """What has to be assumed of columns, where the training set that is ``known`` or the source does not say it."""
     if raw.base is not None and known.base is None:
         yield f"the model does not say how columns are numbered: those of {source!r} are counted from {raw.base}"
+    if raw.columns is not None and raw.label is None and all(map(formats.is_number, raw.columns)):
+        yield f"line 1 of {source!r}, in which all names are numbers, is taken for a header"
     if raw.columns is None and known.columns is not None:
         yield f"{source!r} does not name its columns: expected in the order {listed(known.columns)}"
     if raw.columns is not None and known.columns is None:
-        yield f"the model does not name its columns: those of {source!r} are taken in their order"
-    if raw.y is not None:
-        strange = np.count_nonzero((raw.y < 0) | (raw.y >= len(known.labels)))
-        if strange:
-            yield f"{strange} of {len(raw.y)} labels are none that the model knows, and count as wrong"
+        yield f"the training set does not name its columns: those of {source!r} are taken in their order"
 
 
 def rebalanced(weights: Sequence[float], measured: Sequence[tuple[int, float]], total: int) -> list[float]:
@@ -368,13 +384,16 @@ def _assemble(
 ) -> Dataset:
     """The data set whose shares the ranks of ``comm`` bring, for so many ranks to train with."""
 
+    columns = known or _columns_of(raw)
+
     def check() -> Raw:
         for name, found in ((source, raw), (test, test_set)):
             if found is not None and found.y is None:
                 what = "labels" if found.verbatim else "array 'y'"
                 raise UserError(f"data file {name!r} has no {what}: training needs a label for each sample")
         if test_share is not None and (test is not None or raw.x_test is not None):
-            raise UserError(f"{test or source!r} is, or brings, a test set: leave out --test-share")
+            has = f"{source!r} brings a test set of its own" if test is None else f"{test!r} is the test set"
+            raise UserError(f"{has}: leave out --test-share")
         if test is None or test_set is None:
             return raw
         if test == source or test.startswith("powerlaw"):
@@ -387,10 +406,14 @@ def _assemble(
             raise UserError(f"{test!r} is not of the same kind as {source!r}: expected a test set in the same format")
         return raw._replace(x_test=test_set.x, y_test=test_set.y, extent=raw.extent + test_set.extent)
 
-    raw, labels = _agree_on_classes(source, _agree(source, on_all(comm, check), comm, known), comm, known)
+    raw, labels = _agree_on_classes(source, _agree(source, on_all(comm, check), comm, known, test), comm, known)
+    assumed = list(_assumptions(source, raw, known)) if known else []
+    if test_set is not None and test is not None and columns:
+        assumed += _assumptions(test, test_set, columns)
     x, y, x_test, y_test = raw[:4]
     assert y is not None
     trains = np.ones(len(y), np.bool_)
+    drawn = x_test is None
     if x_test is None or y_test is None:
         held_out = _drawn(y, len(labels), TEST_SHARE if test_share is None else test_share, [seed, 1], comm)
         x_test, y_test, trains = x[held_out], y[held_out], ~held_out
@@ -419,15 +442,32 @@ def _assemble(
         return scaled
 
     with np.errstate(all="ignore"):  # what overflows is reported
-        fitted = scaling or Scaling.fit(sets[0][0], comm)
+        fitted = scaling or (Scaling.none(x.shape[1]) if known else Scaling.fit(sets[0][0], comm))
         scaled = on_all(comm, lambda: scale(fitted))
     starts = counts[: comm.rank].sum(axis=0).tolist()
     train, validating, testing = (
         Part(x, y, start, total) for x, (_, y), start, total in zip(scaled, sets, starts, totals, strict=True)
     )
     held = tuple(counts[:, 0].tolist())
-    names = raw.columns, raw.label, raw.base
-    return Dataset(train, validating, testing, x.shape[1], len(labels), fitted, labels, True, held, *names, source)
+    schema = known or Schema(x.shape[1], labels, raw.columns, raw.label, raw.base)
+    return Dataset(
+        train,
+        validating,
+        testing,
+        schema.features,
+        len(labels),
+        fitted,
+        labels,
+        True,
+        held,
+        schema.columns,
+        schema.label,
+        schema.base,
+        source,
+        raw.layout,
+        drawn,
+        tuple(assumed),
+    )
 
 
 def _drawn(y: np.ndarray, classes: int, share: float, seed: list[int], comm: MPI.Intracomm) -> np.ndarray:
@@ -465,7 +505,7 @@ def _random(seed: list[int], places: np.ndarray) -> np.ndarray:
     return ((z ^ (z >> word(31))) >> word(1)).astype(np.int64)
 
 
-def _agree(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> Raw:
+def _agree(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None, test: str | None = None) -> Raw:
     """The rank's share with features as all shares together have them, which must be those that are known."""
     sets = [x for x in (raw.x, raw.x_test) if x is not None]
     dense = isinstance(raw.x, np.ndarray)
@@ -481,7 +521,7 @@ def _agree(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> 
         raise UserError(f"the test set has {fixed[1]} features, {source!r} has {fixed[0]}; expected as many")
     if comm.allreduce(raw.x.shape[0]) == 0:
         raise UserError(f"data file {source!r} holds no samples")
-    raw = raw if dense else _agree_on_columns(source, raw, comm, known)
+    raw = raw if dense else _agree_on_columns(source, raw, comm, known, test)
     if known is not None and raw.x.shape[1] != known.features:
         raise UserError(f"{source!r} has {raw.x.shape[1]} features; the model was trained on {known.features}")
     return raw
@@ -494,18 +534,26 @@ def _described(facts: tuple[int, bool, int, list[int] | None, tuple[str, ...] | 
     return f"{'a test set and ' if sets > 1 else ''}{extent} bytes or samples{features}"
 
 
-def _agree_on_columns(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> Raw:
+def _agree_on_columns(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None, test: str | None) -> Raw:
     """Sparse samples of all shares, training and test, with the same columns: as many as the largest number needs, and
-    at least those that are known.  In a file they are counted from 1, unless there is a 0 anywhere, or it is known."""
+    at least those that are known.  In a file they are counted from 1, unless that is known or the training set has a
+    0; a ``test`` set must not contradict."""
     sets: list[Any] = [x for x in (raw.x, raw.x_test) if x is not None]
+    ends = [comm.allreduce(x.shape[1], MPI.MAX) for x in sets]
     base = None
     if raw.verbatim:
-        base = lowest = comm.allreduce(min(int(x.indices.min(initial=1)) for x in sets), MPI.MIN)
-        if known is not None and known.base is not None:
-            base = known.base
-        if lowest < base:
-            raise UserError(f"{source!r} has a column 0; in the training set columns were counted from 1")
-    features = comm.allreduce(max(x.shape[1] for x in sets), MPI.MAX) - (base or 0)
+        lowest = [comm.allreduce(int(x.indices.min(initial=1)), MPI.MIN) for x in sets]
+        base = lowest[0] if known is None or known.base is None else known.base
+        for name, first, end in zip((source, test), lowest, ends, strict=False):
+            if first < base:
+                raise UserError(f"{name!r} has a column 0; in the training set columns were counted from 1")
+            most = max(ends[0], known.features + base if known else 0)
+            if name == test and base < first and end > most:
+                raise UserError(
+                    f"{name!r} has {end} features and no column 0; the training set has {most}, and columns were "
+                    "counted from 0"
+                )
+    features = max(ends) - (base or 0)
     if known is not None:
         features = max(features, known.features)
     if features < 1:
@@ -542,20 +590,24 @@ def _agree_on_classes(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema 
 
     def check() -> None:
         if classes.min(initial=0) < 0:
-            raise UserError(f"{source!r} has the label {y[classes < 0][0]}, the run only {listed(labels.tolist())}")
+            (strange,) = _texts(y[classes < 0][:1])
+            raise UserError(f"{source!r} has the label {strange}, the run only {listed(_texts(labels))}")
         if y_test is not None and test_classes is not None and test_classes.min(initial=0) < 0:
-            strange = y_test[test_classes < 0][0]
-            raise UserError(f"the test set has the label {strange}, {source!r} only {listed(labels.tolist())}")
+            (strange,) = _texts(y_test[test_classes < 0][:1])
+            raise UserError(f"the test set has the label {strange}, {source!r} only {listed(_texts(labels))}")
 
     on_all(comm, check)
     return raw._replace(y=classes, y_test=test_classes, verbatim=False), labels
 
 
-def _classes(found: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place of each among the labels, by its text; -1 if it has none."""
+def _classes(found: np.ndarray, labels: np.ndarray, as_numbers: bool = False) -> np.ndarray:
+    """The place of each among the labels, by its text, or by the number that it looks like; -1 if it has none."""
     known = {text: n for n, text in enumerate(_texts(labels))}
     values, inverse = np.unique(found, return_inverse=True)
-    classes = np.array([known.get(text, -1) for text in _texts(values)], np.int64)
+    texts = _texts(values)
+    if as_numbers and labels.dtype.kind != "U":
+        texts = _texts(np.array([float(text) if formats.DECIMAL.fullmatch(text) else np.nan for text in texts]))
+    classes = np.array([known.get(text, -1) for text in texts], np.int64)
     return classes[inverse]
 
 

@@ -1,6 +1,7 @@
 """What data are read from: each format checked, whole or one rank's share of it, without MPI."""
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -8,9 +9,10 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +36,13 @@ LABELS = ("y", "label", "class", "target")
 """What a csv file calls the column of labels; if none of its columns is called so, labels are the last."""
 
 NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
-DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
+DECIMAL = re.compile(NUMBER, re.ASCII | re.IGNORECASE)
+SVM_LINE = re.compile(
+    rf"\s*(?:{NUMBER}(?:\s+qid:\S*)?(?:\s+\d+:{NUMBER})*\s*)?(?:#.*)?".encode(), re.IGNORECASE | re.DOTALL
+)
+"""A line of an svmlight file.  Python's numbers are not asked: they may have underscores."""
+
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
 """What Python writes for an integer, and fits into 64 bits."""
 
@@ -46,7 +54,8 @@ class Raw(NamedTuple):
     file), and a sparse ``x`` has columns numbered as in the file, and as many as this share needs: what they mean
     depends on the other shares.  ``extent``, bytes or samples of the whole source, is the same for all shares.
     ``columns`` and ``label`` are what a csv file calls the features and the labels, if it names them, each by another
-    name; ``base`` is the number of an svmlight file's first column, once that is known.
+    name; ``base`` is the number of an svmlight file's first column, once that is known.  ``layout`` says of a csv file
+    where its labels are, and whether line 1 is a header.
     """
 
     x: "np.ndarray | csr_array"
@@ -58,6 +67,7 @@ class Raw(NamedTuple):
     columns: tuple[str, ...] | None = None
     label: str | None = None
     base: int | None = None
+    layout: str | None = None
 
     def __repr__(self) -> str:
         sets = ((name, getattr(self, name)) for name in ("x", "y", "x_test", "y_test"))
@@ -76,10 +86,13 @@ class Schema(NamedTuple):
     columns: tuple[str, ...] | None = None
     label: str | None = None
     base: int | None = None
+    as_numbers: bool = False
+    """Labels are those of an earlier version, which read what looks like a number as one."""
 
     def facts(self) -> dict[str, Any]:
         """What it holds, as JSON can."""
-        return {**self._asdict(), "labels": self.labels.tolist()}
+        own = {name: value for name, value in self._asdict().items() if name != "as_numbers"}
+        return {**own, "labels": self.labels.tolist()}
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> "Schema":
@@ -90,7 +103,10 @@ class Schema(NamedTuple):
             raise ValueError(f"labels {labels.dtype} of shape {labels.shape}, base {base}")
         if columns is not None and (len(columns) != features or not all(isinstance(name, str) for name in columns)):
             raise ValueError(f"{len(columns)} names of {features} features")
-        return cls(features, labels, None if columns is None else tuple(columns), label, base)
+        if columns is not None and len(set(columns)) < features:
+            raise ValueError("a name of two features")
+        names = None if columns is None else tuple(columns)
+        return cls(features, labels, names, label, base, "columns" not in facts)
 
 
 def share(samples: int, rank: int, ranks: int) -> slice:
@@ -322,7 +338,7 @@ def _own_lines(path: Path, rank: int, ranks: int) -> tuple[list[bytes], int, int
         if opener is not None:
             with opener(path) as file:
                 text = file.read()
-            return text.splitlines(), 0, len(text)
+            return _without_mark(text.splitlines()), 0, len(text)
         with open(path, "rb") as file:
             size = file.seek(0, io.SEEK_END)
 
@@ -336,7 +352,25 @@ def _own_lines(path: Path, rank: int, ranks: int) -> tuple[list[bytes], int, int
             own = share(size, rank, ranks)
             begin, end = first_line_from(own.start), first_line_from(own.stop)
             file.seek(begin)
-            return file.read(end - begin).splitlines(), begin, size
+            lines = file.read(end - begin).splitlines()
+            return lines if begin else _without_mark(lines), begin, size
+
+
+def _first_line(path: Path) -> bytes:
+    """The first line of a file, perhaps compressed, which must be of UTF-8, without the byte order mark and the end."""
+    with _reading(path):
+        with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
+            line = file.readline()
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
+        raise UserError(f"data file {str(path)!r} is not UTF-8, but perhaps UTF-16: save it as UTF-8")
+    return _without_mark([line])[0].rstrip(b"\r\n").split(b"\r")[0]
+
+
+def _without_mark(lines: list[bytes]) -> list[bytes]:
+    """Lines from the first one on, without the byte order mark of UTF-8."""
+    if lines:
+        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+    return lines
 
 
 def _parse(
@@ -386,6 +420,12 @@ def _columns(path: Path, names: list[str], known: Schema | None) -> _Columns:
         raise UserError(f"{what} has columns {names[called[0]]!r} and {names[called[1]]!r}; expected one of labels")
     places = {name: n for n, name in enumerate(known.columns or ())} if known else {}
     has_header = bool(called) or not any(map(is_number, names)) or (bool(places) and places.keys() <= set(names))
+    first = {name: n for n, name in reversed(list(enumerate(names)))}
+    again = next((n for n, name in enumerate(names) if first[name] < n), None)
+    if has_header and again is not None:
+        name = names[again]
+        where = f"columns {first[name] + 1} and {again + 1}"
+        raise UserError(f"{what} has a column {name!r} twice ({where}): name each column once")
     by_name = has_header and bool(places)
     label = called[0] if called else None
     if label is None and known is not None and by_name:
@@ -395,9 +435,9 @@ def _columns(path: Path, names: list[str], known: Schema | None) -> _Columns:
     features = [n for n in range(count) if n != label]
     if known is not None and by_name:
         found = {names[n] for n in features}
-        if found != places.keys() or len(found) < len(features):
+        if found != places.keys():
             other, missing = sorted(found - places.keys()), sorted(places.keys() - found)
-            why = f"a column {other[0]!r}" if other else f"no column {missing[0]!r}" if missing else "a column twice"
+            why = f"a column {other[0]!r}" if other else f"no column {missing[0]!r}"
             raise UserError(f"{what} has {why}; expected those of the training set: {listed(known.columns or ())}")
         features.sort(key=lambda n: places[names[n]])
     elif known is not None and len(features) != known.features:
@@ -415,9 +455,7 @@ def _read_csv(path: Path, rank: int, ranks: int, known: Schema | None) -> Raw:
     It is a header if it names a column of labels, or all those that are known, or if none of its fields is a number.
     Fields may be quoted, but hold no line ends.
     """
-    with _reading(path):
-        with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
-            head = file.readline().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\r")[0]
+    head = _first_line(path)
     delimiter = next((mark for mark in "\t;," if mark.encode() in head), ",")
 
     def fields(line: bytes) -> list[str]:
@@ -428,6 +466,11 @@ def _read_csv(path: Path, rank: int, ranks: int, known: Schema | None) -> Raw:
 
     names = fields(head)
     has_header, features, label = _columns(path, names, known)
+    lines, begin, size = _own_lines(path, rank, ranks)
+    if begin == 0 and lines and has_header:
+        lines[0] = b""
+    # To predict, a column of labels may be there and empty: that can be said of a whole file, not of a share.
+    empty = known is not None and ranks == 1 and label is not None and _is_empty(label, map(fields, lines))
 
     def parse(lines: list[bytes]) -> tuple[np.ndarray, np.ndarray | None]:
         known: dict[str, int] = {}
@@ -443,12 +486,16 @@ def _read_csv(path: Path, rank: int, ranks: int, known: Schema | None) -> Raw:
             raise ValueError('"')  # the field would go on in the next line
         table = np.empty((0, len(names)))
         if texts:
-            converters: dict[int | str, Callable[[str], int]] = {} if label is None else {label: number_of}
+            converters: dict[int | str, Callable[[str], int]] = {}
+            if label is not None:
+                converters[label] = (lambda text: 0) if empty else number_of
             table = np.loadtxt(texts, delimiter=delimiter, comments=None, converters=converters, quotechar='"', ndmin=2)
         if table.shape[1] != len(names) or not np.isfinite(table).all():
             raise ValueError(table.shape)
         x = np.take(table, features, axis=1)
-        return x, None if label is None else np.array(list(known), np.str_)[table[:, label].astype(np.intp)]
+        if label is None or empty:
+            return x, None
+        return x, np.array(list(known), np.str_)[table[:, label].astype(np.intp)]
 
     def complaint(line: bytes) -> str:
         found = fields(line)
@@ -458,19 +505,26 @@ def _read_csv(path: Path, rank: int, ranks: int, known: Schema | None) -> Raw:
             return f"{len(found)} fields; expected {len(names)}, as in line 1"
         for n, field in enumerate(found):
             finite = bool(DECIMAL.fullmatch(field)) and math.isfinite(float(field))
-            if not (is_label(field) if n == label else finite):
+            if not (finite if n != label else empty or is_label(field)):
                 name = f"{names[n]!r}" if has_header else n + 1
                 return f"{field!r} in column {name}; expected {'a label' if n == label else 'a finite number'}"
         return "cannot be read as numbers"
 
-    lines, begin, size = _own_lines(path, rank, ranks)
-    if begin == 0 and lines:
-        lines[0] = b"" if has_header else lines[0].removeprefix(b"\xef\xbb\xbf")
     x, y = _parse(path, begin, lines, parse, complaint)
-    raw = Raw(x, y, verbatim=True, extent=size)
-    if not has_header or len(set(names)) < len(names):
+    named = "" if label is None or not has_header else f", {names[label]!r}"
+    layout = "no labels" if label is None else f"labels: column {label + 1} of {len(names)}{named}"
+    layout += f"; line 1 is {'a header' if has_header else 'a sample'}"
+    raw = Raw(x, y, verbatim=True, extent=size, layout=layout)
+    if not has_header:
         return raw
     return raw._replace(columns=tuple(names[n] for n in features), label=None if label is None else names[label])
+
+
+def _is_empty(column: int, rows: Iterable[list[str]]) -> bool:
+    """Whether there is a row, and all have the column and nothing in it."""
+    rows = filter(any, rows)
+    first = next(rows, [])
+    return len(first) > column and all(len(row) > column and not row[column] for row in chain([first], rows))
 
 
 def listed(values: Sequence[Any]) -> str:
@@ -499,6 +553,8 @@ def _read_svm(path: Path, rank: int, ranks: int) -> Raw:
     from sklearn.datasets import load_svmlight_file
 
     def parse(lines: list[bytes]) -> Raw:
+        if not all(map(SVM_LINE.fullmatch, lines)):
+            raise ValueError("not a number")
         # Not by the loader's own offset and length: where no line begins in a range, it reads one twice.
         try:
             x, y = load_svmlight_file(io.BytesIO(b"\n".join(lines)), zero_based=True)
@@ -516,6 +572,7 @@ def _read_svm(path: Path, rank: int, ranks: int) -> Raw:
             "below 2^53"
         )
 
+    _first_line(path)
     lines, begin, size = _own_lines(path, rank, ranks)
     return _parse(path, begin, lines, parse, complaint)._replace(extent=size)
 

@@ -22,7 +22,7 @@ from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
 from . import files
 from .checkpoint import Checkpoint, latest
-from .data import Scaling, fingerprint, load, untrained
+from .data import TEST_SHARE, Dataset, Scaling, fingerprint, load, untrained
 from .formats import Schema
 from .loop import Epoch, Training, added, check, evaluate
 from .models import MODELS, Layered
@@ -118,15 +118,21 @@ def run(
         "shares": list(data.counts) if data.sharded else None,
         "features": data.features,
         "classes": data.classes,
+        "layout": data.layout,
+        "assumed": list(data.assumed),
         "untrained": unseen,
         "parameters": model.size,
         "parameters_held": comm.allgather(own.size) if grid else None,
     }
     hosts = comm.gather(socket.gethostname())
+    mixed = checkpoint is not None and bool(checkpoint.facts.get("mixed"))
     if checkpoint:
         training.restore(checkpoint)
         if _other_data(checkpoint, crc):
             training.begin_patience()
+            mixed = True
+        if mixed:
+            facts["assumed"] = [*data.assumed, *_drawn_anew(data)]
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
         facts["changed"] = _changed(checkpoint, facts, settings, beside.size, training.is_own(checkpoint))
     started(facts)
@@ -174,6 +180,7 @@ def run(
                     "settings": asdict(settings),
                     "environment": {name: facts[name] for name in DEPENDS},
                     "schema": data.schema.facts(),
+                    "mixed": mixed,
                     "scaling": np.array(data.scaling).tolist() if is_dense else None,
                 }
                 training.save(folder / files.CHECKPOINTS, pinned)
@@ -271,11 +278,11 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
         raise UserError(f"--out cannot be changed: a resumed run goes on in its folder, {str(folder)!r}")
     for name, value in asdict(settings).items():
         before = found.facts["settings"].get(name, getattr(Settings, name))
-        if name not in (*MAY_CHANGE, *NOT_SAVED) and value != before:
+        same = value == before or (name == "test_share" and {value, before} == {None, TEST_SHARE})
+        if name not in (*MAY_CHANGE, *NOT_SAVED) and not same:
             may = ", ".join(map(flag, MAY_CHANGE))
-            raise UserError(
-                f"{flag(name)} is {value!r}, and was {before!r}: of a resumed run only {may} can be changed"
-            )
+            now, then = ("not given" if one is None else repr(one) for one in (value, before))
+            raise UserError(f"{flag(name)} is {now}, and was {then}: of a resumed run only {may} can be changed")
     done = found.facts["epoch"]
     if done >= settings.epochs and (folder / files.SUMMARY).exists():
         raise UserError(f"{str(folder)!r} has done its {done} epochs; to go on, ask for more with --epochs")
@@ -292,6 +299,17 @@ def _other_data(checkpoint: Checkpoint, crc: str) -> bool:
     """Are the data others than before?  In as many shards as before, or in none: else nobody knows."""
     before = str(checkpoint.facts["environment"].get("data_crc32", crc))
     return before != crc and before.count(".") == crc.count(".")
+
+
+def _drawn_anew(data: Dataset) -> list[str]:
+    """What is to be said of sets that were drawn from other data than before."""
+    names = ["test"] * bool(data.drawn and data.test.total) + ["validation"] * bool(data.validation.total)
+    advice = "name a test set with --test FILE, or train anew" if "test" in names else "train anew"
+    line = (
+        f"the run has had other training samples than {data.name!r} gives, so that the {' and the '.join(names)} set "
+        f"drawn from it may hold samples that were trained on: {advice}"
+    )
+    return [line] if names else []
 
 
 def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, models: int, own: bool) -> list[str]:

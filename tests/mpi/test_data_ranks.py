@@ -1,5 +1,6 @@
 """Data on several ranks: whole or in shards, they are the same samples, and what is wrong is told by all ranks."""
 
+import gzip
 import re
 from pathlib import Path
 
@@ -172,12 +173,39 @@ def test_all_ranks_refuse_what_contradicts_a_schema(comm, folder, shards):
     for name, message in {
         "zero.svm": "has a column 0; in the training set columns were counted from 1",
         "wide.svm": "has 6 features; the model was trained on 5",
-        "label.svm": "has the label 7.0, the run only 0, 1, 2",
+        "label.svm": "has the label 7, the run only 0, 1, 2",
         "names.csv": "has a column 'k'; expected those of the training set: a, b, c, d, e",
         "label.csv": "has the label 7, the run only 0, 1, 2",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
             load(str(folder / name), comm, F8, shards=shards, known=known)
+        assert len(set(comm.allgather(str(caught.value)))) == 1
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_all_ranks_refuse_a_test_set_that_contradicts(comm, folder, shards):
+    """In one line of one share, of files that are divided and of one that rank 0 reads."""
+    x, y = samples(20)
+    if comm.rank == 0:
+        for first, kind in ((0, "svm"), (1, "svm"), (1, "svm.gz")):
+            text = svm(x, y, first=first)
+            pack = gzip.compress if kind.endswith("gz") else bytes
+            (folder / f"from{first}.{kind}").write_bytes(pack(text.encode()))
+            (folder / f"last{first}.{kind}").write_bytes(pack(("1 2:1\n" * 19 + f"1 {5 * (1 - first)}:1\n").encode()))
+        (folder / "names.csv").write_text(csv(x, y))
+        (folder / "twice.csv").write_text(csv(x, y).replace("c", "a", 1))
+    comm.Barrier()
+    for train, test, message in [
+        ("from1.svm", "from0.svm", "from0.svm' has a column 0; in the training set columns were counted from 1"),
+        ("from1.svm", "last1.svm", "last1.svm' has a column 0; in the training set columns were counted from 1"),
+        ("from1.svm.gz", "last1.svm", "last1.svm' has a column 0; in the training set"),
+        ("from0.svm", "from1.svm", "from1.svm' has 6 features and no column 0; the training set has 5, and columns"),
+        ("from0.svm", "last0.svm", "last0.svm' has 6 features and no column 0; the training set has 5, and columns"),
+        ("names.csv", "twice.csv", r"twice.csv' has a column 'a' twice .columns 1 and 3.: name each column once"),
+        ("twice.csv", "names.csv", r"twice.csv' has a column 'a' twice .columns 1 and 3.: name each column once"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            load(str(folder / train), comm, F8, test=str(folder / test), shards=shards)
         assert len(set(comm.allgather(str(caught.value)))) == 1
 
 
