@@ -581,8 +581,10 @@ WRONG: dict[str, Callable[[Replica, int], None]] = {  # in every step, of an epo
 @pytest.mark.parametrize("wrong", WRONG)
 def test_no_epoch_ends_without_a_word_of_what_was_wrong_in_it(comm, strategy, wrong):
     """Steps that were refused on some rank are lost: at the end of the epoch at the latest all ranks know."""
-    if strategy == "ad-psgd" and wrong == "every other batch left out":
-        pytest.skip("refused at once, which is tested beside")
+    if strategy == "ad-psgd" and wrong in ("every other batch left out", "the last step only, on one rank"):
+        pytest.skip(
+            "shares are for whoever comes: one that is left out is tested beside, and a rank may have few steps"
+        )
     model = network()
     replica = Replica(model, sgd(model), comm, strategy=strategy)
     x, y = samples(10 * P)
