@@ -740,7 +740,8 @@ for place, epoch, name in json.loads(Path("places").read_text()):
         "summary": ((files, "to_json"), lambda value: "epochs_done" in value),
     }[place]
     mend = full(*after)
-    print(name, file=sys.stderr, flush=True)
+    if comm.rank == 0:  # alone: the launcher mixes lines of several ranks
+        print(name, file=sys.stderr, flush=True)
     options = ["--strategy", "gossip", "--model", "softmax", "--epochs", "3", "--out", name]
     assert cli.main(["train", *options]) == 1
     mend()
