@@ -242,9 +242,8 @@ class Replica:
         if self.strategy.replicated or not self.strategy.in_step:
             return False
         step, often = self.steps + 1, min(getattr(self.strategy, "every", MEETING), MEETING)
-        return step % often == 0 or (
-            step < often and step & (step - 1) == 0
-        )  # soon: most mistakes are made in all steps
+        is_early = step < often and step & (step - 1) == 0  # most mistakes are made in all steps: tell them soon
+        return is_early or step % often == 0
 
     def _meet(self) -> None:
         """Raise on all ranks what is wrong on any; a collective call."""

@@ -298,16 +298,20 @@ def allgather(
     check_comm(comm)
     options = options_of(comm, algorithm, False)
     result: Any = None
+    shape: tuple[int, ...] = ()
 
     def calls() -> list[Any]:
-        nonlocal result
+        nonlocal result, shape
         given = operand(in_c_order(x, stream), stream, writable=False)
         if given.dtype.hasobject:
             raise TypeError("objects are not gathered from memory to memory: use comm.allgather, in lower case")
         cuts = cuts_of([given.size] * comm.size if counts is None else counts, None, comm.size)
         if cuts[comm.rank + 1] - cuts[comm.rank] != given.size:
             raise ValueError(f"rank {comm.rank} brings {given.size} elements, counts say {counts[comm.rank]}")  # type: ignore[index]
-        detail = name_of(given.dtype) + ("" if counts is not None else f" {shape_of(x)}")
+        detail = name_of(given.dtype)
+        if counts is None:
+            shape = shape_of(x)
+            detail += f" {shape}"
         if isinstance(given, Array):
             result = gpu.empty(cuts[-1], given.dtype, given)
             return [gathering_on_device(comm, given, Array(result, given.stream), cuts, options, detail)]
@@ -316,7 +320,7 @@ def allgather(
 
     with whole(comm):
         run(agreed(comm, check, "allgather", x, calls))
-    return result if counts is not None else result.reshape(comm.size, *shape_of(x))
+    return result if counts is not None else result.reshape(comm.size, *shape)
 
 
 def gathering(

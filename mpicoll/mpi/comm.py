@@ -554,7 +554,7 @@ class Comm(MPI.Intracomm):
                 )
             if in_place:  # others may read there when a result is written
                 taken = gpu.part(given, 0, mine)
-                given = gpu.copied(given) if isinstance(given, Array) else given.copy()
+                given = gpu.copied(given)
             if device:
                 return [DeviceCall.made(self, "reduce_scatter", given, taken, found, options, cuts=cuts)]
             if options.algorithm == "native" and is_half(given.dtype) and isinstance(op, MPI.Op):

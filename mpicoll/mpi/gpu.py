@@ -186,16 +186,16 @@ def in_c_order(x: Any, stream: Any) -> Any:
         return array.array.copy(order="C")
 
 
-def copied(array: Array) -> Array:
-    """A copy, on the same device and stream."""
-    other = Array(empty(array.size, array.dtype, array), array.stream)
-    other.fill_from(array)
-    return other
-
-
 def empty_like(x: "Array | np.ndarray", count: int) -> "Array | np.ndarray":
     """New memory where ``x`` is, for as many elements of its dtype, and on its stream."""
     return Array(empty(count, x.dtype, x), x.stream) if isinstance(x, Array) else np.empty(count, x.dtype)
+
+
+def copied(array: "Array | np.ndarray") -> "Array | np.ndarray":
+    """A copy, on the same device and stream, or in host memory."""
+    other = empty_like(array, array.size)
+    move(other, array)
+    return other
 
 
 def move(target: "Array | np.ndarray", source: "Array | np.ndarray") -> None:
