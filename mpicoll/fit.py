@@ -6,14 +6,14 @@ Compared are always repetitions in which both took their turn: the median of the
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from math import comb, inf, isqrt, sqrt
+from math import inf, isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .algorithms import ALGORITHMS
 from .files import to_json
+from .statistics import median
 from .tuning import (
     NATIVE,
     SHARED,
@@ -34,27 +34,6 @@ from .tuning import (
 )
 
 LIMIT = 256 << 20  # bytes of a file of measurements
-
-# ---- statistics
-
-
-def median_ranks(n: int) -> tuple[int, int]:
-    """Between which two of ``n`` sorted samples, counted from 0, the median lies with 95 % confidence, whatever the
-    distribution; the first and the last where not even these are enough (n < 6)."""
-    if n > 200:
-        first = int(n / 2 - 0.98 * sqrt(n))
-    else:
-        below = accumulate(comb(n, k) for k in range(n // 2))  # of 2^n cases, in which at most k lie below the median
-        first = max(sum(40 * cases <= 2**n for cases in below) - 1, 0)  # 1/40 on either side
-    return first, n - 1 - first
-
-
-def median(samples: np.ndarray) -> tuple[float, float, float]:
-    """Of independent samples, and the ends of its 95 % confidence interval."""
-    low, high = median_ranks(len(samples))
-    ordered = np.sort(samples)
-    return float(np.median(samples)), float(ordered[low]), float(ordered[high])
-
 
 # ---- measurements
 

@@ -31,7 +31,6 @@ from mpi4py import MPI
 from . import __version__
 from .algorithms import ALGORITHMS
 from .errors import UserError
-from .fit import median, median_ranks
 from .mpi import gpu
 from .mpi.buffers import is_half
 from .mpi.collectives import cuts_of
@@ -41,6 +40,7 @@ from .mpi.launch import cores, library_name, node_of
 from .mpi.operations import MOVE, operation
 from .mpi.select import SHARED, Options, choose
 from .mpi.state import state_of
+from .statistics import median, median_ranks
 from .tuning import NATIVE, WAYS, Fingerprint, machine
 
 NULL, SHARED_ARRAYS, SHARED_RESULT = "null", "shared_arrays", "shared_result"

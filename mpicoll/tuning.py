@@ -16,9 +16,10 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from . import files
 from .algorithms import ALGORITHMS
 from .errors import UserError
-from .files import to_json
+from .files import error_message, to_json, writing
 
 T = TypeVar("T")
 
@@ -138,18 +139,8 @@ def replace(
     lists = [f"  {to_json(name)}: [\n   " + ",\n   ".join(items) + "\n  ]" for name, items in lines.items()]
     members.append(f" {to_json(key)}: {{\n" + ",\n".join(lists) + "\n }")
     text = "{\n" + ",\n".join(members) + "\n}\n"
-    real = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
-    partial = real.with_name(f".{real.name}.{os.getpid()}.partial")
-    try:
-        if real.exists() and not real.is_file():
-            raise UserError(f"{what} {str(path)!r} cannot be written: it is no ordinary file; name another one")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(real)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{what} {str(path)!r} cannot be written ({error.strerror}); name another file") from error
+    with writing(f"{what} {str(path)!r}", "; name another file"):
+        files.replace(Path(path), text)
 
 
 class WrongError(ValueError):
@@ -163,8 +154,7 @@ def parsed(path: str | os.PathLike[str], what: str, limit: int, build: Callable[
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             data = file.read(limit + 1) or b""
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{what} {os.fspath(path)!r} cannot be read ({reason}); {AGAIN}") from error
+        raise UserError(f"{what} {os.fspath(path)!r} cannot be read ({error_message(error)}); {AGAIN}") from error
     try:
         if not data or len(data) > limit:
             raise WrongError(f"longer than {limit} bytes: not one of ours" if data else "the file is empty")

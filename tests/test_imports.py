@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mpicoll"
 # From the bottom up. A module may import what stands on earlier lines, or beside it on its own line's left.
 LAYERS = [
     ["errors"],
-    ["files"],
+    ["files", "statistics"],
     ["schedule"],
     ["graphs"],
     ["algorithms.fold", "algorithms.ring", "algorithms.circulant", "algorithms.bruck", "algorithms.chain"],

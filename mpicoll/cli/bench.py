@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from ..algorithms import ALGORITHMS
 from ..errors import UserError
-from ..files import to_json
+from ..files import to_json, writing
 from ..mpi.launch import world
 from ..pipeline import PIPELINES
 from ..tuning import COLLECTIVES, NATIVE, WAYS
@@ -395,11 +395,8 @@ def _check_output(out: Path | None, raw: Path | None, plot: Path | None) -> None
 def _write(texts: dict[Path | None, Callable[[], str]]) -> None:
     for path, text in texts.items():
         if path:
-            try:
-                with path.open("x", encoding="utf-8", errors="surrogateescape") as file:
-                    file.write(text())
-            except OSError as error:
-                raise UserError(f"{str(path)!r} cannot be written ({error.strerror})") from error
+            with writing(repr(str(path))), path.open("x", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(text())
 
 
 # ---- what is printed: of plain records, as measure.record makes them
@@ -651,10 +648,8 @@ def draw(facts: Record, records: list[Record], path: Path) -> None:
     op = f" {one['op']}" if one["op"] != "none" else ""
     figure.suptitle(f"{one['collective']}{op} of {one['dtype']}, {one['ranks']} ranks, {PLACES[place]}; {facts['mpi']}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    try:
+    with writing(repr(str(path))):
         figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written ({error.strerror})") from error
 
 
 def _figure() -> Any:

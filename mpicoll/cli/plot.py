@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..errors import UserError
+from ..files import writing
 from ..mpi.launch import launched_ranks
 
 PANELS = [("train_loss", "training loss"), ("train_accuracy", "training accuracy")]
@@ -70,10 +71,8 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
         axis.set_xlabel(scale)
     figure.suptitle(", ".join(f"{key} {value}" for key, value in _common(settings).items()).replace("$", r"\$"))
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4))
-    try:
+    with writing(repr(str(out))):
         figure.savefig(out, dpi=120)
-    except OSError as error:
-        raise UserError(f"{str(out)!r} cannot be written ({error.strerror})") from error
     click.echo(f"{len(runs)} run(s) drawn in {out}")
 
 

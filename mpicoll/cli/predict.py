@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ..errors import UserError
+from ..files import writing
 from ..mpi.launch import launched_ranks
 
 
@@ -50,10 +51,8 @@ def predict(model: Path, source: str | None, out: Path | None) -> None:
     if out is None:
         click.echo(lines, nl=False)
     else:
-        try:
+        with writing(repr(str(out))):
             out.write_bytes(lines)
-        except OSError as error:
-            raise UserError(f"{str(out)!r} cannot be written ({error.strerror})") from error
         click.echo(f"{len(classes)} predictions written to {out}")
     if data.y is not None:
         right = int(np.count_nonzero(classes == data.y))

@@ -7,6 +7,7 @@ import click
 from ..algorithms import ALGORITHMS
 from ..draw import GANTT_LEGEND, gantt_svg, gantt_text, legend, svg, text
 from ..errors import UserError
+from ..files import writing
 from ..graphs import graph
 from ..pipeline import PIPELINES, simulate, verify
 
@@ -87,10 +88,8 @@ def _check_size(about: str, cells: int, advice: str) -> None:
 
 
 def _write(picture: Path, about: str, drawing: str) -> None:
-    try:
+    with writing(repr(str(picture))):
         picture.write_text(drawing, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{str(picture)!r} cannot be written ({error.strerror})") from error
     click.echo(f"{about}: drawn in {picture}")
 
 

@@ -12,7 +12,7 @@ from threading import get_ident
 from time import monotonic
 from typing import Any
 
-from ..files import to_json
+from ..files import replace, to_json
 
 KEPT = 256
 """Calls; older ones are forgotten."""
@@ -135,9 +135,7 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
     name = f"rank-{facts['rank']}"
     with (folder / f"{name}.txt").open("w") as file:
         faulthandler.dump_traceback(file)
-    partial = folder / f"{name}.partial"
-    partial.write_text(to_json({**facts, "calls": known}))
-    partial.replace(folder / f"{name}.json")
+    replace(folder / f"{name}.json", to_json({**facts, "calls": known}))
 
 
 def compare(folder: Path) -> list[str]:

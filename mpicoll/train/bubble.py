@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..fit import median
 from ..measure import Settings, is_enough, summary
 from ..mpi.comm import Comm
 from ..pipeline import PIPELINES, Kind, simulate, verify
+from ..statistics import median
 from .parallel import Spent, _Flow
 
 COST = {Kind.FORWARD: 1, Kind.BACKWARD: 2}  # of a task, in forwards: a backward is two products where a forward is one

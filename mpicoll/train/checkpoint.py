@@ -21,7 +21,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
-from ..files import to_json
+from ..files import cannot_write, error_message, to_json
 from ..mpi.gpu import in_host_memory
 from ..mpi.guard import on_all, on_root
 from .formats import Schema
@@ -204,10 +204,9 @@ def _readable(path: Path, part: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         before = [other for other in _listed(path.parent) if other.name < path.name]
         offer = f"; resume from the one before with --resume {before[-1]}" if before else ""
-        raise UserError(f"checkpoint {str(path)!r} cannot be used ({part}: {reason}){offer}") from error
+        raise UserError(f"checkpoint {str(path)!r} cannot be used ({part}: {error_message(error)}){offer}") from error
 
 
 def _writing(path: Path, action: Callable[[], T]) -> T:
@@ -222,8 +221,7 @@ def _writable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"checkpoint {str(path)!r} cannot be written ({reason}): training stops") from error
+        raise cannot_write(f"checkpoint {str(path)!r}", error, ": training stops") from error
 
 
 def _file(rank: int) -> str:

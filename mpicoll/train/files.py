@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import to_json
+from ..files import cannot_write, error_message, replace, replacing, to_json
 from ..mpi.gpu import in_host_memory
 from .checkpoint import Checkpoint, drop_after, going_on, umask
 from .data import Dataset, Scaling
@@ -91,8 +91,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"line {number} is not that of an epoch")
         return lines
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{str(path)!r} cannot be read ({reason}); expected the folder of a run") from error
+        why = error_message(error)
+        raise UserError(f"{str(path)!r} cannot be read ({why}); expected the folder of a run") from error
 
 
 def resume(folder: Path, settings: Settings, checkpoint: Checkpoint) -> None:
@@ -102,8 +102,8 @@ def resume(folder: Path, settings: Settings, checkpoint: Checkpoint) -> None:
     with _writable(folder):
         for name in (SUMMARY, MODEL):
             (folder / name).unlink(missing_ok=True)
-        _replace(folder / METRICS, "".join(to_json(line) + "\n" for line in kept))
-        _replace(folder / CONFIG, written(settings))
+        replace(folder / METRICS, "".join(to_json(line) + "\n" for line in kept))
+        replace(folder / CONFIG, written(settings))
 
 
 @contextmanager
@@ -137,14 +137,10 @@ def finish(
         **data.schema.facts(),
     }
     with _writable(folder):
-        partial = folder / f".{MODEL}.partial"
-        try:
+        with replacing(folder / MODEL) as partial:
             save_file(tensors, partial, {HEADER: to_json(header)})  # of several keys the order would be random
             partial.chmod(0o666 & ~umask())  # the library makes it private
-            partial.rename(folder / MODEL)
-        finally:
-            partial.unlink(missing_ok=True)
-        _replace(folder / SUMMARY, to_json(summary, indent=2) + "\n")
+        replace(folder / SUMMARY, to_json(summary, indent=2) + "\n")
 
 
 def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, Schema]:
@@ -188,15 +184,6 @@ def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, Schema]:
     return model, params, scaling, schema
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
     from safetensors import SafetensorError
@@ -206,6 +193,5 @@ def _writable(folder: Path) -> Iterator[None]:
     except FileExistsError:
         raise
     except (OSError, SafetensorError) as error:  # among them a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         advice = going_on(folder) or "; name another one with --out"
-        raise UserError(f"output folder {str(folder)!r} cannot be written ({reason}){advice}") from error
+        raise cannot_write(f"output folder {str(folder)!r}", error, advice) from error

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError, reason
+from ..files import error_message
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -177,8 +178,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or reason(error)
-        raise UserError(f"data file {str(path)!r} cannot be read: {why}") from error
+        raise UserError(f"data file {str(path)!r} cannot be read: {error_message(error)}") from error
 
 
 # Arrays: X, y, X_test, y_test, of which nothing but the rank's own rows is touched where they are mapped.
