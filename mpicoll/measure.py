@@ -41,7 +41,8 @@ from .mpi.operations import MOVE, operation
 from .mpi.select import SHARED, Options, choose
 from .mpi.state import state_of
 from .statistics import median, median_ranks
-from .tuning import NATIVE, WAYS, Fingerprint, machine
+from .tuning.fingerprint import Fingerprint, machine
+from .tuning.rules import NATIVE, WAYS
 
 NULL, SHARED_ARRAYS, SHARED_RESULT = "null", "shared_arrays", "shared_result"
 TIME = "%Y-%m-%d %H:%M:%S"

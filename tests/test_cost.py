@@ -8,7 +8,7 @@ from mpicoll.algorithms import ALGORITHMS, find
 from mpicoll.cost import CLUSTER, NODE, Network, seconds
 from mpicoll.mpi import operations, select
 from mpicoll.mpi.select import Limits, ahead, defaults, limits, shortest, tuned
-from mpicoll.tuning import COLLECTIVES, Rule, preferred
+from mpicoll.tuning.rules import COLLECTIVES, Rule, preferred
 
 ONE_SECOND = Network(1, 1, 1)  # a round, a byte sent, a byte added
 

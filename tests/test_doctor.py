@@ -12,12 +12,14 @@ from click.testing import CliRunner
 
 import mpicoll
 from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
-from mpicoll import tuning
 from mpicoll.cli import doctor as said
 from mpicoll.cli.app import app
 from mpicoll.mpi import doctor, launch
 from mpicoll.mpi.doctor import Findings
 from mpicoll.mpi.gpu import Gpu
+from mpicoll.tuning.fingerprint import Fingerprint, machine
+from mpicoll.tuning.profile import Profile, write_profile
+from mpicoll.tuning.rules import Rule
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 DOCTOR = ["mpicoll", "doctor"]
@@ -280,14 +282,14 @@ def test_ranks_that_share_no_memory_are_told_of():
 
 def test_which_profile_is_in_force(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "library_name", lambda: "MPICH 5.0.2")
-    here, state = tuning.Fingerprint("MPICH 5.0.2", tuning.machine(), (2,)), SimpleNamespace(layout=(2,), p=2)
+    here, state = Fingerprint("MPICH 5.0.2", machine(), (2,)), SimpleNamespace(layout=(2,), p=2)
     file = tmp_path / "a.json"
     monkeypatch.setenv("MPICOLL_PROFILE", str(file))
-    rules = {"bcast": (tuning.Rule(None, ("tree",)),)}
-    tuning.write(tuning.Profile(here, rules, {}), file)
+    rules = {"bcast": (Rule(None, ("tree",)),)}
+    write_profile(Profile(here, rules, {}), file)
     found = Findings()
     assert doctor._profile(found, state) == {"file": str(file), "in_force": True, "why": None}
-    tuning.write(tuning.Profile(here._replace(layout=(3,)), rules, {}), file)
+    write_profile(Profile(here._replace(layout=(3,)), rules, {}), file)
     assert doctor._profile(found, state) == {"file": str(file), "in_force": False, "why": "it is for elsewhere"}
     assert (found.wrong, len(found.doubtful)) == ([], 1)
     assert found.doubtful[0].startswith(f"profile '{file}' is not used: it is of 1 node(s) x 3 rank(s), here is ")

@@ -17,7 +17,16 @@ LAYERS = [
     ["graphs"],
     ["algorithms.fold", "algorithms.ring", "algorithms.circulant", "algorithms.bruck", "algorithms.chain"],
     ["algorithms.doubling", "algorithms.tree", "algorithms.mixing", "algorithms"],
-    ["cost", "tuning", "fit", "interpreter", "verify", "pipeline", "draw"],
+    ["cost", "interpreter", "verify", "pipeline", "draw"],
+    [
+        "tuning",
+        "tuning.rules",
+        "tuning.fingerprint",
+        "tuning.format",
+        "tuning.profile",
+        "tuning.measurements",
+        "tuning.fit",
+    ],
     ["mpi"],
     [
         "mpi.launch",

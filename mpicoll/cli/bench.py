@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..files import to_json, writing
 from ..mpi.launch import world
 from ..pipeline import PIPELINES
-from ..tuning import COLLECTIVES, NATIVE, WAYS
+from ..tuning.rules import COLLECTIVES, NATIVE, WAYS
 
 if TYPE_CHECKING:
     from ..measure import Task

@@ -23,7 +23,7 @@ from ..train.optimizers import OPTIMIZERS, SCHEDULES
 from ..train.settings import DEVICES, DTYPES, LARGE, LEAST, MOMENTA, Settings, flag, read_settings
 from ..train.strategies import STRATEGIES
 from ..train.strategies.average import OUTER
-from ..tuning import NATIVE, WAYS
+from ..tuning.rules import NATIVE, WAYS
 
 if TYPE_CHECKING:
     from ..train.loop import Epoch

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from .. import fit, tuning
 from ..errors import UserError
 from ..mpi.launch import launched_ranks, world
+from ..tuning.fingerprint import Fingerprint
+from ..tuning.fit import fitted_profile, trial, worth
+from ..tuning.measurements import Measurements, Row, read_measurements, write_measurements
+from ..tuning.profile import VARIABLE, Profile, default_path, profile_path, read_profile, refusal, write_profile
+from ..tuning.rules import COLLECTIVES, Rules
 from .bench import NEEDED, Numbers, _dtype, pretty
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ ITEM = 4  # bytes
 
 
 @click.command(short_help="Find out what auto does best here.")
-@click.option("--collective", help=f"Which, by commas [default: {','.join(tuning.COLLECTIVES)}].")
+@click.option("--collective", help=f"Which, by commas [default: {','.join(COLLECTIVES)}].")
 @click.option("--sizes", type=Numbers(), help="Bytes of the whole array to make rules of [default: 4:4M:4].")
 @click.option("--budget", type=click.FloatRange(0, 1e6), help=f"Seconds to measure [default: {BUDGET:g}].")
 @click.option("--seed", type=click.IntRange(0, 2**63), help="Of the data and the order [default: the time].")
@@ -63,9 +67,9 @@ def tune(
     """
     if budget != budget:
         raise click.UsageError("--budget nan is no number of seconds")
-    chosen = [*dict.fromkeys(collective.split(",") if collective else tuning.COLLECTIVES)]
-    if unknown := [name for name in chosen if name not in tuning.COLLECTIVES]:
-        raise click.UsageError(f"--collective {unknown[0]!r} is none of {', '.join(tuning.COLLECTIVES)}")
+    chosen = [*dict.fromkeys(collective.split(",") if collective else COLLECTIVES)]
+    if unknown := [name for name in chosen if name not in COLLECTIVES]:
+        raise click.UsageError(f"--collective {unknown[0]!r} is none of {', '.join(COLLECTIVES)}")
     if odd := [size for size in sizes or () if size % ITEM or not size]:
         raise click.UsageError(f"--sizes: {odd[0]} bytes are no whole number, above 0, of {DTYPE}, {ITEM} bytes each")
     if score is not None:
@@ -87,11 +91,11 @@ def tune(
         here = m.fingerprint(comm)
         scored = on_root(comm, lambda: _profile(score, here)) if score is not None else None
         files = on_root(comm, lambda: _outputs(here, out, data)) if scored is None else None
-        os.environ[tuning.VARIABLE] = "none"  # a profile that there is, right or wrong, is not to be in the way
+        os.environ[VARIABLE] = "none"  # a profile that there is, right or wrong, is not to be in the way
         budget = BUDGET if budget is None else budget
         seed = comm.bcast(time.time_ns() % 2**32 if seed is None else seed)
         tasks = _tasks(chosen, sizes or SIZES, comm.size, scored.rules if scored else None)
-        rows: dict[str, list[fit.Row]] = {task.collective: [] for task, _ in tasks}
+        rows: dict[str, list[Row]] = {task.collective: [] for task, _ in tasks}
         click.echo(
             f"# mpicoll tune: {here}\n# {len(tasks)} sizes of {', '.join(rows)}; about {budget:g} s, seed {seed}"
         )
@@ -100,12 +104,12 @@ def tune(
         found = m.compete(comm, [task for task, _ in tasks], settings)
         for (task, fitted), us in zip(tasks, found, strict=True):
             kept = {name: np.round(times, 2) for name, times in us.items()}  # as in the file
-            rows[task.collective].append(fit.Row(task.count * ITEM, fitted, m.untuned(comm, task), kept))
+            rows[task.collective].append(Row(task.count * ITEM, fitted, m.untuned(comm, task), kept))
         facts = {**m.environment(comm), "seconds": round(time.monotonic() - start, 1), "budget": budget, "seed": seed}
         if scored is not None:
             click.echo(report(scored.rules, rows), nl=False)
         if files is not None:
-            on_root(comm, lambda: _write(fit.Measurements(here, _made(facts), rows), *files))
+            on_root(comm, lambda: _write(Measurements(here, _made(facts), rows), *files))
 
 
 def _made(facts: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def _leave_out(command: str, **options: Any) -> None:
         raise click.UsageError(f"{command} has no use for {given[0]}: leave it out")
 
 
-def _tasks(collectives: list[str], sizes: list[int], p: int, scored: tuning.Rules | None) -> list[tuple["Task", bool]]:
+def _tasks(collectives: list[str], sizes: list[int], p: int, scored: Rules | None) -> list[tuple["Task", bool]]:
     """What to measure, and whether it is to be fitted: the sizes, and one between any two of them, which is not.
 
     If rules are scored only the latter, of collectives that they are for.
@@ -140,22 +144,22 @@ def _tasks(collectives: list[str], sizes: list[int], p: int, scored: tuning.Rule
     return found
 
 
-def _profile(name: str, here: tuning.Fingerprint) -> tuning.Profile:
+def _profile(name: str, here: Fingerprint) -> Profile:
     """The one to be scored: that of this name, or if there is none the one in use."""
-    place = (Path(name), True) if name else tuning.looked_for(here)
+    place = (Path(name), True) if name else profile_path(here)
     if place is None:
-        raise UserError(f"{tuning.VARIABLE} says that no profile is wanted: name one, --score PROFILE")
-    profile = tuning.read(place[0])
-    if why := tuning.refusal(profile, here):
+        raise UserError(f"{VARIABLE} says that no profile is wanted: name one, --score PROFILE")
+    profile = read_profile(place[0])
+    if why := refusal(profile, here):
         raise UserError(f"profile {str(place[0])!r} is not for here: {why}")
     return profile
 
 
-def _outputs(here: tuning.Fingerprint, out: Path | None, data: Path | None) -> tuple[Path, Path]:
+def _outputs(here: Fingerprint, out: Path | None, data: Path | None) -> tuple[Path, Path]:
     """Where to write, found out before anything is measured."""
     if out is None:
-        place = tuning.looked_for(here)
-        out = place[0] if place else tuning.default_path(here)
+        place = profile_path(here)
+        out = place[0] if place else default_path(here)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -173,19 +177,19 @@ def _outputs(here: tuning.Fingerprint, out: Path | None, data: Path | None) -> t
 def _fit(source: Path, out: Path | None) -> None:
     if launched_ranks() > 1:
         raise UserError("tune --fit runs on one process: start it without mpirun")
-    measured = fit.read(source)
+    measured = read_measurements(source)
     out, _ = _outputs(measured.fingerprint, out, None)
     if out == source:
         raise UserError(f"{str(out)!r} is named twice: the profile and the measurements need a file each")
     _write(measured, out, None)
 
 
-def _write(measured: fit.Measurements, out: Path, data: Path | None) -> None:
+def _write(measured: Measurements, out: Path, data: Path | None) -> None:
     """The measurements, if they are new, and the rules that they make; and tell of both."""
-    profile = fit.profile(measured)
+    profile = fitted_profile(measured)
     if data:
-        fit.write(measured, data)
-    tuning.write(profile, out)
+        write_measurements(measured, data)
+    write_profile(profile, out)
     click.echo(table(profile.rules) + report(profile.rules, measured.rows), nl=False)
     click.echo(f"{'measurements in ' + str(data) + ', ' if data else ''}profile in {out}")
 
@@ -193,7 +197,7 @@ def _write(measured: fit.Measurements, out: Path, data: Path | None) -> None:
 # ---- what is printed
 
 
-def table(rules: tuning.Rules) -> str:
+def table(rules: Rules) -> str:
     """The rules, a line each."""
     lines = []
     for collective, own in rules.items():
@@ -203,9 +207,9 @@ def table(rules: tuning.Rules) -> str:
     return "".join(lines)
 
 
-def report(rules: tuning.Rules, rows: Mapping[str, Sequence[fit.Row]]) -> str:
+def report(rules: Rules, rows: Mapping[str, Sequence[Row]]) -> str:
     """What the rules are worth at the sizes that were not fitted: for each collective, and in all."""
-    trials = {name: [fit.trial(rules[name], row) for row in own if not row.fitted] for name, own in rows.items()}
+    trials = {name: [trial(rules[name], row) for row in own if not row.fitted] for name, own in rows.items()}
     trials = {name: own for name, own in trials.items() if own}
     if not trials:
         return ""
@@ -214,7 +218,7 @@ def report(rules: tuning.Rules, rows: Mapping[str, Sequence[fit.Row]]) -> str:
     lines = [f"# slower than the best by, and how fast, at {len([*trials.values()][-1])} sizes that were not fitted\n"]
     lines.append(f"# {'':13}{'mean':>7}{'worst':>8}{'untuned=1':>11}{'native=1':>10}{'least':>7}\n")
     for name, own in trials.items():
-        found = fit.worth(own)
+        found = worth(own)
         worst, least = found.worst, found.least
         numbers = f"{found.penalty:7.1%}{worst.penalty:8.1%}{found.over_default:11.2f}{found.over_native:10.2f}"
         where = f"worst {pretty(worst.nbytes)}: {worst.choice} for {worst.best}; " if worst.penalty else ""

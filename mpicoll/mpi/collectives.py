@@ -12,7 +12,7 @@ from mpi4py import MPI
 from ..algorithms import Algorithm
 from ..errors import MismatchError
 from ..schedule import Schedule, chunk_start
-from ..tuning import WAYS
+from ..tuning.rules import WAYS
 from . import gpu, launch, operations, record
 from .agreement import Header, Headers, check_level, header_of, level_of
 from .attach import check_comm, interrupted, whole

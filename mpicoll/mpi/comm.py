@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex, TypeVar, cast
 import numpy as np
 from mpi4py import MPI
 
-from ..tuning import NATIVE, preferred
+from ..tuning.rules import NATIVE, preferred
 from . import gpu, operations, record
 from .agreement import Header, check_level, header_of, level_of
 from .attach import check_comm, interrupted, whole

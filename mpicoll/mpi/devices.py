@@ -22,7 +22,7 @@ from mpi4py import MPI
 
 from ..errors import reason
 from ..schedule import chunk_start
-from ..tuning import WAYS
+from ..tuning.rules import WAYS
 from . import gpu, kernel, operations
 from .buffers import is_half
 from .gpu import Array

@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import __version__, tuning
+from .. import __version__
 from ..errors import UserError
+from ..tuning.fingerprint import Fingerprint, machine
+from ..tuning.profile import VARIABLE, profile_path, read_profile, refusal
+from ..tuning.rules import WAYS
 from . import launch
 from .launch import SEGMENT, WHEELS, cores, launched_rank, launched_ranks, library_name, world
 
@@ -324,10 +327,10 @@ def _threads() -> Facts:
 
 def _profile(found: Findings, state: "State") -> Facts:
     """Which file is in force, or why none is."""
-    here = tuning.Fingerprint(library_name(), tuning.machine(), state.layout)
-    place = tuning.looked_for(here)
+    here = Fingerprint(library_name(), machine(), state.layout)
+    place = profile_path(here)
     if place is None:
-        return {"file": None, "in_force": False, "why": f"{tuning.VARIABLE} says that none is wanted"}
+        return {"file": None, "in_force": False, "why": f"{VARIABLE} says that none is wanted"}
     path, needed = str(place[0]), place[1]
     facts: Facts = {"file": path, "in_force": False, "why": None}
     if not needed and not os.path.exists(path):
@@ -336,7 +339,7 @@ def _profile(found: Findings, state: "State") -> Facts:
             facts["why"] += " if it is told where, --out FILE: nothing can be written there"
         return facts
     try:
-        refused = tuning.refusal(tuning.read(path), here)
+        refused = refusal(read_profile(path), here)
     except UserError as error:
         facts["why"] = "it is wrong"
         found.wrong.append(str(error))
@@ -392,8 +395,8 @@ def _paths(state: "State", taken: Facts | None, lacking: str | None) -> dict[str
     """By which arrays in the memory of GPUs go here: for each an empty text, or why it cannot be gone.  A collective
     call."""
 
-    why = dict.fromkeys(tuning.WAYS, str(lacking)) if taken is None else state.join_devices(taken["number"]).why
-    return {way: why[way] for way in reversed(tuning.WAYS)}
+    why = dict.fromkeys(WAYS, str(lacking)) if taken is None else state.join_devices(taken["number"]).why
+    return {way: why[way] for way in reversed(WAYS)}
 
 
 def _gpus(everyone: list[Facts], lacking: str | None) -> Facts:

@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from ..algorithms import ALGORITHMS, Algorithm, find
 from ..cost import CLUSTER, NODE, Network, seconds
-from ..tuning import NATIVE, WAYS, Rule, preferred
+from ..tuning.rules import NATIVE, WAYS, Rule, preferred
 from . import operations
 from .buffers import PAIRS, is_half
 from .operations import Operation

@@ -13,8 +13,9 @@ from ..algorithms import Algorithm, find
 from ..errors import reason
 from ..graphs import Graph
 from ..schedule import Schedule
-from ..tuning import COLLECTIVES, Fingerprint, Rule, Rules, machine
-from ..tuning import find as find_profile
+from ..tuning.fingerprint import Fingerprint, machine
+from ..tuning.profile import find_profile
+from ..tuning.rules import COLLECTIVES, Rule, Rules
 from . import gpu, launch, record
 from .agreement import Agreement, Header, Headers, header_of
 from .attach import INTERRUPTED, attach, attached, check, interrupted, named, world_ranks

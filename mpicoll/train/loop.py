@@ -16,7 +16,7 @@ from ..mpi import gpu, launch
 from ..mpi.collectives import allgather, allreduce, bcast
 from ..mpi.guard import on_all, on_root
 from ..pipeline import PIPELINES
-from ..tuning import WAYS
+from ..tuning.rules import WAYS
 from .checkpoint import Checkpoint, save
 from .data import Batches, Dataset, Part, normalized, rebalanced
 from .models import Batch, Model

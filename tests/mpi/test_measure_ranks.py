@@ -43,7 +43,7 @@ from mpicoll.mpi.state import state_of
 from mpicoll.pipeline import PIPELINES, Kind, Pipeline, gpipe
 from mpicoll.schedule import ScheduleError
 from mpicoll.train import bubble
-from mpicoll.tuning import machine
+from mpicoll.tuning.fingerprint import machine
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 3, reason="three ranks show what more would, and sooner")]

@@ -11,13 +11,14 @@ from mpi4py import MPI
 
 import mpicoll
 from contract import own_data
-from mpicoll import tuning
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.errors import UserError
 from mpicoll.mpi.launch import library_name
 from mpicoll.mpi.shared import Node
 from mpicoll.mpi.state import State
-from mpicoll.tuning import COLLECTIVES, Fingerprint, Profile, Rule
+from mpicoll.tuning.fingerprint import Fingerprint, machine
+from mpicoll.tuning.profile import Profile, write_profile
+from mpicoll.tuning.rules import COLLECTIVES, Rule
 
 P, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 SMALL, LONG = 96, 300  # elements of float64: in each of the rules
@@ -261,7 +262,7 @@ def test_one_result_is_in_the_canonical_order_if_asked(comm, done):
 
 
 def profile(comm: MPI.Intracomm, rules: tuple[Rule, ...], **other: Any) -> Profile:
-    here = Fingerprint(library_name(), tuning.machine(), mpicoll.Comm(comm)._state.layout)  # type: ignore[union-attr]
+    here = Fingerprint(library_name(), machine(), mpicoll.Comm(comm)._state.layout)  # type: ignore[union-attr]
     return Profile(here._replace(**other), {"allreduce": rules}, {})
 
 
@@ -282,7 +283,7 @@ def test_rank_0_reads_it_and_all_follow(comm, named, done, monkeypatch):
         patch.setenv("MPICOLL_PROFILE", "none")
         made = profile(comm, RULES)
     if RANK == 0:
-        tuning.write(made, named)
+        write_profile(made, named)
     ours = mpicoll.Comm(comm.Dup())
     assert ours._state.rules["allreduce"] == RULES
     for count in (5, 6):
@@ -302,7 +303,7 @@ def test_one_from_elsewhere_is_refused_in_a_line(comm, named, other, monkeypatch
         patch.setenv("MPICOLL_PROFILE", "none")
         made = profile(comm, RULES, **other)
     if RANK == 0:
-        tuning.write(made, named)
+        write_profile(made, named)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         ours = mpicoll.Comm(comm.Dup())

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...algorithms import ALGORITHMS
 from ...errors import UserError
-from ...tuning import NATIVE, WAYS
+from ...tuning.rules import NATIVE, WAYS
 from ..compress import Code, Compressor, Tensors, compressor
 from ..optimizers import clip
 from ..sent import Sent, finished, gathering
