@@ -86,16 +86,17 @@ def gloo(comm, first: str = "127.0.0.1") -> Any:
 
 
 def in_turn(comm, subjects: dict, sizes: Sequence[int], settings: Any, first: str = "127.0.0.1") -> list:
-    """What ``measure.measure`` finds of allreduces of float32 at these sizes in bytes, of gloo too if there is one."""
-    from mpicoll import measure as m
+    """What ``mpicoll.measure`` finds of allreduces of float32 at these sizes in bytes, of gloo too if there is one."""
+    from mpicoll.measure import timing
+    from mpicoll.measure.task import Task
 
     dist = gloo(comm, first) if TORCH else None
     if dist:
         from torch import from_numpy
 
         subjects = {**subjects, "gloo": lambda task, send, recv: partial(dist.all_reduce, from_numpy(recv))}
-    tasks = [m.Task("allreduce", size // 4, np.dtype("f4")) for size in sizes]
-    found = [one for one in m.measure(comm, subjects, tasks, settings) if one.name != m.NULL]
+    tasks = [Task("allreduce", size // 4, np.dtype("f4")) for size in sizes]
+    found = [one for one in timing.measure(comm, subjects, tasks, settings) if one.name != timing.NULL]
     if dist:
         dist.destroy_process_group()
     return found
@@ -110,21 +111,24 @@ def measure() -> dict:
     """One launch, on all ranks."""
     from mpi4py import MPI
 
-    from mpicoll import measure as m
+    from mpicoll.measure.contestants import Implementation, implementations
+    from mpicoll.measure.machine import memory_bandwidth
+    from mpicoll.measure.metrics import record
+    from mpicoll.measure.timing import Settings
     from mpicoll.mpi.launch import library_name
 
     comm = MPI.COMM_WORLD
-    subjects: dict[str, m.Implementation] = {"mpi4py ring": lambda task, send, recv: partial(plain_ring, comm, recv)}
-    ours = m.implementations(comm, "allreduce", np.dtype("f4"), "off")
+    subjects: dict[str, Implementation] = {"mpi4py ring": lambda task, send, recv: partial(plain_ring, comm, recv)}
+    ours = implementations(comm, "allreduce", np.dtype("f4"), "off")
     subjects |= {name: ours[name] for name in COMPARED}
-    memory = m.memory_bandwidth(comm)
+    memory = memory_bandwidth(comm)
     rows, wrong = [], 0
     for calls in CALLS:
         seconds = SECONDS * len(SIZES)
-        how = m.Settings((True,), calls, max_time=seconds, min_reps=MINIMUM, precision=0, seed=time.time_ns())
+        how = Settings((True,), calls, max_time=seconds, min_reps=MINIMUM, precision=0, seed=time.time_ns())
         found = in_turn(comm, subjects, SIZES, how)
         wrong += sum(one.wrong for one in found)
-        shares = [(one.task.count * 4, one.name, m.record(one, comm.size, memory)["memory_share"]) for one in found]
+        shares = [(one.task.count * 4, one.name, record(one, comm.size, memory)["memory_share"]) for one in found]
         for size in SIZES:
             share = {name: share for at, name, share in shares if at == size}
             rows.append({"calls": calls, "bytes": size, "us": times(found, size), "memory_share": share})

@@ -75,13 +75,13 @@ def boxes(size: int, shared: bool) -> Iterator[list[bool]]:
 def staged(own: Any, size: int, shared: bool) -> Any:
     """``staged`` by such boxes, on a communicator that has none yet; ``None`` if ranks should share them and cannot."""
     from mpicoll import Comm
-    from mpicoll import measure as m
+    from mpicoll.measure.contestants import implementations_on_gpu
     from mpicoll.mpi import gpu
     from mpicoll.mpi.state import state_of
 
     with boxes(size, shared) as locked:
         state_of(Comm(own)).boxes(gpu.cupy().cuda.Device().id)
-    made = m.implementations_on_gpu(own, "allreduce", np.dtype("f4"), "off")[0]["staged"]
+    made = implementations_on_gpu(own, "allreduce", np.dtype("f4"), "off")[0]["staged"]
     return made if own.allreduce(any(locked)) == shared * own.size else None
 
 
@@ -89,24 +89,28 @@ def measure(sizes: list[int]) -> dict:
     """One launch, on all ranks."""
     from mpi4py import MPI
 
-    from mpicoll import measure as m
+    from mpicoll.measure import timing
+    from mpicoll.measure.contestants import implementations_on_gpu
+    from mpicoll.measure.machine import check_gpu_memory, gpu_bandwidth, gpu_environment, memory_bandwidth
+    from mpicoll.measure.metrics import record
+    from mpicoll.measure.task import Task
     from mpicoll.mpi.gpu import take
     from mpicoll.mpi.launch import library_name
 
     comm, f4 = MPI.COMM_WORLD, np.dtype("f4")
     mine = take(comm)
-    m.check_gpu_memory(comm, mine, 3 * max(sizes))
-    memory, there = m.memory_bandwidth(comm), m.gpu_bandwidth(comm, mine)
-    ours, refused = m.implementations_on_gpu(comm, "allreduce", f4, "off")
+    check_gpu_memory(comm, mine, 3 * max(sizes))
+    memory, there = memory_bandwidth(comm), gpu_bandwidth(comm, mine)
+    ours, refused = implementations_on_gpu(comm, "allreduce", f4, "off")
 
     def rows(subjects: dict, sizes: list[int], places: tuple[bool, ...], **more: Any) -> list[dict]:
         found = []
         for size in sizes:
             least = MINIMUM if size <= LONG else FEWEST
-            how = m.Settings(places, 1, "barrier", SECONDS, least, 1, 0, seed=time.time_ns(), device="gpu")
-            results = m.measure(comm, subjects, [m.Task("allreduce", size // 4, f4)], how)
-            for one in (one for one in results if one.name != m.NULL):
-                said = m.record(one, comm.size, memory, there)
+            how = timing.Settings(places, 1, "barrier", SECONDS, least, 1, 0, seed=time.time_ns(), device="gpu")
+            results = timing.measure(comm, subjects, [Task("allreduce", size // 4, f4)], how)
+            for one in (one for one in results if one.name != timing.NULL):
+                said = record(one, comm.size, memory, there)
                 kept = ("implementation", "in_place", "bytes", "way", "wrong", "median", "memory_share", "speed")
                 found.append({**{key: said[key] for key in kept}, **more})
         return found
@@ -126,7 +130,7 @@ def measure(sizes: list[int]) -> dict:
         "mpi": library_name(),
         "memory": memory,
         "gpu_memory": there._asdict(),
-        "gpu": m.gpu_environment(comm, mine),
+        "gpu": gpu_environment(comm, mine),
         "refused": refused,
         "rows": table,
         "gradient_us": gradient[0]["median"] if gradient else None,

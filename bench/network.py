@@ -96,21 +96,23 @@ def measure(experiment: Experiment) -> dict:
     """One launch, on all ranks of the cluster."""
     from mpi4py import MPI
 
-    from mpicoll import measure as m
+    from mpicoll.measure.contestants import implementations
+    from mpicoll.measure.machine import ENVIRONMENT
+    from mpicoll.measure.timing import SYNC, Settings
     from mpicoll.mpi.launch import library_name
 
     comm = MPI.COMM_WORLD
-    ours = m.implementations(comm, "allreduce", np.dtype("f4"), "off")
+    ours = implementations(comm, "allreduce", np.dtype("f4"), "off")
     subjects = {name: ours[name] for name in experiment.compared}
-    m.SYNC["clock"] = partial(start, ahead=0.01 + 5e-3 * experiment.delay)
+    SYNC["clock"] = partial(start, ahead=0.01 + 5e-3 * experiment.delay)
     seconds, seed = SECONDS * len(experiment.sizes), time.time_ns()
-    how = m.Settings((True,), sync="clock", max_time=seconds, min_reps=MINIMUM, warmup=1, precision=0, seed=seed)
+    how = Settings((True,), sync="clock", max_time=seconds, min_reps=MINIMUM, warmup=1, precision=0, seed=seed)
     found = in_turn(comm, subjects, experiment.sizes, how, "node1")
     rows = [
         {"bytes": size, "us": times(found, size), "sent": sent(comm, subjects, size) if experiment.rate else {}}
         for size in experiment.sizes
     ]
-    variables = [name for name in os.environ if name.startswith(m.ENVIRONMENT)]
+    variables = [name for name in os.environ if name.startswith(ENVIRONMENT)]
     facts = {"mpi": library_name(), "environment": {name: os.environ[name] for name in sorted(variables)}}
     return {"rank": comm.rank, **facts, "wrong": sum(one.wrong for one in found), "rows": rows}
 
@@ -132,7 +134,7 @@ def sent(comm: Any, subjects: dict[str, Callable], nbytes: int) -> dict[str, int
     """By implementation, what the host that sends most sends in one call: headers, and two barriers, included."""
     from mpi4py import MPI
 
-    from mpicoll.measure import Task
+    from mpicoll.measure.task import Task
 
     found = {}
     for name, prepare in subjects.items():

@@ -515,11 +515,11 @@ b.main()
 """
 FAKE = """
 import kernels
-import mpicoll.measure
+import mpicoll.measure.machine
 import pytest
 def prepare(fake):
     kernels.add(fake, pytest.MonkeyPatch())
-    mpicoll.measure.COPIED = 1 << 16
+    mpicoll.measure.machine.COPIED = 1 << 16
 """
 
 

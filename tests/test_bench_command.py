@@ -23,9 +23,9 @@ rc.initialize = False
 from mpicoll.cli import main
 import mpicoll.mpi.launch
 comm = mpicoll.mpi.launch.world()
-from mpicoll import measure
-made = measure.implementations
-measure.implementations = lambda *args: {**made(*args), "ring": BAD}
+from mpicoll.measure import contestants
+made = contestants.implementations
+contestants.implementations = lambda *args: {**made(*args), "ring": BAD}
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -33,11 +33,11 @@ sys.exit(main(sys.argv[1:]))
 # Goes with FAKECUPY_WITH: what tests/fakecupy.py needs to be a GPU, but a small one.
 FAKE = """
 import kernels
-import mpicoll.measure
+import mpicoll.measure.machine
 import pytest
 def prepare(fake):
     kernels.add(fake, pytest.MonkeyPatch())
-    mpicoll.measure.COPIED = 1 << 16
+    mpicoll.measure.machine.COPIED = 1 << 16
 """
 WITHOUT_CUPY = "import sys; sys.modules['cupy'] = None; from mpicoll.cli import main; sys.exit(main(sys.argv[1:]))"
 ON_GPU = [sys.executable, REPOSITORY / "tests" / "fakecupy.py", "-m", *TINY, "--device", "gpu"]

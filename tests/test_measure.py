@@ -11,19 +11,11 @@ import pytest
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli import bench
 from mpicoll.errors import UserError
-from mpicoll.measure import (
-    OPS,
-    SYNC,
-    Result,
-    Settings,
-    Task,
-    bandwidths,
-    is_enough,
-    memory_share,
-    record,
-    summary,
-    timer_resolution,
-)
+from mpicoll.measure.machine import timer_resolution
+from mpicoll.measure.metrics import bandwidths, memory_share, record, summary
+from mpicoll.measure.task import Task
+from mpicoll.measure.testdata import OPS
+from mpicoll.measure.timing import SYNC, Result, Settings, is_enough
 from mpicoll.train import bubble
 
 MEMORY = {"copy": 10.0, "add": 5.0}

@@ -23,7 +23,7 @@ from ..pipeline import PIPELINES
 from ..tuning.rules import COLLECTIVES, NATIVE, WAYS
 
 if TYPE_CHECKING:
-    from ..measure import Task
+    from ..measure.task import Task
 
 PIPELINE = "pipeline"
 OF_PIPELINE = (
@@ -225,7 +225,11 @@ def bench(
         raise click.UsageError(f"--plot {why}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
-    from .. import measure as m
+    from ..measure import machine
+    from ..measure.contestants import implementations, implementations_on_gpu
+    from ..measure.metrics import record
+    from ..measure.task import Task, placements
+    from ..measure.timing import Settings, measure
     from ..mpi.gpu import take
     from ..mpi.guard import ends_job, on_root
 
@@ -234,34 +238,39 @@ def bench(
         if (root or 0) >= comm.size:
             raise UserError(f"--root must be one of {comm.size} ranks, got {root}")
         most = max(elements) * kind.itemsize
-        m.check_memory(comm, NEEDED * most)
+        machine.check_memory(comm, NEEDED * most)
         gpu = take(comm) if on_gpu else None
         refused: dict[str, str] = {}
         if gpu:
-            m.check_gpu_memory(comm, gpu, NEEDED_ON_GPU * most)
-            available, refused = m.implementations_on_gpu(comm, collective, kind, check, op or "sum", chosen)
+            machine.check_gpu_memory(comm, gpu, NEEDED_ON_GPU * most)
+            available, refused = implementations_on_gpu(comm, collective, kind, check, op or "sum", chosen)
         else:
-            available = m.implementations(comm, collective, kind, check)
+            available = implementations(comm, collective, kind, check)
         if missing := [name for name in chosen if name not in available]:
             why = f"{missing[0]} has no {collective} of {dtype} that adds as ours do: leave it out"
             alone = f"{missing[0]} needs two ranks or more, all of which share memory"
             raise UserError(why if missing[0] == NATIVE else alone)
         wanted = {name: made for name, made in available.items() if not chosen or name in (*chosen, NATIVE)}
         how["seed"] = comm.bcast(time.time_ns() % 2**32 if how["seed"] is None else how["seed"])
-        settings = m.Settings((False, True) if in_place is None else (in_place,), **how)
-        tasks = [m.Task(collective, size, kind, op or "sum", root or 0) for size in sorted(elements)]
+        settings = Settings((False, True) if in_place is None else (in_place,), **how)
+        tasks = [Task(collective, size, kind, op or "sum", root or 0) for size in sorted(elements)]
         for task in tasks:
-            m.placements(task, comm.size, settings.in_place)  # what cannot be measured is told before the rest is
-        memory, there = m.memory_bandwidth(comm), m.gpu_bandwidth(comm, gpu) if gpu else None
+            placements(task, comm.size, settings.in_place)  # what cannot be measured is told before the rest is
+        memory, there = machine.memory_bandwidth(comm), machine.gpu_bandwidth(comm, gpu) if gpu else None
         config = {"ranks": comm.size, "check": check, **asdict(settings)}
-        facts = {**m.environment(comm), "config": config, "memory": memory, "resolution": m.timer_resolution()}
+        facts = {
+            **machine.environment(comm),
+            "config": config,
+            "memory": memory,
+            "resolution": machine.timer_resolution(),
+        }
         if gpu and there:
-            facts |= {**m.gpu_environment(comm, gpu), "gpu_memory": there._asdict(), "refused": refused}
+            facts |= {**machine.gpu_environment(comm, gpu), "gpu_memory": there._asdict(), "refused": refused}
         records = _publish(
             comm,
             facts,
             (lambda: header(facts, tasks[0]), body, document),
-            lambda: [m.record(one, comm.size, memory, there) for one in m.measure(comm, wanted, tasks, settings)],
+            lambda: [record(one, comm.size, memory, there) for one in measure(comm, wanted, tasks, settings)],
             files,
         )
         if plot:
@@ -293,7 +302,8 @@ def _bench_pipeline(
     """The stages are the ranks; ``forward`` is in ms."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in bench
     comm = world()
-    from .. import measure as m
+    from ..measure import machine
+    from ..measure.timing import Settings
     from ..mpi.guard import ends_job, on_root
     from ..train import bubble
 
@@ -304,9 +314,9 @@ def _bench_pipeline(
                 "bench pipeline needs two ranks or more, one for each stage: mpirun -n N mpicoll bench pipeline"
             )
         micro, sizes = micro or [n * comm.size for n in (1, 2, 4)], sizes or [MESSAGE]
-        m.check_memory(comm, (2 * max(micro) + NEEDED) * max(sizes))
+        machine.check_memory(comm, (2 * max(micro) + NEEDED) * max(sizes))
         how["seed"] = comm.bcast(time.time_ns() % 2**32 if how["seed"] is None else how["seed"])
-        settings = m.Settings(**how)
+        settings = Settings(**how)
         cases = [
             bubble.Case(name, number, size)
             for name in PIPELINES
@@ -315,7 +325,7 @@ def _bench_pipeline(
             for number in micro
         ]
         config = {"ranks": comm.size, "forward_ms": forward, **how}
-        facts = {**m.environment(comm), "config": config, "resolution": m.timer_resolution()}
+        facts = {**machine.environment(comm), "config": config, "resolution": machine.timer_resolution()}
         records = _publish(
             comm,
             facts,
@@ -345,7 +355,7 @@ def _publish(
     files: Files,
 ) -> list[Record]:
     """Print what the numbers depend on, find them, print them, and write them."""
-    from ..measure import TIME
+    from ..measure.machine import TIME
     from ..mpi.guard import on_root
 
     head, body, document = texts

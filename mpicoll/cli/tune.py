@@ -21,7 +21,7 @@ from ..tuning.rules import COLLECTIVES, Rules
 from .bench import NEEDED, Numbers, _dtype, pretty
 
 if TYPE_CHECKING:
-    from ..measure import Task
+    from ..measure.task import Task
 
 SIZES = [4**n for n in range(1, 12)]  # bytes: 4 B to 4 MiB
 BUDGET = 120.0  # seconds
@@ -81,14 +81,16 @@ def tune(
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
-    from .. import measure as m
+    from ..measure.compete import compete, untuned
+    from ..measure.machine import check_memory, environment, fingerprint
+    from ..measure.timing import Settings
     from ..mpi.guard import ends_job, on_root
 
     with ends_job(comm):
         if comm.size == 1:
             raise UserError("tune needs two ranks or more: mpirun -n N mpicoll tune")
-        m.check_memory(comm, NEEDED * max(sizes or SIZES))
-        here = m.fingerprint(comm)
+        check_memory(comm, NEEDED * max(sizes or SIZES))
+        here = fingerprint(comm)
         scored = on_root(comm, lambda: _profile(score, here)) if score is not None else None
         files = on_root(comm, lambda: _outputs(here, out, data)) if scored is None else None
         os.environ[VARIABLE] = "none"  # a profile that there is, right or wrong, is not to be in the way
@@ -100,12 +102,12 @@ def tune(
             f"# mpicoll tune: {here}\n# {len(tasks)} sizes of {', '.join(rows)}; about {budget:g} s, seed {seed}"
         )
         start = time.monotonic()
-        settings = m.Settings(max_time=budget, min_reps=3, warmup=1, precision=0.05, seed=seed)
-        found = m.compete(comm, [task for task, _ in tasks], settings)
+        settings = Settings(max_time=budget, min_reps=3, warmup=1, precision=0.05, seed=seed)
+        found = compete(comm, [task for task, _ in tasks], settings)
         for (task, fitted), us in zip(tasks, found, strict=True):
             kept = {name: np.round(times, 2) for name, times in us.items()}  # as in the file
-            rows[task.collective].append(Row(task.count * ITEM, fitted, m.untuned(comm, task), kept))
-        facts = {**m.environment(comm), "seconds": round(time.monotonic() - start, 1), "budget": budget, "seed": seed}
+            rows[task.collective].append(Row(task.count * ITEM, fitted, untuned(comm, task), kept))
+        facts = {**environment(comm), "seconds": round(time.monotonic() - start, 1), "budget": budget, "seed": seed}
         if scored is not None:
             click.echo(report(scored.rules, rows), nl=False)
         if files is not None:
@@ -129,7 +131,7 @@ def _tasks(collectives: list[str], sizes: list[int], p: int, scored: Rules | Non
 
     If rules are scored only the latter, of collectives that they are for.
     """
-    from .. import measure as m
+    from ..measure.task import Task
 
     between = [(before + 2 * after) // (3 * ITEM) * ITEM for before, after in pairwise(sizes)]
     found = []
@@ -138,7 +140,7 @@ def _tasks(collectives: list[str], sizes: list[int], p: int, scored: Rules | Non
         counts = {-(-size // (ITEM * parts)) * parts: size in sizes for size in (*between, *sizes)}
         for count, fitted in sorted(counts.items()):
             if scored is None or (name in scored and not fitted):
-                found.append((m.Task(name, count, _dtype(DTYPE)), fitted))
+                found.append((Task(name, count, _dtype(DTYPE)), fitted))
     if not found:
         raise UserError("nothing to score: no size between two of --sizes, or no collective that the profile is for")
     return found

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..measure import Settings, is_enough, summary
+from ..measure.metrics import summary
+from ..measure.timing import Settings, is_enough
 from ..mpi.comm import Comm
 from ..pipeline import PIPELINES, Kind, simulate, verify
 from ..statistics import median

@@ -169,9 +169,9 @@ import sys
 from mpicoll.cli import main
 import mpicoll.mpi.launch
 mpicoll.mpi.launch.world()
-from mpicoll import measure
-made = measure.implementations
-measure.implementations = lambda *args: {**made(*args), "ring": lambda task, send, recv: lambda: None}
+from mpicoll.measure import compete
+made = compete.implementations
+compete.implementations = lambda *args: {**made(*args), "ring": lambda task, send, recv: lambda: None}
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -11,31 +11,27 @@ from ml_dtypes import bfloat16
 from mpi4py import MPI
 
 from mpicoll import Comm
-from mpicoll import measure as m
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.errors import UserError
-from mpicoll.measure import (
-    OPS,
-    PASSES,
-    SYNC,
+from mpicoll.measure import compete as competition
+from mpicoll.measure import machine as this_machine
+from mpicoll.measure import timing
+from mpicoll.measure.compete import PASSES, compete, untuned
+from mpicoll.measure.contestants import WithMemory, implementations, implementations_on_gpu
+from mpicoll.measure.machine import (
     GpuMemory,
-    Placed,
-    Result,
-    Settings,
-    Task,
+    check_gpu_memory,
     check_memory,
-    compete,
     environment,
     fingerprint,
     gpu_bandwidth,
     gpu_environment,
-    implementations,
-    implementations_on_gpu,
-    measure,
     memory_bandwidth,
-    placements,
-    untuned,
 )
+from mpicoll.measure.metrics import gpu_memory_share
+from mpicoll.measure.task import Task, placements
+from mpicoll.measure.testdata import OPS
+from mpicoll.measure.timing import SYNC, Result, Settings, measure
 from mpicoll.mpi import gpu
 from mpicoll.mpi.collectives import account
 from mpicoll.mpi.launch import library_name
@@ -286,7 +282,7 @@ def test_buffers_lie_where_the_implementation_wants_them(comm):
         return native(task, send, recv)
 
     native = implementations(comm, "allreduce", np.dtype("f8"), "off")["native"]
-    calls = {"native": native, "one": Placed(watched, empty), "other": Placed(watched, empty)}
+    calls = {"native": native, "one": WithMemory(watched, empty), "other": WithMemory(watched, empty)}
     for unaligned in (False, True):
         given.clear()
         seen.clear()
@@ -376,7 +372,7 @@ def test_all_that_auto_chooses_from_competes_and_who_has_no_chance_drops_out(com
 
     *others, last = ALGORITHMS[collective]
     others += ["native", *(["shared"] if P > 1 and "reduce" in collective else [])]
-    monkeypatch.setattr(m, "measure", known)
+    monkeypatch.setattr(competition, "measure", known)
     tasks = [Task(collective, count, np.dtype("f4")) for count in (7, 1000)]
     settings = Settings(max_time=0, min_reps=2, warmup=0, seed=comm.rank)
     found = compete(comm, tasks, settings)
@@ -385,7 +381,7 @@ def test_all_that_auto_chooses_from_competes_and_who_has_no_chance_drops_out(com
         {**everywhere, last: 2 * 2},
         {**everywhere, last: 2 * PASSES},
     ]
-    monkeypatch.setattr(m, "HOPELESS", 2)  # and nobody runs alone
+    monkeypatch.setattr(competition, "HOPELESS", 2)  # and nobody runs alone
     assert {len(us) for us in compete(comm, tasks, settings)[1].values()} == {2 * 2}
 
 
@@ -393,7 +389,7 @@ def test_more_passes_are_made_while_there_is_time(comm, monkeypatch):
     def at_once(comm, subjects, tasks, settings):
         return [Result(name, True, tasks[0], np.ones(2), None, 0) for name in subjects]
 
-    monkeypatch.setattr(m, "measure", at_once)
+    monkeypatch.setattr(competition, "measure", at_once)
     (found,) = compete(comm, [Task("bcast", 10, np.dtype("f4"))], replace(QUICK, max_time=0.5))
     (counts,) = {len(us) for us in found.values()}
     assert counts > 2 * PASSES
@@ -409,9 +405,9 @@ def test_competitors_are_measured_and_all_ranks_know(comm):
 
 @several
 def test_a_wrong_result_ends_the_competition_on_all_ranks(comm, monkeypatch):
-    made = m.implementations
+    made = competition.implementations
     nothing = {"native": lambda task, send, recv: lambda: None}
-    monkeypatch.setattr(m, "implementations", lambda *args: made(*args) | nothing)
+    monkeypatch.setattr(competition, "implementations", lambda *args: made(*args) | nothing)
     with pytest.raises(UserError, match=r"^\d+ wrong elements: native allreduce of 10 elements$"):
         compete(comm, [Task("allreduce", 10, np.dtype("f4"))], QUICK)
 
@@ -429,7 +425,7 @@ def test_what_a_profile_of_this_job_is_for(comm, monkeypatch):
     assert state_of(comm).layout == (P,)  # where a profile is looked for
     for layout in (lambda rank: rank // 2, lambda rank: (rank + 1) % 2, lambda rank: int(rank == 0)):
         nodes = [layout(rank) for rank in range(P)]
-        monkeypatch.setattr(m, "node_of", lambda comm, nodes=nodes: comm.Split(nodes[comm.rank], comm.rank))
+        monkeypatch.setattr(this_machine, "node_of", lambda comm, nodes=nodes: comm.Split(nodes[comm.rank], comm.rank))
         assert fingerprint(comm).layout == tuple(map(nodes.count, dict.fromkeys(nodes)))
 
 
@@ -477,8 +473,8 @@ def test_on_a_gpu_what_does_nothing_or_spoils_what_it_reads_is_caught(comm, fake
 
 def test_on_a_gpu_a_call_lasts_until_the_result_is_there(comm, fake, monkeypatch):
     done, at = [], []
-    clock = m.time.perf_counter_ns
-    monkeypatch.setattr(m.time, "perf_counter_ns", lambda: (at.append(len(done)), clock())[1])
+    clock = timing.time.perf_counter_ns
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: (at.append(len(done)), clock())[1])
 
     def late(task, send, recv):
         return lambda: fake.queue(gpu.cupy().cuda.get_current_stream().ptr).put(lambda: done.append(1))
@@ -489,7 +485,7 @@ def test_on_a_gpu_a_call_lasts_until_the_result_is_there(comm, fake, monkeypatch
 
 
 def test_the_gpu(comm, fake, monkeypatch):
-    monkeypatch.setattr(m, "COPIED", 1 << 16)
+    monkeypatch.setattr(this_machine, "COPIED", 1 << 16)
     found = gpu_bandwidth(comm, fake.gpu)
     assert comm.allgather(found) == [found] * P
     assert min(found[:3]) > 0
@@ -500,7 +496,7 @@ def test_the_gpu(comm, fake, monkeypatch):
         assert [(one["rank"], one["ranks"]) for one in facts["gpus"]] == [(rank, (*range(P),)) for rank in range(P)]
         assert (facts["cupy"], facts["cuda_driver"]) == ("14.2.0", "13.0")
     with pytest.raises(UserError, match=r"takes 1\.049e.06 GiB on Fake GPU \(0000:01:00\.0\) for each of"):
-        m.check_gpu_memory(comm, fake.gpu, 1 << 50)
+        check_gpu_memory(comm, fake.gpu, 1 << 50)
 
 
 @pytest.mark.skipif(P > 1, reason="arithmetic")
@@ -509,7 +505,7 @@ def test_the_share_of_what_a_gpu_and_its_link_could_do():
     at = 10**9, 4, 10**6, {"add": 20.0, "copy": 10.0}  # 1 GB on 4 ranks in a second
 
     def share(collective, through_host):
-        return m.gpu_memory_share(collective, *at, there, through_host)
+        return gpu_memory_share(collective, *at, there, through_host)
 
     moved = {"allreduce": 8, "reduce": 5, "bcast": 4, "reduce_scatter": 5, "allgather": 5}  # GB
     assert {name: share(name, False) for name in moved} == pytest.approx(

@@ -6,7 +6,9 @@ from mpi4py import MPI
 
 import mpicoll
 from contract import own_data
-from mpicoll.measure import Settings, Task, implementations, measure
+from mpicoll.measure.contestants import implementations
+from mpicoll.measure.task import Task
+from mpicoll.measure.timing import Settings, measure
 from mpicoll.mpi import select, shared
 from mpicoll.mpi.collectives import account
 from mpicoll.mpi.state import State

@@ -1,0 +1,156 @@
+"""What takes part: ``auto``, the MPI library's own, shared memory, and every algorithm of the table."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from ..algorithms import ALGORITHMS
+from ..errors import UserError
+from ..mpi import gpu
+from ..mpi.buffers import is_half
+from ..mpi.collectives import cuts_of
+from ..mpi.comm import Comm
+from ..mpi.operations import MOVE, operation
+from ..mpi.select import SHARED
+from ..mpi.state import state_of
+from ..tuning.rules import NATIVE, WAYS
+from .task import Task
+from .testdata import Memory
+
+SHARED_ARRAYS, SHARED_RESULT = "shared_arrays", "shared_result"
+
+Implementation = Callable[[Task, Any, Any], Callable[[], object]]
+"""From a task and the send and receive buffers, as mpi4py takes them, to the call that is timed.
+
+An array that it returns is its result; if it returns none, what it received is.
+"""
+
+
+@dataclass(frozen=True)
+class WithMemory:
+    """An ``Implementation`` whose buffers lie in memory that it chooses, as ``Comm.empty`` allocates it."""
+
+    prepare: Implementation
+    empty: Memory
+
+    def __call__(self, task: Task, send: Any, recv: Any) -> Callable[[], object]:
+        """See ``Implementation``."""
+        return self.prepare(task, send, recv)
+
+
+@dataclass(frozen=True)
+class WithPath:
+    """An ``Implementation`` on a GPU; ``latest_path`` names the path of the latest call, once."""
+
+    prepare: Implementation
+    latest_path: Callable[[], str]
+
+    def __call__(self, task: Task, send: Any, recv: Any) -> Callable[[], object]:
+        """See ``Implementation``."""
+        return self.prepare(task, send, recv)
+
+
+def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check: str) -> dict[str, Implementation]:
+    """``auto``, the MPI library's own (which cannot add 16-bit floats as we do), and every algorithm of the table.
+
+    Where all ranks share memory also what a ``Comm`` does there with ordinary arrays (in an allreduce also where those
+    of each node do), with arrays that lie in it, and in an allreduce with one result for all.
+    """
+    ours = Comm(comm, check=check)
+    state = state_of(ours)
+    found: dict[str, Implementation] = {"auto": partial(call_of, ours)}
+    if not (is_half(dtype) and "reduce" in collective):
+        found[NATIVE] = partial(call_of, MPI.Intracomm(comm))
+    if state.can_share(collective, False, operation("sum", dtype)):
+        found[SHARED.name] = partial(call_of, ours, algorithm=SHARED.name)
+    if state.shares:
+        found[SHARED_ARRAYS] = WithMemory(partial(call_of, ours), ours.empty)
+        if collective == "allreduce":
+            found[SHARED_RESULT] = WithMemory(partial(_shared_result, ours), ours.empty)
+    return found | {name: partial(call_of, ours, algorithm=name) for name in ALGORITHMS[collective]}
+
+
+def implementations_on_gpu(
+    comm: MPI.Intracomm, collective: str, dtype: np.dtype, check: str, op: str = "sum", named: Sequence[str] = ()
+) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """What takes part with arrays on the current GPU; and the paths that do not, each with the reason.
+
+    ``auto``, what one writes by hand in place of the MPI library's own, every path that is available here, and every
+    algorithm of the table on what is staged in host memory.  A ``UserError`` if a path that is ``named`` is not
+    available.
+    """
+    ours = Comm(comm, check=check)
+    devices = state_of(ours).join_devices(gpu.cupy().cuda.Device().id)
+    reduces = "reduce" in collective
+    done = operation(op, dtype) if reduces else MOVE
+
+    def latest_path() -> str:
+        paths = ", ".join({*devices.went.values()})
+        devices.went.clear()
+        return paths
+
+    found: dict[str, Implementation] = {"auto": WithPath(partial(call_of, ours), latest_path)}
+    if not (is_half(dtype) and reduces):
+        found[NATIVE] = partial(_by_hand, MPI.Intracomm(comm))
+    refused = {}
+    for path in WAYS:
+        against = devices.why[path] if path not in named else ""
+        try:
+            if not against:
+                devices.ways(path, collective, done, dtype, False)
+        except ValueError as error:
+            if path in named:
+                raise UserError(str(error)) from None
+            against = str(error)
+        if against:
+            refused[path] = against
+        else:
+            found[path] = WithPath(partial(call_of, ours, algorithm=path), latest_path)
+    staged = {name: WithPath(partial(call_of, ours, algorithm=name), latest_path) for name in ALGORITHMS[collective]}
+    return found | staged, refused
+
+
+def call_of(comm: MPI.Intracomm, task: Task, send: Any, recv: Any, **options: str) -> Callable[[], object]:
+    """The call of mpi4py's method for the task; where all parts are equal, the method for equal parts."""
+    op: MPI.Op = getattr(MPI, task.op.upper())
+    cuts = cuts_of(None, task.count, comm.size)
+    counts = [after - before for before, after in pairwise(cuts)]
+    calls: dict[str, Callable[[], object]] = {
+        "allreduce": partial(comm.Allreduce, send, recv, op, **options),
+        "reduce": partial(comm.Reduce, send, recv, op, task.root, **options),
+        "bcast": partial(comm.Bcast, recv, task.root, **options),
+        "reduce_scatter": partial(comm.Reduce_scatter_block, send, recv, op, **options)
+        if len({*counts}) == 1
+        else partial(comm.Reduce_scatter, send, recv, counts, op, **options),
+        "allgather": partial(comm.Allgather, send, recv, **options)
+        if len({*counts}) == 1
+        else partial(comm.Allgatherv, send, [recv, counts], **options),
+    }
+    return calls[task.collective]
+
+
+def _shared_result(comm: Comm, task: Task, send: Any, recv: Any) -> Callable[[], object]:
+    own = recv if send is MPI.IN_PLACE else send
+    return partial(comm.allreduce_shared, own, getattr(MPI, task.op.upper()))
+
+
+def _by_hand(comm: MPI.Intracomm, task: Task, send: Any, recv: Any) -> Callable[[], object]:
+    """What one writes with CuPy and mpi4py alone: a copy in host memory by ``get``, the call, and a copy back."""
+    at_root = task.collective == "bcast" and comm.rank == task.root
+    fetched = send is MPI.IN_PLACE and (at_root or task.collective != "bcast")
+
+    def call() -> None:
+        sent = send if send is MPI.IN_PLACE else send.get()
+        received = None
+        if recv is not None:
+            received = recv.get() if fetched else np.empty(recv.shape, recv.dtype)
+        call_of(comm, task, sent, received)()
+        if recv is not None and not at_root:
+            recv.set(received)
+
+    return call

@@ -1,0 +1,203 @@
+"""Data whose results are known: other at every call, on every rank, and exact in every type.
+
+A rank's elements are made from what is common to all ranks and from a small number of its own, its share, which changes
+from turn to turn; so the result of any collective can be computed from the common elements and the shares.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from ..mpi import gpu
+from ..mpi.buffers import is_half
+from ..mpi.collectives import cuts_of
+from .task import Task
+
+BLOCK = 1 << 15  # elements made and compared at a time, so that what is in between stays in the cache
+ALIGNED = 4096  # bytes: where buffers begin
+
+Memory = Callable[[int, np.dtype], np.ndarray]
+"""From a number of elements and their type to an array for them; a collective call."""
+
+
+class _Op(NamedTuple):
+    """An operation on test data: ``one`` makes a rank's elements of the common ones and its share, ``all`` the result.
+
+    Nothing overflows: MPI leaves open what happens then, and Open MPI does not wrap around.
+    """
+
+    one: Callable[[np.ndarray, Any], np.ndarray]
+    all: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    few: bool = False  # ranks whose share is not 0
+
+
+def _power(x: np.ndarray, share: Any) -> np.ndarray:
+    return (x % 2 + 1) ** share
+
+
+def _times(x: np.ndarray, share: Any) -> np.ndarray:
+    return (x % 20 + 1) * share
+
+
+OPS = {
+    "sum": _Op(np.add, lambda x, shares: x * len(shares) + int(shares.sum())),
+    "prod": _Op(_power, lambda x, shares: _power(x, int(shares.sum())), few=True),
+    "max": _Op(np.add, lambda x, shares: x + int(shares.max())),
+    "min": _Op(np.add, lambda x, shares: x + int(shares.min())),
+}
+_SUM_OF_BYTES = _Op(_times, lambda x, shares: _times(x, int(shares.sum())), few=True)
+
+
+def _shares(order: np.ndarray, turn: int, few: bool) -> np.ndarray:
+    """The shares of all ranks in a turn: small integers that differ for up to 27 ranks, in some ``order`` of them.
+
+    So sums of numbers below 128 are exact in all floats up to a hundred thousand ranks.  If only ``few`` are not 0, the
+    sum of all is at most 6.
+    """
+    if few:
+        places = (order + turn) % max(len(order), 3)
+        return np.where(places < 6, places % 3, 0)
+    return (order + turn) % 27
+
+
+class Buffers:
+    """The buffers of this rank, ``send`` and ``recv`` as mpi4py takes them: one array or two, with data of this turn.
+
+    ``common`` are the elements that all ranks make theirs from; ``empty`` makes the arrays.
+    """
+
+    def __init__(
+        self, comm: MPI.Intracomm, task: Task, common: np.ndarray, in_place: bool, unaligned: bool, empty: Memory
+    ) -> None:
+        self._task, self._common, self._rank = task, common, comm.rank
+        of_bytes = task.op == "sum" and task.dtype.itemsize == 1 and "reduce" in task.collective
+        self._op = _SUM_OF_BYTES if of_bytes else OPS[task.op]
+        self._cuts = np.array(cuts_of(None, task.count, comm.size))
+        own, whole, nothing = slice(*self._cuts[comm.rank :][:2]), slice(0, task.count), slice(0, 0)
+        at_root = whole if comm.rank == task.root else nothing
+        self._sent_part = {"bcast": at_root, "allgather": own}.get(task.collective, whole)
+        self._received_part = {"reduce": at_root, "reduce_scatter": own}.get(task.collective, whole)
+        received = self._received_part.stop - self._received_part.start
+        before = 1 if unaligned else 0
+        self._memory = empty(before + (task.count if in_place else received), task.dtype)[before:]
+        self._received = self._memory[:received]
+        self._sent = self._memory[self._sent_part]
+        if not in_place:
+            self._sent = empty(before + self._sent_part.stop - self._sent_part.start, task.dtype)[before:]
+        self._receives = task.collective != "reduce" or comm.rank == task.root
+        self._only_read = not in_place or not self._receives  # what is sent
+        self._pass(self._sent, self._memory)
+
+    def _pass(self, sent: Any, memory: Any) -> None:
+        """Make these what the call gets."""
+        moved = is_half(self._task.dtype) and "reduce" not in self._task.collective
+        if moved:  # the MPI library need not know what they are
+            sent, memory = sent.view(np.int16), memory.view(np.int16)
+        self.send: Any = sent if self._only_read else MPI.IN_PLACE
+        self.recv: Any = memory if self._receives else None
+
+    def completed(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call, until its result is there."""
+        return call
+
+    def fill(self, order: np.ndarray, turn: int) -> None:
+        """Overwrite everything with the data of this turn."""
+        self._shares = _shares(order, turn, self._op.few)
+        self._memory.view(np.uint8)[:] = 0xFF  # as floats, these are not numbers
+        for here, there in _blocks(self._sent_part):
+            self._sent[here] = self._expected_sent(there)
+
+    def wrong(self, returned: object) -> int:
+        """How many elements are wrong in the result, an array that was ``returned`` or what was received.
+
+        Elements that were only to be read, and have changed, count too.
+        """
+        result = returned if isinstance(returned, np.ndarray) else self._received
+        if result.shape != self._received.shape:
+            return max(self._received.size, 1)
+        pairs: Iterator[tuple[np.ndarray, np.ndarray]] = (
+            (result[here], self._expected(there)) for here, there in _blocks(self._received_part)
+        )
+        if self._only_read:
+            sent = ((self._sent[here], self._expected_sent(there)) for here, there in _blocks(self._sent_part))
+            pairs = chain(pairs, sent)
+        return sum(int(np.count_nonzero(found != right)) for found, right in pairs)
+
+    def _expected_sent(self, there: slice) -> np.ndarray:
+        share = int(self._shares[self._task.root if self._task.collective == "bcast" else self._rank])
+        return self._cast(self._op.one(self._common[there].astype(np.int32), share))
+
+    def _expected(self, there: slice) -> np.ndarray:
+        x = self._common[there].astype(np.int32)
+        if self._task.collective == "bcast":
+            return self._cast(x + int(self._shares[self._task.root]))
+        if self._task.collective == "allgather":
+            owners = np.searchsorted(self._cuts, np.arange(there.start, there.stop), "right") - 1
+            return self._cast(x + self._shares[owners].astype(np.int32))
+        return self._cast(self._op.all(x, self._shares))
+
+    def _cast(self, exact: np.ndarray) -> np.ndarray:
+        """To the type of the task; floats of 16 bits are rounded once, as results are."""
+        with np.errstate(over="ignore"):
+            return exact.astype(self._task.dtype)
+
+
+class GpuBuffers(Buffers):
+    """Buffers on the current GPU; data are made and checked in host memory, and copied outside the clock."""
+
+    def __init__(
+        self, comm: MPI.Intracomm, task: Task, common: np.ndarray, in_place: bool, unaligned: bool, empty: Memory
+    ) -> None:
+        super().__init__(comm, task, common, in_place, unaligned, empty)
+        before = 1 if unaligned else 0
+
+        def like(host: np.ndarray) -> Any:
+            return gpu.cupy().empty(before + len(host), host.dtype)[before:]
+
+        memory = like(self._memory)
+        sent = memory[self._sent_part] if in_place else like(self._sent)
+        self._hosts = [(gpu.Array(memory), self._memory)]
+        if not in_place:
+            self._hosts.append((gpu.Array(sent), self._sent))
+        self._pass(sent, memory)
+
+    def completed(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call, until the current stream has done all of it."""
+        stream = gpu.cupy().cuda.get_current_stream()
+
+        def awaited() -> None:
+            call()
+            stream.synchronize()
+
+        return awaited
+
+    def fill(self, order: np.ndarray, turn: int) -> None:
+        """See ``Buffers``."""
+        super().fill(order, turn)
+        for array, host in self._hosts:
+            array.store(host)
+            array.stream.synchronize()
+
+    def wrong(self, returned: object) -> int:
+        """See ``Buffers``; calls on a GPU return nothing."""
+        for array, host in self._hosts:
+            array.load(host)
+            array.stream.synchronize()
+        return super().wrong(None)
+
+
+def _blocks(part: slice) -> Iterator[tuple[slice, slice]]:
+    """A part block by block: where in an array of its own, and where in the whole."""
+    for start in range(part.start, part.stop, BLOCK):
+        stop = min(start + BLOCK, part.stop)
+        yield slice(start - part.start, stop - part.start), slice(start, stop)
+
+
+def own_memory(count: int, dtype: np.dtype) -> np.ndarray:
+    """A ``Memory`` of this process alone, from the beginning of a page."""
+    memory = np.empty(count * dtype.itemsize + ALIGNED, np.uint8)
+    start = -memory.ctypes.data % ALIGNED
+    return memory[start : start + count * dtype.itemsize].view(dtype)
