@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 import numpy as np
 from cluster import SKIPPED
 
-from mpicoll.cli.bench import pretty
+from mpicoll.cli.numbers import pretty
 from mpicoll.files import to_json
 
 SIZES = [4**n for n in range(1, 14)]  # bytes of float32: 4 B to 64 MiB

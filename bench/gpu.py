@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 from allreduce import command, finish, launched, library, look_first, machine, measuring, mpirun, spread
 
-from mpicoll.cli.bench import PLACES, pretty
+from mpicoll.cli.bench_formats import PLACES
+from mpicoll.cli.numbers import pretty
 
 SIZES = [4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20, 1 << 30]  # bytes of float32
 LONG = 64 << 20  # longer ones take seconds to be made and checked, and are repeated no more than needed

@@ -42,7 +42,7 @@ from allreduce import (
 )
 from cluster import bits, traffic
 
-from mpicoll.cli.bench import pretty
+from mpicoll.cli.numbers import pretty
 
 CLUSTER = Path(__file__).with_name("cluster.py")
 PICTURE = Path(__file__).parents[1] / "docs" / "network.png"

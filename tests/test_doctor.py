@@ -158,7 +158,9 @@ def test_all_variables_that_are_read_are_known():
     with app.make_context("mpicoll", ["show", "ring"]) as context:
         options = said.options(context)
     assert read - {*options} == {*launch.VARIABLES}
-    assert {"MPICOLL_TRAIN_BATCH_SIZE", "MPICOLL_BENCH_SYNC", "MPICOLL_DOCTOR_TIMEOUT"} < {*options}
+    assert {"MPICOLL_TRAIN_BATCH_SIZE", "MPICOLL_BENCH_SYNC", "MPICOLL_BENCH_MICRO", "MPICOLL_DOCTOR_TIMEOUT"} < {
+        *options
+    }
     assert "MPICOLL_DOCTOR_AS_JSON" not in options
     result = CliRunner(env={"MPICOLL_DOCTOR_TIMEOUT": "0"}).invoke(app, ["doctor"])
     assert "0 is not in the range" in result.output  # which is how click calls them

@@ -76,6 +76,11 @@ LAYERS = [
     ["train.checkpoint", "train.loop", "train.files", "train.run"],
     ["torch"],
     [
+        "cli.numbers",
+        "cli.output",
+        "cli.bench_formats",
+        "cli.pictures",
+        "cli.bench_pipeline",
         "cli.bench",
         "cli.doctor",
         "cli.plot",
@@ -99,10 +104,10 @@ EXTERNAL = {  # who may import what from outside; the standard library and NumPy
     "torch": ("torch",),
     "cupy": ("mpi.gpu",),
     "cupyx": ("mpi.gpu",),
-    "ml_dtypes": ("mpi.buffers", "cli.bench"),
+    "ml_dtypes": ("mpi.buffers", "cli.numbers"),
     "click": ("cli",),
     "tqdm": ("cli.train",),
-    "matplotlib": ("cli.bench", "cli.plot"),
+    "matplotlib": ("cli.pictures", "cli.plot"),
 }
 
 

@@ -11,7 +11,8 @@ from ..files import to_json
 from ..mpi.doctor import Facts, Findings, alone, grouped, together
 from ..mpi.launch import launched_rank
 from ..mpi.record import named
-from .bench import pretty, ranges
+from .bench_pipeline import pipeline
+from .numbers import pretty, ranges
 
 SHOWN = 8  # lines of nodes, or of GPUs; --json has all
 WIDTH = 11
@@ -50,7 +51,7 @@ def options(root: click.Context) -> list[str]:
     assert isinstance(root.command, click.Group)
     return [
         option.envvar if isinstance(option.envvar, str) else f"{root.auto_envvar_prefix}_{name}_{option.name}".upper()
-        for name, command in root.command.commands.items()
+        for name, command in (*root.command.commands.items(), ("bench", pipeline))
         for option in command.params
         if option.envvar or isinstance(option, click.Option)
     ]

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from ..files import writing
 from ..mpi.launch import launched_ranks
+from .pictures import PICTURES, new_figure, save_figure
 
 PANELS = [("train_loss", "training loss"), ("train_accuracy", "training accuracy")]
 VALIDATED = [("validation_loss", "validation loss"), ("validation_accuracy", "validation accuracy")]
@@ -34,13 +34,11 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
         raise UserError("plot runs on one process: start it without mpirun")
     if len(runs) > MOST:
         raise UserError(f"{len(runs)} runs are too many to tell apart in one picture: name at most {MOST}")
-    if out.suffix not in (".png", ".svg", ".pdf"):
+    if out.suffix not in PICTURES:
         raise UserError(f"--out must end with .png, .svg or .pdf, got {str(out)!r}")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ModuleNotFoundError as error:
-        raise UserError(f"plots need {error.name}: pip install 'mpicoll[plot]'") from error
+    figure = new_figure(10, 7)
+    from matplotlib.ticker import PercentFormatter
+
     from ..train.files import CONFIG, ENVIRONMENT, read_metrics
     from ..train.settings import read_settings
 
@@ -52,7 +50,6 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
         curves.append(lines)
         settings.append({**read_settings(run / CONFIG), "ranks": _ranks(run / ENVIRONMENT)})
     validated = all("validation_loss" in line for lines in curves for line in lines)
-    figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row", sharex="col")
     for row, (key, name) in zip(axes, VALIDATED if validated else PANELS, strict=True):
         shown = [line[key] for lines in curves for line in lines if line[key] is not None] or [0]
@@ -71,8 +68,7 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
         axis.set_xlabel(scale)
     figure.suptitle(", ".join(f"{key} {value}" for key, value in _common(settings).items()).replace("$", r"\$"))
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4))
-    with writing(repr(str(out))):
-        figure.savefig(out, dpi=120)
+    save_figure(figure, out, 120)
     click.echo(f"{len(runs)} run(s) drawn in {out}")
 
 

@@ -18,7 +18,8 @@ from ..tuning.fit import fitted_profile, trial, worth
 from ..tuning.measurements import Measurements, Row, read_measurements, write_measurements
 from ..tuning.profile import VARIABLE, Profile, default_path, profile_path, read_profile, refusal, write_profile
 from ..tuning.rules import COLLECTIVES, Rules
-from .bench import NEEDED, Numbers, _dtype, pretty
+from .numbers import Numbers, dtype_named, pretty
+from .output import check_folder
 
 if TYPE_CHECKING:
     from ..measure.task import Task
@@ -83,7 +84,7 @@ def tune(
     comm = world()  # before anything imports MPI, which would start it
     from ..measure.compete import compete, untuned
     from ..measure.machine import check_memory, environment, fingerprint
-    from ..measure.timing import Settings
+    from ..measure.timing import NEEDED, Settings
     from ..mpi.guard import ends_job, on_root
 
     with ends_job(comm):
@@ -140,7 +141,7 @@ def _tasks(collectives: list[str], sizes: list[int], p: int, scored: Rules | Non
         counts = {-(-size // (ITEM * parts)) * parts: size in sizes for size in (*between, *sizes)}
         for count, fitted in sorted(counts.items()):
             if scored is None or (name in scored and not fitted):
-                found.append((Task(name, count, _dtype(DTYPE)), fitted))
+                found.append((Task(name, count, dtype_named(DTYPE)), fitted))
     if not found:
         raise UserError("nothing to score: no size between two of --sizes, or no collective that the profile is for")
     return found
@@ -171,8 +172,7 @@ def _outputs(here: Fingerprint, out: Path | None, data: Path | None) -> tuple[Pa
     if out == data:
         raise UserError(f"{str(out)!r} is named twice: the profile and the measurements need a file each")
     for path in (out, data):
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise UserError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r} to write to")
+        check_folder(path)
     return out, data
 
 

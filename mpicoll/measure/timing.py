@@ -25,6 +25,8 @@ from .task import Task, placements
 from .testdata import Buffers, GpuBuffers, Memory, own_memory
 
 NULL = "null"  # the name of an empty call
+NEEDED = 10  # times the array: the memory that measuring takes on each rank
+NEEDED_ON_GPU = 3  # one array in place, two not
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from click.testing import CliRunner
 from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli.app import app
+from mpicoll.cli.bench import bench
+from mpicoll.measure.testdata import OPS
+from mpicoll.measure.timing import SYNC
 
 TINY = ["mpicoll", "bench", "--count", "0,1,5,3000", "--max-time", "0", "--min-reps", "2", "--warmup", "1"]
 PATCHED = """
@@ -41,6 +44,13 @@ def prepare(fake):
 """
 WITHOUT_CUPY = "import sys; sys.modules['cupy'] = None; from mpicoll.cli import main; sys.exit(main(sys.argv[1:]))"
 ON_GPU = [sys.executable, REPOSITORY / "tests" / "fakecupy.py", "-m", *TINY, "--device", "gpu"]
+
+
+def test_the_command_offers_what_there_is():
+    options = {option.name: option.type for option in bench.params}
+    assert [*options["collective"].choices] == [*(name for name in ALGORITHMS if name != "mix"), "pipeline"]
+    assert [*options["sync"].choices] == [*SYNC]
+    assert [*options["op"].choices] == [*OPS]
 
 
 def told(done):
@@ -218,37 +228,6 @@ def test_wrong_usage(options, message):
     result = CliRunner().invoke(app, ["bench", *options.split()])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
-
-
-def test_pipelines_are_measured_and_written(tmp_path):
-    options = ["--forward", "0", "--sizes", "0,1K", "--max-time", "0", "--min-reps", "2", "--warmup", "1"]
-    files = ["--out", "out.json", "--format", "json", "--raw", "raw.csv"]
-    done = mpirun(3, ["mpicoll", "bench", "pipeline", *options, *files], tmp_path)
-    assert (done.status, told(done)) == (0, [])
-    wanted = [
-        (name, size, micro, held)
-        for name, most in (("gpipe", None), ("1f1b", 3))
-        for size in (0, 1024)
-        for micro in (3, 6, 12)
-        for held in [[most - stage if most else micro for stage in range(3)]]
-    ]
-    whole = json.loads((tmp_path / "out.json").read_text())
-    found = [one for made in whole["implementations"] for one in made["results"]]
-    assert [(one["implementation"], one["bytes"], one["micro"], one["held"]) for one in found] == wanted
-    assert {(one["n"], one["wrong"], one["idle"]) for one in found} == {(2, 0, 1.0)}
-    assert [made["name"] for made in whole["implementations"]] == ["gpipe", "1f1b"]
-    with (tmp_path / "raw.csv").open() as file:
-        assert [row["micro"] for row in csv.DictReader(file)] == [str(micro) for _, _, micro, _ in wanted for _ in "ab"]
-    assert "# 3 stages, a rank each; forward 0 ms, backward twice as long, asleep\n" in done.out
-    rows = [line.split() for line in done.out.splitlines() if not line.startswith("#")]
-    assert [(row[0], int(row[2]), int(row[1])) for row in rows] == [row[:3] for row in wanted]
-    assert done.out.endswith("# Wrong messages: 0 OK\n")
-
-
-def test_one_stage_is_no_pipeline(tmp_path):
-    failed = run(["mpicoll", "bench", "pipeline"], tmp_path)
-    wanted = "bench pipeline needs two ranks or more, one for each stage: mpirun -n N mpicoll bench pipeline"
-    assert (failed.status, failed.out, failed.err) == (1, "", f"mpicoll: {wanted}\n")
 
 
 def test_two_files_of_one_name(tmp_path):
