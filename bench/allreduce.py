@@ -13,39 +13,28 @@ default costs.  No profile is used: these are the defaults.
 """
 
 import argparse
-import importlib.util
 import json
-import os
-import platform
-import subprocess
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from cluster import SKIPPED
+from common import TORCH, command, existing, finish, gloo, launched, library, look_first, machine, measuring, spread
 
 from mpicoll.cli.numbers import pretty
-from mpicoll.files import to_json
 
 SIZES = [4**n for n in range(1, 14)]  # bytes of float32: 4 B to 64 MiB
 COMPARED = ("native", "auto", "shared_arrays", "shared_result", "recursive_doubling", "circulant")
-"""Of what mpicoll bench measures: the more take turns, the less of each call is left in the caches."""
+"""Some of what mpicoll bench measures: the more take turns, the less of each call is left in the caches."""
 
 CALLS = (1, 10)  # in a repetition
 SECONDS = 1.5  # for each size, checks included, all implementations together, but at least MINIMUM repetitions
 MINIMUM = 11
 HOW = ("one call at a time", "back to back")
-RESULTS = Path(__file__).parent / "results"
-TORCH = importlib.util.find_spec("torch") is not None
 PICTURE = Path(__file__).parents[1] / "docs" / "allreduce.png"
 DRAWN = {  # name, color, width of the line
     "shared_result": ("allreduce_shared: one result for all ranks", "#54278f", 2.2),
@@ -69,24 +58,8 @@ def plain_ring(comm, x: np.ndarray) -> None:
         comm.Sendrecv(chunks[(rank - t + 1) % p], after, 0, chunks[(rank - t) % p], before, 0)
 
 
-def gloo(comm, first: str = "127.0.0.1") -> Any:
-    """``torch.distributed``, one thread a rank, with a process group of all ranks; a collective call.
-
-    They meet at a port that is free on the host of the first rank, whose address others know as ``first``.
-    """
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    meeting = dist.TCPStore(first, 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
-    port = comm.bcast(meeting and meeting.port)
-    store = meeting or dist.TCPStore(first, port)
-    dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
-    return dist
-
-
 def in_turn(comm, subjects: dict, sizes: Sequence[int], settings: Any, first: str = "127.0.0.1") -> list:
-    """What ``mpicoll.measure`` finds of allreduces of float32 at these sizes in bytes, of gloo too if there is one."""
+    """Results of allreduces of float32 at these sizes in bytes, in turn; of gloo too where there is PyTorch."""
     from mpicoll.measure import timing
     from mpicoll.measure.task import Task
 
@@ -136,26 +109,6 @@ def measure() -> dict:
     return {"rank": comm.rank, **facts, "wrong": wrong, "rows": rows}
 
 
-def machine() -> dict:
-    """What the numbers depend on."""
-    cpu = Path("/proc/cpuinfo").read_text().split("model name", 1)[1].split(":", 1)[1].splitlines()[0].strip()
-    import mpi4py
-
-    import mpicoll
-
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "mpi4py": mpi4py.__version__,
-        "mpicoll": mpicoll.__version__,
-        **({"torch": version("torch")} if TORCH else {}),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def summarize(launches: list[dict]) -> list[dict]:
     """For each number of ranks, calls in a repetition, and size: the native time, and for each other how often its
     repetitions fit into it.
@@ -182,11 +135,6 @@ def speeds(taken: list[dict[str, list[float]]]) -> dict:
     for name in [name for name in taken[0] if name != "native"]:
         row[name] = spread([float(np.median(np.array(us["native"]) / np.array(us[name]))) for us in taken])
     return row
-
-
-def spread(values: list[float]) -> list[float]:
-    """The median, the least and the most."""
-    return [round(float(f(values)), 3) for f in (np.median, np.min, np.max)]
 
 
 def columns(record: dict) -> list[str]:
@@ -254,194 +202,6 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
     figure.savefig(path, dpi=130)
 
 
-LOOK = """
-import importlib, sys
-from mpicoll.errors import UserError
-from mpicoll.mpi.launch import check, launched_rank, load
-modules, data = (words.split() for words in sys.argv[1:])
-missing = None
-try:
-    load()
-    import numpy as np
-    from mpi4py import MPI
-    check(MPI.COMM_WORLD)
-    for name in modules:
-        importlib.import_module(name)
-    for name in data:
-        from mpicoll.train.data import load
-        load(name, MPI.COMM_SELF, np.dtype("f4"))
-except ModuleNotFoundError as error:
-    missing = f"the package {error.name} is missing: pip install {error.name}"
-except UserError as error:
-    missing = error
-if missing and launched_rank() == 0:
-    print(missing)
-"""
-
-
-def mpirun(ranks: int) -> list[str]:
-    """How to launch so many ranks on this machine."""
-    beside = Path(sys.prefix, "bin", "mpirun")
-    return [str(beside) if beside.exists() else "mpirun", "-n", str(ranks)]
-
-
-def look_first(*modules: str, data: Sequence[str] = (), cluster: Sequence[str] = (), out: Sequence[Path] = ()) -> None:
-    """End in one line if anything is missing that a script is going to need, now and not after minutes of measuring:
-    an mpirun that suits this Python, modules, data sets, a cluster with such options, or folders to write to."""
-    RESULTS.mkdir(exist_ok=True)
-    for path in (RESULTS / "any.json", *out):
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            sys.exit(f"{str(path)!r} cannot be written: name a file in a folder of yours that exists")
-    look = [*mpirun(2), sys.executable, "-m", "mpi4py", "-c", LOOK, " ".join(modules), " ".join(data)]
-    try:
-        done = subprocess.run(look, capture_output=True, text=True, timeout=120)
-    except FileNotFoundError:
-        sys.exit("there is no mpirun: install an MPI beside this Python, as pip install 'mpicoll[mpich]' does")
-    if done.stdout or done.returncode:
-        sys.exit((done.stdout or done.stderr or f"{look[0]} does not work").splitlines()[0])
-    if cluster:
-        tried = [sys.executable, str(Path(__file__).with_name("cluster.py")), "--ranks-per-host", "1", *cluster, "--"]
-        try_it = [sys.executable, "-c", "from mpi4py import MPI"]
-        if status := subprocess.run([*tried, *try_it], stdout=sys.stderr, timeout=120).returncode:
-            sys.exit(status)
-
-
-class Ended:
-    """Why measuring has ended before all was measured, if it has; and with which status the script is to end."""
-
-    def __init__(self) -> None:
-        self.why, self.status = "", 0
-
-
-@contextmanager
-def measuring(found: list | dict) -> Iterator[Ended]:
-    """Within it launches are added to ``found``.  Whatever ends that, Ctrl-C too, is kept for ``finish``, which records
-    what there is; if there is nothing, the script ends."""
-    ended = Ended()
-    try:
-        yield ended
-    except subprocess.CalledProcessError as error:
-        ended.why = f"a launch has ended with status {error.returncode}"
-        ended.status = SKIPPED if error.returncode == SKIPPED else 1
-    except subprocess.TimeoutExpired as error:
-        ended.why, ended.status = f"a launch has not ended in {error.timeout:g} s", 1
-    except KeyboardInterrupt:
-        ended.why, ended.status = "interrupted", 130
-    except SystemExit as error:
-        ended.why, ended.status = str(error.code), 1
-    except Exception as error:
-        traceback.print_exc()
-        ended.why, ended.status = f"{type(error).__name__}: {error}", 1
-    if ended.why and not any(found.values() if isinstance(found, dict) else found):
-        _end(ended, "nothing was measured before")
-
-
-def finish(
-    name: str,
-    found: list | dict,
-    ended: Ended,
-    record: Callable[[], dict],
-    show: Callable[[dict], None],
-    draw: Callable[[dict], None] | None = None,
-) -> None:
-    """Record, show and draw, in this order: nothing that goes wrong later loses what was measured.
-
-    If measuring has ended early, what there is is recorded under a name of its own, so that a whole record stays, and
-    the script ends.  If nothing can be made of it, launches are recorded as they are.
-    """
-    part = f"{name}-unfinished"
-    try:
-        made = record()
-    except (Exception, SystemExit) as error:
-        why = ended.why or f"{type(error).__name__}: {error}"
-        save({"failed": why, "found": found}, part)
-        if ended.why:
-            _end(ended, "what was measured before is recorded, as it is")
-        raise
-    if ended.why:
-        save({"failed": ended.why, **made}, part)
-        show(made)
-        _end(ended, "what was measured before is recorded")
-    save(made, name)
-    show(made)
-    if draw:
-        draw(made)
-
-
-def _end(ended: Ended, more: str) -> NoReturn:
-    sys.stdout.flush()
-    print(f"{Path(sys.argv[0]).name}: {ended.why}; {more}", file=sys.stderr, flush=True)
-    sys.exit(ended.status)
-
-
-def launched(script: str, ranks: int, *options: str) -> dict:
-    """What one launch of ``script --worker FILE``, with options, on this machine measures: the JSON that rank 0 writes
-    there."""
-    return written(script, mpirun(ranks), *options, MPICOLL_PROFILE="none")
-
-
-def written(script: str, launcher: Sequence[str], *options: str, **environment: str) -> dict:
-    """The same by any launcher, with options and an environment for the worker."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder, "launch.json")  # of long output some was lost, under MPICH, twice
-        worker = [sys.executable, "-m", "mpi4py", script, *options, "--worker", str(found)]  # one rank failing ends it
-        env = {**os.environ, **environment}
-        subprocess.run([*launcher, *worker], stdout=sys.stderr, check=True, timeout=600, env=env)
-        return json.loads(found.read_text())
-
-
-def save(record: dict, name: str) -> None:
-    """Write it to ``RESULTS``, a line for each row of its table."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    text = to_json(record, indent=1)
-    if isinstance(record.get("table"), list):
-        rows = ",\n".join("  " + to_json(row) for row in record["table"])
-        text = to_json({**record, "table": None}, indent=1)
-        text = text.replace('"table": null', f'"table": [\n{rows}\n ]')
-    path.write_text(text + "\n")
-    print(f"\nrecorded in {os.path.relpath(path)}", file=sys.stderr)
-
-
-def library(mpi: str) -> str:
-    """Without the version, as part of the name of a file."""
-    return mpi.rsplit(" ", 1)[0].lower().replace(" ", "-")
-
-
-def existing(name: str) -> Path:
-    """A file that is there."""
-    if not Path(name).is_file():
-        raise argparse.ArgumentTypeError(f"{name!r} is no file: name one that was recorded, as those in bench/results")
-    return Path(name)
-
-
-def command(
-    parser: argparse.ArgumentParser,
-    measure: Callable[[], dict],
-    show: Callable[[dict], None],
-    draw: Callable[[dict], None] | None = None,
-) -> argparse.Namespace | None:
-    """The arguments, if there is something to measure; ``None`` if all has been done here: a recorded result was to be
-    shown or drawn, or this is a worker, which ``launched`` has launched."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--show", type=existing, metavar="FILE")
-    if draw:
-        parser.add_argument("--plot", type=existing, metavar="FILE")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        result = measure()
-        if result.pop("rank") == 0:
-            args.worker.write_text(to_json(result))
-    elif args.show:
-        show(json.loads(args.show.read_text()))
-    elif draw and args.plot:
-        draw(json.loads(args.plot.read_text()))
-    else:
-        return args
-    return None
-
-
 def main() -> None:
     """Launch, collect, record."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -472,9 +232,7 @@ def main() -> None:
             "mpi": mpi,
             "machine": machine(),
             "launches": args.launches,
-            "memory": {
-                ranks: [round(float(f(of)), 2) for f in (np.median, np.min, np.max)] for ranks, of in memory.items()
-            },
+            "memory": {ranks: spread(of, 2) for ranks, of in memory.items()},
             "wrong": wrong,
             "table": summarize(launches),
         }

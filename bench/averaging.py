@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from allreduce import command, finish, launched, library, look_first, machine, measuring, spread, written
 from cluster import bits
+from common import command, finish, launched, library, look_first, machine, measuring, spread, written
 from stragglers import Emulated
 
 PICTURE = Path(__file__).parents[1] / "docs" / "averaging.png"

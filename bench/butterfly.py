@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from allreduce import RESULTS, command, finish, library, look_first, machine, measuring, spread, written
+from common import RESULTS, command, finish, library, look_first, machine, measuring, spread, written
 
 from mpicoll.files import to_json
 

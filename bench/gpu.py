@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from allreduce import command, finish, launched, library, look_first, machine, measuring, mpirun, spread
+from common import command, finish, launched, library, look_first, machine, measuring, mpirun, spread
 
 from mpicoll.cli.bench_formats import PLACES
 from mpicoll.cli.numbers import pretty

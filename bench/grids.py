@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from allreduce import command, finish, launched, library, look_first, machine, measuring, spread, written
 from cluster import bits
+from common import command, finish, launched, library, look_first, machine, measuring, spread, written
 
 PICTURE = Path(__file__).parents[1] / "docs" / "grids.png"
 MODULES = ("matplotlib", "threadpoolctl")

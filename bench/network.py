@@ -25,22 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from allreduce import (
-    RESULTS,
-    columns,
-    command,
-    finish,
-    in_turn,
-    library,
-    look_first,
-    machine,
-    measuring,
-    speeds,
-    spread,
-    times,
-    written,
-)
+from allreduce import columns, in_turn, speeds, times
 from cluster import bits, traffic
+from common import RESULTS, command, finish, library, look_first, machine, measuring, spread, written
 
 from mpicoll.cli.numbers import pretty
 

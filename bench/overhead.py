@@ -18,7 +18,7 @@ import tempfile
 import time
 
 import numpy as np
-from allreduce import command, finish, launched, library, look_first, machine, measuring
+from common import command, finish, launched, library, look_first, machine, measuring, spread
 
 PROCESSES, LAUNCHES, REPETITIONS, CALLS = 15, 5, 40, 200
 START = """
@@ -140,9 +140,7 @@ def main() -> None:
 
 def summarize(runs: list[dict]) -> dict:
     """Median, least and most of each figure."""
-    return {
-        name: [round(float(f([run[name] for run in runs])), 2) for f in (np.median, np.min, np.max)] for name in runs[0]
-    }
+    return {name: spread([run[name] for run in runs], 2) for name in runs[0]}
 
 
 def show(record: dict) -> None:

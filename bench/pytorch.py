@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from allreduce import command, finish, gloo, launched, library, look_first, machine, measuring, spread
+from common import command, finish, gloo, launched, library, look_first, machine, measuring, spread
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pytorch.png"
 MODULES = ("torch", "matplotlib", "threadpoolctl")

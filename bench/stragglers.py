@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from allreduce import command, finish, launched, library, look_first, machine, measuring, spread
+from common import command, finish, launched, library, look_first, machine, measuring, spread
 
 PICTURE = Path(__file__).parents[1] / "docs" / "stragglers.png"
 MODULES = ("matplotlib", "threadpoolctl")

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from allreduce import existing, finish, look_first, machine, measuring, mpirun
+from common import existing, finish, look_first, machine, measuring, mpirun
 
 PICTURE = Path(__file__).parents[1] / "docs" / "strategies.png"
 MODULES = ("matplotlib",)

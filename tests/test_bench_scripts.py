@@ -1,4 +1,4 @@
-"""The benchmark runs; what it measures is not asserted."""
+"""The scripts of bench/ run; what they measure is not asserted."""
 
 import ast
 import importlib
@@ -599,7 +599,7 @@ def test_shares_and_steps_are_summarized_over_launches(monkeypatch, capsys):
 
 # ---- what is needed is looked for before anything is measured
 
-SCRIPTS = sorted(path.stem for path in (REPOSITORY / "bench").glob("*.py") if path.stem != "cluster")
+SCRIPTS = sorted(path.stem for path in (REPOSITORY / "bench").glob("*.py") if path.stem not in ("cluster", "common"))
 
 
 def measured(*args, **more):
@@ -608,7 +608,7 @@ def measured(*args, **more):
 
 def alone(monkeypatch, tmp_path, name, *options):
     """A script that writes to a folder of the test's, and measures nothing."""
-    module, shared = script(monkeypatch, name), script(monkeypatch, "allreduce")
+    module, shared = script(monkeypatch, name), script(monkeypatch, "common")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
     for one in (module, shared):
         monkeypatch.setattr(one, "RESULTS", tmp_path / "results", raising=one is shared)
@@ -703,7 +703,7 @@ def test_all_packages_that_a_script_imports_are_looked_for(name):
             imported.add(node.module)
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODULES":
             looked = {*ast.literal_eval(node.value)}
-    theirs = {one.partition(".")[0] for one in imported} - {"numpy", "mpi4py", "mpicoll", "cluster", *SCRIPTS}
+    theirs = {one.partition(".")[0] for one in imported} - {"numpy", "mpi4py", "mpicoll", "cluster", "common", *SCRIPTS}
     theirs -= {*sys.stdlib_module_names}
     theirs -= {"torch", "matplotlib"} if name in ("allreduce", "network") else set()  # where it is, and for --plot
     assert theirs <= looked
