@@ -70,7 +70,7 @@ class Experiment(NamedTuple):
 
     @property
     def way(self) -> float:
-        """Of the way from where training begins to the least loss: a large model takes more steps for it."""
+        """The share of the way from the first loss to the least that counts: a large model takes more steps for it."""
         return 0.5 if self.rate else 0.6
 
 
@@ -100,7 +100,7 @@ def strategies(p: int) -> dict[str, dict[str, Any]]:
 
 
 def cost(settings: dict[str, Any], at: Experiment) -> float:
-    """Of a step, in rounds, or in models that a rank sends."""
+    """The cost of a step, in rounds, or in models that a rank sends."""
     if settings.get("strategy") in ("butterfly", "gossip"):
         return 2 if at.rate and settings.get("graph") == "ring" else 1
     return (2 * (at.ranks - 1) / at.ranks if at.rate else math.log2(at.ranks)) / settings.get("every", 1)

@@ -50,7 +50,7 @@ TRAINED, BATCH, STEPS, EPOCHS, WIDTHS = [1, 2, 4], 1024, 20, 4, (784, 4096, 4096
 
 
 def parameters() -> int:
-    """Of the perceptron."""
+    """The number of parameters of the perceptron."""
     return sum((before + 1) * after for before, after in pairwise(WIDTHS))
 
 

@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """Of the layers."""
+        """The widths of the layers."""
         return [*(LAYERS + 1) * [self.width], CLASSES]
 
 

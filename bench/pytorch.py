@@ -61,7 +61,7 @@ Block = Callable[[], float]
 
 
 def data(comm: Any, subject: Subject, seed: int) -> Any:
-    """The same on all ranks; random samples, enough for a block, have the classes of a random linear rule."""
+    """The data, on all ranks; random samples, enough for a block, have the classes of a random linear rule."""
     from mpicoll.train.data import from_arrays, load
 
     if subject.data:
@@ -95,7 +95,7 @@ class Ours:
 
 
 class Theirs:
-    """The same in PyTorch, beginning at the same parameters, with nobody to agree with."""
+    """The model in PyTorch, beginning at the same parameters, with nobody to agree with."""
 
     def __init__(
         self, comm: Any, whole: Any, subject: Subject, seed: int, start: list[np.ndarray], *, tuned: bool = False
@@ -143,7 +143,7 @@ class Theirs:
         self.optimizer.zero_grad()
 
     def tensors(self) -> list[np.ndarray]:
-        """As ``Ours.tensors``."""
+        """The parameters, in the order and shapes of ``Ours.tensors``."""
         return [own.detach().numpy().T for own in self.model.parameters()]
 
 

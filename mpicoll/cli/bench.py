@@ -16,7 +16,7 @@ from ..tuning.rules import COLLECTIVES, NATIVE, WAYS
 from .bench_formats import PLACES, body, document, head
 from .bench_pipeline import PIPELINE, pipeline
 from .numbers import DTYPES, Numbers, dtype_named
-from .output import Files, Texts, check_folder, check_new, output_options, publish, timing_options
+from .output import Files, Record, Texts, check_folder, check_new, output_options, publish, timing_options
 from .pictures import PICTURES, draw_speeds, new_figure
 
 
@@ -164,12 +164,11 @@ def bench(
         most = max(elements) * kind.itemsize
         machine.check_memory(comm, NEEDED * most)
         gpu = take(comm) if on_gpu else None
-        refused: dict[str, str] = {}
         if gpu:
             machine.check_gpu_memory(comm, gpu, NEEDED_ON_GPU * most)
             available, refused = implementations_on_gpu(comm, collective, kind, check, op or "sum", chosen)
         else:
-            available = implementations(comm, collective, kind, check)
+            available, refused = implementations(comm, collective, kind, check), {}
         if missing := [name for name in chosen if name not in available]:
             why = f"{missing[0]} has no {collective} of {dtype} that adds as ours do: leave it out"
             alone = f"{missing[0]} needs two ranks or more, all of which share memory"
@@ -199,6 +198,11 @@ def bench(
         )
         if plot:
             on_root(comm, lambda: draw_speeds(facts, records, plot))
+    check_results(records)
+
+
+def check_results(records: list[Record]) -> None:
+    """A ``UserError`` if a result was wrong."""
     wrong = [one for one in records if one["wrong"]]
     if wrong:
         named = [f"{one['implementation']} of {one['bytes']} bytes, {PLACES[one['in_place']]}" for one in wrong]
@@ -207,7 +211,7 @@ def bench(
 
 
 def _check_output(out: Path | None, raw: Path | None, plot: Path | None) -> None:
-    """Before anything is measured."""
+    """A ``UserError`` if a file cannot be written, or a picture not drawn, before anything is measured."""
     check_new(out, raw)
     if plot:
         check_folder(plot)

@@ -116,7 +116,7 @@ def tune(
 
 
 def _made(facts: dict[str, Any]) -> dict[str, Any]:
-    """Of what the measurements depend on, what is kept."""
+    """What is kept of the facts that measurements depend on."""
     kept = ("mpicoll", "git", "mpi4py", "numpy", "python", "kernel", "seconds", "budget", "seed")
     hosts = [*dict.fromkeys(one["hostname"] for one in facts["devices"])]
     return {"date": facts["start_time"], **{key: facts[key] for key in kept}, "dtype": DTYPE, "hosts": hosts}

@@ -203,7 +203,7 @@ def _meet(comm: MPI.Intracomm) -> None:
 
 
 def sleep_until(moment: float) -> None:
-    """Of ``perf_counter``."""
+    """Sleep, and near the end only yield the core, until this moment of ``perf_counter``."""
     time.sleep(max(moment - NEAR - perf_counter(), 0))
     while perf_counter() < moment:
         os.sched_yield()
