@@ -17,7 +17,7 @@ from mpi4py import MPI
 from datafiles import BAD, FORMATS, LABELS, SPARSE, csv, idx, labelled, samples, svm, write
 from mpicoll import UserError
 from mpicoll.train import data as data_module
-from mpicoll.train import formats
+from mpicoll.train import readers
 from mpicoll.train.data import (
     Batches,
     Dataset,
@@ -30,7 +30,8 @@ from mpicoll.train.data import (
     rebalanced,
     untrained,
 )
-from mpicoll.train.formats import Raw, Schema, divisible
+from mpicoll.train.readers import divisible
+from mpicoll.train.readers.raw import Raw, Schema
 
 F8 = np.dtype("f8")
 
@@ -67,10 +68,10 @@ def test_shares_together_are_the_whole(tmp_path, kind):
     assert divisible(source) is (kind in ("npy", "idx", "csv", "svm"))
     if not divisible(source):
         return
-    whole = formats.read(source)
+    whole = readers.read(source)
     expected, labels = together([whole], whole.x.shape[1])
     for ranks in (1, 2, 3, 4, 5, 7, 20, 23, 200):
-        found, found_labels = together([formats.read(source, rank, ranks) for rank in range(ranks)], whole.x.shape[1])
+        found, found_labels = together([readers.read(source, rank, ranks) for rank in range(ranks)], whole.x.shape[1])
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(found_labels, labels)
 
@@ -89,10 +90,10 @@ def test_lines_may_end_in_many_ways(tmp_path, kind, change):
     x, y = samples(9)
     path = tmp_path / f"data.{kind}"
     path.write_bytes(TEXTS[change](csv(x, y) if kind == "csv" else svm(x, y)).encode())
-    whole = formats.read(str(path))
+    whole = readers.read(str(path))
     assert len(dense(whole.x)) == 9
     for ranks in range(1, len(path.read_bytes()) + 2, 3):
-        shares = [formats.read(str(path), rank, ranks) for rank in range(ranks)]
+        shares = [readers.read(str(path), rank, ranks) for rank in range(ranks)]
         for found, expected in zip(together(shares, 6), together([whole], 6), strict=True):
             np.testing.assert_array_equal(found, expected)
 
@@ -116,10 +117,10 @@ def test_a_rank_parses_no_line_but_its_own(tmp_path, kind):
     head = whole.index(b"\n") + 1 if kind == "csv" else 0
     begins = [0, *(n + 1 for n in range(len(whole)) if whole[n : n + 1] == b"\n")]
     for rank in range(ranks):
-        expected = formats.read(source, rank, ranks)
+        expected = readers.read(source, rank, ranks)
         begin, end = (min(at for at in begins if at >= len(whole) * n // ranks) for n in (rank, rank + 1))
         garbage(path, max(begin - 1, 0), end, keep=head)
-        found = formats.read(source, rank, ranks)
+        found = readers.read(source, rank, ranks)
         path.write_bytes(whole)
         np.testing.assert_array_equal(dense(found.x), dense(expected.x))
         np.testing.assert_array_equal(found.y, expected.y)
@@ -142,16 +143,16 @@ def test_a_rank_touches_no_row_but_its_own(tmp_path, kind):
         else:
             (folder / "train-images-idx3-ubyte").write_bytes(idx(torn_x))
             (folder / "train-labels-idx1-ubyte").write_bytes(idx(torn_y))
-        found = formats.read(str(folder), rank, ranks)
+        found = readers.read(str(folder), rank, ranks)
         np.testing.assert_array_equal(found.x, x[own])
         np.testing.assert_array_equal(found.y, y[own])
     with pytest.raises(UserError, match="X holds nan at sample 0"):
-        formats.read(str(folder))
+        readers.read(str(folder))
 
 
 def test_a_line_belongs_to_the_range_that_it_begins_in(tmp_path):
     (tmp_path / "data.svm").write_text("".join(f"{n} 1:1\n" for n in range(9)))
-    labels = [formats.read(str(tmp_path / "data.svm"), rank, 3).y for rank in range(3)]
+    labels = [readers.read(str(tmp_path / "data.svm"), rank, 3).y for rank in range(3)]
     np.testing.assert_array_equal(labels, [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
 
 
@@ -177,7 +178,7 @@ def test_of_a_file_too_large_for_any_memory_a_share_is_read(tmp_path, kind):
             file.write(b"1,1.000\n")
             file.seek(rank * 2**12 - 1)
             file.write(b"\n" + (b"2,7.000\n" if kind == "csv" else b"7 1:2.0\n") * 2**9)
-        raw = formats.read(str(path), rank, ranks)
+        raw = readers.read(str(path), rank, ranks)
         assert raw.y is not None
         assert len(raw.y) == 2**9
         assert {float(label) for label in raw.y} == {7}
@@ -195,7 +196,7 @@ def test_of_a_file_too_large_for_any_memory_a_share_is_read(tmp_path, kind):
             file.truncate(len(header) + 2**30 * size)
             file.seek(len(header) + 4 * rank * size)
             file.write(b"\3" * 4 * size)
-    raw = formats.read(str(tmp_path), rank, ranks)
+    raw = readers.read(str(tmp_path), rank, ranks)
     np.testing.assert_array_equal(raw.x, np.full((4, 2**10), 3))
     np.testing.assert_array_equal(raw.y, [3, 3, 3, 3])
 
@@ -207,7 +208,7 @@ def test_idx_of_every_type_with_a_test_set(tmp_path, dtype):
     for name, array in (("train", x.reshape(6, 5, 1)), ("t10k", x[:2].reshape(2, 1, 5))):
         (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(array))
         (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(idx(y[: len(array)].astype("i4")))
-    raw = formats.read(str(tmp_path))
+    raw = readers.read(str(tmp_path))
     np.testing.assert_array_equal(raw.x, x)
     np.testing.assert_array_equal(raw.x_test, x[:2])
     np.testing.assert_array_equal(raw.y_test, y[:2])
@@ -217,16 +218,16 @@ def test_idx_of_every_type_with_a_test_set(tmp_path, dtype):
 
 
 def test_fashion_mnist_is_debians(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "FASHION_MNIST", tmp_path / "gone")
+    monkeypatch.setattr(readers, "FASHION_MNIST", tmp_path / "gone")
     with pytest.raises(UserError, match="install Debian's package dataset-fashion-mnist, or name a folder"):
         read("fashion-mnist")
     x, y = samples(7)
-    monkeypatch.setattr(formats, "FASHION_MNIST", Path(write("idx.gz", tmp_path, x, y)))
+    monkeypatch.setattr(readers, "FASHION_MNIST", Path(write("idx.gz", tmp_path, x, y)))
     raw, _ = read("fashion-mnist")
     np.testing.assert_array_equal(raw.x, x)
 
 
-@pytest.mark.skipif(not formats.FASHION_MNIST.is_dir(), reason="package dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not readers.FASHION_MNIST.is_dir(), reason="package dataset-fashion-mnist is not installed")
 def test_fashion_mnist_is_the_published_one():
     raw, _ = read("fashion-mnist")
     assert raw.y is not None
@@ -360,7 +361,7 @@ def test_svm_counts_from_1_unless_there_is_a_0(tmp_path, first, columns):
 
 
 def test_powerlaw_is_what_it_says():
-    raw = formats.read("powerlaw:4000x2000:20")
+    raw = readers.read("powerlaw:4000x2000:20")
     x, y = raw.x, raw.y
     assert not isinstance(x, np.ndarray)
     assert y is not None
@@ -370,11 +371,11 @@ def test_powerlaw_is_what_it_says():
     assert 0.45 < y.mean() < 0.55
     often = np.sort(np.bincount(x.indices, minlength=2000))[::-1] / 4000
     np.testing.assert_allclose(often[490] / often[90], 101 / 501, rtol=0.1)  # Zipf's law; only rare words come once
-    other = formats.read("powerlaw:300x2000:20")
+    other = readers.read("powerlaw:300x2000:20")
     assert (x[:300] != other.x).nnz == 0
     np.testing.assert_array_equal(y[:300], other.y)
     for ranks in (2, 3, 5, 301):
-        found, classes = together([formats.read("powerlaw:300x2000:20", rank, ranks) for rank in range(ranks)], 2000)
+        found, classes = together([readers.read("powerlaw:300x2000:20", rank, ranks) for rank in range(ranks)], 2000)
         np.testing.assert_array_equal(found, other.x.toarray())
         np.testing.assert_array_equal(classes, other.y)
 
@@ -382,7 +383,7 @@ def test_powerlaw_is_what_it_says():
 def test_powerlaw_can_be_learnt():
     from sklearn.linear_model import SGDClassifier
 
-    raw = formats.read("powerlaw:3000x400:10")
+    raw = readers.read("powerlaw:3000x400:10")
     assert raw.y is not None
     fitted = SGDClassifier(loss="log_loss", random_state=0).fit(raw.x[:2000], raw.y[:2000])
     assert 0.8 < fitted.score(raw.x[2000:], raw.y[2000:]) < 0.96
@@ -400,7 +401,7 @@ def test_scaling_makes_features_alike_and_leaves_constant_ones_alone():
 
 
 def test_scaling_keeps_sparse_samples_sparse():
-    raw = formats.read("powerlaw:10x40:3")
+    raw = readers.read("powerlaw:10x40:3")
     assert not isinstance(raw.x, np.ndarray)
     scaled = Scaling.fit(raw.x).apply(raw.x, np.dtype("f4"))
     assert (scaled.dtype, scaled.nnz) == (np.float32, raw.x.nnz)
@@ -657,7 +658,7 @@ def test_data_sets_say_what_they_are(tmp_path):
     assert repr(arrays).startswith("<Dataset 'arrays': 2 training, 0 validation and 1 test samples; 3 features, 3 cl")
     assert repr(arrays.test) == "<Part: 1 of 1 samples, dense (1, 3) float64>"
     path = write("csv", tmp_path, *samples(20))
-    assert repr(formats.read(path)) == "<Raw: x (20, 5) float64, y (20,) <U1>"
+    assert repr(readers.read(path)) == "<Raw: x (20, 5) float64, y (20,) <U1>"
 
 
 # Batches.

@@ -43,7 +43,19 @@ LAYERS = [
     ["mpi.watch", "mpi.guard", "mpi.threads", "mpi.doctor"],
     ["measure"],
     ["train"],
-    ["train.settings", "train.models", "train.optimizers", "train.server", "train.formats", "train.data"],
+    ["train.settings", "train.models", "train.optimizers", "train.server"],
+    [
+        "train.readers.raw",
+        "train.readers.texts",
+        "train.readers.opening",
+        "train.readers.arrays",
+        "train.readers.lines",
+        "train.readers.csv",
+        "train.readers.svmlight",
+        "train.readers.powerlaw",
+        "train.readers",
+    ],
+    ["train.data"],
     ["train.sent", "train.compress", "train.parallel", "train.bubble"],
     [
         "train.strategies.base",
@@ -74,8 +86,8 @@ LAYERS = [
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
     "mpi4py": ("mpi.", "measure", "train.", "torch"),
-    "scipy": ("train.formats", "train.data", "train.models", "train.parallel"),
-    "sklearn": ("train.formats",),
+    "scipy": ("train.readers.", "train.data", "train.models", "train.parallel"),
+    "sklearn": ("train.readers.",),
     "safetensors": ("train.files", "train.checkpoint"),
     "threadpoolctl": ("mpi.threads", "mpi.doctor"),
     "torch": ("torch",),

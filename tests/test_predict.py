@@ -17,7 +17,7 @@ from mpicoll.cli import main
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.data import load
 from mpicoll.train.files import HEADER, MODEL, read_model
-from mpicoll.train.formats import Schema
+from mpicoll.train.readers.raw import Schema
 from mpicoll.train.run import run
 from mpicoll.train.settings import Settings
 

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..files import to_json
 from ..mpi.gpu import in_host_memory
 from ..mpi.guard import on_all, on_root
-from .formats import Schema
+from .readers.raw import Schema
 
 FORMAT = "mpicoll-checkpoint-1"
 MANIFEST = "manifest.json"

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..mpi.guard import on_all, on_root
-from . import formats
-from .formats import Raw, Schema, listed, share
+from . import readers
+from .readers.raw import Raw, Schema, share
+from .readers.texts import DECIMAL, INTEGER, is_number
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -102,7 +103,7 @@ class Dataset(NamedTuple):
 
     ``labels[class]`` is what the data call the class.  Unless ``sharded``, every rank holds all samples; ``counts``
     are the training samples that each rank holds.  Validation and test set may be empty.  ``columns``, ``label`` and
-    ``base`` are as in ``formats.Raw``, or as a run that is resumed had them, ``name`` is the source and ``layout`` its.
+    ``base`` are as in ``Raw``, or as a run that is resumed had them, ``name`` is the source and ``layout`` its.
     ``drawn`` tells whether the test set was drawn from the samples; ``assumed`` are lines on what had to be assumed,
     since the data do not say it.
     """
@@ -153,7 +154,7 @@ def load(
 ) -> Dataset:
     """The data set, of which every rank gets all, or if ``shards`` a share of its own; a collective call.
 
-    ``source`` is what ``formats.read`` takes.  The test set is the one it brings, else the file ``test``, else
+    ``source`` is what ``readers.read`` takes.  The test set is the one it brings, else the file ``test``, else
     ``test_share`` of its samples; of the other samples, ``validation`` is the share for validation.  Both are drawn at
     random, from each class the same share to within two samples, and no class whole.  They depend on ``seed`` and on
     the samples' order and classes, not on who reads them.
@@ -184,8 +185,8 @@ def load(
     held: list[Dataset] = []
 
     def prepare() -> None:
-        raw = formats.read(source, known=known)
-        test_set = formats.read(test, known=known or _columns_of(raw)) if test else None
+        raw = readers.read(source, known=known)
+        test_set = readers.read(test, known=known or _columns_of(raw)) if test else None
         held.append(assemble(raw, test_set, MPI.COMM_SELF))
 
     on_root(comm, prepare)
@@ -242,7 +243,7 @@ def read(source: str, known: Schema | None = None) -> tuple[Raw, np.ndarray | No
     With ``known``, a model's schema, columns and labels are the model's: labels that it does not know become class -1.
     What contradicts it is a ``UserError``, and what had to be assumed a warning.  Arrays hold classes, not labels.
     """
-    raw = _agree(source, formats.read(source, known=known), MPI.COMM_SELF, known)
+    raw = _agree(source, readers.read(source, known=known), MPI.COMM_SELF, known)
     labels = None
     if raw.y is not None and not raw.verbatim:
         labels = np.arange(raw.y.max() + 1)
@@ -264,7 +265,7 @@ def _assumptions(source: str, raw: Raw, known: Schema) -> Iterator[str]:
     """What has to be assumed of columns, where the training set that is ``known`` or the source does not say it."""
     if raw.base is not None and known.base is None:
         yield f"the model does not say how columns are numbered: those of {source!r} are counted from {raw.base}"
-    if raw.columns is not None and raw.label is None and all(map(formats.is_number, raw.columns)):
+    if raw.columns is not None and raw.label is None and all(map(is_number, raw.columns)):
         yield f"line 1 of {source!r}, in which all names are numbers, is taken for a header"
     if raw.columns is None and known.columns is not None:
         yield f"{source!r} does not name its columns: expected in the order {listed(known.columns)}"
@@ -353,10 +354,10 @@ def _columns_of(raw: Raw) -> Schema | None:
 
 def _own_share(source: str, comm: MPI.Intracomm, known: Schema | None) -> Raw:
     """Read by each rank for itself, or else by rank 0, which then keeps only its own."""
-    if on_root(comm, lambda: formats.divisible(source)):
-        return on_all(comm, lambda: formats.read(source, comm.rank, comm.size, known))
+    if on_root(comm, lambda: readers.divisible(source)):
+        return on_all(comm, lambda: readers.read(source, comm.rank, comm.size, known))
     held: list[Raw] = []
-    on_root(comm, lambda: held.append(formats.read(source, known=known)))
+    on_root(comm, lambda: held.append(readers.read(source, known=known)))
 
     def cut(rank: int) -> Raw:
         whole = held[0]
@@ -606,7 +607,7 @@ def _classes(found: np.ndarray, labels: np.ndarray, as_numbers: bool = False) ->
     values, inverse = np.unique(found, return_inverse=True)
     texts = _texts(values)
     if as_numbers and labels.dtype.kind != "U":
-        texts = _texts(np.array([float(text) if formats.DECIMAL.fullmatch(text) else np.nan for text in texts]))
+        texts = _texts(np.array([float(text) if DECIMAL.fullmatch(text) else np.nan for text in texts]))
     classes = np.array([known.get(text, -1) for text in texts], np.int64)
     return classes[inverse]
 
@@ -627,14 +628,14 @@ def _values(source: str, labels: np.ndarray) -> np.ndarray:
     writes for one.  It is sorted as numbers if all of it looks like numbers.
     """
     texts = labels.dtype.kind == "U"
-    if texts and not all(map(formats.DECIMAL.fullmatch, labels)):
+    if texts and not all(map(DECIMAL.fullmatch, labels)):
         return np.unique(labels)
     numbers = labels.astype(np.float64)
     order = np.lexsort((labels, numbers))
     labels, numbers = labels[order], numbers[order]
     if len(labels) > MANY and (numbers != np.floor(numbers)).any():
         raise UserError(f"{source!r} has labels like {', '.join(_texts(labels[:3]))}: measurements; expected classes")
-    if all(map(formats.INTEGER.fullmatch, labels)) if texts else (numbers == np.floor(numbers)).all():
+    if all(map(INTEGER.fullmatch, labels)) if texts else (numbers == np.floor(numbers)).all():
         return labels.astype(np.int64)
     return labels
 

@@ -22,8 +22,8 @@ from ..files import to_json
 from ..mpi.gpu import in_host_memory
 from .checkpoint import Checkpoint, drop_after, going_on, umask
 from .data import Dataset, Scaling
-from .formats import Schema
 from .models import MODELS, Layered
+from .readers.raw import Schema
 from .settings import Settings, written
 
 FORMAT, HEADER = "mpicoll-model-2", "mpicoll"

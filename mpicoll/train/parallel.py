@@ -28,9 +28,9 @@ from ..mpi.comm import Comm
 from ..mpi.state import state_of
 from ..pipeline import PIPELINES, Kind, cut
 from ..schedule import chunk_start
-from .formats import share
 from .models import Batch, Layer, Layered, Loss, Sums, backward, classes_of, cross_entropy, forward, hinge, log_loss
 from .optimizers import clip
+from .readers.raw import share
 from .sent import Sent, finished, gathering
 
 if TYPE_CHECKING:

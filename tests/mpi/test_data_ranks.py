@@ -12,9 +12,9 @@ from datafiles import BAD, FORMATS, LABELS, csv, idx, labelled, samples, svm, wr
 from mpicoll import Comm, UserError
 from mpicoll.mpi.guard import on_all
 from mpicoll.train import data as data_module
-from mpicoll.train import formats
+from mpicoll.train import readers
 from mpicoll.train.data import Batches, Dataset, load
-from mpicoll.train.formats import Schema
+from mpicoll.train.readers.raw import Schema
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
@@ -217,8 +217,8 @@ def test_ranks_without_a_share_to_read_read_nothing(comm, folder, kind, monkeypa
     comm.Barrier()
     whole = load(str(folder / f"data.{kind}"), comm, F8)
     if comm.rank:
-        monkeypatch.setattr(formats, "read", None)
-        monkeypatch.setattr(formats, "divisible", None)
+        monkeypatch.setattr(readers, "read", None)
+        monkeypatch.setattr(readers, "divisible", None)
     same(comm, whole, load(str(folder / f"data.{kind}"), comm, F8, shards=True))
 
 
