@@ -43,7 +43,7 @@ LAYERS = [
     ["mpi.watch", "mpi.guard", "mpi.threads", "mpi.doctor"],
     ["measure"],
     ["train"],
-    ["train.settings", "train.models", "train.optimizers", "train.server"],
+    ["train.settings", "train.models", "train.optimizers"],
     [
         "train.readers.raw",
         "train.readers.texts",
@@ -56,7 +56,7 @@ LAYERS = [
         "train.readers",
     ],
     ["train.data"],
-    ["train.sent", "train.compress", "train.parallel", "train.bubble"],
+    ["train.traffic", "train.transfer", "train.server", "train.compress", "train.parallel", "train.bubble"],
     [
         "train.strategies.base",
         "train.strategies.sync",

@@ -133,6 +133,11 @@ class Dataset(NamedTuple):
             f"samples{held if self.sharded else ''}; {self.features} features, {self.classes} classes, {train.x.dtype}>"
         )
 
+    def mapped(self, change: Callable[[Part], Part]) -> "Dataset":
+        """The data set with ``change`` applied to its three sets, one after another."""
+        train, validation, test = map(change, (self.train, self.validation, self.test))
+        return self._replace(train=train, validation=validation, test=test)
+
     @property
     def schema(self) -> Schema:
         """What a model trained on these data keeps of them."""

@@ -22,10 +22,10 @@ from .data import Batches, Dataset, Part, normalized, rebalanced
 from .models import Batch, Model
 from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from .parallel import Spent, Split
-from .sent import finished
 from .settings import DEVICES, DTYPES, MOMENTA, Settings, expected, flag, shown
 from .strategies import STRATEGIES, Now
 from .strategies.average import OUTER
+from .transfer import on_gpu, synchronize
 
 BLOCK = 1024
 """Samples evaluated at once."""
@@ -177,11 +177,11 @@ class Training:
         self.arrays: Any = np
         if s.device == "gpu":
             self.gpu, self.arrays = gpu.take(self.world), gpu.cupy()
-            self.data = on_all(self.world, lambda: moved(data, dtype, self.arrays, own_features))
+            self.data = on_all(self.world, lambda: on_gpu(data, dtype, self.arrays, own_features))
             if s.algorithm in WAYS:
                 on_all(self.world, self._try_algorithm)
         else:
-            self.data = replaced(data, lambda part: part._replace(x=own_features(part.x)))
+            self.data = data.mapped(lambda part: part._replace(x=own_features(part.x)))
         params = model.initial(np.random.default_rng(s.seed), dtype)
         comm.Bcast(params, root=0)
         self.params = self.arrays.asarray(params)
@@ -267,7 +267,7 @@ class Training:
             chosen = self.arrays.asarray(mine)
             own = self.model.loss_and_grad(strategy.point(), Batch(x[chosen], y[chosen]), grad)
             if s.balance == "auto":
-                finished(grad)
+                synchronize(grad)
             computing += perf_counter() - began
             self.sums[-2], self.sums[-1] = own
             strategy.step(now, len(mine), length)
@@ -489,36 +489,6 @@ def _by_rows(array: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], siz
 def everything(x: Any) -> Any:
     """Of samples, what a rank that has a whole model needs."""
     return x
-
-
-def replaced(data: Dataset, change: Callable[[Part], Part]) -> Dataset:
-    """With other sets in place of the three, one after another."""
-    train, validation, test = map(change, (data.train, data.validation, data.test))
-    return data._replace(train=train, validation=validation, test=test)
-
-
-def moved(data: Dataset, dtype: np.dtype, arrays: Any, own_features: Callable[[Any], Any] = everything) -> Dataset:
-    """The same data in the memory of the GPU, which is found to be able to compute; of each set, what this rank needs
-    is copied in host memory only while it is moved."""
-    try:
-        square = arrays.ones((2, 2), dtype)
-        float((square @ square).sum())  # CuPy comes without what multiplies matrices, and finds it when it has to
-
-        def there(part: Part) -> Part:
-            x = own_features(part.x)
-            x = arrays.asarray(x) if isinstance(x, np.ndarray) else gpu.sparse(x)
-            return part._replace(x=x, y=arrays.asarray(part.y))
-
-        return replaced(data, there)
-    except MemoryError as error:
-        raise UserError(
-            f"the data are too large for the memory of the GPU ({error}): take --shards, or --device cpu"
-        ) from error
-    except (ImportError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"CuPy cannot compute here ({why}): if a library is missing, pip install 'cupy-cuda13x[ctk]', or cuda12x"
-        ) from error
 
 
 def added(histograms: Iterable[list[int]]) -> list[int]:

@@ -31,7 +31,8 @@ from ..schedule import chunk_start
 from .models import Batch, Layer, Layered, Loss, Sums, backward, classes_of, cross_entropy, forward, hinge, log_loss
 from .optimizers import clip
 from .readers.raw import share
-from .sent import Sent, finished, gathering
+from .traffic import COUNTED, Traffic
+from .transfer import synchronize
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -383,7 +384,7 @@ class _Work:
         return values, error
 
 
-class Spent(Sent):
+class Spent(Traffic):
     """Seconds of a rank with others that hold the same model, those of them that it waited for messages from another
     stage, and what it sent."""
 
@@ -412,13 +413,13 @@ class _Talk:
 
     def allgather(self, x: np.ndarray) -> np.ndarray:
         """Those of all ranks, in a new dimension in front."""
-        algorithm = gathering(x)
+        algorithm = COUNTED if isinstance(x, np.ndarray) else "auto"
         return self._timed("allgather", x, algorithm, lambda: allgather(x, self._comm, algorithm=algorithm))
 
     def _timed(self, collective: str, x: np.ndarray, algorithm: str, call: Callable[[], np.ndarray]) -> np.ndarray:
         if self._comm.size == 1:
             return x if collective == "allreduce" else x[np.newaxis]
-        finished(x)
+        synchronize(x)
         start = perf_counter()
         result = call()
         self._spent.seconds += perf_counter() - start
@@ -498,7 +499,7 @@ class _Flow:
 
     def _wait(self, request: MPI.Request, what: str) -> None:
         if not request.Test():
-            finished(self._like)  # while the GPU computes, it is not this that is waited for
+            synchronize(self._like)  # while the GPU computes, it is not this that is waited for
             start = perf_counter()
             with record.during(what, state_of(self._comm)):
                 while not request.Test():

@@ -10,14 +10,10 @@ import numpy as np
 
 from ..mpi.shared import additions
 from .optimizers import Optimizer
+from .transfer import ordinary
 
 HEAD = ("step", "samples", "length", "lr", "clock", "number", "share")
 """Numbers that go with a vector, in a message's first bytes."""
-
-
-def ordinary(nbytes: int) -> np.ndarray:
-    """Host memory, all zero."""
-    return np.zeros(nbytes, np.uint8)
 
 
 class Packet:

@@ -17,9 +17,9 @@ import numpy as np
 from ...errors import UserError
 from ..compress import Code
 from ..optimizers import clip
-from ..sent import finished
+from ..transfer import fetched, load, memory_for, store, synchronize
 from .base import Now, Strategy, drawn, share_of
-from .messages import Messages, fetched, load, memory_for, store
+from .messages import Messages
 
 if TYPE_CHECKING:
     from ..server import Packet
@@ -110,7 +110,7 @@ class Async(Strategy):
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
         load(self.held, self.params)
-        finished(self.params)
+        synchronize(self.params)
         self.steps = range(first, last)
         self.histogram.clear()
         self.server.begin(first, 2 * self.workers)
@@ -238,7 +238,7 @@ class _Messages(Messages):
                 self._codes[server].send(grad[lo:hi], self._codes[server].fields.of(packet.body))
             else:
                 packet.body[:] = 0  # the code of nothing, and what is kept stays
-        finished(grad)
+        synchronize(grad)
 
     def _decoded(self, rank: int, came: "Packet") -> "Packet":
         """The gradient in a message from a rank."""
@@ -356,7 +356,7 @@ class _Simulated:
         """Give a gradient to all ranks."""
         packet = self._packets[self._worker]
         load(packet.body, grad)
-        finished(grad)
+        synchronize(grad)
         packet.say(**numbers)
         self._exchange()
 

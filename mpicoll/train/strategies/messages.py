@@ -21,49 +21,6 @@ LOOKS, PAUSE = 1000, 5e-5
 """So often a rank that waits looks for messages in a row, and then after so many seconds each."""
 
 
-def memory_for(x: Any) -> Callable[[int], np.ndarray]:
-    """What gives host memory, in bytes, all zero: for copies of an array on a GPU it is page-locked, without which they
-    are slow, and the host waits for them."""
-    from ...mpi import gpu
-    from ..server import ordinary
-
-    def locked(nbytes: int) -> np.ndarray:
-        memory = gpu.pinned(nbytes)
-        memory[:] = 0
-        return memory
-
-    return ordinary if isinstance(x, np.ndarray) else locked
-
-
-def load(host: np.ndarray, x: Any) -> None:
-    """Have an array copied to host memory; what comes from a GPU is there when that has ``finished``."""
-    if not isinstance(x, np.ndarray):
-        from ...mpi import gpu
-
-        gpu.Array(x).load(host)
-    elif x is not host:
-        host[:] = x
-
-
-def store(x: Any, host: np.ndarray) -> None:
-    """The opposite; what goes to a GPU must stay as it is until that has ``finished``."""
-    if not isinstance(x, np.ndarray):
-        from ...mpi import gpu
-
-        gpu.Array(x).store(host)
-    elif x is not host:
-        x[:] = host
-
-
-def fetched(x: Any) -> np.ndarray:
-    """An array that is in host memory, or a copy there, which is complete."""
-    if isinstance(x, np.ndarray):
-        return x
-    from ...mpi import gpu
-
-    return gpu.staged(gpu.Array(x), load=True)
-
-
 class Messages:
     """Of ``strategy``: ordinary messages between two ranks, of which nobody knows when they come.  They are in host
     memory, and so is all that the thread works on, which never has to wait for a GPU.

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..optimizers import clip
-from ..sent import finished
+from ..transfer import load, memory_for, store, synchronize
 from .base import Now, Strategy, drawn, share_of, timed
-from .messages import Messages, load, memory_for, store
+from .messages import Messages
 from .mixing import graph_of
 
 
@@ -56,7 +56,7 @@ class ADPSGD(Strategy):
     def go_to_model(self) -> None:
         """Take the next gradient where the model is now, whatever becomes of that meanwhile."""
         store(self._point, self.model)
-        finished(self._point)
+        synchronize(self._point)
 
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
@@ -146,7 +146,7 @@ class _Messages(Messages):
     def step(self, grad: np.ndarray, lr: float) -> None:
         """Step, and send the model to a neighbor when the last one has answered."""
         s = self.strategy
-        finished(grad)  # or others would wait for it
+        synchronize(grad)  # or others would wait for it
         with self.lock:
             s.optimize(grad, lr)
             with s.agreeing():

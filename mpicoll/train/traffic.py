@@ -1,17 +1,19 @@
-"""What a rank tells others: how much that is, and when it begins where a GPU has to come to an end first."""
+"""The counter of what a rank sends."""
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
     from ..mpi.collectives import Account
 
+COUNTED = "circulant"
+"""The allgather to use in host memory unless another is named: as few rounds and bytes as any, and, unlike the native
+one, its traffic is known."""
 
-class Sent:
-    """Bytes and messages that a rank has sent, which count up; ``None`` where the MPI library does the sending, and it
-    cannot be known."""
+
+class Traffic:
+    """Bytes and messages that a rank has sent since it began; ``None`` once something was sent natively, by the MPI
+    library, which does not tell."""
 
     def __init__(self) -> None:
         self.bytes_sent: int | None = 0
@@ -19,28 +21,16 @@ class Sent:
         self._accounts: dict[Hashable, Account] = {}
 
     def count(self, bytes_sent: int | None, messages: int | None) -> None:
-        """So much more was sent."""
+        """Add what was sent; ``None`` if that cannot be known."""
         if bytes_sent is None or messages is None or self.bytes_sent is None or self.messages is None:
             self.bytes_sent = self.messages = None
         else:
             self.bytes_sent, self.messages = self.bytes_sent + bytes_sent, self.messages + messages
 
     def accounted(self, key: Hashable, find: "Callable[[], Account]") -> "Account":
-        """A collective call was made, which others with this ``key`` are like: what it sends is found out once."""
+        """Add what a collective call sent; all calls with the same ``key`` send what ``find`` says for the first."""
         if key not in self._accounts:
             self._accounts[key] = find()
         found = self._accounts[key]
         self.count(found.bytes_sent, found.messages)
         return found
-
-
-def gathering(x: Any) -> str:
-    """The allgather to take: in host memory a schedule that is short and sends no more than it must, of whose messages
-    something is known; on GPUs the way that is best."""
-    return "circulant" if isinstance(x, np.ndarray) else "auto"
-
-
-def finished(x: Any) -> None:
-    """Wait until all that this rank has put on its GPU is done, if the array is there."""
-    if not isinstance(x, np.ndarray):
-        x.device.synchronize()
