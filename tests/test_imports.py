@@ -56,7 +56,8 @@ LAYERS = [
         "train.readers",
     ],
     ["train.data"],
-    ["train.traffic", "train.transfer", "train.server", "train.compress", "train.parallel", "train.bubble"],
+    ["train.traffic", "train.transfer", "train.server", "train.compress"],
+    ["train.grid", "train.pieces", "train.group", "train.flow", "train.sharded", "train.split", "train.bubble"],
     [
         "train.strategies.base",
         "train.strategies.sync",
@@ -86,7 +87,7 @@ LAYERS = [
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
     "mpi4py": ("mpi.", "measure", "train.", "torch"),
-    "scipy": ("train.readers.", "train.data", "train.models", "train.parallel"),
+    "scipy": ("train.readers.", "train.data", "train.models", "train.split"),
     "sklearn": ("train.readers.",),
     "safetensors": ("train.files", "train.checkpoint"),
     "threadpoolctl": ("mpi.threads", "mpi.doctor"),

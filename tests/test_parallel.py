@@ -13,12 +13,13 @@ import pytest
 from launch import mpirun, run
 from mpicoll import UserError
 from mpicoll.train.checkpoint import Checkpoint
+from mpicoll.train.grid import Sizes, sizes_of
 from mpicoll.train.loop import check, check_split
 from mpicoll.train.models import MODELS, Layered
-from mpicoll.train.parallel import Sizes, Split, sizes_of
 from mpicoll.train.run import DEPENDS
 from mpicoll.train.run import _changed as changed
 from mpicoll.train.settings import Settings
+from mpicoll.train.split import Split
 
 
 @pytest.mark.parametrize(
@@ -172,11 +173,11 @@ def test_a_rank_that_fails_in_the_middle_of_a_pipeline_ends_the_job(tmp_path, ho
         from mpi4py import MPI
         from mpicoll.mpi.comm import Comm
         from mpicoll.mpi.guard import ends_job
-        from mpicoll.train import parallel
+        from mpicoll.train import split
         from mpicoll.train.run import run
         from mpicoll.train.settings import Settings
 
-        comm, calls, usual = MPI.COMM_WORLD, [], parallel.backward
+        comm, calls, usual = MPI.COMM_WORLD, [], split.backward
 
         def breaks(*args):
             calls.append(args)
@@ -186,7 +187,7 @@ def test_a_rank_that_fails_in_the_middle_of_a_pipeline_ends_the_job(tmp_path, ho
                 raise ZeroDivisionError("in the second step")
             return usual(*args)
 
-        parallel.backward = breaks
+        split.backward = breaks
         with ends_job(comm):
             run(Comm(comm), Settings(grid="pipe=3", hidden="20,20", out="run"))
     """

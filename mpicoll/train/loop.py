@@ -19,10 +19,11 @@ from ..pipeline import PIPELINES
 from ..tuning import WAYS
 from .checkpoint import Checkpoint, save
 from .data import Batches, Dataset, Part, normalized, rebalanced
+from .group import Spent
 from .models import Batch, Model
 from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
-from .parallel import Spent, Split
 from .settings import DEVICES, DTYPES, MOMENTA, Settings, expected, flag, shown
+from .split import Split
 from .strategies import STRATEGIES, Now
 from .strategies.average import OUTER
 from .transfer import on_gpu, synchronize
@@ -375,11 +376,11 @@ class Training:
 
     def _whole(self, array: np.ndarray) -> np.ndarray:
         """All parts; a collective call."""
-        return _by_rows(array, self.split.whole, self.split.model.size) if self.split else array
+        return self.split.whole(array) if self.split else array
 
     def _part(self, array: np.ndarray) -> np.ndarray:
         """The opposite."""
-        return _by_rows(array, self.split.part, self.split.size) if self.split else array
+        return self.split.part(array) if self.split else array
 
     def save(self, folder: Path, facts: dict[str, Any]) -> Path:
         """Write a checkpoint, a collective call; ``facts`` are what else it should say."""
@@ -475,15 +476,6 @@ class Training:
     def begin_patience(self) -> None:
         """Know no best model of earlier epochs: those of other data, say."""
         self.best, self.best_params = (np.inf, self.epoch), None
-
-
-def _by_rows(array: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarray:
-    """A new array, of that size in the last axis."""
-    rows = array.reshape(-1, array.shape[-1])
-    found = np.empty((len(rows), size), array.dtype)
-    for row, into in zip(rows, found, strict=True):
-        into[:] = convert(row)
-    return found.reshape(*array.shape[:-1], size)
 
 
 def everything(x: Any) -> Any:

@@ -23,11 +23,12 @@ from ..mpi.threads import limit_threads
 from . import files
 from .checkpoint import Checkpoint, latest
 from .data import TEST_SHARE, Dataset, Scaling, fingerprint, load, untrained
+from .grid import Grid, sizes_of
 from .loop import Epoch, Training, added, check, evaluate
 from .models import MODELS, Layered
-from .parallel import Grid, Split, sizes_of
 from .readers.raw import Schema
 from .settings import MAY_CHANGE, NOT_SAVED, OF_PIPELINES, Settings, flag
+from .split import Split
 
 DEPENDS = (
     "version",

@@ -19,14 +19,16 @@ from test_train_gpu import MOST, REAL, cupy, fake  # noqa: F401
 from mpicoll.mpi import gpu
 from mpicoll.mpi.collectives import allgather, allreduce
 from mpicoll.mpi.gpu import in_host_memory, is_cupy
-from mpicoll.train import parallel
+from mpicoll.train import group
+from mpicoll.train import split as split_module
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.files import read_model
+from mpicoll.train.grid import Grid, Sizes
 from mpicoll.train.loop import Training
 from mpicoll.train.models import Batch, Layered, forward, hinge
-from mpicoll.train.parallel import Grid, Sizes, Split
 from mpicoll.train.run import run
 from mpicoll.train.settings import Settings
+from mpicoll.train.split import Split
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > MOST, reason=f"{MOST} ranks show what more would, and sooner")]
@@ -121,7 +123,7 @@ def test_everything_is_there_and_steps_read_back_no_more_than_a_norm(grid, fake,
         return fake.log.count("get") - before
 
     few = reads(51, None)
-    monkeypatch.setattr(parallel, "forward", watched)
+    monkeypatch.setattr(split_module, "forward", watched)
     assert reads(17, 1.0) == few + 3
     assert held
     assert all(map(is_cupy, held))
@@ -148,9 +150,9 @@ def test_times_are_those_of_others_and_not_of_the_gpu(grid, fake, monkeypatch): 
         return forward(*args)
 
     for function in (allreduce, allgather):
-        monkeypatch.setattr(parallel, function.__name__, seen(function))
+        monkeypatch.setattr(group, function.__name__, seen(function))
     if P > 1 and MPI.COMM_WORLD.rank == P - 1:
-        monkeypatch.setattr(parallel, "forward", slow)
+        monkeypatch.setattr(split_module, "forward", slow)
     model = Layered((9, 3000, 8, 10), hinge)
     split = Split(model, grid, micro=1)
     params, found = split.part(vector(model)), seen_by(split, batch(model, 40))

@@ -15,13 +15,15 @@ from mpicoll import UserError
 from mpicoll.mpi import launch
 from mpicoll.mpi.collectives import account
 from mpicoll.pipeline import PIPELINES, Kind
-from mpicoll.train import parallel
+from mpicoll.train import split as split_module
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.data import from_arrays
+from mpicoll.train.flow import Flow
+from mpicoll.train.grid import Grid, Sizes
 from mpicoll.train.loop import Epoch, Training
 from mpicoll.train.models import MODELS, Batch, Layered, Sums, forward, hinge, log_loss
-from mpicoll.train.parallel import Grid, Sizes, Split
 from mpicoll.train.settings import Settings
+from mpicoll.train.split import Split
 
 P, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 pytestmark = pytest.mark.mpi
@@ -186,9 +188,9 @@ def test_arrays_are_gone_when_they_are_of_no_more_use(grid, sizes, pipeline, lea
     def complete_errors(n: int, error: Any) -> None:
         late.extend(array for array in taken if array() is not None)
 
-    usual = parallel._Flow.take
-    monkeypatch.setattr(parallel._Flow, "take", take)
-    monkeypatch.setattr(parallel, "forward", watched)
+    usual = Flow.take
+    monkeypatch.setattr(Flow, "take", take)
+    monkeypatch.setattr(split_module, "forward", watched)
     monkeypatch.setattr(split, "complete_errors", complete_errors)
     split.loss_and_grad(params, found, np.empty(split.size))
     held = micro if leak else PIPELINES[pipeline].held(grid.at.pipe, sizes.pipe, micro)
@@ -217,7 +219,7 @@ def test_waiting_for_another_stage_is_told(grid, monkeypatch):
 
     split = Split(DEEP[2], grid)
     if RANK == 0:
-        monkeypatch.setattr(parallel, "forward", slow)
+        monkeypatch.setattr(split_module, "forward", slow)
     grid.world.Barrier()
     gradient(split, vector(DEEP[2]), batch(DEEP[2], 9))
     spent = split.spent
