@@ -68,7 +68,7 @@ LAYERS = [
         "train.strategies.pairwise",
         "train.strategies",
     ],
-    ["train.checkpoint", "train.loop", "train.files", "train.run"],
+    ["train.checkpoint", "train.checks", "train.loop", "train.snapshot", "train.files", "train.run"],
     ["torch"],
     [
         "cli.bench",

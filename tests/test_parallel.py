@@ -13,8 +13,8 @@ import pytest
 from launch import mpirun, run
 from mpicoll import UserError
 from mpicoll.train.checkpoint import Checkpoint
+from mpicoll.train.checks import check, check_split
 from mpicoll.train.grid import Sizes, sizes_of
-from mpicoll.train.loop import check, check_split
 from mpicoll.train.models import MODELS, Layered
 from mpicoll.train.run import DEPENDS
 from mpicoll.train.run import _changed as changed

@@ -18,8 +18,8 @@ from mpicoll.cli.app import app
 from mpicoll.train import data as data_module
 from mpicoll.train import files
 from mpicoll.train.checkpoint import Checkpoint
+from mpicoll.train.checks import check
 from mpicoll.train.data import Dataset, Scaling
-from mpicoll.train.loop import check
 from mpicoll.train.models import MODELS
 from mpicoll.train.run import run
 from mpicoll.train.settings import NOT_SAVED, Settings, expected, kind_of, read_settings, written

@@ -20,11 +20,12 @@ from ..mpi.gpu import Gpu
 from ..mpi.guard import on_root
 from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
-from . import files
+from . import files, snapshot
 from .checkpoint import Checkpoint, latest
+from .checks import check
 from .data import TEST_SHARE, Dataset, Scaling, fingerprint, load, untrained
 from .grid import Grid, sizes_of
-from .loop import Epoch, Training, added, check, evaluate
+from .loop import Epoch, Training, added, evaluate
 from .models import MODELS, Layered
 from .readers.raw import Schema
 from .settings import MAY_CHANGE, NOT_SAVED, OF_PIPELINES, Settings, flag
@@ -128,14 +129,14 @@ def run(
     hosts = comm.gather(socket.gethostname())
     mixed = checkpoint is not None and bool(checkpoint.facts.get("mixed"))
     if checkpoint:
-        training.restore(checkpoint)
+        snapshot.restore(training, checkpoint)
         if _other_data(checkpoint, crc):
             training.begin_patience()
             mixed = True
         if mixed:
             facts["assumed"] = [*data.assumed, *_drawn_anew(data)]
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
-        facts["changed"] = _changed(checkpoint, facts, settings, beside.size, training.is_own(checkpoint))
+        facts["changed"] = _changed(checkpoint, facts, settings, beside.size, snapshot.is_own(training, checkpoint))
     started(facts)
 
     with ExitStack() as held:
@@ -184,7 +185,7 @@ def run(
                     "mixed": mixed,
                     "scaling": np.array(data.scaling).tolist() if is_dense else None,
                 }
-                training.save(folder / files.CHECKPOINTS, pinned)
+                snapshot.save(training, folder / files.CHECKPOINTS, pinned)
 
         result = training.run(epoch_done, save)
         # Only now is the test set looked at.

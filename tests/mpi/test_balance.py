@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from mpicoll import UserError
 from mpicoll.train.checkpoint import latest
+from mpicoll.train.snapshot import restore, save
 from training import blobs, trained, training
 
 P = MPI.COMM_WORLD.size
@@ -109,24 +110,24 @@ def test_a_resumed_run_begins_with_the_weights_that_were(comm, folder, balance):
     made = training(comm, blobs(101), strategy="gossip", balance=balance, epochs=4)
     paths: list[Path] = []
 
-    def save(self: Any) -> None:
-        paths.append(self.save(folder / "checkpoints", FACTS))
+    def saving(self: Any) -> None:
+        paths.append(save(self, folder / "checkpoints", FACTS))
         held.append(self.weights)
 
     held: list[list[float]] = []
-    whole = made.run(checkpoint=save)
+    whole = made.run(checkpoint=saving)
     comm.Barrier()
     other = training(comm, blobs(101), strategy="gossip", balance=balance, epochs=4)
-    other.restore(latest(paths[1]))
+    restore(other, latest(paths[1]))
     assert other.weights == held[1]
     if balance == RISING:
         np.testing.assert_array_equal(other.run().params, whole.params)
     # What is asked for now goes before what was, and weights of other ranks are not those of these.
     changed = training(comm, blobs(101), strategy="gossip", epochs=4)
-    changed.restore(latest(paths[1]))
+    restore(changed, latest(paths[1]))
     assert changed.weights is None
     alone = training(MPI.COMM_SELF, blobs(101), strategy="gossip", balance="auto", epochs=4)
-    alone.restore(latest(paths[1]))
+    restore(alone, latest(paths[1]))
     assert alone.weights == [1.0]
 
 

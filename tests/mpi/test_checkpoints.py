@@ -14,6 +14,7 @@ from mpicoll import UserError
 from mpicoll.train import checkpoint
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.loop import Training
+from mpicoll.train.snapshot import restore, save
 from training import blobs, training
 
 P = MPI.COMM_WORLD.size
@@ -57,13 +58,13 @@ def stopped_after(made: Training, epochs: int, folder: Path) -> Path:
     """Train so long, and save."""
     paths: list[Path] = []
 
-    def save(self: Training) -> None:
+    def saving(self: Training) -> None:
         if self.epoch == epochs:
-            paths.append(self.save(folder, FACTS))
+            paths.append(save(self, folder, FACTS))
             raise StopIteration
 
     with pytest.raises(StopIteration):
-        made.run(checkpoint=save)
+        made.run(checkpoint=saving)
     return paths[0]
 
 
@@ -77,7 +78,7 @@ def test_a_resumed_run_ends_with_the_same_bits(comm, folder, run):
     path = stopped_after(training(comm, data, **given), 2, folder / "checkpoints")
     other = training(comm, data, **{**given, "seed": 3})
     other.params += 1  # all of it comes from the checkpoint
-    other.restore(latest(path))
+    restore(other, latest(path))
     resumed = other.run()
     assert resumed.params.tobytes() == whole.params.tobytes()
     assert resumed.steps == whole.steps
@@ -93,10 +94,10 @@ def test_a_resumed_run_ends_with_the_same_bits(comm, folder, run):
 def test_a_run_killed_after_its_last_epoch_is_as_it_was(comm, folder, run):
     given = graphs(run, folder, comm)
     made = training(comm, blobs(101), **given)
-    whole = made.run(checkpoint=lambda self: self.save(folder / "checkpoints", FACTS))
+    whole = made.run(checkpoint=lambda self: save(self, folder / "checkpoints", FACTS))
     comm.Barrier()
     other = training(comm, blobs(101), **given)
-    other.restore(latest(folder))
+    restore(other, latest(folder))
     resumed = other.run()
     assert resumed.params.tobytes() == whole.params.tobytes()
     assert (resumed.steps, resumed.consensus) == (whole.steps, whole.consensus)
@@ -113,7 +114,7 @@ def test_fewer_ranks_go_on_from_the_mean(comm, folder, run):
     if comm.rank:
         others = {**given, "graph": "exponential"} if "directed" in str(given.get("graph")) else given
         other = training(part, data, **others)
-        other.restore(latest(path))
+        restore(other, latest(path))
         np.testing.assert_allclose(other.params, mean, rtol=1e-12)
         assert (other.epoch, other.step) == (1, 4)
         assert other.run().epochs[-1].epoch == 3
@@ -131,7 +132,7 @@ def test_more_ranks_go_on_from_the_model_of_one(comm, folder, run):
         model = alone.strategy.consensus()
     model = comm.bcast(model)
     other = training(comm, data, **graphs(run, folder, comm))
-    other.restore(latest(folder))
+    restore(other, latest(folder))
     np.testing.assert_allclose(other.strategy.consensus(), model, rtol=1e-12)
     assert len({point.tobytes() for point in comm.allgather(other.strategy.point())}) == 1
     assert other.run().epochs[-1].epoch == 3
@@ -140,7 +141,7 @@ def test_more_ranks_go_on_from_the_model_of_one(comm, folder, run):
 def saved(comm: MPI.Intracomm, folder: Path, epochs: int = 2, **given: Any) -> list[Path]:
     """Checkpoints of that many epochs, every rank having a file of its own."""
     made = training(comm, blobs(60), strategy="gossip", epochs=epochs, **given)
-    made.run(checkpoint=lambda self: self.save(folder / "checkpoints", FACTS))
+    made.run(checkpoint=lambda self: save(self, folder / "checkpoints", FACTS))
     comm.Barrier()
     return sorted((folder / "checkpoints").iterdir())
 
@@ -155,13 +156,13 @@ def test_the_latest_are_kept_and_nothing_else(comm, folder):
     # One that goes on from an earlier one leaves none of those that came after it.
     made = training(comm, blobs(60), strategy="gossip", epochs=5)
     (folder / "checkpoints/epoch-00000005.bak").mkdir(exist_ok=True)  # somebody else's
-    made.restore(latest(kept[0]))
+    restore(made, latest(kept[0]))
     comm.Barrier()
     if comm.rank == 0:
         (folder / "checkpoints/.epoch-00000007.partial").mkdir()  # of a job that was killed
         checkpoint.drop_after(latest(kept[0]))
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [kept[0].name, "epoch-00000005.bak"]
-    made.run(checkpoint=lambda self: self.save(folder / "checkpoints", FACTS))
+    made.run(checkpoint=lambda self: save(self, folder / "checkpoints", FACTS))
     comm.Barrier()
     left = [path.name for path in sorted((folder / "checkpoints").iterdir())]
     assert left == ["epoch-00000004", "epoch-00000005", "epoch-00000005.bak"]
@@ -208,17 +209,17 @@ def test_damaged_ones_are_refused_by_all_and_the_one_before_is_offered(comm, fol
     comm.Barrier()
     made = training(comm, blobs(60), strategy="gossip")
     with pytest.raises(UserError, match=message) as caught:
-        made.restore(latest(folder))
+        restore(made, latest(folder))
     assert f"; resume from the one before with --resume {before}" in str(caught.value)
     assert len(set(comm.allgather(str(caught.value)))) == 1
-    made.restore(latest(before))
+    restore(made, latest(before))
     assert made.epoch == 1
 
 
 def test_one_of_another_model_is_refused(comm, folder):
     saved(comm, folder, epochs=1)
     with pytest.raises(UserError, match=r"is that of another model than .* parameters: were the data changed"):
-        training(comm, blobs(60), optimizer="adam").restore(latest(folder))
+        restore(training(comm, blobs(60), optimizer="adam"), latest(folder))
     with pytest.raises(UserError, match="holds no checkpoint to resume from: remove it, and start the run anew"):
         latest(folder / "checkpoints")
 
@@ -230,11 +231,11 @@ def test_a_rank_that_cannot_write_stops_all_and_leaves_what_was_there(comm, fold
         raise OSError(28, "No space left on device")
 
     made = training(comm, blobs(60), strategy="gossip", epochs=2)
-    made.restore(latest(before))
+    restore(made, latest(before))
     if comm.rank == P - 1:
         monkeypatch.setattr("safetensors.numpy.save_file", full)
     with pytest.raises(UserError, match=r"cannot be written .No space left on device.: training stops") as caught:
-        made.run(checkpoint=lambda self: self.save(folder / "checkpoints", FACTS))
+        made.run(checkpoint=lambda self: save(self, folder / "checkpoints", FACTS))
     assert len(set(comm.allgather(str(caught.value)))) == 1
     comm.Barrier()
     assert list((folder / "checkpoints").iterdir()) == [before]

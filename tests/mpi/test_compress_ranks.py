@@ -9,6 +9,7 @@ from mpi4py import MPI
 from mpicoll import UserError
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.models import MODELS
+from mpicoll.train.snapshot import restore, save
 from mpicoll.train.strategies import Now
 from mpicoll.train.strategies.sync import Sync
 from training import blobs, broken_on_the_last_rank, trained, training
@@ -185,18 +186,18 @@ def test_settings_that_will_not_do(comm, given, message):
 def test_residuals_are_kept_by_each_rank_and_dropped_by_another_number_of_them(comm, folder, way):
     facts: dict[str, Any] = {"settings": {}, "environment": {}}
     made = training(comm, blobs(101), compress="powersgd:1", epochs=1, **way)
-    made.run(checkpoint=lambda self: self.save(folder / "checkpoints", facts))
+    made.run(checkpoint=lambda self: save(self, folder / "checkpoints", facts))
     comm.Barrier()
     state = made.strategy.state()
     assert P == 1 or len({residual.tobytes() for residual in comm.allgather(state["residual"])}) == P
     assert len({q.tobytes() for q in comm.allgather(state["q"])}) == 1
     again = training(comm, blobs(101), compress="powersgd:1", **way)
-    again.restore(latest(folder))
+    restore(again, latest(folder))
     for name, array in again.strategy.state().items():
         np.testing.assert_array_equal(array, state[name])
     if P > 1:
         alone = training(MPI.COMM_SELF, blobs(101), compress="powersgd:1", **way)
         alone.strategy.state()["residual"][:] = 1
-        alone.restore(latest(folder))
+        restore(alone, latest(folder))
         assert not alone.strategy.state()["residual"].any()
         np.testing.assert_array_equal(alone.strategy.state()["q"], state["q"])

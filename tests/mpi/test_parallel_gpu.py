@@ -28,6 +28,7 @@ from mpicoll.train.loop import Training
 from mpicoll.train.models import Batch, Layered, forward, hinge
 from mpicoll.train.run import run
 from mpicoll.train.settings import Settings
+from mpicoll.train.snapshot import restore
 from mpicoll.train.split import Split
 
 P = MPI.COMM_WORLD.size
@@ -176,7 +177,7 @@ def test_a_checkpoint_of_a_grid_of_gpus_is_resumed_on_every_other(comm, grid, fo
     alone = training(comm, DEEP[1], device="gpu", batch_size=32, **settings)
     for other in (made_for(grid, "gpu", **settings), made_for(grid, "cpu", **settings), alone):
         other.params += 1
-        other.restore(latest(folder))
+        restore(other, latest(folder))
         found.append(in_host_memory(other.run().params))
         close(found[-1], whole.params)
     assert found[0].tobytes() == whole.params.tobytes()

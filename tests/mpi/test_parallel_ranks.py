@@ -23,6 +23,7 @@ from mpicoll.train.grid import Grid, Sizes
 from mpicoll.train.loop import Epoch, Training
 from mpicoll.train.models import MODELS, Batch, Layered, Sums, forward, hinge, log_loss
 from mpicoll.train.settings import Settings
+from mpicoll.train.snapshot import restore, save
 from mpicoll.train.split import Split
 
 P, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
@@ -289,13 +290,13 @@ def test_what_ranks_tell_each_other_while_they_train_is_in_their_account(grid):
 
 
 def stopped_after(made: Training, epochs: int, folder: Any) -> None:
-    def save(self: Training) -> None:
+    def saving(self: Training) -> None:
         if self.epoch == epochs:
-            self.save(folder / "checkpoints", FACTS)
+            save(self, folder / "checkpoints", FACTS)
             raise StopIteration
 
     with pytest.raises(StopIteration):
-        made.run(checkpoint=save)
+        made.run(checkpoint=saving)
 
 
 def test_a_checkpoint_of_one_grid_is_resumed_on_every_other(comm, grids, folder):
@@ -308,10 +309,10 @@ def test_a_checkpoint_of_one_grid_is_resumed_on_every_other(comm, grids, folder)
         made = training(grid.data, Split(model, grid), epochs=epochs, **settings)
         if done:
             made.params += 1  # all of it comes from the checkpoint
-            made.restore(latest(folder))
+            restore(made, latest(folder))
         stopped_after(made, done + 1, folder)
     made = training(comm, model, epochs=epochs, **settings)
-    made.restore(latest(folder))
+    restore(made, latest(folder))
     resumed = made.run()
     np.testing.assert_allclose(resumed.params, alone.params, rtol=1e-7, atol=1e-10)
     assert resumed.epochs[-1].validation_loss == pytest.approx(alone.epochs[-1].validation_loss)
@@ -341,7 +342,7 @@ def test_a_resumed_run_ends_with_the_same_bits(grid, sizes, folder, run, monkeyp
     assert files == ["manifest.json", *(f"rank-{n}.safetensors" for n in range(sizes.data))]
     other = training(grid.data, Split(DEEP[2], grid), **{**run, "seed": 3})
     other.params += 1
-    other.restore(latest(folder))
+    restore(other, latest(folder))
     assert other.run().params.tobytes() == whole.params.tobytes()
 
 
@@ -375,7 +376,7 @@ def test_factors_of_powersgd_are_for_the_same_parts_only(grid, folder):
     stopped_after(first, 1, folder)
     for other in (made(2), made(1), made()):
         begun = factors(other)
-        other.restore(latest(folder))
+        restore(other, latest(folder))
         same = other.split is not None and other.split.layout == "0-1,2-3 in 1"
         assert factors(other) == (factors(first) if same else begun)
 

@@ -17,7 +17,7 @@ from test_files import strict
 from test_strategies import column_stochastic
 
 from mpicoll import Comm, UserError
-from mpicoll.train import files, loop
+from mpicoll.train import files, loop, snapshot
 from mpicoll.train import run as runs
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.loop import Training
@@ -97,7 +97,7 @@ class Held(NamedTuple):
 def held(training: Training) -> Held:
     consensus = training.strategy.consensus()
     apart = float(np.abs(training.strategy.point() - consensus).max())
-    return Held(training._whole(consensus), training.world.allreduce(apart, MPI.MAX))
+    return Held(training.whole(consensus), training.world.allreduce(apart, MPI.MAX))
 
 
 class Log:
@@ -108,7 +108,7 @@ class Log:
         self.restored: list[Held] = []
         self.trainings: list[Training] = []
         self.best: list[tuple[float, int]] = []
-        save, restore, train = Training.save, Training.restore, Training.run
+        save, restore, train = snapshot.save, snapshot.restore, Training.run
 
         def saving(training: Training, *args: Any) -> Path:
             self.saved.append(held(training))
@@ -124,8 +124,8 @@ class Log:
             return train(training, *args)
 
         patch.setattr(Training, "run", running)
-        patch.setattr(Training, "save", saving)
-        patch.setattr(Training, "restore", restoring)
+        patch.setattr(snapshot, "save", saving)
+        patch.setattr(snapshot, "restore", restoring)
 
 
 def train(comm: MPI.Intracomm, settings: Settings, resume: str | None = None) -> dict[str, Any]:

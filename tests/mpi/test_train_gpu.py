@@ -31,6 +31,7 @@ from mpicoll.train.models import MODELS, Batch
 from mpicoll.train.optimizers import OPTIMIZERS, clip
 from mpicoll.train.run import run
 from mpicoll.train.settings import Settings
+from mpicoll.train.snapshot import restore
 from training import blobs, trained, training
 
 P = MPI.COMM_WORLD.size
@@ -240,7 +241,7 @@ def test_a_resumed_run_ends_with_the_same_bits(comm, cupy, folder, more):
     whole = trained(comm, data, **given)
     path = stopped_after(training(comm, data, **given), 2, folder / "checkpoints")
     other = training(comm, data, **{**given, "seed": 5})
-    other.restore(latest(path))
+    restore(other, latest(path))
     assert other.run().params.get().tobytes() == whole.params.get().tobytes()
 
 
@@ -252,7 +253,7 @@ def test_another_number_of_ranks_goes_on_from_the_mean(comm, cupy, folder):
     part = comm.Split(comm.rank > 0)  # one rank, and the others
     if comm.rank:
         other = training(part, blobs(41), device="gpu", strategy="butterfly", optimizer="adam")
-        other.restore(latest(path))
+        restore(other, latest(path))
         close(other.params.get(), mean)
         assert other.run().epochs[-1].epoch == 3
     part.Free()
