@@ -87,7 +87,7 @@ def test_staleness_stays_within_its_bound(comm, staleness):
 def test_a_bound_that_is_broken_is_noticed(comm):
     made = training(comm, blobs(50), strategy="async", staleness="2")
     with pytest.raises(RuntimeError, match="3 steps stale, and the bound is 2"):
-        made.strategy.record(7, 4)
+        made.strategy.staleness.record(7, 4)
 
 
 UNBOUNDED: list[dict[str, Any]] = [{"strategy": "async", "staleness": "inf"}, {"strategy": "ad-psgd"}]
@@ -221,7 +221,7 @@ def test_two_that_send_their_models_to_each_other_do_not_swap_them(comm):
     if P != 2:
         pytest.skip("needs two")
     made = training(comm, blobs(20), strategy="ad-psgd", shards=True, batch_size=20, epochs=1, momentum=0.0)
-    made.strategy._run._threads = False
+    made.strategy._run.transport.threads = False
     made.model = Still(made.model)
     made.params[:] = comm.rank
     comm.Barrier()
@@ -314,7 +314,7 @@ def test_it_ends_a_hundred_times(comm):
             backups=1 if staleness == "0" and P > 1 and common.integers(2) else None,
         )
         if common.integers(4) == 0:  # an MPI that does not let two threads call it
-            made.strategy._run._threads = False
+            made.strategy._run.transport.threads = False
         longest, most = common.choice([0, 0, 2e-4, 2e-3]), int(common.integers(1, 9))
         result, _ = slowed(made, lambda longest=longest: pauses.uniform(0, longest), max_steps=most)
         assert same_everywhere(comm, result.params)

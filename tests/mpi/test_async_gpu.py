@@ -46,7 +46,7 @@ def test_it_ends_and_learns(comm, monkeypatch, mode, staleness):
     with fakecupy.installed(mode=mode, seed=comm.rank) as fake:
         kernels.add(fake, monkeypatch)
         made = training(comm, blobs(60), device="gpu", **given, batch_size=6, epochs=2, momentum=0.0)
-        run, queue = made.strategy._run, fake.queue
+        run, queue = made.strategy._run.transport, fake.queue
         handle, run.lock = run.handle, Watched(fake)
 
         def put(pointer: int) -> Any:
