@@ -131,10 +131,12 @@ def measure(name: str) -> dict:
 
     from mpicoll.mpi.launch import library_name
     from mpicoll.mpi.threads import limit_threads
-    from mpicoll.train.data import Dataset, Part, Scaling
+    from mpicoll.train.data import Dataset, Part
     from mpicoll.train.grid import Grid, Sizes
     from mpicoll.train.loop import Training
     from mpicoll.train.models import Layered, cross_entropy
+    from mpicoll.train.readers.raw import Schema
+    from mpicoll.train.scaling import Scaling
     from mpicoll.train.settings import Settings
 
     comm, case = MPI.COMM_WORLD, CASES[name]
@@ -143,8 +145,8 @@ def measure(name: str) -> dict:
     rng, samples = np.random.default_rng(0), case.batch * case.steps * (BLOCKS + 1)
     x, y = rng.normal(size=(samples, case.width)).astype("f4"), rng.integers(CLASSES, size=samples)
     none = Part(x[:0], y[:0], 0, 0)
-    scaling = Scaling(np.zeros(case.width), np.ones(case.width))
-    data = Dataset(Part(x, y, 0, samples), none, none, case.width, CLASSES, scaling, np.arange(CLASSES), False, ())
+    schema, scaling = Schema(case.width, np.arange(CLASSES)), Scaling.none(case.width)
+    data = Dataset(Part(x, y, 0, samples), none, none, schema, scaling, False, ())
     runs = []
     for axes in random.Random(comm.bcast(time.time_ns())).sample(case.grids, len(case.grids)):
         sizes = Sizes(*axes)

@@ -16,22 +16,13 @@ from mpi4py import MPI
 
 from datafiles import BAD, FORMATS, LABELS, SPARSE, csv, idx, labelled, samples, svm, write
 from mpicoll import UserError
-from mpicoll.train import data as data_module
 from mpicoll.train import readers
-from mpicoll.train.data import (
-    Batches,
-    Dataset,
-    Part,
-    Scaling,
-    from_arrays,
-    load,
-    normalized,
-    read,
-    rebalanced,
-    untrained,
-)
+from mpicoll.train.batches import Batches, normalized, rebalanced
+from mpicoll.train.data import Dataset, Part, from_arrays, load, read, untrained
+from mpicoll.train.holdout import held_out
 from mpicoll.train.readers import divisible
 from mpicoll.train.readers.raw import Raw, Schema
+from mpicoll.train.scaling import Scaling
 
 F8 = np.dtype("f8")
 
@@ -432,7 +423,7 @@ def test_every_class_gives_its_share_and_none_gives_all(order, share):
     y = ORDERS[order]
     counts = np.bincount(y)
     for seed in range(20):
-        drawn = data_module._drawn(y, len(counts), share, [seed, 1], MPI.COMM_SELF)
+        drawn = held_out(y, len(counts), share, [seed, 1], MPI.COMM_SELF)
         of_each = np.bincount(y[drawn], minlength=len(counts))
         np.testing.assert_array_less(of_each[counts > 0], counts[counts > 0])
         assert abs(of_each - share * counts).max() < 2
@@ -443,7 +434,7 @@ def test_every_class_gives_its_share_and_none_gives_all(order, share):
 
 def test_each_sample_is_drawn_as_often_as_any_other():
     y = np.array([0] * 23 + [1] * 14)
-    times = sum(data_module._drawn(y, 2, 0.2, [seed, 1], MPI.COMM_SELF).astype(int) for seed in range(1000))
+    times = sum(held_out(y, 2, 0.2, [seed, 1], MPI.COMM_SELF).astype(int) for seed in range(1000))
     assert abs(times[:35] - 200).max() < 4 * np.sqrt(1000 * 0.2 * 0.8)
     assert times[35:].tolist() == [0, 0]  # they are no whole piece
 
@@ -669,7 +660,7 @@ def dataset(counts: tuple[int, ...], rank: int, sharded: bool = True) -> Dataset
     start = sum(counts[:rank]) if sharded else 0
     train = Part(np.zeros((here, 2)), np.zeros(here, np.int64), start, total if sharded else here)
     none = Part(np.zeros((0, 2)), np.zeros(0, np.int64), 0, 0)
-    return Dataset(train, none, none, 2, 2, Scaling(np.zeros(2), np.ones(2)), np.arange(2), sharded, counts)
+    return Dataset(train, none, none, Schema(2, np.arange(2)), Scaling.none(2), sharded, counts)
 
 
 def taken(data, ranks, rank, batch_size, seed, epoch, weights=None):

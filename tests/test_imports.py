@@ -55,7 +55,15 @@ LAYERS = [
         "train.readers.powerlaw",
         "train.readers",
     ],
-    ["train.data"],
+    [
+        "train.scaling",
+        "train.holdout",
+        "train.labels",
+        "train.meaning",
+        "train.objects",
+        "train.data",
+        "train.batches",
+    ],
     ["train.traffic", "train.transfer", "train.server", "train.compress"],
     ["train.grid", "train.pieces", "train.group", "train.flow", "train.sharded", "train.split", "train.bubble"],
     [
@@ -89,7 +97,7 @@ LAYERS = [
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
     "mpi4py": ("mpi.", "measure", "train.", "torch"),
-    "scipy": ("train.readers.", "train.data", "train.models", "train.split"),
+    "scipy": ("train.readers.", "train.data", "train.scaling", "train.models", "train.split"),
     "sklearn": ("train.readers.",),
     "safetensors": ("train.files", "train.checkpoint"),
     "threadpoolctl": ("mpi.threads", "mpi.doctor"),

@@ -257,7 +257,7 @@ def test_a_test_file_goes_by_names_too(tmp_path, shards):
     names = [str(tmp_path / name) for name in ("d.csv", "t.csv")]
     data = load(names[0], MPI.COMM_SELF, np.dtype("f8"), test=names[1], shards=shards)
     np.testing.assert_array_equal(data.test.x, data.train.x)
-    assert (data.columns, data.label) == (("a", "b", "c"), "label")
+    assert (data.schema.columns, data.schema.label) == (("a", "b", "c"), "label")
 
 
 @pytest.mark.parametrize("shards", [False, True])

@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from datafiles import samples
 from mpicoll import Comm, UserError
 from mpicoll.cli.app import app
-from mpicoll.train import data as data_module
-from mpicoll.train import files
+from mpicoll.train import files, holdout
 from mpicoll.train.checkpoint import Checkpoint
 from mpicoll.train.checks import check
-from mpicoll.train.data import Dataset, Scaling
+from mpicoll.train.data import Dataset
 from mpicoll.train.models import MODELS
+from mpicoll.train.readers.raw import Schema
 from mpicoll.train.run import run
+from mpicoll.train.scaling import Scaling
 from mpicoll.train.settings import NOT_SAVED, Settings, expected, kind_of, read_settings, written
 from training import blobs
 
@@ -29,7 +30,7 @@ from training import blobs
 def data(classes: int = 3, labels: list | None = None) -> Dataset:
     scaling = Scaling(np.arange(4.0), np.arange(1.0, 5.0))
     named = np.array(labels or range(classes))
-    return blobs(12)._replace(features=4, classes=classes, scaling=scaling, labels=named)
+    return blobs(12)._replace(schema=Schema(4, named), scaling=scaling)
 
 
 def softmax(folder: Path) -> None:
@@ -167,7 +168,7 @@ def test_checkpoints_of_before_are_resumed_with_the_same_samples_or_refused(tmp_
     of_before(tmp_path / "drawn")
     held = {path: path.read_bytes() for path in (tmp_path / "drawn").rglob("*.*")}
     with pytest.MonkeyPatch.context() as patch:  # as if it had been drawn otherwise
-        patch.setattr(data_module, "_random", lambda seed, places: places)
+        patch.setattr(holdout, "_random", lambda seed, places: places)
         with pytest.raises(UserError, match=r"epoch-00000002' was written by an earlier version, and .*drawn.npz' now"):
             run(Comm(MPI.COMM_SELF), replace(drawn, epochs=4), resume=tmp_path / "drawn")
     assert {path: path.read_bytes() for path in (tmp_path / "drawn").rglob("*.*")} == held

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpicoll.train.data import Dataset, Part, Scaling
+from mpicoll.train.data import Dataset, Part
 from mpicoll.train.loop import Result, Training
 from mpicoll.train.models import MODELS, Layered
+from mpicoll.train.readers.raw import Schema
+from mpicoll.train.scaling import Scaling
 from mpicoll.train.settings import Settings
 
 
@@ -21,10 +23,8 @@ def blobs(samples: int, dtype: str = "f8", validation: int = 0) -> Dataset:
         train=Part(x, y, 0, samples),
         validation=held,
         test=Part(x[::5], y[::5], 0, len(y[::5])),
-        features=6,
-        classes=3,
-        scaling=Scaling(np.zeros(6), np.ones(6)),
-        labels=np.arange(3),
+        schema=Schema(6, np.arange(3)),
+        scaling=Scaling.none(6),
         sharded=False,
         counts=(),
     )

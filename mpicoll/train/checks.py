@@ -8,7 +8,7 @@ import numpy as np
 from ..errors import UserError
 from ..pipeline import PIPELINES
 from ..tuning import WAYS
-from .data import normalized
+from .batches import normalized
 from .optimizers import OPTIMIZERS, SCHEDULES
 from .settings import DEVICES, DTYPES, MOMENTA, Settings, expected, flag, shown
 from .strategies import STRATEGIES

@@ -21,9 +21,10 @@ from ..errors import UserError
 from ..files import to_json
 from ..mpi.gpu import in_host_memory
 from .checkpoint import Checkpoint, drop_after, going_on, umask
-from .data import Dataset, Scaling
+from .data import Dataset
 from .models import MODELS, Layered
 from .readers.raw import Schema
+from .scaling import Scaling
 from .settings import Settings, written
 
 FORMAT, HEADER = "mpicoll-model-2", "mpicoll"

@@ -14,8 +14,9 @@ from ..mpi import gpu, launch
 from ..mpi.collectives import allgather, allreduce
 from ..mpi.guard import on_all
 from ..tuning import WAYS
+from .batches import Batches, rebalanced
 from .checks import check, check_split, weights_of
-from .data import Batches, Dataset, Part, rebalanced
+from .data import Dataset, Part
 from .group import Spent
 from .models import Batch, Model
 from .optimizers import OPTIMIZERS, learning_rate

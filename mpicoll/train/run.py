@@ -23,11 +23,12 @@ from ..mpi.threads import limit_threads
 from . import files, snapshot
 from .checkpoint import Checkpoint, latest
 from .checks import check
-from .data import TEST_SHARE, Dataset, Scaling, fingerprint, load, untrained
+from .data import TEST_SHARE, Dataset, fingerprint, load, untrained
 from .grid import Grid, sizes_of
 from .loop import Epoch, Training, added, evaluate
 from .models import MODELS, Layered
 from .readers.raw import Schema
+from .scaling import Scaling
 from .settings import MAY_CHANGE, NOT_SAVED, OF_PIPELINES, Settings, flag
 from .split import Split
 

@@ -11,7 +11,7 @@ import pytest
 from mpi4py import MPI
 
 from mpicoll import UserError
-from mpicoll.train.data import Batches
+from mpicoll.train.batches import Batches
 from mpicoll.train.loop import Result, Training
 from mpicoll.train.models import MODELS, Batch, Sums
 from mpicoll.train.settings import Settings, kind_of

@@ -11,9 +11,10 @@ from mpi4py import MPI
 from datafiles import BAD, FORMATS, LABELS, csv, idx, labelled, samples, svm, write
 from mpicoll import Comm, UserError
 from mpicoll.mpi.guard import on_all
-from mpicoll.train import data as data_module
-from mpicoll.train import readers
-from mpicoll.train.data import Batches, Dataset, load
+from mpicoll.train import objects, readers
+from mpicoll.train.batches import Batches
+from mpicoll.train.data import Dataset, load
+from mpicoll.train.holdout import held_out
 from mpicoll.train.readers.raw import Schema
 
 P = MPI.COMM_WORLD.size
@@ -38,17 +39,17 @@ def test_on_all_gives_each_its_own_and_raises_the_lowest(comm):
 
 
 def test_the_data_are_the_same_on_all_ranks(comm, folder, monkeypatch):
-    monkeypatch.setattr(data_module, "BROADCAST_BYTES", 1000)
+    monkeypatch.setattr(objects, "MESSAGE_BYTES", 1000)
     path = str(folder / "data.npz")
     x, y = np.random.default_rng(1).normal(size=(100, 7)) * 50 + 10, np.arange(100) % 4
     if comm.rank == 0:
         np.savez(path, X=x, y=y)
     data = load(path, comm, np.dtype("f4"))
     assert len({data.train.x.tobytes() + data.test.x.tobytes() for data in comm.allgather(data)}) == 1
-    held_out = data_module._drawn(y, 4, 0.2, [0, 1], MPI.COMM_SELF)
-    assert sorted(np.bincount(y[held_out])) in ([5, 5, 5, 5], [4, 5, 5, 6])
-    np.testing.assert_array_equal(data.test.y, y[held_out])
-    np.testing.assert_array_equal(data.train.x, data.scaling.apply(x[~held_out], np.dtype("f4")))
+    out = held_out(y, 4, 0.2, [0, 1], MPI.COMM_SELF)
+    assert sorted(np.bincount(y[out])) in ([5, 5, 5, 5], [4, 5, 5, 6])
+    np.testing.assert_array_equal(data.test.y, y[out])
+    np.testing.assert_array_equal(data.train.x, data.scaling.apply(x[~out], np.dtype("f4")))
     np.testing.assert_allclose(data.train.x.mean(axis=0, dtype="f8"), 0, atol=1e-6)
     np.testing.assert_allclose(np.ptp(data.train.x, axis=0), 2, rtol=1e-5)
     assert (data.classes, data.features, data.sharded, data.counts) == (4, 7, False, (80,) * P)
@@ -85,7 +86,7 @@ def same(comm: MPI.Intracomm, whole: Dataset, mine: Dataset) -> None:
 @pytest.mark.parametrize("kind", [*FORMATS, "digits", "powerlaw:600x40:3"])
 def test_shards_are_the_samples_of_the_whole(comm, folder, kind, count, monkeypatch):
     """With 13 samples, some ranks hold no validation or test sample; labels -1, 0, 1 in files that have labels."""
-    monkeypatch.setattr(data_module, "BROADCAST_BYTES", 1000)
+    monkeypatch.setattr(objects, "MESSAGE_BYTES", 1000)
     source = kind
     if kind in FORMATS:
         x, y = samples(count)
