@@ -78,7 +78,7 @@ LAYERS = [
         "train.strategies.pairwise",
         "train.strategies",
     ],
-    ["train.checkpoint", "train.checks", "train.loop", "train.snapshot", "train.files", "train.run"],
+    ["train.checkpoint", "train.checks", "train.loop", "train.snapshot", "train.run_folder", "train.run"],
     ["torch"],
     [
         "cli.bench",
@@ -99,7 +99,7 @@ EXTERNAL = {  # who may import what from outside; the standard library and NumPy
     "mpi4py": ("mpi.", "measure", "train.", "torch"),
     "scipy": ("train.readers.", "train.data", "train.scaling", "train.models", "train.split"),
     "sklearn": ("train.readers.",),
-    "safetensors": ("train.files", "train.checkpoint"),
+    "safetensors": ("train.run_folder", "train.checkpoint"),
     "threadpoolctl": ("mpi.threads", "mpi.doctor"),
     "torch": ("torch",),
     "cupy": ("mpi.gpu",),

@@ -16,9 +16,9 @@ from mpicoll import Comm, UserError
 from mpicoll.cli import main
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.data import load
-from mpicoll.train.files import HEADER, MODEL, read_model
 from mpicoll.train.readers.raw import Schema
 from mpicoll.train.run import run
+from mpicoll.train.run_folder import HEADER, MODEL, read_model
 from mpicoll.train.settings import Settings
 
 POINTS = [[n % 3 == 0, 5 * (n % 3 == 1), 9 * (n % 3 == 2)] for n in range(30)]  # of three classes

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from datafiles import samples
 from mpicoll import Comm, UserError
 from mpicoll.cli.app import app
-from mpicoll.train import files, holdout
+from mpicoll.train import holdout, run_folder
 from mpicoll.train.checkpoint import Checkpoint
 from mpicoll.train.checks import check
 from mpicoll.train.data import Dataset
@@ -36,9 +36,9 @@ def data(classes: int = 3, labels: list | None = None) -> Dataset:
 def softmax(folder: Path) -> None:
     """A run of one epoch."""
     settings, model = Settings(model="softmax"), MODELS["softmax"](4, 3, ())
-    files.begin(folder, settings, {"ranks": 1})
-    files.add_metrics(folder, {"epoch": 1})
-    files.finish(folder, settings, model, np.zeros(model.size), data(), {"loss": 1.5})
+    run_folder.begin(folder, settings, {"ranks": 1})
+    run_folder.add_metrics(folder, {"epoch": 1})
+    run_folder.finish(folder, settings, model, np.zeros(model.size), data(), {"loss": 1.5})
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_a_model_comes_back_as_it_was_written(tmp_path, name, classes, hidden, l
     params = np.random.default_rng(0).normal(size=model.size).astype("f4")
     named = {"text": ["cat", "dog", "eel"], "signed": [-1, 1, 7]}.get(labels or "", [0, 1, 2])[:classes]
     whole = data(classes, named)
-    files.begin(tmp_path / "a" / "run", settings, {})
-    files.finish(tmp_path / "a" / "run", settings, model, params, whole, {})
-    back, back_params, back_scaling, schema = files.read_model(tmp_path / "a" / "run")
+    run_folder.begin(tmp_path / "a" / "run", settings, {})
+    run_folder.finish(tmp_path / "a" / "run", settings, model, params, whole, {})
+    back, back_params, back_scaling, schema = run_folder.read_model(tmp_path / "a" / "run")
     assert back.sizes == model.sizes
     x = np.random.default_rng(1).normal(size=(20, 4))
     np.testing.assert_array_equal(back.predict(params, x), model.predict(params, x))
@@ -74,32 +74,32 @@ def test_a_model_comes_back_as_it_was_written(tmp_path, name, classes, hidden, l
 def test_a_model_of_one_class_is_refused(tmp_path):
     """As earlier versions wrote them, with an output for a class that there is not."""
     model = MODELS["softmax"](4, 1, ())
-    files.begin(tmp_path / "run", Settings(model="softmax"), {})
-    files.finish(tmp_path / "run", Settings(model="softmax"), model, np.zeros(model.size), data(1, ["yes"]), {})
+    run_folder.begin(tmp_path / "run", Settings(model="softmax"), {})
+    run_folder.finish(tmp_path / "run", Settings(model="softmax"), model, np.zeros(model.size), data(1, ["yes"]), {})
     with pytest.raises(UserError, match=r"'.*model\.safetensors' knows fewer than two classes: there is nothing"):
-        files.read_model(tmp_path / "run")
+        run_folder.read_model(tmp_path / "run")
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "FORMAT", "mpicoll-model-99")
+    monkeypatch.setattr(run_folder, "FORMAT", "mpicoll-model-99")
     softmax(tmp_path / "run")
     monkeypatch.undo()
     with pytest.raises(UserError, match="has format 'mpicoll-model-99'; expected 'mpicoll-model-2'"):
-        files.read_model(tmp_path / "run")
+        run_folder.read_model(tmp_path / "run")
 
 
 def test_a_folder_appears_complete_and_is_filled_if_it_is_empty(tmp_path):
     (tmp_path / "empty").mkdir()
-    files.check_output(tmp_path / "empty")
+    run_folder.check_output(tmp_path / "empty")
     for name in ("empty", "new/deeper/run"):
         softmax(tmp_path / name)
         held = sorted(path.name for path in (tmp_path / name).iterdir())
         assert held == ["config.toml", "environment.json", "metrics.jsonl", "model.safetensors", "summary.json"]
     with pytest.raises(UserError, match="already holds files"):
-        files.check_output(tmp_path / "empty")
+        run_folder.check_output(tmp_path / "empty")
     with pytest.raises(FileExistsError):
         softmax(tmp_path / "empty")
-    files.check_output(tmp_path / "other" / "deeper" / "run")
+    run_folder.check_output(tmp_path / "other" / "deeper" / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
 
 
@@ -121,15 +121,15 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_model(tmp_path, monkeyp
 
 
 def test_metrics_of_epochs_to_be_done_again_are_dropped_and_a_torn_line_does_not_count(tmp_path):
-    files.begin(tmp_path / "run", Settings(), {})
+    run_folder.begin(tmp_path / "run", Settings(), {})
     for epoch in range(1, 6):
-        files.add_metrics(tmp_path / "run", {"epoch": epoch, "loss": 1 / epoch})
+        run_folder.add_metrics(tmp_path / "run", {"epoch": epoch, "loss": 1 / epoch})
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
         file.write('{"epoch": 6, "lo')
-    assert [line["epoch"] for line in files.read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert [line["epoch"] for line in run_folder.read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
     (tmp_path / "run/summary.json").write_text("{}")
     found = Checkpoint(tmp_path / "run/checkpoints/epoch-00000003", {"epoch": 3}, {})
-    files.resume(tmp_path / "run", Settings(epochs=77), found)
+    run_folder.resume(tmp_path / "run", Settings(epochs=77), found)
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert [json.loads(line)["epoch"] for line in text.splitlines()] == [1, 2, 3]
     assert read_settings(tmp_path / "run/config.toml")["epochs"] == 77
@@ -137,9 +137,9 @@ def test_metrics_of_epochs_to_be_done_again_are_dropped_and_a_torn_line_does_not
     for line in ("7", "{}", '{"epoch": "x"}'):
         (tmp_path / "run/metrics.jsonl").write_text('{"epoch": 1}\n' + line + "\n")
         with pytest.raises(UserError, match=r"cannot be read .line 2 is not that of an epoch."):
-            files.read_metrics(tmp_path / "run")
+            run_folder.read_metrics(tmp_path / "run")
     with pytest.raises(UserError, match=r"cannot be read .No such file or directory.; expected the folder of a run"):
-        files.read_metrics(tmp_path)
+        run_folder.read_metrics(tmp_path)
 
 
 def of_before(folder: Path) -> str:

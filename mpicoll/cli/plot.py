@@ -40,7 +40,7 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
         from matplotlib.ticker import PercentFormatter
     except ModuleNotFoundError as error:
         raise UserError(f"plots need {error.name}: pip install 'mpicoll[plot]'") from error
-    from ..train.files import CONFIG, ENVIRONMENT, read_metrics
+    from ..train.run_folder import CONFIG, ENVIRONMENT, read_metrics
     from ..train.settings import read_settings
 
     curves, settings = [], []

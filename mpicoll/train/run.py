@@ -20,7 +20,7 @@ from ..mpi.gpu import Gpu
 from ..mpi.guard import on_root
 from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
-from . import files, snapshot
+from . import run_folder, snapshot
 from .checkpoint import Checkpoint, latest
 from .checks import check
 from .data import TEST_SHARE, Dataset, fingerprint, load, untrained
@@ -148,8 +148,8 @@ def run(
             environment = {**facts, "hosts": hosts, "command": sys.argv, "started": now}
             for folder in [out] if settings.out is not None else _numbered(out):
                 try:
-                    files.begin(folder, settings, environment)
-                    held.enter_context(files.locked(folder))
+                    run_folder.begin(folder, settings, environment)
+                    held.enter_context(run_folder.locked(folder))
                     return folder
                 except FileExistsError:  # another run was given the same name, and was faster
                     continue
@@ -158,8 +158,8 @@ def run(
         def go_on() -> Path:
             """The same, for a run that is resumed."""
             assert checkpoint is not None
-            held.enter_context(files.locked(out))
-            files.resume(out, settings, checkpoint)
+            held.enter_context(run_folder.locked(out))
+            run_folder.resume(out, settings, checkpoint)
             return out
 
         folder = on_root(comm, go_on) if checkpoint else None
@@ -173,7 +173,7 @@ def run(
                 opened(folder)
             where = folder
             known = {name: value for name, value in epoch._asdict().items() if value is not None}
-            on_root(comm, lambda: files.add_metrics(where, known))
+            on_root(comm, lambda: run_folder.add_metrics(where, known))
             report(epoch)
 
         def save(training: Training) -> None:
@@ -186,7 +186,7 @@ def run(
                     "mixed": mixed,
                     "scaling": np.array(data.scaling).tolist() if is_dense else None,
                 }
-                snapshot.save(training, folder / files.CHECKPOINTS, pinned)
+                snapshot.save(training, folder / run_folder.CHECKPOINTS, pinned)
 
         result = training.run(epoch_done, save)
         # Only now is the test set looked at.
@@ -196,7 +196,7 @@ def run(
         where = folder
 
         def finish() -> dict[str, Any]:
-            lines = files.read_metrics(where)
+            lines = run_folder.read_metrics(where)
             last = lines[-1]
             sent = [rank.bytes_sent for rank in result.ranks if rank.bytes_sent is not None]
             spent = sum(rank.seconds for rank in result.ranks) or 1.0
@@ -227,7 +227,7 @@ def run(
             lost = {name for name, value in last.items() if value is None and name in summary}
             lost |= {name for name, value in summary.items() if isinstance(value, float) and not isfinite(value)}
             summary |= {**dict.fromkeys(lost), "not_finite": sorted(lost)}
-            files.finish(where, settings, model, result.params, data, summary)
+            run_folder.finish(where, settings, model, result.params, data, summary)
             return summary
 
         summary = on_root(comm, finish)
@@ -287,10 +287,10 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
             now, then = ("not given" if one is None else repr(one) for one in (value, before))
             raise UserError(f"{flag(name)} is {now}, and was {then}: of a resumed run only {may} can be changed")
     done = found.facts["epoch"]
-    if done >= settings.epochs and (folder / files.SUMMARY).exists():
+    if done >= settings.epochs and (folder / run_folder.SUMMARY).exists():
         raise UserError(f"{str(folder)!r} has done its {done} epochs; to go on, ask for more with --epochs")
     best = found.facts["best"]
-    if best and settings.patience and done - best[1] >= settings.patience and (folder / files.SUMMARY).exists():
+    if best and settings.patience and done - best[1] >= settings.patience and (folder / run_folder.SUMMARY).exists():
         raise UserError(
             f"{str(folder)!r} stopped early, after epoch {done}: no better validation loss since epoch {best[1]} "
             f"(--patience {settings.patience}); to go on, ask for more with --patience"
@@ -346,7 +346,7 @@ def _output(settings: Settings, ranks: int) -> Path:
         name = f"{stem}-{settings.model}-{settings.strategy}-p{ranks}"
         named = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
         out = next(folder for folder in _numbered(named) if not folder.exists())
-    files.check_output(out)
+    run_folder.check_output(out)
     return out
 
 

@@ -22,11 +22,11 @@ from mpicoll.mpi.gpu import in_host_memory, is_cupy
 from mpicoll.train import group
 from mpicoll.train import split as split_module
 from mpicoll.train.checkpoint import latest
-from mpicoll.train.files import read_model
 from mpicoll.train.grid import Grid, Sizes
 from mpicoll.train.loop import Training
 from mpicoll.train.models import Batch, Layered, forward, hinge
 from mpicoll.train.run import run
+from mpicoll.train.run_folder import read_model
 from mpicoll.train.settings import Settings
 from mpicoll.train.snapshot import restore
 from mpicoll.train.split import Split

@@ -17,7 +17,7 @@ from test_files import strict
 from test_strategies import column_stochastic
 
 from mpicoll import Comm, UserError
-from mpicoll.train import files, loop, snapshot
+from mpicoll.train import loop, run_folder, snapshot
 from mpicoll.train import run as runs
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.loop import Training
@@ -306,7 +306,7 @@ def test_numbers_that_are_not_finite_are_null_and_told(comm, place, monkeypatch)
     assert (summary["test_loss"], summary["validation_loss"], summary["validation_accuracy"]) == (None, None, 0.5)
     for path in Path("run").rglob("*.json"):
         strict(path.read_text())
-    lines = [strict(line) for line in (Path("run") / files.METRICS).read_text().splitlines()]
+    lines = [strict(line) for line in (Path("run") / run_folder.METRICS).read_text().splitlines()]
     assert [line["validation_loss"] for line in lines] == [1.0, None]
-    assert strict((Path("run") / files.SUMMARY).read_text()) == summary
+    assert strict((Path("run") / run_folder.SUMMARY).read_text()) == summary
     assert {name: summary[name] for name in asdict(Settings()) if name in given} == given

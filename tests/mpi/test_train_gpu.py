@@ -25,11 +25,11 @@ from mpicoll.mpi.gpu import is_cupy
 from mpicoll.train import loop, optimizers
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.data import Dataset
-from mpicoll.train.files import read_model
 from mpicoll.train.loop import Result
 from mpicoll.train.models import MODELS, Batch
 from mpicoll.train.optimizers import OPTIMIZERS, clip
 from mpicoll.train.run import run
+from mpicoll.train.run_folder import read_model
 from mpicoll.train.settings import Settings
 from mpicoll.train.snapshot import restore
 from training import blobs, trained, training
