@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from scipy.sparse import csc_array, csr_array
-from test_checkpoints import stopped_after
+from test_snapshot import stopped_after
 
 from mpicoll import UserError
 from mpicoll.mpi import gpu

@@ -1,6 +1,6 @@
 """Training without waiting for all, on GPUs: messages, and what a thread works on, are in host memory.
 
-What can be had again is compared with a CPU in ``test_train_gpu``.
+What can be had again is compared with a CPU in ``test_loop_gpu``.
 """
 
 import threading
@@ -11,7 +11,7 @@ import kernels
 import numpy as np
 import pytest
 from mpi4py import MPI
-from test_async import Still, same_everywhere, slowed
+from test_asynchronous import Still, same_everywhere, slowed
 
 from mpicoll.mpi.gpu import is_cupy
 from training import blobs, training

@@ -1,6 +1,6 @@
 """Models that are split over ranks with GPUs: they compute what they do in host memory, and everything is there.
 
-With a CuPy of ours, or on a real GPU, as in ``test_train_gpu``.
+With a CuPy of ours, or on a real GPU, as in ``test_loop_gpu``.
 """
 
 import time
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from scipy.sparse import csr_array
-from test_parallel_ranks import ALL, DEEP, LINEAR, batch, fits, seen_by, shown, stopped_after, training, vector
-from test_train_gpu import MOST, REAL, cupy, fake  # noqa: F401
+from test_loop_gpu import MOST, REAL, cupy, fake  # noqa: F401
+from test_split_ranks import ALL, DEEP, LINEAR, batch, fits, seen_by, shown, stopped_after, training, vector
 
 from mpicoll.mpi import gpu
 from mpicoll.mpi.collectives import allgather, allreduce

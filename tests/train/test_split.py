@@ -1,4 +1,4 @@
-"""Grids: what they are told by, what does not fit on them, and jobs of them from outside."""
+"""Models that are split over ranks: what does not fit, and jobs from outside."""
 
 import json
 import os
@@ -12,50 +12,9 @@ import pytest
 
 from launch import mpirun, run
 from mpicoll import UserError
-from mpicoll.train.checkpoint import Checkpoint
-from mpicoll.train.checks import check, check_split
 from mpicoll.train.grid import Sizes, sizes_of
 from mpicoll.train.models import MODELS, Layered
-from mpicoll.train.run import DEPENDS
-from mpicoll.train.run import _changed as changed
-from mpicoll.train.settings import Settings
 from mpicoll.train.split import Split
-
-
-@pytest.mark.parametrize(
-    ("text", "ranks", "sizes"),
-    [
-        (None, 5, (5, 1, 1)),
-        ("data=3", 3, (3, 1, 1)),
-        ("tensor=2, pipe = 3", 6, (1, 3, 2)),
-        ("pipe=2", 8, (4, 2, 1)),
-        ("pipe=2,data=1,tensor=4", 8, (1, 2, 4)),
-    ],
-)
-def test_grids_that_are_told_in_words(text, ranks, sizes):
-    assert sizes_of(text, ranks) == Sizes(*sizes)
-    assert sizes_of(str(Sizes(*sizes)), ranks) == Sizes(*sizes)
-
-
-@pytest.mark.parametrize(
-    ("text", "ranks", "message"),
-    [
-        ("pipes=2", 2, "--grid has axes data, pipe, tensor, as data=2,pipe=2,tensor=2; got 'pipes'"),
-        ("", 2, "got ''"),
-        ("pipe", 2, "--grid must give each axis at least 1 rank, and once, as .*; got 'pipe'"),
-        ("pipe=0", 2, "at least 1 rank"),
-        ("pipe=-1", 2, "at least 1 rank"),
-        ("pipe=x", 2, "at least 1 rank"),
-        ("pipe=1,pipe=2", 2, "and once"),
-        ("data=2,pipe=2", 6, "--grid data=2,pipe=2 is one of 4 rank.s., and there are 6: take data=3,pipe=2, or other"),
-        ("pipe=4", 6, "is one of 4 rank.s., and there are 6: take data=3,pipe=2, or"),
-        ("data=2,pipe=2,tensor=2", 1, "is one of 8 rank.s., and there are 1: take data=1, or"),
-        ("tensor=8,pipe=3", 12, "is one of 24 rank.s., and there are 12: take pipe=3,tensor=4, or"),
-    ],
-)
-def test_grids_that_are_none(text, ranks, message):
-    with pytest.raises(UserError, match=message):
-        sizes_of(text, ranks)
 
 
 def on(model: Layered, **given: Any) -> Split:
@@ -91,33 +50,6 @@ def test_stages_are_cut_by_cost_and_shards_share_the_parameters_out():
     assert on(model, pipe=2, cuts=(3,)).size == 101 * 20 + 2 * 21 * 20
     assert on(model, tensor=2).size == 101 * 10 + 10 * 20 + 20 + 21 * 10 + 10 * 10 + 10
     assert on(MODELS["softmax"](7, 3, ()), tensor=2).size == 3 * 3 + 3
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"strategy": "async"}, "is not for the async strategy, but for sync, average, butterfly, gossip"),
-        ({"strategy": "ad-psgd"}, "is not for the ad-psgd strategy"),
-    ],
-)
-def test_settings_that_do_not_go_with_a_split_model(given, message):
-    with pytest.raises(UserError, match=message):
-        check_split(Settings(**given))
-    check(Settings(**given))
-
-
-def test_what_is_not_as_before_is_said_of_models_not_of_ranks():
-    """Two groups of two ranks are as many models as two ranks."""
-    before = {"data_crc32": "a", "ranks": 2}
-    facts: dict[str, Any] = {"ranks": 2, "environment": before, "settings": {"micro": 2}}
-    found = Checkpoint(Path("run/checkpoints/epoch-00000001"), facts, {"rank-0": "", "rank-1": ""})
-    now = {**dict.fromkeys(DEPENDS), "data_crc32": "b", "ranks": 4, "grid": "data=2,pipe=2"}
-    same = changed(found, now, Settings(), 2, True)
-    assert same == ["ranks 2 -> 4", "grid None -> data=2,pipe=2", "data_crc32 a -> b", "micro 2 -> None"]
-    assert changed(found, now, Settings(), 4, False)[2:] == [
-        "micro 2 -> None",
-        "the models and momenta of 2 ranks are averaged",
-    ]
 
 
 TRAIN = ["mpicoll", "train", "--json", "--hidden", "64,32"]
