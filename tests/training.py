@@ -12,6 +12,20 @@ from mpicoll.train.models import MODELS, Layered
 from mpicoll.train.readers.raw import Schema
 from mpicoll.train.scaling import Scaling
 from mpicoll.train.settings import Settings
+from mpicoll.train.strategies import STRATEGIES
+
+REPEATABLE: dict[str, dict[str, Any]] = {
+    "sync": {},
+    "average": {},
+    "butterfly": {},
+    "gossip": {},
+    "ad-psgd": {"delays": 3},
+    "async": {"staleness": "0"},
+}
+"""A row for each strategy: settings with which a run ends with the same bits, however fast ranks are."""
+
+DECENTRAL = [name for name, strategy in STRATEGIES.items() if strategy.in_step and not strategy.replicated]
+"""Strategies whose ranks take steps of their own, all in step, and agree on models."""
 
 
 def blobs(samples: int, dtype: str = "f8", validation: int = 0) -> Dataset:

@@ -11,13 +11,14 @@ from mpi4py import MPI
 from mpicoll import UserError
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.snapshot import restore, save
-from training import blobs, trained, training
+from mpicoll.train.strategies import STRATEGIES
+from training import DECENTRAL, REPEATABLE, blobs, trained, training
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
 RISING = ",".join(str(rank + 1) for rank in range(P))
 UNEQUAL = ",".join(["1000", *["1"] * (P - 1)])
-STRATEGIES = ["sync", "average", "butterfly", "gossip", "async"]
+SHARING = [name for name in STRATEGIES if name != "ad-psgd"]  # whose ranks take shares when they are ready
 FACTS: dict[str, Any] = {"settings": {}, "environment": {}}
 
 
@@ -45,9 +46,9 @@ def test_sync_is_the_same_whatever_the_shares(comm, balance, batch_size, algorit
     np.testing.assert_allclose(other.epochs[-1].train_loss, even.epochs[-1].train_loss, rtol=1e-9)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SHARING)
 def test_equal_weights_are_the_bits_of_none(comm, strategy):
-    given = {"strategy": strategy, "staleness": "0"} if strategy == "async" else {"strategy": strategy}
+    given = {"strategy": strategy, **REPEATABLE[strategy]}
     even, equal = trained(comm, blobs(101), **given), trained(comm, blobs(101), balance=",".join(["0.1"] * P), **given)
     np.testing.assert_array_equal(equal.params, even.params)
     assert even.epochs[0].weights is None
@@ -60,7 +61,7 @@ def test_async_without_staleness_is_sync_bit_for_bit(comm):
     np.testing.assert_array_equal(other.params, together.params)
 
 
-@pytest.mark.parametrize("strategy", ["average", "butterfly", "gossip"])
+@pytest.mark.parametrize("strategy", DECENTRAL)
 def test_to_first_order_every_sample_counts_the_same(comm, strategy):
     """One step of SGD of each rank, from one point: the mean is that of sync."""
     given = {"batch_size": 101, "epochs": 1, "momentum": 0.0}
@@ -70,7 +71,7 @@ def test_to_first_order_every_sample_counts_the_same(comm, strategy):
 
 
 @pytest.mark.skipif(P == 1, reason="nobody to be slower than")
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SHARING)
 def test_a_slow_rank_gets_less_and_every_sample_comes_once(comm, strategy):
     """1 ms a sample, and 3 ms on the last rank.  It begins with even shares, and goes half of the way in each epoch."""
     made = training(comm, blobs(240), strategy=strategy, balance="auto", batch_size=40, epochs=4)

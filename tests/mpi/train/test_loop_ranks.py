@@ -14,7 +14,7 @@ from mpicoll.train.data import Part
 from mpicoll.train.loop import evaluate
 from mpicoll.train.models import MODELS, Layered
 from mpicoll.train.strategies import STRATEGIES
-from training import blobs, broken_on_the_last_rank, trained
+from training import REPEATABLE, blobs, broken_on_the_last_rank, trained
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
@@ -118,9 +118,10 @@ def test_what_becomes_nan_on_one_rank_ends_the_run_on_all(comm, monkeypatch, str
     assert len(set(comm.allgather(str(caught.value)))) == 1
 
 
-@pytest.mark.parametrize("strategy", ["sync", "average", "butterfly", "gossip"])
+@pytest.mark.parametrize("strategy", REPEATABLE)
 def test_one_slow_rank_delays_the_others_and_changes_nothing(comm, monkeypatch, strategy):
-    usual = trained(comm, blobs(40), strategy=strategy, epochs=1, batch_size=10)
+    given = {"strategy": strategy, "epochs": 1, "batch_size": 10, **REPEATABLE[strategy]}
+    usual = trained(comm, blobs(40), **given)
     step = Layered.loss_and_grad
 
     def slow(*arguments: Any) -> Any:
@@ -128,9 +129,7 @@ def test_one_slow_rank_delays_the_others_and_changes_nothing(comm, monkeypatch, 
         return step(*arguments)
 
     monkeypatch.setattr(Layered, "loss_and_grad", slow)
-    np.testing.assert_array_equal(
-        trained(comm, blobs(40), strategy=strategy, epochs=1, batch_size=10).params, usual.params
-    )
+    np.testing.assert_array_equal(trained(comm, blobs(40), **given).params, usual.params)
 
 
 def test_waiting_is_told_from_moving(comm, monkeypatch):

@@ -13,11 +13,10 @@ from mpicoll.graphs import graph
 from mpicoll.train.optimizers import OPTIMIZERS
 from mpicoll.train.settings import Settings
 from mpicoll.train.strategies import STRATEGIES, Now, Strategy
-from training import blobs, trained, training
+from training import DECENTRAL, REPEATABLE, blobs, trained, training
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P in (6, 7), reason="five ranks and eight show it")]
-DECENTRAL = ["average", "butterfly", "gossip"]
 IS_POWER = P & (P - 1) == 0
 
 
@@ -45,17 +44,23 @@ def variance(comm: MPI.Intracomm, params: np.ndarray) -> float:
 # One rank is plain SGD, whatever the strategy.
 
 
-@pytest.mark.parametrize("name", [*DECENTRAL, "average every=1", "average outer=bmuf", "average outer=slowmo"])
+PLAIN: list[dict[str, Any]] = [
+    *({"strategy": name, **given} for name, given in REPEATABLE.items()),
+    {"strategy": "average", "every": 1},
+    {"strategy": "average", "outer": "bmuf"},
+    {"strategy": "average", "outer": "slowmo", "outer_momentum": 0.0},
+]
+
+
+def test_every_strategy_has_its_row():
+    assert {*REPEATABLE} == {*STRATEGIES}
+
+
+@pytest.mark.parametrize("given", PLAIN, ids=lambda given: "-".join(map(str, given.values())))
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_one_rank_is_plain_sgd(name, optimizer):
-    chosen, *options = name.split()
-    given: dict[str, Any] = dict(option.split("=") for option in options)
-    if "every" in given:
-        given["every"] = int(given["every"])
-    if given.get("outer") == "slowmo":
-        given["outer_momentum"] = 0.0
+def test_one_rank_is_plain_sgd(given, optimizer):
     plain = trained(MPI.COMM_SELF, blobs(101), strategy="sync", optimizer=optimizer, lr=0.01)
-    other = trained(MPI.COMM_SELF, blobs(101), strategy=chosen, optimizer=optimizer, lr=0.01, **given)
+    other = trained(MPI.COMM_SELF, blobs(101), optimizer=optimizer, lr=0.01, **given)
     if "outer" in given:
         np.testing.assert_allclose(other.params, plain.params, rtol=1e-12)
     else:
