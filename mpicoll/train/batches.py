@@ -15,29 +15,6 @@ GOLDEN = (5**0.5 - 1) / 2
 """Its multiples, modulo 1, are spread as evenly as those of any number."""
 
 
-def rebalanced(weights: Sequence[float], measured: Sequence[tuple[int, float]], total: int) -> list[float]:
-    """The weights of ranks in the next epoch of ``total`` samples, which add up to 1 as those of the last did.
-
-    ``measured`` are, for each rank, its samples in the last epoch and the seconds that it spent on them.  Weights go
-    half of the way to the ranks' speeds.  Weights that stay as they are give all ranks the same time a step, even if
-    some of it does not depend on the number of samples.  A rank that has done too few samples to tell keeps its weight,
-    and none falls so low that it would have too few.
-    """
-    known = [rank for rank, (samples, seconds) in enumerate(measured) if samples >= MEASURED and seconds > 0]
-    speeds = {rank: measured[rank][0] / measured[rank][1] for rank in known}
-    theirs, whole = sum(weights[rank] for rank in known), sum(speeds.values())  # NumPy's sums depend on the machine
-    new = [(w + speeds[rank] / whole * theirs) / 2 if rank in speeds else w for rank, w in enumerate(weights)]
-    least = min(2 * MEASURED / total, 1 / len(weights))
-    return normalized([max(weight, least) for weight in new])
-
-
-def normalized(weights: Sequence[float]) -> list[float]:
-    """Weights in the same proportions that add up to 1."""
-    largest = max(weights)
-    scaled = [weight / largest for weight in weights]  # of which the sum is finite
-    return [weight / sum(scaled) for weight in scaled]
-
-
 class Batches:
     """The steps of an epoch, and which rank has which samples in them.
 
@@ -86,3 +63,26 @@ class Batches:
             self._order[rank] = np.random.default_rng([*self._seed, rank]).permutation(len(self._data.train.y))
         length = -(-(total - step) // self.steps)
         return self._order[rank][(step - self._data.train.start) % self.steps :: self.steps], length
+
+
+def rebalanced(weights: Sequence[float], measured: Sequence[tuple[int, float]], total: int) -> list[float]:
+    """The weights of ranks in the next epoch of ``total`` samples, which add up to 1 as those of the last did.
+
+    ``measured`` are, for each rank, its samples in the last epoch and the seconds that it spent on them.  Weights go
+    half of the way to the ranks' speeds.  Weights that stay as they are give all ranks the same time a step, even if
+    some of it does not depend on the number of samples.  A rank that has done too few samples to tell keeps its weight,
+    and none falls so low that it would have too few.
+    """
+    known = [rank for rank, (samples, seconds) in enumerate(measured) if samples >= MEASURED and seconds > 0]
+    speeds = {rank: measured[rank][0] / measured[rank][1] for rank in known}
+    theirs, whole = sum(weights[rank] for rank in known), sum(speeds.values())  # NumPy's sums depend on the machine
+    new = [(w + speeds[rank] / whole * theirs) / 2 if rank in speeds else w for rank, w in enumerate(weights)]
+    least = min(2 * MEASURED / total, 1 / len(weights))
+    return normalized([max(weight, least) for weight in new])
+
+
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Weights in the same proportions that add up to 1."""
+    largest = max(weights)
+    scaled = [weight / largest for weight in weights]  # of which the sum is finite
+    return [weight / sum(scaled) for weight in scaled]

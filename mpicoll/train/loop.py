@@ -30,14 +30,14 @@ BLOCK = 1024
 
 
 class Epoch(NamedTuple):
-    """After an epoch; ``seconds`` are those of training since it began, without evaluation and checkpoints.
+    """Measures of an epoch; ``seconds`` are those of training since it began, without evaluation and checkpoints.
 
-    ``train_loss`` and ``train_accuracy`` are means over its samples, as they were seen; ``consensus`` is the root mean
-    square distance of the ranks' models from their mean, ``None`` where they are the same by construction; those of
-    the validation set are of the model that ranks agree on.  ``communicating`` is this rank's share of time in
-    agreement, ``bytes_sent`` what it sent, as far as that can be known.  ``staleness`` says how many gradients, of all
-    ranks, were taken at parameters 0, 1, 2, ... steps behind.  ``weights`` are the ranks' shares of its batches, where
-    they are not even.
+    ``train_loss`` and ``train_accuracy`` are means over its samples, as they were seen; ``validation_loss`` and
+    ``validation_accuracy`` those of the model that ranks agree on.  ``consensus`` is the consensus distance: the root
+    mean square distance of the ranks' models from their mean, ``None`` where they are the same by construction.
+    ``communicating`` is the share of time that this rank spent in communication, ``bytes_sent`` what it sent, as far as
+    that can be known.  ``staleness`` are the numbers of gradients, of all ranks, that were taken at parameters 0, 1, 2,
+    ... steps behind.  ``weights`` are the ranks' shares of its batches, where they are not even.
     """
 
     epoch: int
@@ -56,10 +56,10 @@ class Epoch(NamedTuple):
 
 
 class Rank(NamedTuple):
-    """What a rank did since the run was started or resumed: seconds of training, of agreement, and of waiting.
+    """Work of a rank since the run was started or resumed: seconds of training, of communication and of waiting in it.
 
-    Waiting is the part of an agreement that goes beyond the time of the rank that got through it fastest: the last to
-    arrive, which waits for nobody.  Where ranks do not agree all at once, it is waiting for messages; so it is between
+    Waiting is the part of a communication beyond the time of the rank that got through it fastest: the last to arrive,
+    which waits for nobody.  Where ranks do not communicate all at once, it is waiting for messages; so it is between
     the stages of a pipeline.
     """
 
@@ -83,13 +83,13 @@ class Result(NamedTuple):
 
 
 class Training:
-    """A run: ``run()`` it.  Made by all ranks together.
+    """A training run, which ``run()`` carries out; making it is a collective call.
 
-    The ranks share each global batch of ``settings.batch_size`` samples; how they agree is the strategy's affair.
-    Every epoch visits all samples in a new order drawn from ``settings.seed``.  Of a ``Split`` model, ``comm`` are the
-    ranks that have the same part of it, and all of its grid make this together.  With device ``gpu`` each rank takes a
-    GPU, ``gpu`` says which one, and parameters, data and all else are in its memory; ``arrays`` is the library whose
-    arrays they are.
+    The ranks of ``comm`` share each global batch of ``settings.batch_size`` samples; how they agree is up to the
+    strategy.  Every epoch visits all samples in a new order drawn from ``settings.seed``.  With a ``Split`` model
+    ``comm`` are the ranks that have the same part of it, and all of its grid make this together.  With device ``gpu``
+    each rank takes a GPU, which ``gpu`` describes, and parameters, data and all else are in its memory; ``arrays`` is
+    the library of the arrays, NumPy or CuPy.
     """
 
     def __init__(self, comm: MPI.Intracomm, data: Dataset, model: Model, settings: Settings) -> None:

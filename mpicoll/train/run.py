@@ -47,10 +47,10 @@ DEPENDS = (
     "gpu",
     "cupy",
 )
-"""What the bits of a run depend on beside its settings."""
+"""Facts that the bits of a run depend on, beside its settings."""
 
 OF_RANKS = ("data_crc32", "shares", "graph", "gpu")
-"""Those of them that are other ones anyway if the number of ranks is."""
+"""Facts among these that change with the number of ranks."""
 
 
 def run(
@@ -156,7 +156,7 @@ def run(
             raise UserError(f"output folder {str(out)!r} was filled by another program; nothing was written")
 
         def go_on() -> Path:
-            """The same, for a run that is resumed."""
+            """The folder of a run that is resumed, as it was at the checkpoint."""
             assert checkpoint is not None
             held.enter_context(run_folder.locked(out))
             run_folder.resume(out, settings, checkpoint)
@@ -257,7 +257,7 @@ def _split(model: Layered, grid: Grid, settings: Settings) -> Split:
 
 
 def gpus(mine: Gpu, comm: MPI.Intracomm) -> list[dict[str, Any]]:
-    """Those that ranks have, in the order of ranks: of each its ``name``, and the ``ranks``; a collective call."""
+    """The GPUs of all ranks, in their order, each with its ``name`` and ``ranks``; a collective call."""
     everyones = comm.allgather((str(mine), mine.ranks))
     return [{"name": name, "ranks": list(ranks)} for name, ranks in dict.fromkeys(everyones)]
 
@@ -299,7 +299,7 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
 
 
 def _other_data(checkpoint: Checkpoint, crc: str) -> bool:
-    """Are the data others than before?  In as many shards as before, or in none: else nobody knows."""
+    """Whether the training samples have changed, which can be told only if they are in as many shards as before."""
     before = str(checkpoint.facts["environment"].get("data_crc32", crc))
     return before != crc and before.count(".") == crc.count(".")
 

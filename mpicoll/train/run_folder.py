@@ -76,7 +76,7 @@ def begin(folder: Path, settings: Settings, environment: dict[str, Any]) -> None
 
 
 def add_metrics(folder: Path, epoch: dict[str, Any]) -> None:
-    """One more line."""
+    """Add the line of an epoch."""
     with _writable(folder), (folder / METRICS).open("a") as file:
         file.write(to_json(epoch) + "\n")
 
