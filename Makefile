@@ -69,7 +69,7 @@ test-gpu: test-gpu-1 test-gpu-2 test-gpu-3 test-gpu-4
 
 test-gpu-%:
 	MPICOLL_TEST_GPU=1 PYTHONPATH=$(CURDIR) timeout --kill-after=5 300 \
-		mpirun -n $* $(PY) -m pytest -x -rs --color=no --only-mpi tests/mpi/test_gpu.py tests/mpi/test_train_gpu.py tests/mpi/test_parallel_gpu.py
+		mpirun -n $* $(PY) -m pytest -x -rs --color=no --only-mpi tests/mpi/test_gpu.py tests/mpi/train/test_loop_gpu.py tests/mpi/train/test_split_gpu.py
 
 bench-gpu:
 	PYTHONPATH=$(CURDIR) timeout --kill-after=5 3000 $(PY) bench/gpu.py

@@ -151,7 +151,7 @@ class Problem(NamedTuple):
         """
         from scipy.sparse import csr_array
 
-        from mpicoll.train.data import Batches
+        from mpicoll.train.batches import Batches
         from mpicoll.train.models import MODELS, Batch
 
         p, size, train = self.p, self.model.size, self.data.train

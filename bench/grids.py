@@ -75,10 +75,11 @@ def micro_of(case: Case, data: int, pipe: int) -> int:
 
 def emulated(model: Any, grid: Any, micro: int) -> Any:
     """A rank's part of the model, on a device that takes its time for every layer."""
-    from mpicoll.train import models, parallel
+    from mpicoll.train import models
+    from mpicoll.train import split as split_module
     from mpicoll.train.bubble import sleep_until
 
-    class Device(parallel.Split):
+    class Device(split_module.Split):
         """Layers are done when ``complete_outputs`` or ``complete_errors`` is called; and the first one, going back,
         when all is."""
 
@@ -120,7 +121,7 @@ def emulated(model: Any, grid: Any, micro: int) -> Any:
             split.take_time(0, len(error), 1)
         return result
 
-    vars(parallel).update(forward=forward, backward=backward)
+    vars(split_module).update(forward=forward, backward=backward)
     return split
 
 
@@ -130,10 +131,12 @@ def measure(name: str) -> dict:
 
     from mpicoll.mpi.launch import library_name
     from mpicoll.mpi.threads import limit_threads
-    from mpicoll.train.data import Dataset, Part, Scaling
+    from mpicoll.train.data import Dataset, Part
+    from mpicoll.train.grid import Grid, Sizes
     from mpicoll.train.loop import Training
     from mpicoll.train.models import Layered, cross_entropy
-    from mpicoll.train.parallel import Grid, Sizes
+    from mpicoll.train.readers.raw import Schema
+    from mpicoll.train.scaling import Scaling
     from mpicoll.train.settings import Settings
 
     comm, case = MPI.COMM_WORLD, CASES[name]
@@ -142,8 +145,8 @@ def measure(name: str) -> dict:
     rng, samples = np.random.default_rng(0), case.batch * case.steps * (BLOCKS + 1)
     x, y = rng.normal(size=(samples, case.width)).astype("f4"), rng.integers(CLASSES, size=samples)
     none = Part(x[:0], y[:0], 0, 0)
-    scaling = Scaling(np.zeros(case.width), np.ones(case.width))
-    data = Dataset(Part(x, y, 0, samples), none, none, case.width, CLASSES, scaling, np.arange(CLASSES), False, ())
+    schema, scaling = Schema(case.width, np.arange(CLASSES)), Scaling.none(case.width)
+    data = Dataset(Part(x, y, 0, samples), none, none, schema, scaling, False, ())
     runs = []
     for axes in random.Random(comm.bcast(time.time_ns())).sample(case.grids, len(case.grids)):
         sizes = Sizes(*axes)
@@ -177,7 +180,7 @@ def predicted(case: Case, axes: tuple[int, int, int]) -> dict:
     the bubble."""
     from mpicoll.pipeline import PIPELINES, simulate
     from mpicoll.train.models import Layered, cross_entropy
-    from mpicoll.train.parallel import _is_cut_by_inputs, _stages
+    from mpicoll.train.pieces import is_cut_by_inputs, stages_of
 
     data, pipe, tensor = axes
     micro, on_host = micro_of(case, data, pipe), case.ranks // case.hosts
@@ -196,14 +199,14 @@ def predicted(case: Case, axes: tuple[int, int, int]) -> dict:
         return by_host.max() * 8 / bits(RATE)
 
     forward, backward, own = [], [], []
-    for layers in _stages(model, pipe, None):
+    for layers in stages_of(model, pipe, None):
         ahead = back = 0.0
         for n in layers:
             inputs, outputs = model.sizes[n : n + 2]
             once = 2 * inputs * outputs / tensor * samples / FLOPS
-            sums = link(2, 4 * samples * (outputs if _is_cut_by_inputs(model, n) else inputs)) if tensor > 1 else 0
-            ahead += once + (sums if _is_cut_by_inputs(model, n) else 0)
-            back += once * (2 if n else 1) + (sums if n and not _is_cut_by_inputs(model, n) else 0)
+            sums = link(2, 4 * samples * (outputs if is_cut_by_inputs(model, n) else inputs)) if tensor > 1 else 0
+            ahead += once + (sums if is_cut_by_inputs(model, n) else 0)
+            back += once * (2 if n else 1) + (sums if n and not is_cut_by_inputs(model, n) else 0)
         forward.append(ahead)
         backward.append(back)
         own.append(sum((model.sizes[n] + 1) * model.sizes[n + 1] for n in layers) / tensor)

@@ -131,7 +131,7 @@ class Theirs:
         """Which samples are this rank's, drawn as ours are."""
         import torch
 
-        from mpicoll.train.data import Batches
+        from mpicoll.train.batches import Batches
 
         batches = Batches(self.whole, self.comm.size, BATCH * self.comm.size, self.seed, self.epoch)
         for step in range(batches.steps):

@@ -1,4 +1,7 @@
-"""The exceptions whose text is for the person at the keyboard."""
+"""The exceptions whose text is for the person at the keyboard, and pieces of such text."""
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -14,5 +17,10 @@ class MismatchError(RuntimeError):
 
 
 def reason(error: BaseException) -> str:
-    """What it says, or, if it says nothing, what it is."""
+    """The text of an error, or, if it has none, the name of its type."""
     return str(error) or type(error).__name__
+
+
+def listed(values: Sequence[Any]) -> str:
+    """The first nine values as text, with ``...`` if there are more."""
+    return ", ".join(map(str, values[:9])) + (", ..." if len(values) > 9 else "")

@@ -20,8 +20,9 @@ from .errors import UserError
 from .mpi.collectives import allreduce, bcast
 from .mpi.guard import on_all
 from .mpi.state import state_of
-from .train.data import Batches, from_arrays
-from .train.loop import check
+from .train.batches import Batches
+from .train.checks import check
+from .train.data import from_arrays
 from .train.optimizers import Optimizer
 from .train.settings import DTYPES, Settings
 from .train.strategies import STRATEGIES, Now

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mpicoll.train.readers.raw import Raw
+
 FORMATS = ["npz", "npy", "idx", "idx.gz", "csv", "csv.bz2", "svm", "svm.gz"]
 SPARSE = ("svm", "svm.gz")
 
@@ -251,3 +253,13 @@ BAD: dict[str, Callable[[Path], str]] = {
     r"'powerlaw:10x9:3': expected at least 1 sample": lambda folder: "powerlaw:10x9:3",
     r"'powerlaw:10x99999999': expected at least 1 sample": lambda folder: "powerlaw:10x99999999",
 }
+
+
+def dense(x):
+    return x if isinstance(x, np.ndarray) else x.toarray()
+
+
+def together(shares: list[Raw], features: int) -> tuple[np.ndarray, np.ndarray]:
+    """All shares as one; those of sparse files have the columns that they need."""
+    x = [np.pad(dense(raw.x), [(0, 0), (0, features - raw.x.shape[1])]) for raw in shares]
+    return np.concatenate(x), np.concatenate([raw.y for raw in shares if raw.y is not None])

@@ -21,8 +21,8 @@ from launch import BIN, CROWDED, IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli.app import app
 from mpicoll.cli.plot import names
-from mpicoll.train import files
-from mpicoll.train.files import read_model
+from mpicoll.train import run_folder
+from mpicoll.train.run_folder import read_model
 
 FILES = ["checkpoints", "config.toml", "environment.json", "metrics.jsonl", "model.safetensors", "summary.json"]
 QUICK = ["mpicoll", "train", "--model", "softmax", "--epochs", "1"]
@@ -361,7 +361,7 @@ def test_resuming_by_other_names_of_the_folder(tmp_path, finished):
 
 def test_two_jobs_do_not_write_to_one_run(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "run")
-    with files.locked(tmp_path / "run"):
+    with run_folder.locked(tmp_path / "run"):
         failed = run(["mpicoll", "train", "--resume", "run", "--epochs", "3"], tmp_path)
     assert re.fullmatch("mpicoll: '.*run' is being written by another job: wait for it, or stop it\n", failed.err)
     assert run(["mpicoll", "train", "--resume", "run", "--epochs", "3"], tmp_path).status == 0
@@ -719,7 +719,7 @@ from pathlib import Path
 from mpicoll import cli
 from mpicoll.mpi.launch import world
 comm = world()
-from mpicoll.train import checkpoint, files
+from mpicoll.train import checkpoint, run_folder
 cli.time.sleep = lambda seconds: None
 
 def full(where, when):
@@ -734,10 +734,10 @@ def full(where, when):
 
 for place, epoch, name in json.loads(Path("places").read_text()):
     after = {
-        "metrics": ((files, "to_json"), lambda value: value.get("epoch") == epoch),
+        "metrics": ((run_folder, "to_json"), lambda value: value.get("epoch") == epoch),
         "rank": ((checkpoint, "_synchronize"), lambda path: f"{epoch}.partial/rank-1" in str(path) and comm.rank == 1),
         "manifest": ((checkpoint, "to_json"), lambda value: value["epoch"] == epoch),
-        "summary": ((files, "to_json"), lambda value: "epochs_done" in value),
+        "summary": ((run_folder, "to_json"), lambda value: "epochs_done" in value),
     }[place]
     mend = full(*after)
     if comm.rank == 0:  # alone: the launcher mixes lines of several ranks

@@ -6,10 +6,26 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpicoll.train.data import Dataset, Part, Scaling
+from mpicoll.train.data import Dataset, Part
 from mpicoll.train.loop import Result, Training
 from mpicoll.train.models import MODELS, Layered
+from mpicoll.train.readers.raw import Schema
+from mpicoll.train.scaling import Scaling
 from mpicoll.train.settings import Settings
+from mpicoll.train.strategies import STRATEGIES
+
+REPEATABLE: dict[str, dict[str, Any]] = {
+    "sync": {},
+    "average": {},
+    "butterfly": {},
+    "gossip": {},
+    "ad-psgd": {"delays": 3},
+    "async": {"staleness": "0"},
+}
+"""A row for each strategy: settings with which a run ends with the same bits, however fast ranks are."""
+
+DECENTRAL = [name for name, strategy in STRATEGIES.items() if strategy.in_step and not strategy.replicated]
+"""Strategies whose ranks take steps of their own, all in step, and agree on models."""
 
 
 def blobs(samples: int, dtype: str = "f8", validation: int = 0) -> Dataset:
@@ -21,10 +37,8 @@ def blobs(samples: int, dtype: str = "f8", validation: int = 0) -> Dataset:
         train=Part(x, y, 0, samples),
         validation=held,
         test=Part(x[::5], y[::5], 0, len(y[::5])),
-        features=6,
-        classes=3,
-        scaling=Scaling(np.zeros(6), np.ones(6)),
-        labels=np.arange(3),
+        schema=Schema(6, np.arange(3)),
+        scaling=Scaling.none(6),
         sharded=False,
         counts=(),
     )

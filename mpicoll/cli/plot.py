@@ -39,7 +39,7 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
     figure = new_figure(10, 7)
     from matplotlib.ticker import PercentFormatter
 
-    from ..train.files import CONFIG, ENVIRONMENT, read_metrics
+    from ..train.run_folder import CONFIG, ENVIRONMENT, read_metrics
     from ..train.settings import read_settings
 
     curves, settings = [], []

@@ -31,7 +31,7 @@ def predict(model: Path, source: str | None, out: Path | None) -> None:
     import numpy as np
 
     from ..train.data import read
-    from ..train.files import read_model
+    from ..train.run_folder import read_model
 
     network, params, scaling, schema = read_model(model)
     if source is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..algorithms import ALGORITHMS
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..files import to_json
 from ..mpi.launch import launched_rank, launched_ranks, world
 from ..mpi.record import named
@@ -321,8 +321,6 @@ class _Progress:
         if facts["layout"]:
             _say(facts["layout"])
         if facts["untrained"]:
-            from ..train.formats import listed
-
             _say(f"no training sample of the class(es) {listed(facts['untrained'])}: they cannot be learnt")
         if facts["grid"]:
             held = facts["parameters_held"]

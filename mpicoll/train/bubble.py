@@ -25,7 +25,8 @@ from ..measure.timing import Settings, is_enough
 from ..mpi.comm import Comm
 from ..pipeline import PIPELINES, Kind, simulate, verify
 from ..statistics import median
-from .parallel import Spent, _Flow
+from .flow import Flow
+from .group import Spent
 
 COST = {Kind.FORWARD: 1, Kind.BACKWARD: 2}  # of a task, in forwards: a backward is two products where a forward is one
 NEAR = 2e-4  # seconds before the end of a task, from when on its rank does not sleep: a timer would be late by as much
@@ -127,7 +128,7 @@ class _Stage:
         comm, nbytes = self._comm, self._case.nbytes
         shapes = {kind: [(1, nbytes)] * self._case.micro for kind in self._giver}
         spent, held, late = Spent(), {}, 0.0
-        flow = _Flow(comm, np.empty(0, np.uint8), shapes, spent)
+        flow = Flow(comm, np.empty(0, np.uint8), shapes, spent)
         _meet(comm)
         began = perf_counter()
         for kind, m in self._tasks:

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..files import cannot_write, error_message, to_json
 from ..mpi.gpu import in_host_memory
 from ..mpi.guard import on_all, on_root
-from .formats import Schema
+from .readers.raw import Schema
 
 FORMAT = "mpicoll-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -66,7 +66,7 @@ class Checkpoint(NamedTuple):
         return int(self.facts["ranks"])
 
     def tensors(self, rank: int) -> dict[str, np.ndarray]:
-        """The tensors of a rank; those of rank 0 if all ranks held the same."""
+        """The tensors of a rank, or those of rank 0 if all ranks held equal ones."""
         from safetensors.numpy import load_file
 
         name = _file(rank) if _file(rank) in self.files else _file(0)
@@ -158,7 +158,7 @@ def drop_after(checkpoint: Checkpoint) -> None:
 
 
 def umask() -> int:
-    """Of this process: what it does not let others do with its files."""
+    """The file mode mask of this process: permissions that its files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

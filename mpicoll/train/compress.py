@@ -31,13 +31,13 @@ BYTE = np.dtype(np.uint8)
 
 
 class Ranks(Protocol):
-    """What it takes to agree: both are collective calls."""
+    """The collective calls that compressors make."""
 
     def allreduce(self, arrays: Sequence[np.ndarray], op: str) -> None:
         """Combine, in place, with the same bits on all ranks."""
 
     def allgather(self, array: np.ndarray) -> np.ndarray:
-        """Those of all ranks, shape (p, *array.shape)."""
+        """The arrays of all ranks, shape (p, *array.shape); a collective call."""
 
 
 class Fields:
@@ -47,7 +47,7 @@ class Fields:
     """
 
     def __init__(self, **arrays: tuple[np.dtype, int]) -> None:
-        """Of each its dtype and its elements."""
+        """Lay out ``arrays``: for each name its dtype and number of elements."""
         self.nbytes = 0
         self._places: dict[str, tuple[slice, np.dtype]] = {}
         for name, (dtype, count) in arrays.items():
@@ -212,7 +212,7 @@ class Sign(Code):
 
 
 class TopK(Code):
-    """Of all elements the ``share`` with the largest magnitude, of equals the first: at least one.
+    """The ``share`` of all elements that has the largest magnitudes, at least one; of equals the first.
 
     They are sent as they are, and the others are the residual.
     """
@@ -343,7 +343,7 @@ def _orthonormal(p: np.ndarray) -> np.ndarray:
 
 
 def _norms(rows: np.ndarray) -> np.ndarray:
-    """Of each row, shape (rows, 1), or of a single one, shape (1,)."""
+    """The norm of each row, shape (rows, 1), or of a single one, shape (1,)."""
     return np.sqrt(np.sum(np.square(rows, dtype=np.float64), axis=-1, keepdims=True))
 
 

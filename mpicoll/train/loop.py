@@ -1,10 +1,8 @@
 """The training loop, top to bottom."""
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from math import fsum
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -13,98 +11,33 @@ from mpi4py import MPI
 
 from ..errors import UserError
 from ..mpi import gpu, launch
-from ..mpi.collectives import allgather, allreduce, bcast
-from ..mpi.guard import on_all, on_root
-from ..pipeline import PIPELINES
+from ..mpi.collectives import allgather, allreduce
+from ..mpi.guard import on_all
 from ..tuning.rules import WAYS
-from .checkpoint import Checkpoint, save
-from .data import Batches, Dataset, Part, normalized, rebalanced
+from .batches import Batches, rebalanced
+from .checks import check, check_split, weights_of
+from .data import Dataset, Part
+from .group import Spent
 from .models import Batch, Model
-from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate
-from .parallel import Spent, Split
-from .sent import finished
-from .settings import DEVICES, DTYPES, MOMENTA, Settings, expected, flag, shown
+from .optimizers import OPTIMIZERS, learning_rate
+from .settings import Settings
+from .split import Split
 from .strategies import STRATEGIES, Now
-from .strategies.average import OUTER
+from .transfer import on_gpu, synchronize
 
 BLOCK = 1024
 """Samples evaluated at once."""
 
-FACTORS = "strategy.q"
-"""In a checkpoint: with what PowerSGD begins the next time, for the matrices that a rank has a part of."""
-
-
-CHOICES: dict[str, Collection[str]] = {
-    "strategy": STRATEGIES,
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "outer": OUTER,
-    "momenta": MOMENTA,
-    "dtype": DTYPES,
-    "device": DEVICES,
-    "pipeline": PIPELINES,
-}
-
-
-def check(settings: Settings) -> None:
-    """A ``UserError`` for a setting that is out of range, or belongs to another strategy than the chosen one."""
-    for name, value in asdict(settings).items():
-        if value is not None and (wanted := expected(name, value)) is not None:
-            raise UserError(f"{flag(name)} must be {wanted}, got {shown(value)}")
-    for name, known in CHOICES.items():
-        value = getattr(settings, name)
-        if value is not None and value not in known:
-            raise UserError(f"{flag(name)} must be one of {', '.join(known)}, got {value!r}")
-    for name in {name: None for strategy in STRATEGIES.values() for name in strategy.options}:
-        if getattr(settings, name) is not None and name not in STRATEGIES[settings.strategy].options:
-            owners = ", ".join(other for other, strategy in STRATEGIES.items() if name in strategy.options)
-            raise UserError(f"{flag(name)} is not for the {settings.strategy} strategy, but for {owners}: leave it out")
-    if settings.device != "gpu" and settings.algorithm in WAYS:
-        raise UserError(f"--algorithm {settings.algorithm} is for --device gpu: take another, or that device")
-
-
-def check_split(settings: Settings) -> None:
-    """A ``UserError`` for a setting that does not go with a model of which each rank has a part."""
-    if not STRATEGIES[settings.strategy].in_step:  # they do not see the same samples in the same step
-        others = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.in_step)
-        raise UserError(f"--grid with pipe or tensor is not for the {settings.strategy} strategy, but for {others}")
-
-
-def weights_of(settings: Settings, p: int, sharded: bool) -> list[float] | None:
-    """Of the ranks' shares of each batch to begin with, adding up to 1; ``None`` if they are even, and stay so."""
-    given = settings.balance
-    if given is None:
-        return None
-    for there, name, why in (
-        (sharded, "--shards", "each rank has data of its own"),
-        (settings.delays is not None, "--delays", "times are drawn"),
-        (settings.staleness == "inf", "--staleness inf", "ranks take shares when they are ready"),
-        (settings.strategy == "ad-psgd", "ad-psgd", "ranks take shares when they are ready"),
-    ):
-        if there:
-            raise UserError(f"--balance has nothing to share out with {name}, where {why}: leave one of them out")
-    if given == "auto":
-        return p * [1 / p]
-    try:
-        weights = [float(weight) for weight in given.split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) != p or not all(0 < weight < np.inf for weight in weights):
-        raise UserError(
-            f"--balance must be auto, or {p} positive number(s), one for each rank, as 2,1,1; got {given!r}"
-        )
-    return normalized(weights)
-
 
 class Epoch(NamedTuple):
-    """After an epoch; ``seconds`` are those of training since it began, without evaluation and checkpoints.
+    """Measures of an epoch; ``seconds`` are those of training since it began, without evaluation and checkpoints.
 
-    ``train_loss`` and ``train_accuracy`` are means over its samples, as they were seen; ``consensus`` is the root mean
-    square distance of the ranks' models from their mean, ``None`` where they are the same by construction; those of
-    the validation set are of the model that ranks agree on.  ``communicating`` is this rank's share of time in
-    agreement, ``bytes_sent`` what it sent, as far as that can be known.  ``staleness`` says how many gradients, of all
-    ranks, were taken at parameters 0, 1, 2, ... steps behind.  ``weights`` are the ranks' shares of its batches, where
-    they are not even.
+    ``train_loss`` and ``train_accuracy`` are means over its samples, as they were seen; ``validation_loss`` and
+    ``validation_accuracy`` those of the model that ranks agree on.  ``consensus`` is the consensus distance: the root
+    mean square distance of the ranks' models from their mean, ``None`` where they are the same by construction.
+    ``communicating`` is the share of time that this rank spent in communication, ``bytes_sent`` what it sent, as far as
+    that can be known.  ``staleness`` are the numbers of gradients, of all ranks, that were taken at parameters 0, 1, 2,
+    ... steps behind.  ``weights`` are the ranks' shares of its batches, where they are not even.
     """
 
     epoch: int
@@ -123,10 +56,10 @@ class Epoch(NamedTuple):
 
 
 class Rank(NamedTuple):
-    """What a rank did since the run was started or resumed: seconds of training, of agreement, and of waiting.
+    """Work of a rank since the run was started or resumed: seconds of training, of communication and of waiting in it.
 
-    Waiting is the part of an agreement that goes beyond the time of the rank that got through it fastest: the last to
-    arrive, which waits for nobody.  Where ranks do not agree all at once, it is waiting for messages; so it is between
+    Waiting is the part of a communication beyond the time of the rank that got through it fastest: the last to arrive,
+    which waits for nobody.  Where ranks do not communicate all at once, it is waiting for messages; so it is between
     the stages of a pipeline.
     """
 
@@ -150,13 +83,13 @@ class Result(NamedTuple):
 
 
 class Training:
-    """A run: ``run()`` it.  Made by all ranks together.
+    """A training run, which ``run()`` carries out; making it is a collective call.
 
-    The ranks share each global batch of ``settings.batch_size`` samples; how they agree is the strategy's affair.
-    Every epoch visits all samples in a new order drawn from ``settings.seed``.  Of a ``Split`` model, ``comm`` are the
-    ranks that have the same part of it, and all of its grid make this together.  With device ``gpu`` each rank takes a
-    GPU, ``gpu`` says which one, and parameters, data and all else are in its memory; ``arrays`` is the library whose
-    arrays they are.
+    The ranks of ``comm`` share each global batch of ``settings.batch_size`` samples; how they agree is up to the
+    strategy.  Every epoch visits all samples in a new order drawn from ``settings.seed``.  With a ``Split`` model
+    ``comm`` are the ranks that have the same part of it, and all of its grid make this together.  With device ``gpu``
+    each rank takes a GPU, which ``gpu`` describes, and parameters, data and all else are in its memory; ``arrays`` is
+    the library of the arrays, NumPy or CuPy.
     """
 
     def __init__(self, comm: MPI.Intracomm, data: Dataset, model: Model, settings: Settings) -> None:
@@ -170,18 +103,18 @@ class Training:
         self.world: MPI.Intracomm = self.split.grid.world if self.split else comm
         if self.split:
             check_split(settings)
-        own_features = self.split.own_features if self.split else everything
+        own_features: Callable[[Any], Any] = self.split.own_features if self.split else lambda x: x
         s, dtype = settings, np.dtype(settings.dtype)
         self.steps_per_epoch = -(-data.train.total // s.batch_size)
         self.gpu: gpu.Gpu | None = None
         self.arrays: Any = np
         if s.device == "gpu":
             self.gpu, self.arrays = gpu.take(self.world), gpu.cupy()
-            self.data = on_all(self.world, lambda: moved(data, dtype, self.arrays, own_features))
+            self.data = on_all(self.world, lambda: on_gpu(data, dtype, self.arrays, own_features))
             if s.algorithm in WAYS:
                 on_all(self.world, self._try_algorithm)
         else:
-            self.data = replaced(data, lambda part: part._replace(x=own_features(part.x)))
+            self.data = data.mapped(lambda part: part._replace(x=own_features(part.x)))
         params = model.initial(np.random.default_rng(s.seed), dtype)
         comm.Bcast(params, root=0)
         self.params = self.arrays.asarray(params)
@@ -207,7 +140,7 @@ class Training:
         self.best_params: np.ndarray | None = None
 
     def _try_algorithm(self) -> None:
-        """A ``UserError``, on all ranks that have the same part, unless it can do what is asked of it."""
+        """A ``UserError``, on all ranks that have the same part, unless the algorithm of the settings works here."""
         one = self.arrays.zeros(1, self.settings.dtype)
         try:
             allreduce(one, self.comm, algorithm=self.settings.algorithm)
@@ -246,7 +179,7 @@ class Training:
         distance = self._distance(final)
         if self.best_params is not None:
             final = self.best_params
-        return Result(self._whole(final), history, self.step, self.strategy.algorithm, distance, self._ranks())
+        return Result(self.whole(final), history, self.step, self.strategy.algorithm, distance, self._ranks())
 
     def _epoch(self, max_steps: int | None) -> Epoch:
         self.epoch += 1
@@ -267,7 +200,7 @@ class Training:
             chosen = self.arrays.asarray(mine)
             own = self.model.loss_and_grad(strategy.point(), Batch(x[chosen], y[chosen]), grad)
             if s.balance == "auto":
-                finished(grad)
+                synchronize(grad)
             computing += perf_counter() - began
             self.sums[-2], self.sums[-1] = own
             strategy.step(now, len(mine), length)
@@ -303,8 +236,8 @@ class Training:
         )
 
     def _account(self, took: float) -> float:
-        """Add up the times of the epoch's agreements, among them those on outputs and errors of ranks that hold a model
-        together; returns this rank's seconds in them, of those that the epoch ``took``."""
+        """Add up the times of the epoch's communication, that of ranks which hold a model together included; returns
+        this rank's seconds of it, of those that the epoch ``took``."""
         strategy, seconds = self.strategy, np.array(self.strategy.seconds)
         if strategy.waits is None:
             fastest = seconds.copy()
@@ -329,7 +262,7 @@ class Training:
         return added(self.comm.allgather(self.strategy.histogram))
 
     def _evaluated(self, epoch: Epoch) -> Epoch:
-        """With what is known of the model that ranks agree on; a new best one is kept."""
+        """The epoch with loss and accuracy of the model that ranks agree on; the best such model is kept."""
         if self.strategy.replicated and not self.data.validation.total:
             return epoch
         model = self.strategy.consensus()
@@ -342,12 +275,12 @@ class Training:
         return epoch._replace(validation_loss=loss, validation_accuracy=accuracy)
 
     def _is_done(self) -> bool:
-        """Has patience run out?"""
+        """Whether patience has run out."""
         patience = self.settings.patience
         return patience is not None and self.epoch - self.best[1] >= patience
 
     def _distance(self, model: np.ndarray) -> float | None:
-        """Of the ranks' models from ``model``, root mean square."""
+        """The root mean square distance of the ranks' models from ``model``; ``None`` if they are all the same."""
         if self.strategy.replicated:
             return None
         square = np.array([float(np.sum(np.square(self.strategy.point() - model, dtype=np.float64)))])
@@ -362,167 +295,17 @@ class Training:
         own = Rank(seconds, self.agreeing, self.waiting, strategy.bytes_sent, strategy.messages)
         return [Rank(*rank) for rank in self.world.allgather(tuple(own))]
 
-    # What a checkpoint keeps, and going on from one.  Of a split model that is the whole.
-
-    def _is_long(self, name: str) -> bool:
-        """Is that tensor as long as the parameters, in the last axis?"""
-        return not name.startswith("strategy.") or name.removeprefix("strategy.") in self.strategy.vectors
-
-    @property
-    def _layout(self) -> str | None:
-        """To which matrices PowerSGD's factors belong; ``None`` if it is to those of the whole model."""
-        return self.split.layout if self.split else None
-
-    def _whole(self, array: np.ndarray) -> np.ndarray:
-        """All parts; a collective call."""
-        return _by_rows(array, self.split.whole, self.split.model.size) if self.split else array
-
-    def _part(self, array: np.ndarray) -> np.ndarray:
-        """The opposite."""
-        return _by_rows(array, self.split.part, self.split.size) if self.split else array
-
-    def save(self, folder: Path, facts: dict[str, Any]) -> Path:
-        """Write a checkpoint, a collective call; ``facts`` are what else it should say."""
-        tensors = {"params": self.params}
-        tensors |= {f"optimizer.{name}": vector for name, vector in self.optimizer.state.items()}
-        tensors |= {f"strategy.{name}": array for name, array in self.strategy.state().items()}
-        if self.best_params is not None:
-            tensors["best"] = self.best_params
-        tensors = {name: self._whole(array) if self._is_long(name) else array for name, array in tensors.items()}
-        if self.split and FACTORS in tensors:
-            tensors[FACTORS] = self.split.gathered(tensors[FACTORS])
-        where = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "seconds": self.seconds,
-            "optimizer_steps": self.optimizer.steps,
-            "best": self.best if self.settings.patience is not None else None,
-            "weights": self.weights,
-            "ranks": self.comm.size,
-            "meaning": self.strategy.meaning,
-            "layout": self._layout,
-        }
-        writes = (self.comm.rank == 0 or not self.strategy.one_file) and (not self.split or self.split.grid.leads)
-        return save(folder, self.world, {**where, **facts}, tensors, self.comm.rank if writes else None)
-
-    def is_own(self, checkpoint: Checkpoint) -> bool:
-        """Is what a rank had still its own?  Not with other ranks, nor if that has another ``meaning`` now."""
-        facts, strategy = checkpoint.facts, self.strategy
-        same = facts.get("meaning") == strategy.meaning
-        if "meaning" not in facts:  # it is older, and what it means may depend on the graph
-            same = facts["environment"].get("graph", strategy.digest) == strategy.digest
-        return checkpoint.ranks == self.comm.size and same
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, a collective call.
-
-        Each rank takes what it had, or, if that ``is_own`` no longer, all take the mean of what there is.
-        """
-        facts, own = checkpoint.facts, self.is_own(checkpoint)
-        vectors = ["params", *(f"optimizer.{name}" for name in self.optimizer.state)]
-
-        def read(rank: int) -> dict[str, np.ndarray]:
-            tensors = checkpoint.tensors(rank)
-            size = (self.split.model if self.split else self.model).size
-            if any(name not in tensors or tensors[name].shape != (size,) for name in vectors):
-                raise UserError(
-                    f"checkpoint {str(checkpoint.path)!r} is that of another model than {size} parameters: "
-                    "were the data changed?"
-                )
-            return tensors
-
-        def average() -> None:
-            tensors = read(0)
-            sums = {name: tensors[name].astype(np.float64) for name in vectors}
-            for rank in range(1, checkpoint.ranks):
-                others = read(rank)
-                for name in vectors:
-                    sums[name] += others[name]
-            held.append({**tensors, **{name: total / checkpoint.ranks for name, total in sums.items()}})
-
-        if own or len(checkpoint.files) == 1:
-            tensors = on_all(self.world, lambda: read(self.comm.rank))
-        else:  # rank 0 reads, or every file would be read by every rank
-            held: list[dict[str, np.ndarray]] = []
-            on_root(self.world, average)
-            kinds = {name: (array.shape, array.dtype) for name, array in held[0].items()} if held else None
-            kinds = self.world.bcast(kinds)
-            tensors = held[0] if held else {name: np.empty(*kind) for name, kind in kinds.items()}
-            for name in kinds:
-                bcast(tensors[name], self.world)
-        tensors = {name: self._part(array) if self._is_long(name) else array for name, array in tensors.items()}
-        self.params[:] = self.arrays.asarray(tensors["params"])
-        for name, vector in self.optimizer.state.items():
-            vector[:] = np.asarray(tensors[f"optimizer.{name}"], like=vector)
-        if FACTORS in tensors:
-            begun = self.strategy.state()[FACTORS.removeprefix("strategy.")]
-            if facts.get("layout") != self._layout:
-                tensors[FACTORS] = begun  # those of other matrices are of no use
-            elif self.split:
-                tensors[FACTORS] = self.split.own(tensors[FACTORS], begun.size)
-        state = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
-        self.epoch, self.step, self.optimizer.steps = facts["epoch"], facts["step"], facts["optimizer_steps"]
-        self.strategy.restore(state, own)
-        self.seconds = self.resumed_seconds = facts["seconds"]
-        if self.settings.balance == "auto" and len(facts.get("weights") or ()) == self.comm.size:
-            self.weights = facts["weights"]
-        self.begin_patience()  # it may be new
-        if facts["best"] is not None and self.settings.patience is not None:
-            loss, epoch = facts["best"]
-            self.best = np.inf if loss is None else loss, epoch
-            self.best_params = self.arrays.asarray(tensors["best"]) if "best" in tensors else None
+    def whole(self, array: np.ndarray) -> np.ndarray:
+        """The array of the whole model, of which this rank may have a part in the last axis; a collective call."""
+        return self.split.whole(array) if self.split else array
 
     def begin_patience(self) -> None:
-        """Know no best model of earlier epochs: those of other data, say."""
+        """Forget the best model of earlier epochs, which other data may have been the measure of."""
         self.best, self.best_params = (np.inf, self.epoch), None
 
 
-def _by_rows(array: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarray:
-    """A new array, of that size in the last axis."""
-    rows = array.reshape(-1, array.shape[-1])
-    found = np.empty((len(rows), size), array.dtype)
-    for row, into in zip(rows, found, strict=True):
-        into[:] = convert(row)
-    return found.reshape(*array.shape[:-1], size)
-
-
-def everything(x: Any) -> Any:
-    """Of samples, what a rank that has a whole model needs."""
-    return x
-
-
-def replaced(data: Dataset, change: Callable[[Part], Part]) -> Dataset:
-    """With other sets in place of the three, one after another."""
-    train, validation, test = map(change, (data.train, data.validation, data.test))
-    return data._replace(train=train, validation=validation, test=test)
-
-
-def moved(data: Dataset, dtype: np.dtype, arrays: Any, own_features: Callable[[Any], Any] = everything) -> Dataset:
-    """The same data in the memory of the GPU, which is found to be able to compute; of each set, what this rank needs
-    is copied in host memory only while it is moved."""
-    try:
-        square = arrays.ones((2, 2), dtype)
-        float((square @ square).sum())  # CuPy comes without what multiplies matrices, and finds it when it has to
-
-        def there(part: Part) -> Part:
-            x = own_features(part.x)
-            x = arrays.asarray(x) if isinstance(x, np.ndarray) else gpu.sparse(x)
-            return part._replace(x=x, y=arrays.asarray(part.y))
-
-        return replaced(data, there)
-    except MemoryError as error:
-        raise UserError(
-            f"the data are too large for the memory of the GPU ({error}): take --shards, or --device cpu"
-        ) from error
-    except (ImportError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"CuPy cannot compute here ({why}): if a library is missing, pip install 'cupy-cuda13x[ctk]', or cuda12x"
-        ) from error
-
-
 def added(histograms: Iterable[list[int]]) -> list[int]:
-    """Of one length or several."""
+    """The sum of histograms, which may differ in length."""
     return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
 
 

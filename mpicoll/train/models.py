@@ -68,7 +68,7 @@ which may be overwritten."""
 
 
 def cross_entropy(logits: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Of the softmax of ``logits``, an output for each class; the gradient is probabilities minus the truth."""
+    """Cross-entropy of the softmax of ``logits``, one for each class; the gradient is probabilities minus truth."""
     samples = np.arange(len(y), like=y)
     logits -= logits.max(axis=1, keepdims=True)  # exp cannot overflow, and the normalizer is at least 1
     error = np.exp(logits)
@@ -110,7 +110,7 @@ Layer = tuple[np.ndarray, np.ndarray]
 
 
 def nothing(n: int, values: np.ndarray) -> None:
-    """Of a whole layer, no sum has to be completed."""
+    """Leave ``values`` as they are: the sums of a whole layer are complete."""
 
 
 def forward(

@@ -20,14 +20,17 @@ from ..mpi.gpu import Gpu
 from ..mpi.guard import on_root
 from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads
-from . import files
+from . import run_folder, snapshot
 from .checkpoint import Checkpoint, latest
-from .data import TEST_SHARE, Dataset, Scaling, fingerprint, load, untrained
-from .formats import Schema
-from .loop import Epoch, Training, added, check, evaluate
+from .checks import check
+from .data import TEST_SHARE, Dataset, fingerprint, load, untrained
+from .grid import Grid, sizes_of
+from .loop import Epoch, Training, added, evaluate
 from .models import MODELS, Layered
-from .parallel import Grid, Split, sizes_of
+from .readers.raw import Schema
+from .scaling import Scaling
 from .settings import MAY_CHANGE, NOT_SAVED, OF_PIPELINES, Settings, flag
+from .split import Split
 
 DEPENDS = (
     "version",
@@ -44,10 +47,10 @@ DEPENDS = (
     "gpu",
     "cupy",
 )
-"""What the bits of a run depend on beside its settings."""
+"""Facts that the bits of a run depend on, beside its settings."""
 
 OF_RANKS = ("data_crc32", "shares", "graph", "gpu")
-"""Those of them that are other ones anyway if the number of ranks is."""
+"""Facts among these that change with the number of ranks."""
 
 
 def run(
@@ -127,14 +130,14 @@ def run(
     hosts = comm.gather(socket.gethostname())
     mixed = checkpoint is not None and bool(checkpoint.facts.get("mixed"))
     if checkpoint:
-        training.restore(checkpoint)
+        snapshot.restore(training, checkpoint)
         if _other_data(checkpoint, crc):
             training.begin_patience()
             mixed = True
         if mixed:
             facts["assumed"] = [*data.assumed, *_drawn_anew(data)]
         facts["resumed"] = {"from": str(checkpoint.path), "epoch": training.epoch, "step": training.step}
-        facts["changed"] = _changed(checkpoint, facts, settings, beside.size, training.is_own(checkpoint))
+        facts["changed"] = _changed(checkpoint, facts, settings, beside.size, snapshot.is_own(training, checkpoint))
     started(facts)
 
     with ExitStack() as held:
@@ -145,18 +148,18 @@ def run(
             environment = {**facts, "hosts": hosts, "command": sys.argv, "started": now}
             for folder in [out] if settings.out is not None else _numbered(out):
                 try:
-                    files.begin(folder, settings, environment)
-                    held.enter_context(files.locked(folder))
+                    run_folder.begin(folder, settings, environment)
+                    held.enter_context(run_folder.locked(folder))
                     return folder
                 except FileExistsError:  # another run was given the same name, and was faster
                     continue
             raise UserError(f"output folder {str(out)!r} was filled by another program; nothing was written")
 
         def go_on() -> Path:
-            """The same, for a run that is resumed."""
+            """The folder of a run that is resumed, as it was at the checkpoint."""
             assert checkpoint is not None
-            held.enter_context(files.locked(out))
-            files.resume(out, settings, checkpoint)
+            held.enter_context(run_folder.locked(out))
+            run_folder.resume(out, settings, checkpoint)
             return out
 
         folder = on_root(comm, go_on) if checkpoint else None
@@ -170,7 +173,7 @@ def run(
                 opened(folder)
             where = folder
             known = {name: value for name, value in epoch._asdict().items() if value is not None}
-            on_root(comm, lambda: files.add_metrics(where, known))
+            on_root(comm, lambda: run_folder.add_metrics(where, known))
             report(epoch)
 
         def save(training: Training) -> None:
@@ -183,7 +186,7 @@ def run(
                     "mixed": mixed,
                     "scaling": np.array(data.scaling).tolist() if is_dense else None,
                 }
-                training.save(folder / files.CHECKPOINTS, pinned)
+                snapshot.save(training, folder / run_folder.CHECKPOINTS, pinned)
 
         result = training.run(epoch_done, save)
         # Only now is the test set looked at.
@@ -193,7 +196,7 @@ def run(
         where = folder
 
         def finish() -> dict[str, Any]:
-            lines = files.read_metrics(where)
+            lines = run_folder.read_metrics(where)
             last = lines[-1]
             sent = [rank.bytes_sent for rank in result.ranks if rank.bytes_sent is not None]
             spent = sum(rank.seconds for rank in result.ranks) or 1.0
@@ -224,7 +227,7 @@ def run(
             lost = {name for name, value in last.items() if value is None and name in summary}
             lost |= {name for name, value in summary.items() if isinstance(value, float) and not isfinite(value)}
             summary |= {**dict.fromkeys(lost), "not_finite": sorted(lost)}
-            files.finish(where, settings, model, result.params, data, summary)
+            run_folder.finish(where, settings, model, result.params, data, summary)
             return summary
 
         summary = on_root(comm, finish)
@@ -254,7 +257,7 @@ def _split(model: Layered, grid: Grid, settings: Settings) -> Split:
 
 
 def gpus(mine: Gpu, comm: MPI.Intracomm) -> list[dict[str, Any]]:
-    """Those that ranks have, in the order of ranks: of each its ``name``, and the ``ranks``; a collective call."""
+    """The GPUs of all ranks, in their order, each with its ``name`` and ``ranks``; a collective call."""
     everyones = comm.allgather((str(mine), mine.ranks))
     return [{"name": name, "ranks": list(ranks)} for name, ranks in dict.fromkeys(everyones)]
 
@@ -284,10 +287,10 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
             now, then = ("not given" if one is None else repr(one) for one in (value, before))
             raise UserError(f"{flag(name)} is {now}, and was {then}: of a resumed run only {may} can be changed")
     done = found.facts["epoch"]
-    if done >= settings.epochs and (folder / files.SUMMARY).exists():
+    if done >= settings.epochs and (folder / run_folder.SUMMARY).exists():
         raise UserError(f"{str(folder)!r} has done its {done} epochs; to go on, ask for more with --epochs")
     best = found.facts["best"]
-    if best and settings.patience and done - best[1] >= settings.patience and (folder / files.SUMMARY).exists():
+    if best and settings.patience and done - best[1] >= settings.patience and (folder / run_folder.SUMMARY).exists():
         raise UserError(
             f"{str(folder)!r} stopped early, after epoch {done}: no better validation loss since epoch {best[1]} "
             f"(--patience {settings.patience}); to go on, ask for more with --patience"
@@ -296,7 +299,7 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
 
 
 def _other_data(checkpoint: Checkpoint, crc: str) -> bool:
-    """Are the data others than before?  In as many shards as before, or in none: else nobody knows."""
+    """Whether the training samples have changed, which can be told only if they are in as many shards as before."""
     before = str(checkpoint.facts["environment"].get("data_crc32", crc))
     return before != crc and before.count(".") == crc.count(".")
 
@@ -343,7 +346,7 @@ def _output(settings: Settings, ranks: int) -> Path:
         name = f"{stem}-{settings.model}-{settings.strategy}-p{ranks}"
         named = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
         out = next(folder for folder in _numbered(named) if not folder.exists())
-    files.check_output(out)
+    run_folder.check_output(out)
     return out
 
 

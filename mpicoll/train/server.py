@@ -10,14 +10,10 @@ import numpy as np
 
 from ..mpi.shared import additions
 from .optimizers import Optimizer
+from .transfer import ordinary
 
 HEAD = ("step", "samples", "length", "lr", "clock", "number", "share")
 """Numbers that go with a vector, in a message's first bytes."""
-
-
-def ordinary(nbytes: int) -> np.ndarray:
-    """Host memory, all zero."""
-    return np.zeros(nbytes, np.uint8)
 
 
 class Packet:
@@ -110,20 +106,22 @@ class Server:
 
     @property
     def clock(self) -> float:
-        """Of how many steps the parameters have the gradients of every worker, but for those who have finished or whose
-        were dropped."""
+        """The number of steps of which the parameters have every worker's gradient.
+
+        Workers that have finished, and gradients that were dropped, do not count.
+        """
         if self.staleness == 0:
             return self.step - self._first
         running = (clock for clock, done in zip(self.clocks, self.finished, strict=True) if not done)
         return min(running, default=math.inf)
 
     def finish(self, worker: int) -> list[int]:
-        """It sends no more; returns who is to be answered now."""
+        """A worker sends no more gradients; returns the workers to answer now."""
         self.finished[worker] = True
         return self._due()
 
     def take(self, worker: int, gradient: Packet) -> list[int]:
-        """A gradient has arrived, and stays as it is until the answer; returns who is to be answered now."""
+        """Take a gradient, which must not change until it is answered; returns the workers to answer now."""
         self.clocks[worker] += 1
         if self.staleness == 0:
             self._held[worker] = gradient
@@ -165,7 +163,7 @@ class Server:
         self.updates += 1
 
     def _synchronous(self) -> list[int]:
-        """Do the steps for which there are gradients enough; all whose step is done are answered."""
+        """Do the steps for which there are enough gradients; returns the workers whose step is done."""
         while True:
             now = {worker: held for worker, held in self._held.items() if held.step == self.step}
             if len(now) < self.workers - self.backups:

@@ -1,4 +1,4 @@
-"""What a run is told: the options of the command line and keys of configuration files, and their defaults."""
+"""Settings of a run: the options of the command line and keys of configuration files, and their defaults."""
 
 from dataclasses import dataclass, fields
 from functools import cache
@@ -70,7 +70,7 @@ class Settings:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of hidden layers; none for the model's own choice."""
+        """The widths of hidden layers; none for the model's own choice."""
         return _numbers(self.hidden)
 
     @property
@@ -106,13 +106,13 @@ DTYPES = ("float32", "float64")
 DEVICES = ("cpu", "gpu")
 
 NOT_SAVED = ("out",)
-"""What a configuration file written by a run leaves out: another run is not to go to the same folder."""
+"""Settings that a run does not write to its configuration file: another run is not to go to the same folder."""
 
 OF_PIPELINES = ("cut", "micro", "pipeline", "recompute")
-"""What is for grids with stages only."""
+"""Settings that are for grids with stages only."""
 
 MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads", "data", "test", "graph", "balance", "grid", *OF_PIPELINES)
-"""What may be another when a run is resumed: how long it is, where things are, who is how fast and has which part."""
+"""Settings that may change when a run is resumed: how long it is, where data are, and which rank has how much."""
 
 LARGE = 2**64
 """Whole numbers are below this, so that a configuration file that holds them can be read again."""
@@ -149,7 +149,7 @@ def shown(value: Any) -> str:
 
 
 def flag(name: str) -> str:
-    """As the command line calls it."""
+    """The option of the command line for a setting."""
     return "--" + name.replace("_", "-")
 
 
@@ -183,7 +183,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def written(settings: Settings) -> str:
-    """The same as the text of a TOML file, for ``read_settings``."""
+    """The text of a TOML file from which ``read_settings`` reads these settings."""
     named = [(field.name, getattr(settings, field.name)) for field in fields(Settings) if field.name not in NOT_SAVED]
     # Of a text, a finite number or a truth value JSON is TOML too, but for one character.
     lines = (f"{name} = {to_json(value, ensure_ascii=False)}\n" for name, value in named if value is not None)

@@ -32,9 +32,9 @@ FIVE_SHOW_IT = {
 
 
 ODD_SHOW_IT = {
-    *("test_async.py", "test_async_gpu.py", "test_balance.py", "test_checkpoints.py", "test_compress_ranks.py"),
-    *("test_data_ranks.py", "test_measure_ranks.py", "test_run.py", "test_strategies.py", "test_train_gpu.py"),
-    "test_train_ranks.py",
+    *("test_asynchronous.py", "test_asynchronous_gpu.py", "test_batches_ranks.py", "test_compress_ranks.py"),
+    *("test_data_ranks.py", "test_loop_gpu.py", "test_loop_ranks.py", "test_measure_ranks.py", "test_run_ranks.py"),
+    *("test_snapshot.py", "test_strategies.py"),
 }
 """Of training, and measuring: 1 and 3 ranks of MPICH, and 2 and 4 of Open MPI, which CI has as well.  Others are there
 for what collectives do with such a number."""

@@ -531,7 +531,7 @@ def bubbles(comm, *pipelines, micro=(1, 5), sizes=(0, 7)):
 def test_stages_do_their_tasks_in_the_order_of_the_schedule(comm, monkeypatch):
     done = []
 
-    class Watched(bubble._Flow):
+    class Watched(bubble.Flow):
         def __init__(self, *args):
             super().__init__(*args)
             done.append([])
@@ -544,7 +544,7 @@ def test_stages_do_their_tasks_in_the_order_of_the_schedule(comm, monkeypatch):
             done[-1].append(("send", kind))
             super().send(kind, array)
 
-    monkeypatch.setattr(bubble, "_Flow", Watched)
+    monkeypatch.setattr(bubble, "Flow", Watched)
     for name, row in PIPELINES.items():
         done.clear()
         (found,) = bubbles(comm, name, micro=[5], sizes=[7])

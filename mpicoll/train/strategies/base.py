@@ -12,7 +12,8 @@ from ...errors import UserError
 from ...tuning.rules import NATIVE, WAYS
 from ..compress import Code, Compressor, Tensors, compressor
 from ..optimizers import clip
-from ..sent import Sent, finished, gathering
+from ..traffic import COUNTED, Traffic
+from ..transfer import synchronize
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
     from mpi4py import MPI
@@ -29,7 +30,7 @@ class Now(NamedTuple):
     lr: float
 
 
-class Strategy(Sent):
+class Strategy(Traffic):
     """How ranks agree: on what, when, and with whom.
 
     For every step the loop takes the gradient at ``point()`` and calls ``step``, which lets ranks agree on it, has the
@@ -178,7 +179,7 @@ class Strategy(Sent):
     def agreeing(self) -> Iterator[None]:
         """Around an agreement; on a GPU it begins when what is to be agreed on is there."""
         if self.p > 1:
-            finished(self.params)
+            synchronize(self.params)
         with timed(self.seconds):
             yield
 
@@ -202,12 +203,12 @@ class Strategy(Sent):
 
     def allgather(self, array: np.ndarray) -> np.ndarray:
         """The arrays of all ranks, shape (p, *array.shape), by the algorithm that the settings name, if there is one
-        of that name; else by ``gathering``'s."""
+        of that name; else by ``COUNTED``, or on GPUs by the path that is best."""
         from ...mpi.collectives import account, allgather
 
-        ways = () if isinstance(array, np.ndarray) else WAYS
+        default, ways = (COUNTED, ()) if isinstance(array, np.ndarray) else ("auto", WAYS)
         named = self.settings.algorithm
-        named = named if named in (*ALGORITHMS["allgather"], NATIVE, *ways) else gathering(array)
+        named = named if named in (*ALGORITHMS["allgather"], NATIVE, *ways) else default
         with self.agreeing():
             gathered = allgather(array, self.comm, algorithm=named)
         key = "allgather", array.size

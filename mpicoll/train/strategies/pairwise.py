@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..optimizers import clip
-from ..sent import finished
+from ..transfer import load, memory_for, store, synchronize
 from .base import Now, Strategy, drawn, share_of, timed
-from .messages import Messages, load, memory_for, store
 from .mixing import graph_of
+from .transport import Transport
 
 
 class ADPSGD(Strategy):
@@ -56,7 +56,7 @@ class ADPSGD(Strategy):
     def go_to_model(self) -> None:
         """Take the next gradient where the model is now, whatever becomes of that meanwhile."""
         store(self._point, self.model)
-        finished(self._point)
+        synchronize(self._point)
 
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
@@ -71,7 +71,7 @@ class ADPSGD(Strategy):
         grad *= self.p / length  # as in agree_on_gradient
         if self.settings.clip is not None:
             clip(grad, self.settings.clip)
-        self._run.step(grad, now.lr)
+        self._run.step(grad, now, samples, length)
 
     def optimize(self, grad: np.ndarray, lr: float) -> None:
         """Have the optimizer change the model, which is in host memory again when an agreement begins."""
@@ -105,7 +105,7 @@ FINISHED, ASKS, MODEL = -1.0, 0.0, 1.0
 """What comes, as the ``samples`` of a packet: nothing more in this epoch; for the number of a share; a model."""
 
 
-class _Messages(Messages):
+class _Messages:
     """Between ranks: models and answers; and which share of a batch is to be taken next, which rank 0 knows.
 
     A rank has at most one model under way, and asks for one share, the one after the next.
@@ -114,13 +114,14 @@ class _Messages(Messages):
     def __init__(self, strategy: ADPSGD) -> None:
         from ..server import Packet
 
-        super().__init__(strategy, 4)
-        self.strategy: ADPSGD = strategy
+        self.strategy, self.transport = strategy, Transport(strategy.comm, 4, self._handle, strategy.count)
+        strategy.waits = self.transport.waits
+        self.p, self.rank = strategy.comm.size, strategy.comm.rank
         size, dtype = len(strategy.model), strategy.model.dtype
         self._in, self._out, self._word = (Packet(count, dtype) for count in (size, size, 0))
         self._answer = np.empty(size, dtype)
         self._numbers = np.zeros(self.p, np.int64)  # of shares; a rank reads its own, rank 0 writes all
-        self._tags = tuple(self.state.persistent_tag() for _ in range(3))  # of what comes, of answers, of shares
+        self._tags = self.transport.tags(3)  # of what comes, of answers, of shares
 
     def shares(self, steps: range) -> Iterator[tuple[int, int]]:
         """See ``Strategy``."""
@@ -129,41 +130,41 @@ class _Messages(Messages):
         s = self.strategy
         self._peers, self._peer = s.neighbors(self.rank, steps.start), -1  # whose answer is still to come
         self._pool, self._asked, self._next = [self.rank, self.p + self.rank], False, 2 * self.p
-        self._running = len(self.others)
-        if self.others:
+        self._running = len(self.transport.others)
+        if self.transport.others:
             # Nothing of the next epoch comes before this one has ended here, since between them all ranks add up.
-            self.requests[CAME] = self.wire.Recv_init(self._in.raw, MPI.ANY_SOURCE, self._tags[0])
-            self.requests[CAME].Start()
-        with self.attended():
+            self.transport.requests[CAME] = self.transport.wire.Recv_init(self._in.raw, MPI.ANY_SOURCE, self._tags[0])
+            self.transport.requests[CAME].Start()
+        with self.transport.attended():
             if s.pooled:
                 while (share := share_of(self._pool.pop(0), steps, self.p)) is not None:
                     yield share
             else:
                 yield from ((step, self.rank) for step in steps)
-            with s.agreeing(), self.lock:
+            with s.agreeing(), self.transport.lock:
                 self._finish()
 
-    def step(self, grad: np.ndarray, lr: float) -> None:
+    def step(self, grad: np.ndarray, now: Now, samples: float, length: float) -> None:
         """Step, and send the model to a neighbor when the last one has answered."""
         s = self.strategy
-        finished(grad)  # or others would wait for it
-        with self.lock:
-            s.optimize(grad, lr)
+        synchronize(grad)  # or others would wait for it
+        with self.transport.lock:
+            s.optimize(grad, now.lr)
             with s.agreeing():
                 self._average()
             s.go_to_model()
 
     def _average(self) -> None:
-        self.until("a neighbor to answer", self._is_answered)
+        self.transport.until("a neighbor to answer", self._is_answered)
         if (peer := next(self._peers, None)) is not None:
             self._peer = peer
             self._out.body[:] = self.strategy.model
             self._out.say(number=self.rank, samples=MODEL)
-            self.requests[ANSWER] = self.wire.Irecv(self._answer, peer, self._tags[1])
-            self.send("model", self._out.raw, peer, self._tags[0])
+            self.transport.requests[ANSWER] = self.transport.wire.Irecv(self._answer, peer, self._tags[1])
+            self.transport.send("model", self._out.raw, peer, self._tags[0])
         if self.strategy.pooled:
             self._ask()
-        self.look()
+        self.transport.look()
 
     def _is_answered(self) -> bool:
         return self._peer < 0
@@ -173,9 +174,9 @@ class _Messages(Messages):
         if self.rank == 0:
             self._pool.append(self._take())
             return
-        self.until("the number of a share", lambda: not self._asked)
+        self.transport.until("the number of a share", lambda: not self._asked)
         self._asked = True
-        self.requests[SHARE] = self.wire.Irecv(self._numbers[self.rank :][:1], 0, self._tags[2])
+        self.transport.requests[SHARE] = self.transport.wire.Irecv(self._numbers[self.rank :][:1], 0, self._tags[2])
         self._say([0], ASKS)
 
     def _take(self) -> int:
@@ -185,21 +186,21 @@ class _Messages(Messages):
     def _say(self, ranks: list[int], what: float) -> None:
         self._word.say(number=self.rank, samples=what)
         for rank in ranks:
-            self.send(("word", rank), self._word.raw, rank, self._tags[0])
+            self.transport.send(("word", rank), self._word.raw, rank, self._tags[0])
 
-    def handle(self, index: int) -> None:
-        """See ``Messages``."""
+    def _handle(self, index: int) -> None:
+        """See ``Transport``."""
         if index == CAME:
             self._came(int(self._in.number), self._in.samples)
         elif index == SENT:
-            self.requests[CAME].Start()
+            self.transport.requests[CAME].Start()
         elif index == ANSWER:
-            self.settle("model")
+            self.transport.settle("model")
             model = self.strategy.model
             model -= self._answer
             self._peer = -1
         else:
-            self.settle(("word", 0))
+            self.transport.settle(("word", 0))
             self._asked = False
             self._pool.append(int(self._numbers[self.rank]))
 
@@ -209,25 +210,26 @@ class _Messages(Messages):
             way -= model
             way *= 0.5 if self._is_answered() else 0.25
             model += way
-            self.requests[SENT] = self.wire.Isend(way, rank, self._tags[1])
+            self.transport.requests[SENT] = self.transport.wire.Isend(way, rank, self._tags[1])
             self.strategy.count(way.nbytes, 1)
             return
         if what == ASKS:
-            self.settle(("share", rank))
+            self.transport.settle(("share", rank))
             self._numbers[rank] = self._take()
-            self.send(("share", rank), self._numbers[rank:][:1], rank, self._tags[2])
+            self.transport.send(("share", rank), self._numbers[rank:][:1], rank, self._tags[2])
         else:
             self._running -= 1
         if self._running:
-            self.requests[CAME].Start()
+            self.transport.requests[CAME].Start()
 
     def _finish(self) -> None:
-        """Of an epoch: when all have, no message is under way."""
-        self.until("a neighbor to answer", self._is_answered)
-        self.until("the number of a share", lambda: not self._asked)
-        self._say(self.others, FINISHED)
-        self.until("all ranks to finish the epoch", lambda: not (self._running or self.requests[SENT]))
-        self.end()
+        """End an epoch: when all have, no message is pending."""
+        self.transport.until("a neighbor to answer", self._is_answered)
+        self.transport.until("the number of a share", lambda: not self._asked)
+        self._say(self.transport.others, FINISHED)
+        requests = self.transport.requests
+        self.transport.until("all ranks to finish the epoch", lambda: not (self._running or requests[SENT]))
+        self.transport.end()
 
 
 class _Simulated:
@@ -265,10 +267,10 @@ class _Simulated:
                 self._average()
             begin(now, worker)
 
-    def step(self, grad: np.ndarray, lr: float) -> None:
+    def step(self, grad: np.ndarray, now: Now, samples: float, length: float) -> None:
         """Step, and take the mean with a neighbor."""
         s = self.strategy
-        s.optimize(grad, lr)
+        s.optimize(grad, now.lr)
         if self._peer != s.comm.rank:
             self._average()
         s.go_to_model()

@@ -1,0 +1,55 @@
+"""Collectives of the ranks that hold a model together, and what they cost."""
+
+from collections.abc import Callable
+from time import perf_counter
+
+import numpy as np
+from mpi4py import MPI
+
+from ..mpi.collectives import account, allgather, allreduce
+from .traffic import COUNTED, Traffic
+from .transfer import synchronize
+
+
+class Spent(Traffic):
+    """Communication of a rank with others that hold the same model: seconds of it, seconds of waiting for messages of
+    another stage among them, and what was sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clear()
+
+    def clear(self) -> None:
+        """Set everything to zero."""
+        self.seconds = self.waiting = 0.0
+        self.bytes_sent = self.messages = 0
+
+
+class Collectives:
+    """Collectives of the ranks in ``comm``, which add their cost to ``spent``; with one rank they do nothing.
+
+    Time on a GPU before the operands are ready does not count.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, spent: Spent) -> None:
+        self._comm, self._spent = comm, spent
+
+    def allreduce(self, x: np.ndarray) -> np.ndarray:
+        """Sum over all ranks, in place."""
+        return self._timed("allreduce", x, "auto", lambda: allreduce(x, self._comm))
+
+    def allgather(self, x: np.ndarray) -> np.ndarray:
+        """The arrays of all ranks, in a new first dimension."""
+        algorithm = COUNTED if isinstance(x, np.ndarray) else "auto"
+        return self._timed("allgather", x, algorithm, lambda: allgather(x, self._comm, algorithm=algorithm))
+
+    def _timed(self, collective: str, x: np.ndarray, algorithm: str, call: Callable[[], np.ndarray]) -> np.ndarray:
+        if self._comm.size == 1:
+            return x if collective == "allreduce" else x[np.newaxis]
+        synchronize(x)
+        start = perf_counter()
+        result = call()
+        self._spent.seconds += perf_counter() - start
+        key = self, collective, x.size, x.dtype, type(x)
+        self._spent.accounted(key, lambda: account(x, self._comm, algorithm, collective=collective))
+        return result

@@ -1,0 +1,46 @@
+"""Labels of classes: their order, their text, and what is no class."""
+
+import numpy as np
+
+from ..errors import UserError
+from .readers.texts import DECIMAL, INTEGER
+
+MANY = 20
+"""More different labels than this are no classes if they are not integers, or if most samples have one of their own."""
+
+
+def classes_by_label(found: np.ndarray, labels: np.ndarray, as_numbers: bool = False) -> np.ndarray:
+    """The class of each label that was found, by its text, or by the number that it looks like; -1 if it has none."""
+    known = {text: n for n, text in enumerate(label_texts(labels))}
+    values, inverse = np.unique(found, return_inverse=True)
+    texts = label_texts(values)
+    if as_numbers and labels.dtype.kind != "U":
+        texts = label_texts(np.array([float(text) if DECIMAL.fullmatch(text) else np.nan for text in texts]))
+    classes = np.array([known.get(text, -1) for text in texts], np.int64)
+    return classes[inverse]
+
+
+def label_texts(labels: np.ndarray) -> list[str]:
+    """The text of labels, as in a csv file: numbers as Python writes them, whole ones without ``.0``."""
+    return [str(int(n)) if isinstance(n, float) and n.is_integer() else str(n) for n in labels.tolist()]
+
+
+def ordered_labels(source: str, labels: np.ndarray) -> np.ndarray:
+    """Distinct labels in the order of their classes; measurements are a ``UserError``.
+
+    Text stays as it is, so that different texts are different labels, but becomes integers if all of it is what Python
+    writes for one.  It is sorted as numbers if all of it looks like numbers.
+    """
+    texts = labels.dtype.kind == "U"
+    if texts and not all(map(DECIMAL.fullmatch, labels)):
+        return np.unique(labels)
+    numbers = labels.astype(np.float64)
+    order = np.lexsort((labels, numbers))
+    labels, numbers = labels[order], numbers[order]
+    if len(labels) > MANY and (numbers != np.floor(numbers)).any():
+        raise UserError(
+            f"{source!r} has labels like {', '.join(label_texts(labels[:3]))}: measurements; expected classes"
+        )
+    if all(map(INTEGER.fullmatch, labels)) if texts else (numbers == np.floor(numbers)).all():
+        return labels.astype(np.int64)
+    return labels

@@ -1,0 +1,96 @@
+"""Copies between host memory and a GPU, where arrays may be in either, and waiting for them."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import UserError
+
+if TYPE_CHECKING:  # the command line lists the strategies, which copy, without starting MPI
+    from .data import Dataset, Part
+
+
+def synchronize(x: Any) -> None:
+    """Wait until this rank's GPU has done all its work, if the array is on a GPU."""
+    if not isinstance(x, np.ndarray):
+        x.device.synchronize()
+
+
+def ordinary(nbytes: int) -> np.ndarray:
+    """Host memory, all zero."""
+    return np.zeros(nbytes, np.uint8)
+
+
+def memory_for(x: Any) -> Callable[[int], np.ndarray]:
+    """An allocator of zeroed host memory, by bytes, for copies of the array ``x``.
+
+    For an array on a GPU the memory is page-locked: copies of other memory are slow, and the host waits for them.
+    """
+
+    def locked(nbytes: int) -> np.ndarray:
+        from ..mpi import gpu
+
+        memory = gpu.pinned(nbytes)
+        memory[:] = 0
+        return memory
+
+    return ordinary if isinstance(x, np.ndarray) else locked
+
+
+def load(host: np.ndarray, x: Any) -> None:
+    """Copy an array to host memory; from a GPU the copy is complete only after ``synchronize``."""
+    if not isinstance(x, np.ndarray):
+        from ..mpi import gpu
+
+        gpu.Array(x).load(host)
+    elif x is not host:
+        host[:] = x
+
+
+def store(x: Any, host: np.ndarray) -> None:
+    """Copy host memory to an array; for one on a GPU ``host`` must not change before ``synchronize``."""
+    if not isinstance(x, np.ndarray):
+        from ..mpi import gpu
+
+        gpu.Array(x).store(host)
+    elif x is not host:
+        x[:] = host
+
+
+def fetched(x: Any) -> np.ndarray:
+    """The array itself if it is in host memory, else a complete copy there."""
+    if isinstance(x, np.ndarray):
+        return x
+    from ..mpi import gpu
+
+    return gpu.staged(gpu.Array(x), load=True)
+
+
+def on_gpu(data: "Dataset", dtype: np.dtype, arrays: Any, own_features: Callable[[Any], Any]) -> "Dataset":
+    """The data set in the memory of the GPU, which is tried first: can it multiply matrices?
+
+    Of each set only ``own_features`` of the samples are copied; where that takes a copy in host memory, there is one at
+    a time.  ``arrays`` is CuPy.
+    """
+    from ..mpi import gpu
+
+    try:
+        square = arrays.ones((2, 2), dtype)
+        float((square @ square).sum())  # CuPy comes without what multiplies matrices, and finds it when it has to
+
+        def moved(part: "Part") -> "Part":
+            x = own_features(part.x)
+            x = arrays.asarray(x) if isinstance(x, np.ndarray) else gpu.sparse(x)
+            return part._replace(x=x, y=arrays.asarray(part.y))
+
+        return data.mapped(moved)
+    except MemoryError as error:
+        raise UserError(
+            f"the data are too large for the memory of the GPU ({error}): take --shards, or --device cpu"
+        ) from error
+    except (ImportError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"CuPy cannot compute here ({why}): if a library is missing, pip install 'cupy-cuda13x[ctk]', or cuda12x"
+        ) from error
