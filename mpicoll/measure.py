@@ -30,18 +30,19 @@ from mpi4py import MPI
 
 from . import __version__
 from .algorithms import ALGORITHMS
+from .collective import COLLECTIVES
 from .errors import UserError
 from .fit import median, median_ranks
 from .mpi import gpu
 from .mpi.buffers import is_half
-from .mpi.collectives import cuts_of
 from .mpi.comm import Comm
 from .mpi.guard import on_all
 from .mpi.launch import cores, library_name, node_of
 from .mpi.operations import MOVE, operation
-from .mpi.select import SHARED, Options, choose
+from .mpi.paths import choose
+from .mpi.request import DEFAULT, cuts_of
 from .mpi.state import state_of
-from .tuning import NATIVE, WAYS, Fingerprint, machine
+from .tuning import NATIVE, SHARED, WAYS, Fingerprint, machine
 
 NULL, SHARED_ARRAYS, SHARED_RESULT = "null", "shared_arrays", "shared_result"
 TIME = "%Y-%m-%d %H:%M:%S"
@@ -412,7 +413,7 @@ def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check
     if not (is_half(dtype) and "reduce" in collective):
         found[NATIVE] = partial(call_of, MPI.Intracomm(comm))
     if state.can_share(collective, False, operation("sum", dtype)):
-        found[SHARED.name] = partial(call_of, ours, algorithm=SHARED.name)
+        found[SHARED] = partial(call_of, ours, algorithm=SHARED)
     if state.shares:
         found[SHARED_ARRAYS] = Placed(partial(call_of, ours), ours.empty)
         if collective == "allreduce":
@@ -446,7 +447,7 @@ def implementations_on_gpu(
         against = devices.why[way] if way not in named else ""
         try:
             if not against:
-                devices.ways(way, collective, done, dtype, False)
+                devices.ways(way, COLLECTIVES[collective], done, dtype, False)
         except ValueError as error:
             if way in named:
                 raise UserError(str(error)) from None
@@ -648,8 +649,9 @@ def untuned(comm: MPI.Intracomm, task: Task) -> str:
     done = operation(task.op, task.dtype) if reduces else MOVE
     shares = reduces and state.can_share(task.collective, False, done)
     rules = state.defaults(task.collective)
-    row = choose(task.collective, Options(), task.count, task.dtype, done, rules, shares=shares)
-    return row.name if row else NATIVE
+    nbytes = task.count * done.carried(task.dtype).itemsize
+    row = choose(task.collective, DEFAULT, nbytes, task.dtype, done, rules, shares=shares)
+    return row if isinstance(row, str) else row.name
 
 
 def compete(comm: MPI.Intracomm, tasks: Sequence[Task], settings: Settings) -> list[dict[str, np.ndarray]]:
@@ -696,7 +698,7 @@ def _with_a_chance(times: Mapping[str, np.ndarray], names: list[str]) -> list[st
 
 
 def _choices(comm: MPI.Intracomm, task: Task) -> dict[str, Implementation]:
-    known = {NATIVE, *ALGORITHMS[task.collective], *([SHARED.name] if "reduce" in task.collective else [])}
+    known = {NATIVE, *ALGORITHMS[task.collective], *([SHARED] if "reduce" in task.collective else [])}
     found = implementations(comm, task.collective, task.dtype, "off")
     return {name: made for name, made in found.items() if name in known}
 

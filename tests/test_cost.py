@@ -6,8 +6,8 @@ import pytest
 
 from mpicoll.algorithms import ALGORITHMS, find
 from mpicoll.cost import CLUSTER, NODE, Network, seconds
-from mpicoll.mpi import operations, select
-from mpicoll.mpi.select import Limits, ahead, defaults, limits, shortest, tuned
+from mpicoll.mpi import select
+from mpicoll.mpi.select import ahead, defaults, shortest, tuned
 from mpicoll.tuning import COLLECTIVES, Rule, preferred
 
 ONE_SECOND = Network(1, 1, 1)  # a round, a byte sent, a byte added
@@ -100,17 +100,6 @@ def test_names_are_put_ahead_between_bounds():
 def test_bounds_are_inclusive():
     rules = (Rule(10, ("a",)), Rule(20, ("b",)), Rule(None, ("c",)))
     assert [preferred(rules, n)[0] for n in (0, 10, 11, 20, 21, 1 << 50)] == ["a", "a", "b", "b", "c", "c"]
-
-
-def test_limits_say_what_rules_say():
-    native, shared, ours = ("native", "tree"), ("shared", "tree"), ("tree",)
-    most = operations.MAX_COUNT
-    assert limits((Rule(None, native),)) == Limits(most, float("inf"), True)
-    assert limits((Rule(9, native), Rule(19, native), Rule(None, ours))) == Limits(20, float("inf"), False)
-    assert limits((Rule(9, ours), Rule(None, native))) == Limits(0, float("inf"), False)
-    assert limits((Rule(9, native), Rule(None, shared))) == Limits(10, 10, False)
-    assert limits((Rule(9, shared), Rule(19, native), Rule(29, shared), Rule(None, shared))) == Limits(0, 20, False)
-    assert limits((Rule(None, shared),)) == Limits(0, 1, False)
 
 
 def test_measured_moves_leave_arrays_in_shared_memory_their_way():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
-    from ..mpi.collectives import Account
+    from ..mpi.paths import Account
 
 
 class Sent:

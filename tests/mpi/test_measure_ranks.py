@@ -37,7 +37,7 @@ from mpicoll.measure import (
     untuned,
 )
 from mpicoll.mpi import gpu
-from mpicoll.mpi.collectives import account
+from mpicoll.mpi.engine import account
 from mpicoll.mpi.launch import library_name
 from mpicoll.mpi.state import state_of
 from mpicoll.pipeline import PIPELINES, Kind, Pipeline, gpipe

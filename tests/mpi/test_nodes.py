@@ -8,7 +8,7 @@ import mpicoll
 from contract import own_data
 from mpicoll.measure import Settings, Task, implementations, measure
 from mpicoll.mpi import select, shared
-from mpicoll.mpi.collectives import account
+from mpicoll.mpi.engine import account
 from mpicoll.mpi.state import State
 
 P, WORLD_RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank

@@ -146,7 +146,7 @@ class _Messages(Messages):
     """
 
     def __init__(self, strategy: "Async") -> None:
-        from ...mpi.collectives import cuts_of
+        from ...mpi.request import cuts_of
         from ..server import Packet
 
         super().__init__(strategy, 2 * strategy.p)  # gradients, answers
