@@ -289,7 +289,8 @@ def _reducing(asked: Asked) -> list[Request | Raw]:
     if in_place:
         send = recv
     target = recv if receives else send
-    as_it_is = asked.untouched and isinstance(op, MPI.Op) and not concerns_device(target, send)
+    as_it_is = asked.method and isinstance(op, MPI.Op) and not asked.options.deterministic
+    as_it_is = as_it_is and not concerns_device(target, send)
     if on_device(send):
         there = on_stream(send, stream, writable=in_place)
         taken: Any = there if in_place else None
@@ -314,7 +315,7 @@ def _reducing(asked: Asked) -> list[Request | Raw]:
         done = [operation(op, part.flat.dtype) for part in made]
         given = vector(send, writable=False) if receives and not in_place and len(made) == 1 else None
     except REFUSALS:
-        if as_it_is:
+        if as_it_is and asked.options == DEFAULT:
             return [_native_reduction(asked, in_place)]  # takes it, or says what is wrong
         raise
     if as_it_is and not made:
