@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from .mpi.collectives import (
         allgather,
         allreduce,
-        allreduce_init,
         bcast,
-        iallreduce,
         reduce,
         reduce_scatter,
         ring_allreduce,
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from .mpi.comm import Comm
     from .mpi.guard import guard
     from .mpi.mixing import PushSum, butterfly_mix, gossip_average
+    from .mpi.nonblocking import allreduce_init, iallreduce
     from .schedule import ScheduleError
 
 __version__ = "0.1.0"
@@ -60,13 +59,13 @@ _HOMES = {
     "UserError": ".errors",
     "allgather": ".mpi.collectives",
     "allreduce": ".mpi.collectives",
-    "allreduce_init": ".mpi.collectives",
+    "allreduce_init": ".mpi.nonblocking",
     "bcast": ".mpi.collectives",
     "butterfly_mix": ".mpi.mixing",
     "gossip_average": ".mpi.mixing",
     "graph": ".graphs",
     "guard": ".mpi.guard",
-    "iallreduce": ".mpi.collectives",
+    "iallreduce": ".mpi.nonblocking",
     "reduce": ".mpi.collectives",
     "reduce_scatter": ".mpi.collectives",
     "ring_allreduce": ".mpi.collectives",

@@ -22,13 +22,13 @@ def text(schedule: Schedule) -> str:
 
 def legend(schedule: Schedule) -> str:
     """What the cells of ``text`` mean."""
-    if schedule.collective == "mix":
+    if schedule.mixes:
         return "→1 sends its vector to rank 1; 1/3 + 2/3←1 takes a third of its own and two thirds of rank 1's"
     return "[2]→1 sends chunk 2 to rank 1; [2]←1 receives it from rank 1, [2]+←1 and adds it to its own; [4..1] wraps"
 
 
 def _cell(schedule: Schedule, rank: int, round_: Round) -> str:
-    if schedule.collective == "mix":
+    if schedule.mixes:
         sends = [f"→{send.peer}" for send in round_.sends if send.peer != rank]
         shares = [share(recv.weight) + (f"←{recv.peer}" if recv.peer != rank else "") for recv in round_.recvs]
         return "  ".join([" ".join(sends), " + ".join(shares)]).strip() or "idle"
@@ -101,7 +101,7 @@ class _Picture(_Canvas):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
-        self.mixes = schedule.collective == "mix"
+        self.mixes = schedule.mixes
         self.row = max(3, min(9, 72 // schedule.p))
         self.column = 72 if self.mixes else max(6, min(24, 96 // schedule.chunks))
         self.width, self.height = self.column * schedule.chunks, self.row * schedule.p

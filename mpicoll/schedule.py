@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+MIX = "mix"
+"""What the ``collective`` of a schedule is that mixes vectors instead of doing one of the table's."""
+
 
 class ScheduleError(Exception):
     """A schedule is wrong; the text names the round, the ranks and the chunks."""
@@ -82,6 +85,11 @@ class Schedule:
 
     def __str__(self) -> str:
         return f"{self.name} {self.collective}, p={self.p}"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it mixes the vectors of ranks, which is no collective of the table."""
+        return self.collective == MIX
 
 
 def reduce(rank: int, peer: int, lo: int, hi: int, buffer: int = 0) -> Recv:

@@ -19,7 +19,7 @@ from mpi4py import MPI
 from .errors import UserError
 from .mpi.collectives import allreduce, bcast
 from .mpi.guard import on_all
-from .mpi.state import state_of
+from .mpi.sharing import shared
 from .train.batches import Batches
 from .train.checks import check
 from .train.data import from_arrays
@@ -284,9 +284,9 @@ _DTYPES = [f"torch.{name}" for name in DTYPES]
 
 def _zeros(comm: MPI.Intracomm, size: int, dtype: np.dtype) -> np.ndarray:
     """Where allreduces of ranks on one node find it, if there is such memory; a collective call."""
-    state = state_of(comm)
-    own = state.on_node(state.node.empty, size * dtype.itemsize) if state.shares else None
-    zeros = np.empty(size, dtype) if own is None else own.view(dtype)
+    memory = shared(comm)
+    own = None if memory is None else memory.empty(size, dtype)
+    zeros = np.empty(size, dtype) if own is None else own
     zeros[:] = 0
     return zeros
 

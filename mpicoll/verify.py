@@ -9,58 +9,19 @@ Mixing needs no symbols: run on the unit vectors, it gives its matrix.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .algorithms import Algorithm
+from .collective import COLLECTIVES
 from .interpreter import interpret, lockstep, span
 from .schedule import Recv, Round, Schedule, ScheduleError, Send, Verb, pieces
 
-
-class Goal(NamedTuple):
-    """What a collective promises: who starts with a chunk, and whose contributions each rank ends with.
-
-    ``starts(schedule, rank, chunk)``: does the rank bring a contribution of its own?
-    ``ends(schedule, rank, chunk)``: how often each rank's contribution must count; ``None`` if anything may be left.
-    """
-
-    starts: Callable[[Schedule, int, int], bool]
-    ends: Callable[[Schedule, int, int], np.ndarray | None]
-
-
-def _always(schedule: Schedule, rank: int, chunk: int) -> bool:
-    return True
-
-
-def _owner(schedule: Schedule, chunk: int) -> int:
-    return chunk * schedule.p // schedule.chunks
-
-
-def _all_once(schedule: Schedule) -> np.ndarray:
-    return np.ones(schedule.p, np.int32)
-
-
-def _owners_once(schedule: Schedule, chunk: int) -> np.ndarray:
-    return (np.arange(schedule.p) == _owner(schedule, chunk)).astype(np.int32)
-
-
-def _root_once(schedule: Schedule) -> np.ndarray:
-    return (np.arange(schedule.p) == schedule.root).astype(np.int32)
-
-
-GOALS = {
-    "allreduce": Goal(_always, lambda s, rank, chunk: _all_once(s)),
-    "bcast": Goal(lambda s, rank, chunk: rank == s.root, lambda s, rank, chunk: _root_once(s)),
-    "reduce": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == s.root else None),
-    "reduce_scatter": Goal(_always, lambda s, rank, chunk: _all_once(s) if rank == _owner(s, chunk) else None),
-    "allgather": Goal(lambda s, rank, chunk: rank == _owner(s, chunk), lambda s, rank, chunk: _owners_once(s, chunk)),
-}
 TOLERANCE = 1e-12  # of the sums and products of mixing weights
-OWNED = ("reduce_scatter", "allgather")  # each chunk belongs to a rank: equally many to each, in order
 
 
 @dataclass(frozen=True)
@@ -107,37 +68,42 @@ class _Expressions:
 
 def verify_schedule(schedule: Schedule) -> Proof:
     """Prove ``schedule`` does what its collective promises, or raise ``ScheduleError`` saying where it does not."""
-    if schedule.collective not in (*GOALS, "mix"):
-        raise ValueError(f"no goal is stated for {schedule.collective!r}: expected mix, {', '.join(GOALS)}")
+    row = COLLECTIVES.get(schedule.collective)
+    if row is None and not schedule.mixes:
+        raise ValueError(f"no goal is stated for {schedule.collective!r}: expected mix, {', '.join(COLLECTIVES)}")
     if schedule.p < 1 or schedule.chunks < 1 or not 0 <= schedule.root < schedule.p:
         raise ScheduleError(
             f"{schedule}: needs at least one rank and one chunk, and a root among the ranks; "
             f"has {schedule.chunks} chunks and root {schedule.root}"
         )
-    if schedule.collective == "mix" and schedule.chunks != 1:
+    if schedule.mixes and schedule.chunks != 1:
         raise ScheduleError(f"{schedule}: whole vectors are mixed, but it has {schedule.chunks} chunks")
-    if schedule.collective in OWNED and schedule.chunks % schedule.p:
+    if row and row.parted and schedule.chunks % schedule.p:
         raise ScheduleError(f"{schedule}: {schedule.chunks} chunks cannot be owned equally by {schedule.p} ranks")
     table = lockstep(schedule)
     for t, rounds in enumerate(table):
         for rank, round_ in enumerate(rounds):
             _check_round(schedule, f"{schedule}, round {t}: rank {rank}", round_)
-    if schedule.collective == "mix":
+    if row is None:
         return _verify_mixing(schedule, table)
 
-    goal = GOALS[schedule.collective]
     expressions = _Expressions(schedule.p)
     start = own_chunks(schedule, range(schedule.p))
     travelled: set[tuple[int, int]] = set()  # (chunk, value) of every copy
     end = interpret(schedule, start, expressions.combine, lambda chunk, value: travelled.add((chunk, value)))
 
     first: dict[int, tuple[int, int]] = {}  # chunk -> the first rank that must hold it, and what it holds
+    promised: dict[int, np.ndarray] = {}  # owner of a chunk -> how often each rank's contribution must count in it
     canonical, rank_order, in_tree = expressions.canonical(), True, True
     for rank, held in enumerate(end):
         for chunk, value in enumerate(held):
-            wanted = goal.ends(schedule, rank, chunk)
-            if wanted is None:
+            owner = _owner(schedule, chunk)
+            if not row.wants(rank, owner, schedule.root):
                 continue
+            if owner not in promised:
+                ones = [row.contributes(one, owner, schedule.root) for one in range(schedule.p)]
+                promised[owner] = np.array(ones, np.int32)
+            wanted = promised[owner]
             counts = expressions.counts[value] if value is not None else np.zeros(schedule.p, np.int32)
             for origin in np.flatnonzero(counts != wanted):
                 raise ScheduleError(
@@ -160,11 +126,18 @@ def verify_schedule(schedule: Schedule) -> Proof:
 
 def own_chunks(schedule: Schedule, marks: Iterable[Any]) -> list[list[Any]]:
     """What each rank's chunks hold at first, to run the schedule on: its own mark, or nothing if it brings none."""
-    starts = GOALS[schedule.collective].starts if schedule.collective in GOALS else _always
+    row = COLLECTIVES.get(schedule.collective)
+
+    def brings(rank: int, chunk: int) -> bool:
+        return row is None or row.has(rank, _owner(schedule, chunk), schedule.root)
+
     return [
-        [mark if starts(schedule, rank, chunk) else None for chunk in range(schedule.chunks)]
-        for rank, mark in enumerate(marks)
+        [mark if brings(rank, chunk) else None for chunk in range(schedule.chunks)] for rank, mark in enumerate(marks)
     ]
+
+
+def _owner(schedule: Schedule, chunk: int) -> int:
+    return chunk * schedule.p // schedule.chunks
 
 
 def mixing_matrix(schedule: Schedule) -> np.ndarray:
@@ -234,7 +207,7 @@ def _check_round(schedule: Schedule, where: str, round_: Round) -> None:
         if Verb.COPY in verbs and len(verbs) > 1:
             raise ScheduleError(f"{where} copies onto chunk {chunk} and writes it a second time in the same round")
     for recv in round_.recvs:
-        if (recv.verb is Verb.MIX) != (schedule.collective == "mix"):
+        if (recv.verb is Verb.MIX) != schedule.mixes:
             raise ScheduleError(f"{where} receives to {recv.verb.value}, in a schedule for {schedule.collective}")
         if recv.verb is Verb.COPY and not sent.isdisjoint(_places(schedule, recv)):
             raise ScheduleError(f"{where} copies chunks {span(schedule, recv)} onto what it sends in the same round")

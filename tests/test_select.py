@@ -5,10 +5,11 @@ from itertools import pairwise
 import pytest
 
 from mpicoll.algorithms import ALGORITHMS, find
+from mpicoll.collective import COLLECTIVES
 from mpicoll.cost import CLUSTER, NODE
-from mpicoll.mpi import operations, select
-from mpicoll.mpi.select import Limits, ahead, defaults, limits, shortest, tuned
-from mpicoll.tuning.rules import COLLECTIVES, Rule, preferred
+from mpicoll.mpi import select
+from mpicoll.mpi.select import ahead, defaults, shortest, tuned
+from mpicoll.tuning.rules import Rule, preferred
 
 
 def able(collective: str, names: tuple[str, ...]) -> None:
@@ -66,17 +67,6 @@ def test_names_are_put_ahead_between_bounds():
     assert ahead(rules, 0, 0, "x") == rules
     assert ahead(rules, 21, None, "x")[-1] == Rule(None, ("x", "b"))
     assert ahead(rules, 1000, None, "x")[2:] == (Rule(999, ("b",)), Rule(None, ("x", "b")))
-
-
-def test_limits_say_what_rules_say():
-    native, shared, ours = ("native", "tree"), ("shared", "tree"), ("tree",)
-    most = operations.MAX_COUNT
-    assert limits((Rule(None, native),)) == Limits(most, float("inf"), True)
-    assert limits((Rule(9, native), Rule(19, native), Rule(None, ours))) == Limits(20, float("inf"), False)
-    assert limits((Rule(9, ours), Rule(None, native))) == Limits(0, float("inf"), False)
-    assert limits((Rule(9, native), Rule(None, shared))) == Limits(10, 10, False)
-    assert limits((Rule(9, shared), Rule(19, native), Rule(29, shared), Rule(None, shared))) == Limits(0, 20, False)
-    assert limits((Rule(None, shared),)) == Limits(0, 1, False)
 
 
 def test_measured_moves_leave_arrays_in_shared_memory_their_way():

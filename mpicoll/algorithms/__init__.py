@@ -6,7 +6,8 @@ from fractions import Fraction
 from functools import partial
 from math import isqrt
 
-from ..schedule import Round, Schedule
+from ..collective import COLLECTIVES
+from ..schedule import MIX, Round, Schedule
 from . import bruck, chain, circulant, doubling, mixing, ring, tree
 from .fold import power_below
 
@@ -41,8 +42,13 @@ class Algorithm:
 
     @property
     def reduces(self) -> bool:
-        """Does it add anything up?"""
-        return "reduce" in self.collective
+        """Whether it reduces, rather than only moving data or mixing it."""
+        return not self.mixes and COLLECTIVES[self.collective].reduces
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it mixes the vectors of ranks, which is no collective of the table."""
+        return self.collective == MIX
 
     def schedule(self, p: int, **parameters: int) -> Schedule:
         """This algorithm for ``p`` ranks; a ``ValueError`` for a parameter it does not have or out of range."""
@@ -130,7 +136,7 @@ def _mixing(
 ) -> Algorithm:
     """A row: a period of a graph in which some rank always has that many neighbors to send to."""
     return Algorithm(
-        "mix",
+        MIX,
         name,
         partial(mixing.period, name),
         chunks=lambda p: 1,

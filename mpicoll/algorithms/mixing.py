@@ -8,13 +8,13 @@ Sources: see ``mpicoll.graph``.
 from collections.abc import Iterator
 
 from ..graphs import Graph, graph
-from ..schedule import Recv, Round, Schedule, Send, Verb
+from ..schedule import MIX, Recv, Round, Schedule, Send, Verb
 
 
 def schedule(graph: Graph, start: int = 0, rounds: int | None = None) -> Schedule:
     """That many rounds of ``graph`` from ``start`` on; by default a whole period, or one if there is none."""
     stop = start + ((graph.period or 1) if rounds is None else rounds)
-    return Schedule("mix", graph.name, graph.p, 1, lambda rank: _rounds(graph, rank, range(start, stop)))
+    return Schedule(MIX, graph.name, graph.p, 1, lambda rank: _rounds(graph, rank, range(start, stop)))
 
 
 def period(name: str, p: int, rank: int) -> Iterator[Round]:

@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 from ..algorithms import ALGORITHMS
+from ..collective import COLLECTIVES
 from ..errors import UserError
 from ..mpi.launch import world
-from ..tuning.rules import COLLECTIVES, NATIVE, WAYS
+from ..tuning.rules import NATIVE, WAYS
 from .bench_formats import PLACES, body, document, head
 from .bench_pipeline import PIPELINE, pipeline
 from .numbers import DTYPES, Numbers, dtype_named

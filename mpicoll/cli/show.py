@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..files import writing
 from ..graphs import graph
 from ..pipeline import PIPELINES, simulate, verify
+from ..schedule import MIX
 
 NAMES = [*dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows), "gossip", *PIPELINES]
 CONSENSUS = 1e-3
@@ -52,7 +53,7 @@ def show(
     options = {"root": root, "segments": segments, "micro": micro}
     asked = {option: value for option, value in options.items() if value is not None}
     if name == "gossip":
-        if asked or picture or collective not in (None, "mix"):
+        if asked or picture or collective not in (None, MIX):
             raise UserError("gossip is a table of all graphs: it takes --ranks only; name one to draw it")
         _gossip(ranks)
         return
@@ -71,7 +72,7 @@ def show(
         schedule = row.schedule(ranks, **given)
     except ValueError as error:
         raise UserError(str(error)) from error
-    chunks = f", {schedule.chunks} chunks" if collective != "mix" else ""
+    chunks = f", {schedule.chunks} chunks" if collective != MIX else ""
     about = f"{name} {collective}: {ranks} ranks{chunks}, {row.rounds(ranks, **given)} rounds"
     if picture is None:
         click.echo(f"{about}, no rank sends more than {row.sent(ranks, **given)} of the vector")
@@ -114,7 +115,7 @@ def _gossip(ranks: int) -> None:
     click.echo(
         f"{'graph':18} {'period':>6} {'messages':>9} {'spectral gap':>13} {f'rounds to {CONSENSUS:g}':>16}  mean"
     )
-    for name, row in ALGORITHMS["mix"].items():
+    for name, row in ALGORITHMS[MIX].items():
         made = graph(name, ranks)
         messages = max(len(made.neighbors(rank, t)[1]) - 1 for t in range(made.period or 1) for rank in range(ranks))
         gap, rounds = f"{1 - made.contraction:.3g}", made.rounds_to(CONSENSUS)

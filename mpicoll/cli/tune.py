@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from ..collective import COLLECTIVES
 from ..errors import UserError
 from ..mpi.launch import launched_ranks, world
 from ..tuning.fingerprint import Fingerprint
 from ..tuning.fit import fitted_profile, trial, worth
 from ..tuning.measurements import Measurements, Row, read_measurements, write_measurements
 from ..tuning.profile import VARIABLE, Profile, default_path, profile_path, read_profile, refusal, write_profile
-from ..tuning.rules import COLLECTIVES, Rules
+from ..tuning.rules import Rules
 from .numbers import Numbers, dtype_named, pretty
 from .output import check_folder
 

@@ -51,7 +51,7 @@ def _algorithms(rows: list[Algorithm], max_ranks: int) -> None:
             for given in variants(row, p):
                 proof = verify_algorithm(row, p, **given)
         order = "canonical" if row.canonical else "by rank" if row.rank_order else "any" if row.reduces else ""
-        if row.collective == "mix":
+        if row.mixes:
             exact = [p for p in range(1, max_ranks + 1) if row.exact(p)]
             powers = [1 << n for n in range(max_ranks.bit_length())]
             order = "mean reached" if len(exact) == max_ranks else "mean kept"

@@ -8,13 +8,15 @@ import numpy as np
 from mpi4py import MPI
 
 from ..algorithms import ALGORITHMS
+from ..collective import COLLECTIVES
 from ..errors import UserError
 from ..mpi.comm import Comm
 from ..mpi.operations import MOVE, operation
-from ..mpi.select import SHARED, Options, choose
+from ..mpi.paths import choose
+from ..mpi.request import DEFAULT
 from ..mpi.state import state_of
 from ..statistics import median
-from ..tuning.rules import NATIVE
+from ..tuning.rules import NATIVE, SHARED
 from .contestants import Implementation, implementations
 from .task import Task
 from .timing import NULL, Settings, measure
@@ -25,12 +27,13 @@ HOPELESS = 3  # times as long as the best: no chance
 
 def untuned(comm: MPI.Intracomm, task: Task) -> str:
     """The algorithm that ``auto`` takes for the task with ordinary arrays and no profile."""
-    state, reduces = state_of(Comm(comm)), "reduce" in task.collective
+    state, reduces = state_of(Comm(comm)), COLLECTIVES[task.collective].reduces
     done = operation(task.op, task.dtype) if reduces else MOVE
     shares = reduces and state.can_share(task.collective, False, done)
     rules = state.defaults(task.collective)
-    row = choose(task.collective, Options(), task.count, task.dtype, done, rules, shares=shares)
-    return row.name if row else NATIVE
+    nbytes = task.count * done.carried(task.dtype).itemsize
+    row = choose(task.collective, DEFAULT, nbytes, task.dtype, done, rules, shares=shares)
+    return row if isinstance(row, str) else row.name
 
 
 def compete(comm: MPI.Intracomm, tasks: Sequence[Task], settings: Settings) -> list[dict[str, np.ndarray]]:
@@ -79,6 +82,6 @@ def _with_a_chance(times: Mapping[str, np.ndarray], names: list[str]) -> list[st
 
 
 def _choices(comm: MPI.Intracomm, task: Task) -> dict[str, Implementation]:
-    known = {NATIVE, *ALGORITHMS[task.collective], *([SHARED.name] if "reduce" in task.collective else [])}
+    known = {NATIVE, *ALGORITHMS[task.collective], *([SHARED] if COLLECTIVES[task.collective].reduces else [])}
     found = implementations(comm, task.collective, task.dtype, "off")
     return {name: one for name, one in found.items() if name in known}

@@ -10,15 +10,15 @@ import numpy as np
 from mpi4py import MPI
 
 from ..algorithms import ALGORITHMS
+from ..collective import COLLECTIVES
 from ..errors import UserError
 from ..mpi import gpu
 from ..mpi.buffers import is_half
-from ..mpi.collectives import cuts_of
 from ..mpi.comm import Comm
 from ..mpi.operations import MOVE, operation
-from ..mpi.select import SHARED
+from ..mpi.request import cuts_of
 from ..mpi.state import state_of
-from ..tuning.rules import NATIVE, WAYS
+from ..tuning.rules import NATIVE, SHARED, WAYS
 from .task import Task
 from .testdata import Memory
 
@@ -67,7 +67,7 @@ def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check
     if not (is_half(dtype) and "reduce" in collective):
         found[NATIVE] = partial(call_of, MPI.Intracomm(comm))
     if state.can_share(collective, False, operation("sum", dtype)):
-        found[SHARED.name] = partial(call_of, ours, algorithm=SHARED.name)
+        found[SHARED] = partial(call_of, ours, algorithm=SHARED)
     if state.shares:
         found[SHARED_ARRAYS] = WithMemory(partial(call_of, ours), ours.empty)
         if collective == "allreduce":
@@ -102,7 +102,7 @@ def implementations_on_gpu(
         against = devices.why[path] if path not in named else ""
         try:
             if not against:
-                devices.ways(path, collective, done, dtype, False)
+                devices.ways(path, COLLECTIVES[collective], done, dtype, False)
         except ValueError as error:
             if path in named:
                 raise UserError(str(error)) from None

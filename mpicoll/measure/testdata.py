@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from ..mpi import gpu
 from ..mpi.buffers import is_half
-from ..mpi.collectives import cuts_of
+from ..mpi.request import cuts_of
 from .task import Task
 
 BLOCK = 1 << 15  # elements made and compared at a time, so that what is in between stays in the cache

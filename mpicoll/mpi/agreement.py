@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Hashable
 from functools import lru_cache
-from itertools import pairwise
 from threading import Lock
 from typing import NamedTuple
 
@@ -25,7 +24,8 @@ KEPT = 128
 """Headers remembered: those of a program that makes the same calls again and again."""
 
 _MIX = 0x9E3779B97F4A7C15  # odd: numbers that follow each other differ in many bits
-_MASK = (1 << 64) - 1
+_STATED = 24  # bits of what only some ranks may state
+_CORE = (1 << 64) - (1 << _STATED)
 _HASH, _SAID = 8, 256  # bytes of a hash, and of one with a text
 
 _begun: list["Comparison"] = []  # MPI writes to their memory, though the call may be refused on this rank
@@ -35,7 +35,11 @@ _default: str | None = None
 
 
 class Header(NamedTuple):
-    """A call, as far as it must be the same on all ranks; numbers are Python's own, whose text is always the same."""
+    """A call, as far as it must be the same on all ranks; numbers are Python's own, whose text is always the same.
+
+    ``stated`` must be the same on those ranks alone that state it: a function knows the shapes and dtypes of arrays
+    that are only moved, where mpi4py's methods know bytes.
+    """
 
     collective: str
     algorithm: str
@@ -43,16 +47,16 @@ class Header(NamedTuple):
     dtype: str
     elements: int | None
     parameters: tuple[tuple[str, int], ...] = ()
-    cuts: tuple[int, ...] | None = None
+    counts: tuple[int, ...] | None = None
     detail: str = ""
+    stated: str = ""
 
     def __str__(self) -> str:
         what = "" if self.elements is None else f" of {self.elements} {self.dtype}".rstrip()
         named = [f"{name} {value}" for name, value in self.parameters]
-        if self.cuts is not None:
-            named.append(f"parts of {[after - before for before, after in pairwise(self.cuts)]}")
-        if self.detail:
-            named.append(self.detail)
+        if self.counts is not None:
+            named.append(f"parts of {[*self.counts]}")
+        named += filter(None, [self.detail, self.stated])
         if self.elements is None and self.dtype:
             named.append(self.dtype)
         return ", ".join([f"{self.collective}{what}", *filter(None, [self.operation]), self.algorithm, *named])
@@ -104,24 +108,37 @@ class Agreement:
     def __init__(self, comm: MPI.Comm, node: Node | None = None) -> None:
         self._comm, self._p = comm, comm.size
         self._node = node  # if they share memory, all of them
-        self._mine, self._all = bytearray(8), bytearray(8 * self._p)
+        self._all = bytearray(8 * self._p)
+        self._numbers = memoryview(self._all).cast("Q")
         self.calls = 0
 
-    def check(self, headers: Headers, detail: tuple[str, ...] | None = None) -> None:
+    def check(
+        self, headers: Headers, detail: tuple[str, ...] | None = None, places: tuple[int, ...] = (), digest: int = 0
+    ) -> list[list[int]] | None:
         """Compare a call, with ``detail`` if given: a ``MismatchError`` on all ranks if it is not the same on all.
 
-        64 bits of hash are exchanged, and what they stand for only if they differ.
+        64 bits of hash are exchanged, and what they stand for only if they differ.  ``places`` are numbers that travel
+        with them where all ranks share memory: those of all ranks are returned.  ``digest`` is that of ``headers``, if
+        it is known.
         """
         self.calls += 1
-        digest = _digest(headers if detail is None else (headers, detail))
-        number = digest ^ (self.calls * _MIX & _MASK)
-        if not (self._node.agree(number) if self._node else self._gathered(number)):
+        digest = digest or digest_of(headers, detail)
+        number = digest ^ (self.calls * _MIX & _CORE)
+        found = None
+        if self._node is None:
+            numbers = self._gathered(number)
+        elif places:
+            exchanged = self._node.exchange(number, *places)
+            numbers, found = [words[0] for words in exchanged], [words[1:] for words in exchanged]
+        else:
+            numbers = self._node.gather(number)
+        if numbers.count(number) != self._p and not _same(numbers):
             raise MismatchError(_table(self._comm.allgather((digest, self._said(headers, detail)))))
+        return found
 
-    def _gathered(self, number: int) -> bool:
-        self._mine[:] = number.to_bytes(8, "little")
-        self._comm.Allgather(self._mine, self._all)
-        return self._all == self._mine * self._p
+    def _gathered(self, number: int) -> list[int]:
+        self._comm.Allgather(number.to_bytes(8, sys.byteorder), self._all)
+        return self._numbers.tolist()
 
     def _said(self, headers: Headers, detail: tuple[str, ...] | None) -> str:
         what = headers if isinstance(headers, str) else "; ".join(map(str, headers)) or "nothing to do"
@@ -174,13 +191,32 @@ def _table(said: list[tuple[int | bytes, str]]) -> str:
     return "\n".join(["ranks do not make the same call on this communicator:", *lines])
 
 
-def _digest(headers: Hashable) -> int:
-    """The same in all processes, which Python's own hash is not."""
-    digest = _digests.get(headers)
+def _same(numbers: list[int]) -> bool:
+    """Whether calls agree, of which some may state more than others."""
+    return len({n & _CORE for n in numbers}) == 1 and len({n & ~_CORE for n in numbers if n & ~_CORE}) < 2
+
+
+def digest_of(headers: Headers, detail: tuple[str, ...] | None = None) -> int:
+    """What stands for a call in a comparison: a hash of what all ranks must have in common, above ``_STATED`` bits of
+    what those that state it must, or 0."""
+    whole = headers if detail is None else (headers, detail)
+    digest = _digests.get(whole)
     if digest is None:
         if len(_digests) >= KEPT:
             _digests.clear()
-        from hashlib import sha256  # takes 2 ms to import
-
-        digest = _digests[headers] = int.from_bytes(sha256(repr(headers).encode()).digest()[:8], "little")
+        stated: tuple[str, ...] = ()
+        if not isinstance(headers, str):
+            stated = tuple(header.stated for header in headers)
+            headers = tuple(header._replace(stated="") for header in headers)
+        digest = _digest((headers, detail)) & _CORE
+        if any(stated):
+            digest |= _digest(stated) & ~_CORE or 1
+        _digests[whole] = digest
     return digest
+
+
+def _digest(what: Hashable) -> int:
+    """The same in all processes, which Python's own hash is not."""
+    from hashlib import sha256  # takes 2 ms to import
+
+    return int.from_bytes(sha256(repr(what).encode()).digest()[:8], "little")

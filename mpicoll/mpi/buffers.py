@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from mpi4py import MPI
-from mpi4py.util.dtlib import from_numpy_dtype, to_numpy_dtype
+from mpi4py.util.dtlib import to_numpy_dtype
 
 from . import gpu
 from .gpu import Array
@@ -99,7 +99,7 @@ def specification(flat: np.ndarray) -> Any:
     """What mpi4py takes for it: what it cannot recognise by its dtype is named."""
     if flat.dtype in PAIRS:
         return [flat, len(flat), PAIRS[flat.dtype]]
-    return flat if flat.flags.aligned else [flat.view(np.uint8), len(flat), from_numpy_dtype(flat.dtype)]
+    return flat if flat.flags.aligned else [flat.view(np.uint8), len(flat), MPI.Datatype.fromcode(flat.dtype.char)]
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:

@@ -12,14 +12,14 @@ sent when it is met for the first time, and never again.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
+from ..collective import Collective
 from ..errors import reason
 from ..schedule import chunk_start
 from ..tuning.rules import WAYS
@@ -28,6 +28,7 @@ from .buffers import is_half
 from .gpu import Array
 from .operations import Operation
 from .probe import probe
+from .request import Request
 from .shared import Node
 
 KEPT = 4096
@@ -48,12 +49,6 @@ Spot = tuple[int, int, int]  # rank, allocation, byte
 Facts = tuple[list[str], int, dict[str, str]]
 Owner = tuple[int, int]  # rank, and the number of its device
 Key = tuple[Owner, int, int]  # who has opened it, whose it is, which allocation
-
-
-Asked = tuple[str, Array | np.ndarray | None, Array | np.ndarray | None, Operation, int, tuple[int, ...] | None]
-"""A call: the collective, what is given and taken, the operation, the root, and the cuts.  Arrays are those of
-``Node.run``, and the whole is not empty; given and taken may be one, or none where a rank gives or takes nothing.  One
-that is in host memory is found by the MPI library only."""
 
 
 class _Job(NamedTuple):
@@ -95,7 +90,7 @@ class Devices:
         """Which way the latest call of a kind has gone."""
 
     def ways(
-        self, asked: str, collective: str, operation: Operation, dtype: np.dtype, deterministic: bool
+        self, asked: str, row: Collective, operation: Operation, dtype: np.dtype, deterministic: bool
     ) -> list[str]:
         """Those to be tried, in order; the last is always ``"staged"``.  A collective call, which raises ``ValueError``
         on all ranks if the one asked for cannot be gone."""
@@ -110,22 +105,26 @@ class Devices:
             if not operation.predefined:
                 return "the operation is no predefined one"
             if way == "nccl":
-                return self.why["nccl"] or gpu.nccl_refusal(operation.name, dtype)
+                return self.why["nccl"] or gpu.nccl_refusal(row, operation.name, dtype)
             if is_half(dtype) and operation.reduces:
                 return f"the MPI library does not know {dtype}"
-            return "" if self._trusted else self._probe(collective)
+            return "" if self._trusted else self._probe(row.name)
 
         if asked == "auto":
             return [*(way for way in ("ipc", "nccl") if not why_not(way)), "staged"]
         if asked not in WAYS or asked == "staged":
             return ["staged"]
         if why := why_not(asked):
-            raise ValueError(f"{asked} cannot do this {collective} here: {why}")
+            raise ValueError(f"{asked} cannot do this {row.name} here: {why}")
         return [asked, "staged"]
 
-    def run(self, way: str, asked: Asked) -> bool:
-        """Do it; false, on all ranks, if this way cannot be gone with these arrays, and nothing was done."""
-        return {"ipc": self._by_ipc, "nccl": self._by_nccl, "aware": self._by_mpi}[way](asked)
+    def run(self, path: str, request: Request) -> bool:
+        """Run a request that is not empty; false, on all ranks, if its arrays cannot take this path, and nothing was
+        done.  An array in host memory is for the MPI library only."""
+        given, taken = request.send, request.recv
+        if request.in_place and given is None and isinstance(taken, Array):
+            given = taken.part(request.own.start, request.own.stop)
+        return {"ipc": self._by_ipc, "nccl": self._by_nccl, "aware": self._by_mpi}[path](request, given, taken)
 
     def remember(self, kind: Any, way: str) -> None:
         """Which way a call has gone."""
@@ -135,10 +134,11 @@ class Devices:
 
     # ---- by IPC
 
-    def _by_ipc(self, asked: Asked) -> bool:
-        collective, given, taken, operation, root, cuts = asked
+    def _by_ipc(self, request: Request, given: Any, taken: Any) -> bool:
+        row, operation, root, cuts = request.row, request.operation, request.root or 0, request.cuts
+        collective = row.name
         arrays = [array for array in (given, taken) if isinstance(array, Array)]
-        count, dtype = cuts[-1] if cuts else arrays[0].size, arrays[0].dtype
+        count, dtype = request.count, request.dtype
         if len(self._own) > KEPT:
             self._own.clear()
         if len(self._failed) > KEPT:  # the same on all ranks
@@ -157,7 +157,7 @@ class Devices:
         key = (collective, operation.name, count, dtype, root, cuts, *(tuple(place) for place in places))
         prepared = self._prepared.get(key)
         if prepared is None:
-            jobs = self._jobs(collective, count, dtype, root, cuts, places)
+            jobs = self._jobs(row, count, dtype, root, cuts, places)
             prepared = None if jobs is None else self._prepare(jobs, operation, dtype)
             if prepared is None:
                 return False
@@ -195,7 +195,7 @@ class Devices:
 
     def _jobs(
         self,
-        collective: str,
+        row: Collective,
         count: int,
         dtype: np.dtype,
         root: int,
@@ -204,8 +204,8 @@ class Devices:
     ) -> dict[Owner, list[_Job]] | None:
         """What each owner does; none if somebody's array cannot be found, or there are too many."""
         ranks, size = range(self.p), dtype.itemsize
-        givers = [root] if collective == "bcast" else ranks
-        takers = [root] if collective == "reduce" else [q for q in ranks if collective != "bcast" or q != root]
+        givers = [q for q in ranks if row.sends(q, root)]
+        takers = [q for q in ranks if row.receives(q, root) and not (row.from_root and q == root)]
         if not (all(places[q][1] for q in givers) and all(places[q][3] for q in takers)):
             return None
         if len(givers) + len(takers) > MOST:
@@ -230,7 +230,7 @@ class Devices:
                 jobs[owner] = [_Job(sources, tuple(spot(q, 3) for q in near), 0, count)]
             elif cuts is None:
                 jobs[owner] = [_Job(sources, tuple(spot(q, 3) for q in takers), lo, hi)]
-            elif collective == "reduce_scatter":
+            elif row.receives_part:
                 jobs[owner] = [_Job(sources, (spot(q, 3, cuts[q]),), cuts[q], cuts[q + 1]) for q in near]
             else:
                 every = [(spot(q, 1, cuts[q]), cuts[q], cuts[q + 1]) for q in ranks]
@@ -346,10 +346,10 @@ class Devices:
 
     # ---- by NCCL
 
-    def _by_nccl(self, asked: Asked) -> bool:
-        collective, given, taken, operation, root, cuts = asked
-        if len({after - before for before, after in pairwise(cuts or ())}) > 1:
+    def _by_nccl(self, request: Request, given: Any, taken: Any) -> bool:
+        if request.counts is not None:
             return False
+        operation = request.operation
         there = [array for array in (given, taken) if array is not None]
         able = all(isinstance(array, Array) and array.device == self._device for array in there)
         if not self.comm.allreduce(able, MPI.LAND):
@@ -358,7 +358,7 @@ class Devices:
         assert not isinstance(taken, np.ndarray)
         if self._nccl is None and not self._begin_nccl():
             return False
-        gpu.by_nccl(self._nccl, collective, given, taken, operation.name, root)
+        gpu.by_nccl(self._nccl, request.row, given, taken, operation.name, request.root or 0)
         if taken is not None and operation.finish:
             self._finish(taken, operation)
         return True
@@ -390,25 +390,18 @@ class Devices:
 
     # ---- by the MPI library
 
-    def _by_mpi(self, asked: Asked) -> bool:
-        collective, given, taken, operation, root, cuts = asked
+    def _by_mpi(self, request: Request, given: Any, taken: Any) -> bool:
         _settle([array for array in (given, taken) if isinstance(array, Array)])  # MPI knows nothing of streams
-        op, counts = operation.native, [after - before for before, after in pairwise(cuts or ())]
+        row, operation = request.row, request.operation
+        call = row.native(self.comm, operation.native, request.root or 0, request.counts)
         send, recv = (array.flat() if isinstance(array, Array) else array for array in (given, taken))
-        if collective == "reduce_scatter":
-            self.comm.Reduce_scatter(send, recv, counts, op)
-        elif collective == "allgather":
-            self.comm.Allgatherv(MPI.IN_PLACE if _is_part(given, taken) else send, [recv, counts])
-        elif collective == "bcast":
-            for piece in _pieces(send if self.rank == root else recv):
-                self.comm.Bcast(piece, root)
+        if row.parted:
+            call(MPI.IN_PLACE if request.in_place or _is_part(given, taken) else send, recv)
         else:
-            for one, other in zip(_pieces(send), _pieces(send if recv is None else recv), strict=True):
-                args = (MPI.IN_PLACE if given is taken else one), (None if recv is None else other), op
-                if collective == "allreduce":
-                    self.comm.Allreduce(*args)
-                else:
-                    self.comm.Reduce(*args, root)
+            longest, in_place = operations.MAX_COUNT, given is taken
+            for lo in range(0, request.count, longest):
+                one, other = (None if x is None else x[lo : lo + longest] for x in (send, recv))
+                call(MPI.IN_PLACE if in_place else one, other)
         if operation.finish and isinstance(taken, Array):
             self._finish(taken, operation)
         elif operation.finish and isinstance(taken, np.ndarray):
@@ -433,12 +426,6 @@ def _settle(arrays: list[Array]) -> None:
     """Wait for what is on their streams."""
     for array in {array.stream.ptr: array for array in arrays}.values():
         array.synchronize()
-
-
-def _pieces(array: Any) -> Iterator[Any]:
-    """As long as the MPI library takes them; one, if there is nothing in it."""
-    longest = operations.MAX_COUNT
-    return (array[lo : lo + longest] for lo in range(0, max(len(array), 1), longest))
 
 
 def facts(device: int) -> Facts:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
+from ..collective import Collective
 from ..errors import UserError, reason
 from .launch import node_of
 
@@ -657,8 +658,10 @@ def nccl_missing() -> str:
         return f"CuPy was built without NCCL ({error})"
 
 
-def nccl_refusal(operation: str, dtype: np.dtype) -> str:
+def nccl_refusal(row: Collective, operation: str, dtype: np.dtype) -> str:
     """Why NCCL cannot do it, if so."""
+    if row.nccl is None:
+        return f"NCCL has no {row.name}"
     return "" if operation in _NCCL_OPERATIONS and dtype.name in _NCCL_TYPES else f"NCCL has no {operation} of {dtype}"
 
 
@@ -674,24 +677,15 @@ def nccl_communicator(device: int, p: int, number: Any, rank: int) -> Any:
 
 
 def by_nccl(
-    communicator: Any, collective: str, given: Array | None, taken: Array | None, operation: str, root: int
+    communicator: Any, row: Collective, given: Array | None, taken: Array | None, operation: str, root: int
 ) -> None:
     """Have it done, on the stream of what is given and taken, which is the same; ``root`` is a rank."""
     nccl, array = _nccl(), taken if given is None else given
     assert array is not None
+    assert row.nccl is not None
     send, recv = array.pointer, array.pointer if taken is None else taken.pointer
+    count = taken.size if row.receives_part and taken is not None else array.size
     kind = getattr(nccl, f"NCCL_{_NCCL_TYPES[array.dtype.name]}")
     op = getattr(nccl, f"NCCL_{_NCCL_OPERATIONS[operation]}")
     with on(array):
-        stream = array.stream.ptr
-        if collective == "allreduce":
-            communicator.allReduce(send, recv, array.size, kind, op, stream)
-        elif collective == "reduce":
-            communicator.reduce(send, recv, array.size, kind, op, root, stream)
-        elif collective == "bcast":
-            communicator.bcast(array.pointer, array.size, kind, root, stream)
-        elif collective == "reduce_scatter":
-            assert taken is not None
-            communicator.reduceScatter(send, recv, taken.size, kind, op, stream)
-        else:
-            communicator.allGather(send, recv, array.size, kind, stream)
+        row.nccl(communicator, send, recv, count, kind, op, root, array.stream.ptr)

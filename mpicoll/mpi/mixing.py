@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from ..algorithms import mixing
 from ..graphs import Graph, graph
+from ..schedule import MIX
 from . import record
 from .attach import check_comm, whole
 from .buffers import Part, is_half, on_device, parts, staged
@@ -176,7 +177,7 @@ def _mix(x: Any, comm: MPI.Intracomm, graph: Graph, step: int, stream: Any) -> A
         tag = _tag(graph, t)
         for flat, deliver in pieces:
             schedule = partial(mixing.schedule, graph, t, 1)
-            state.run(state.plan(("mix", graph.digest, t), schedule, len(flat), flat.dtype, MOVE), flat, MOVE, tag)
+            state.run(state.plan((MIX, graph.digest, t), schedule, len(flat), flat.dtype, MOVE), flat, MOVE, tag)
             if deliver:
                 deliver()
     return x

@@ -9,6 +9,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from ..collective import COLLECTIVES
 
 LIMIT = 60.0
 """Seconds until it is given up."""
@@ -55,39 +58,37 @@ def main(collective: str) -> None:
     from ..errors import UserError
     from .gpu import cupy, take
 
-    comm = MPI.COMM_WORLD
+    comm, row = MPI.COMM_WORLD, COLLECTIVES[collective]
     try:
         take(comm)
     except UserError as error:
         sys.exit(f"{SAYS}{error}")
-    module, p, rank = cupy(), comm.size, comm.rank
+    module, p, rank, root = cupy(), comm.size, comm.rank, 1
+    sends, receives = row.sends(rank, root), row.receives(rank, root) and not (row.from_root and rank == root)
     for size in SIZES:
-        x = module.arange(size * p, dtype="float32") + rank
-        y = module.zeros(size * p, "float32")
-        total = module.arange(size * p, dtype="float32") * p + p * (p - 1) // 2
-        z, other = x.copy(), total  # and what is done in place
-        module.cuda.get_current_stream().synchronize()
-        if collective == "allreduce":
-            comm.Allreduce(x, y)
-            comm.Allreduce(MPI.IN_PLACE, z)
-        elif collective == "reduce":
-            comm.Reduce(x, y if rank == 1 else None, root=1)
-            comm.Reduce(MPI.IN_PLACE if rank == 1 else z, z if rank == 1 else None, root=1)
-            y, total, other = (y, total, other) if rank == 1 else (x, x, z)
-        elif collective == "bcast":
-            comm.Bcast(x, root=1)
-            y, total = x, module.arange(size * p, dtype="float32") + 1
-            other = z
-        elif collective == "reduce_scatter":
-            comm.Reduce_scatter(x, y[:size], [size] * p)
-            y, total, other = y[:size], total[rank * size : (rank + 1) * size], z
-        else:
-            comm.Allgatherv(x[:size], [y, [size] * p])
-            total = other = module.concatenate([module.arange(size, dtype="float32") + n for n in range(p)])
-            z[rank * size : (rank + 1) * size] = x[:size]
+        own, parts = slice(rank * size, (rank + 1) * size), [slice(q * size, (q + 1) * size) for q in range(p)]
+        x, y = module.arange(size * p, dtype="float32") + rank, module.zeros(size * p, "float32")
+        expected = module.zeros(size * p, "float32")
+        for owner, part in enumerate(parts):
+            for q in range(p):
+                if row.contributes(q, owner, root):
+                    expected[part] += module.arange(size * p, dtype="float32")[part] + q
+        z = x.copy()  # and what is done in place
+
+        def call(send: Any, recv: Any) -> None:
             module.cuda.get_current_stream().synchronize()
-            comm.Allgatherv(MPI.IN_PLACE, [z, [size] * p])
-        if not bool((y == total).all() and (z == other).all()):
+            row.native(comm, MPI.SUM, root, None)(send, recv)
+
+        given, taken = x[own] if row.sends_part else x, y[own] if row.receives_part else y
+        call(given if sends else None, taken if receives else None)
+        right = not receives or bool((taken == (expected[own] if row.receives_part else expected)).all())
+        if row.receives_part or row.from_root:
+            z = expected
+        elif sends and receives:
+            call(MPI.IN_PLACE, z)
+        else:
+            call(z[own] if row.sends_part else z, None)
+        if not right or (receives and not bool((z == expected).all())):
             sys.exit(f"{SAYS}its {collective} of {x.nbytes} bytes on a GPU is wrong")
     print("right", flush=True)
 

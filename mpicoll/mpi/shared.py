@@ -21,7 +21,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -29,6 +29,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..algorithms.fold import power_below
+from ..collective import Collective
 from .launch import cores, node_of
 from .memory import NOWHERE, PAGE, Place, Pool, place_of, share, windows
 from .operations import Operation
@@ -130,14 +131,14 @@ class Node:
         n = len(mine)
         return [words[at : at + n].tolist() for at in slots]
 
-    def agree(self, number: int) -> bool:
-        """Is it the same on all ranks?"""
+    def gather(self, number: int) -> list[int]:
+        """One number of each rank, seen by all: ``exchange`` at the least cost."""
         if not ORDERED:
-            return all(others == [number] for others in self.exchange(number))
+            return [theirs for (theirs,) in self.exchange(number)]
         slots, words = self._slots[self._turn & 1], self._words
         words[slots[self.rank]] = number
         self.sync()
-        return all(words[slot] == number for slot in slots)
+        return [words[slot] for slot in slots]
 
     # ---- memory
 
@@ -212,38 +213,53 @@ class Node:
 
     # ---- the collectives
 
+    def places(self, send: np.ndarray | None, recv: np.ndarray | None) -> tuple[int, int, int, int]:
+        """Where this rank's arrays lie, in four numbers for ``exchange``: what all ranks must know for ``run``."""
+        there = NOWHERE if recv is None else self._place_of(recv)
+        if send is recv:
+            return (*there, *there)
+        return (*(NOWHERE if send is None else self._place_of(send)), *there)
+
     def run(
         self,
-        collective: str,
-        send: np.ndarray,
-        recv: np.ndarray,
+        row: Collective,
+        send: np.ndarray | None,
+        recv: np.ndarray | None,
         operation: Operation,
         root: int = 0,
         cuts: Sequence[int] | None = None,
-        boxed: bool = True,
+        staged: bool = True,
+        places: list[list[int]] | None = None,
+        one: bool = False,
+        in_place: bool = False,
     ) -> bool:
-        """Do it, on flat arrays of one dtype; false, on all ranks, if it takes boxes, and there is no memory for them,
-        or they are not wanted.
+        """Run a collective on flat arrays of one dtype; a collective call.
 
-        allreduce, reduce: n elements each, which may be the same memory; in reduce ``recv`` is the root's only.
-        allreduce_shared: the same, and ``recv`` is what ``result`` has given.  reduce_scatter: n elements, and this
-        rank's part.  bcast, allgather: both are the n elements, in which the root's, or each rank's part, are given.
-        ``cuts`` says where parts begin.
+        ``send`` is what this rank sends, the whole or its part, and ``recv`` what it receives; ``None`` where it sends
+        or receives nothing.  Both may be one array; ``in_place`` says that one is a part of the other.  ``cuts`` are
+        where parts begin.  ``places`` are those of all ranks, if they were exchanged already.  With ``one``, ``recv``
+        is what ``result`` has returned, one result for all ranks.
+
+        Returns false, on all ranks, and has done nothing, if it takes staging buffers, and there is no memory for them,
+        or they are not wanted (``staged``).
         """
-        one = collective == "allreduce_shared"
-        there = NOWHERE if one else self._place_of(recv)
-        places = self.exchange(*(there if send is recv else self._place_of(send)), *there)
+        if places is None:
+            places = self.exchange(*self.places(send, None if one else recv))
+        array = recv if send is None else send
+        assert array is not None
+        count = cuts[-1] if cuts else len(array)
+        own = row.parted and not row.reduces and not in_place and send is not None and recv is not None
         key = None
         if operation.predefined:
-            result = id(self._results[0]) if one else 0
             key = (
-                *(collective, operation.name, operation.widens, len(send), send.dtype, root, cuts, result, boxed),
+                *(row, operation.name, operation.widens, count, array.dtype, root, cuts, staged, own),
+                id(self._results[0]) if one else 0,
                 *chain.from_iterable(places),
             )
         turns: Iterable[Iterable[Step]] | None = self.compiled.get(key)
         if turns is None:
-            call = _Call(self, collective, send, recv, operation, root, cuts, places)
-            if call.boxed and not (boxed and self._open()):
+            call = _Call(self, row, recv if one else None, array.dtype, count, operation, root, cuts, places, own)
+            if call.staged and not (staged and self._open()):
                 return False
             turns = call.turns()
             if key is not None and call.tiles <= MAX_TILES:
@@ -257,7 +273,7 @@ class Node:
                     self.sync()
                 for do, arrays in steps:
                     if arrays:
-                        do(*[vectors[a.of][a.lo : a.hi] if type(a) is _Slice else a for a in arrays])
+                        do(*[vectors[a.of][a.lo : a.hi] if type(a) is _Slice else a for a in arrays])  # type: ignore[index]
                     else:
                         do()
         return True
@@ -270,14 +286,6 @@ class Node:
         tiles, length = _tiles(-(-count // owners), dtype.itemsize, self.box // owners)
         starts = [min((tile * owners + at) * length, count) for tile in range(tiles)]
         return [n for start in starts if (n := min(start + length, count) - start)]
-
-    def allreduce(self, send: np.ndarray, operation: Operation) -> np.ndarray | None:
-        """The one result of all ranks, a flat array; ``None``, on all of them, if there is no memory for it."""
-        memory = self.result(send.nbytes)
-        if memory is None:
-            return None
-        result = memory.view(send.dtype)
-        return result if self.run("allreduce_shared", send, result, operation) else None
 
 
 _nodes: WeakSet[Node] = WeakSet()
@@ -308,59 +316,79 @@ class _Call:
     def __init__(
         self,
         node: Node,
-        collective: str,
-        send: np.ndarray,
-        recv: np.ndarray,
+        row: Collective,
+        one: np.ndarray | None,
+        dtype: np.dtype,
+        count: int,
         operation: Operation,
         root: int,
         cuts: Sequence[int] | None,
         places: list[list[int]],
+        own: bool,
     ) -> None:
-        self.node, self.operation, self.cuts, self.dtype = node, operation, cuts, send.dtype
+        self.node, self.row, self.operation, self.dtype = node, row, operation, dtype
+        self.root, self.cuts, self.count = root, cuts, count
         self.me, self.p = node.rank, node.size
         ranks = range(self.p)
-        self.owners = [root] if collective == "bcast" else node.owners
-        self.receives = collective != "reduce" or self.me == root
-        self.delivers = collective != "reduce" or self.me != root
-        self.count = cuts[-1] if cuts else len(send)
-        self.start = cuts[self.me] if cuts and collective == "reduce_scatter" else 0  # of what is received
+        senders = [q for q in ranks if row.sends(q, root)]
+        takers = [q for q in ranks if row.receives(q, root)]
+        self.owners = senders if not row.reduces else node.owners
+        self.receives = self.me in takers
+        self.delivers = takers != [self.me]  # to others
 
-        givers = self.owners if not operation.reduces else ranks
-        takers = [root] if collective == "reduce" else ranks
         self.sources: dict[int, np.ndarray] = {}  # by rank, if they are read where they are
-        self.targets: list[Array] = []  # where results are written at once, for all who want them
-        if all(places[q][0] for q in givers):
-            self.sources = {q: node.array(q, places[q][:2], self.dtype) for q in givers}
-        if collective == "allreduce_shared":
-            self.targets = [recv]
-        elif collective == "reduce_scatter":
-            self.targets = [_Slice(1, 0, len(recv))]
-        elif operation.reduces and all(places[q][2] for q in takers):
+        self.targets: list[np.ndarray] = []  # where results are written at once, for all who want them
+        self.own = own  # this rank's part is to be copied from what it sends to what it receives
+        self.own_first = False  # where others read it then
+        if all(places[q][0] for q in senders):
+            self.sources = {q: node.array(q, places[q][:2], dtype) for q in senders}
+            self.sent_from = [self._part(q)[0] if row.sends_part else 0 for q in ranks]
+        elif row.sends_part and not row.to_root and all(places[q][2] for q in ranks):
+            self.sources = {q: node.array(q, places[q][2:], dtype) for q in ranks}
+            self.sent_from, self.own_first = [0] * self.p, True
+        if one is not None:
+            self.targets = [one]
+        elif row.reduces and not row.receives_part and all(places[q][2] for q in takers):
             takers = [*takers[self.me :], *takers[: self.me]]  # not all of them in one order
-            self.targets = [node.array(q, places[q][2:], self.dtype) for q in takers]
+            self.targets = [node.array(q, places[q][2:], dtype) for q in takers]
 
-        before, after = [] if self.sources else [self.put], [] if self.targets else [self.get]
-        if operation.reduces:
+        before = [] if self.sources else [self.put]
+        after = [] if self.targets or row.receives_part else [self.get]
+        if row.reduces:
             self.phases = [*before, self.reduce, *after]
         else:
             self.phases = [self.get] if self.sources else [self.lay_out, self.get]
-        self.boxed = len(self.phases) > 1
+        self.staged = len(self.phases) > 1
 
-        most = node.box if self.boxed or not operation.reduces or node.across else TILE
+        most = node.box if self.staged or not row.reduces or node.across else TILE
         owners = len(self.owners)
-        longest = max(after - before for before, after in pairwise(cuts)) if cuts else -(-self.count // owners)
-        size = self.dtype.itemsize
-        self.tiles, self.length = _tiles(longest, size, most // (owners if operation.reduces else 1))
+        if row.parted:
+            longest = max(stop - start for start, stop in map(self._part, ranks))
+        else:
+            longest = -(-self.count // owners)
+        self.scatters = not row.reduces and row.receives_part
+        # An inbox has room for what each owner reduces, the outbox of a root for the part of each rank.
+        shares = owners if row.reduces else self.p if self.scatters else 1
+        self.tiles, self.length = _tiles(longest, dtype.itemsize, most // shares)
+
+    def _part(self, rank: int) -> tuple[int, int]:
+        """Where a rank's part of the whole begins and ends; all of it, where there are no parts."""
+        return (self.cuts[rank], self.cuts[rank + 1]) if self.cuts else (0, self.count)
 
     def turns(self) -> Iterator[Iterable[Step]]:
         """The steps of each turn."""
-        if self.boxed:
+        own = self.bring_own()
+        if self.own_first:
+            yield own
+            own = iter(())
+        if self.staged:
             for turn in range(self.tiles + len(self.phases) - 1):
-                yield chain.from_iterable(
+                active = [
                     phase(turn - later) for later, phase in enumerate(self.phases) if 0 <= turn - later < self.tiles
-                )
+                ]
+                yield chain(own if not turn else (), *active)
         else:
-            yield chain.from_iterable(map(self.phases[0], range(self.tiles)))
+            yield chain(own, chain.from_iterable(map(self.phases[0], range(self.tiles))))
         if self.sources or self.targets:  # somebody may still be reading there, or writing
             yield ()
 
@@ -371,6 +399,22 @@ class _Call:
         else:
             start, stop = (tile * len(self.owners) + self.owners.index(owner)) * self.length, self.count
         return min(start, stop), min(start + self.length, stop)
+
+    def sent(self, lo: int, hi: int) -> _Slice:
+        """Elements of the whole in what this rank sends."""
+        start = self._part(self.me)[0] if self.row.sends_part else 0
+        return _Slice(0, lo - start, hi - start)
+
+    def received(self, lo: int, hi: int) -> _Slice:
+        """Elements of the whole in what this rank receives."""
+        start = self._part(self.me)[0] if self.row.receives_part else 0
+        return _Slice(1, lo - start, hi - start)
+
+    def bring_own(self) -> Iterator[Step]:
+        """Copy this rank's part from what it sends to what it receives."""
+        lo, hi = self._part(self.me)
+        if self.own and lo < hi:
+            yield _copy, (self.received(lo, hi), self.sent(lo, hi))
 
     def box(self, kind: int, tile: int, rank: int, start: int, length: int) -> np.ndarray:
         """Elements of an inbox (0) or an outbox (1)."""
@@ -383,13 +427,17 @@ class _Call:
         for owner in self.owners:
             lo, hi = self.piece(tile, owner)
             if owner != self.me and lo < hi:
-                yield _copy, (self.box(0, tile, self.me, owner * self.length, hi - lo), _Slice(0, lo, hi))
+                yield _copy, (self.box(0, tile, self.me, owner * self.length, hi - lo), self.sent(lo, hi))
 
     def lay_out(self, tile: int) -> Iterator[Step]:
         """For others to get."""
-        if self.me in self.owners:
-            lo, hi = self.piece(tile, self.me)
-            yield _copy, (self.box(1, tile, self.me, 0, hi - lo), _Slice(0, lo, hi))
+        if self.me not in self.owners:
+            return
+        for part in range(self.p) if self.scatters else [self.me]:
+            lo, hi = self.piece(tile, part)
+            if lo < hi and not (self.scatters and part == self.me):
+                at = part * self.length if self.scatters else 0
+                yield _copy, (self.box(1, tile, self.me, at, hi - lo), self.sent(lo, hi))
 
     def reduce(self, tile: int) -> Iterator[Step]:
         """What this rank owns, of all ranks."""
@@ -399,10 +447,14 @@ class _Call:
         operands: list[Array] = [array[lo:hi] for array in self.sources.values()]
         if not operands:
             operands = [self.box(0, tile, q, self.me * self.length, hi - lo) for q in range(self.p)]
-            operands[self.me] = _Slice(0, lo, hi)
-        outs = [_part(target, lo - self.start, hi - self.start) for target in self.targets]
-        if not outs:
-            outs += [_Slice(1, lo, hi)] if self.receives else []
+            operands[self.me] = self.sent(lo, hi)
+        outs: list[Array] = []
+        if self.row.receives_part:
+            outs.append(self.received(lo, hi))
+        elif self.targets:
+            outs += [target[lo:hi] for target in self.targets]
+        else:
+            outs += [self.received(lo, hi)] if self.receives else []
             outs += [self.box(1, tile, self.me, 0, hi - lo)] if self.delivers else []
         first, *others = outs
         yield from self.combine(operands, first, hi - lo)
@@ -433,11 +485,19 @@ class _Call:
 
     def get(self, tile: int) -> Iterator[Step]:
         """What others own."""
-        for owner in self.owners if self.receives else ():
-            lo, hi = self.piece(tile, owner)
-            if owner != self.me and lo < hi:
-                there = self.sources[owner][lo:hi] if not self.boxed else self.box(1, tile, owner, 0, hi - lo)
-                yield _copy, (_Slice(1, lo, hi), there)
+        if not self.receives:
+            return
+        for part in [self.me] if self.scatters else self.owners:
+            lo, hi = self.piece(tile, part)
+            holder = self.root if self.scatters else part
+            if holder == self.me or lo == hi:
+                continue
+            if self.staged:
+                there = self.box(1, tile, holder, part * self.length if self.scatters else 0, hi - lo)
+            else:
+                start = self.sent_from[holder]
+                there = self.sources[holder][lo - start : hi - start]
+            yield _copy, (self.received(lo, hi), there)
 
 
 def _tiles(longest: int, size: int, most: int) -> tuple[int, int]:
@@ -446,10 +506,6 @@ def _tiles(longest: int, size: int, most: int) -> tuple[int, int]:
     line = LINE // size if LINE % size == 0 else LINE
     tiles = -(-longest // (max(most // size // line, 1) * line))
     return tiles, -(-longest // (max(tiles, 1) * line)) * line
-
-
-def _part(array: Array, lo: int, hi: int) -> Array:
-    return _Slice(array.of, array.lo + lo, array.lo + hi) if isinstance(array, _Slice) else array[lo:hi]
 
 
 def _prepared(step: Step) -> Step:

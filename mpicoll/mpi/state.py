@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from ..algorithms import Algorithm, find
+from ..algorithms import find
+from ..collective import COLLECTIVES, Collective
 from ..errors import reason
 from ..graphs import Graph
-from ..schedule import Schedule
+from ..schedule import MIX, Schedule
 from ..tuning.fingerprint import Fingerprint, machine
 from ..tuning.profile import find_profile
-from ..tuning.rules import COLLECTIVES, Rule, Rules
+from ..tuning.rules import Rule, Rules
 from . import gpu, launch, record
-from .agreement import Agreement, Header, Headers, header_of
+from .agreement import Agreement, Header, Headers
 from .attach import INTERRUPTED, attach, attached, check, interrupted, named, world_ranks
 from .launch import library_name
 from .operations import Operation
 from .plan import Bound, Plan
 from .progress import Handle, advance_all, check_thread, driving, exchange, inside, under_way
-from .select import PLAIN, Limits, Options, choose, defaults, limits, tuned
+from .select import defaults, tuned
 from .shared import Node
 
 if TYPE_CHECKING:
@@ -53,11 +54,11 @@ class State:
     def __init__(self, comm: MPI.Intracomm, measured: Rules | None = None) -> None:
         """A collective call.  The rules are those ``measured``, or if none are given those of the profile for here."""
         group = comm.Get_group()
-        self.comm = MPI.Intracomm(MPI.Intracomm(comm).Create(group))  # a duplicate, but for the user's attributes
+        self.user = MPI.Intracomm(comm)  # the same communicator, with the methods of mpi4py
+        self.comm = MPI.Intracomm(self.user.Create(group))  # a duplicate, but for the user's attributes
         self.p, self.rank = self.comm.size, self.comm.rank
         self.name, self.world = named(self.comm)
         self.plans: dict[tuple[Any, ...], Plan] = {}
-        self._direct: dict[tuple[Any, ...], tuple[Plan, Header] | None] = {}
         group.Free()
         self.node = Node(self.comm, self._pause)
         self.shares = self.node.whole and self.node.shares
@@ -68,7 +69,10 @@ class State:
         """Are there several nodes, on each of which several do?"""
         self.rules: Rules = {}
         """What ``"auto"`` goes by, for each collective."""
-        self.limits: dict[str, Limits] = {}
+        self.decided: dict[tuple[Any, ...], Any] = {}
+        """What was decided for calls like the latest ones (``mpi.engine``)."""
+        self.last: tuple[Any, ...] = ()
+        """The paths that the latest call took."""
         try:
             self.follow(self._found_rules() if measured is None else measured)
         except BaseException:
@@ -107,21 +111,6 @@ class State:
             plan = Plan(schedule(), self.rank, count, dtype, carried, finishes, cuts)
         self.plans[key] = plan  # the newest last
         return plan
-
-    def direct(self, operation: Operation, x: np.ndarray) -> tuple[Plan, Header] | None:
-        """What ``"auto"`` does in an allreduce of an array like this one, if that is an algorithm of ours: looked up,
-        since between nodes a small call costs what Python costs."""
-        key = operation.name, x.size, x.dtype
-        if key not in self._direct:
-            shares = self.can_share("allreduce", False, operation)
-            row = choose("allreduce", Options(), x.size, x.dtype, operation, self.rules["allreduce"], shares=shares)
-            if len(self._direct) >= MAX_PLANS:
-                self._direct.clear()
-            self._direct[key] = None
-            if isinstance(row, Algorithm) and not row.parameters:
-                plan = self.plan(("allreduce", row.name), lambda: row.schedule(self.p), x.size, x.dtype, operation)
-                self._direct[key] = plan, header_of("allreduce", operation.name, PLAIN[x.dtype], x.size, None, row.name)
-        return self._direct[key]
 
     def run(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int = BLOCKING_TAG) -> None:
         """Do it now, on memory that belongs to the caller."""
@@ -183,15 +172,14 @@ class State:
         if not self.spans:
             return self.shares
         order = self._canonical if deterministic else operation.commutes or self._in_order
-        return collective in ("allreduce", "allreduce_shared") and order
+        return COLLECTIVES[collective.removesuffix("_shared")].across and order
 
     def follow(self, measured: Rules) -> None:
         """From now on these are the rules, and for collectives that have none the defaults; the same on all ranks."""
-        self._direct.clear()
+        self.decided.clear()
         for collective in COLLECTIVES:
             own = measured.get(collective)
-            rules = tuned(collective, own, self.shares) if own else self.defaults(collective)
-            self.rules[collective], self.limits[collective] = rules, limits(rules)
+            self.rules[collective] = tuned(collective, own, self.shares) if own else self.defaults(collective)
 
     def defaults(self, collective: str) -> tuple[Rule, ...]:
         """The rules where nobody has measured."""
@@ -331,32 +319,46 @@ class State:
         """For the flight record: a call that comes next."""
         return record.Entry(what, self.name, self.world, self.agreement.calls + 1)
 
-    def agree(self, headers: Headers, detail: tuple[str, ...] | None = None) -> None:
-        """Compare a blocking call between the ranks: a ``MismatchError`` on all of them if it is not the same."""
-        if self.p > 1:
-            self.check()
-            self._take_turn()
-            try:
-                with driving(self.comm):
-                    self.agreement.check(headers, detail)
-            finally:
-                self._running.release()
+    def agree(
+        self, headers: Headers, detail: tuple[str, ...] | None = None, places: tuple[int, ...] = ()
+    ) -> list[list[int]] | None:
+        """Compare a blocking call between the ranks: a ``MismatchError`` on all of them if it is not the same; else the
+        ``places`` of all."""
+        if self.p == 1:
+            return None
+        self.check()
+        self._take_turn()
+        try:
+            with driving(self.comm):
+                return self.agreement.check(headers, detail, places)
+        finally:
+            self._running.release()
 
     def agree_on(self, graph: Graph) -> None:
         """Compare it, the first time that it is used."""
         if graph.digest not in self._graphs:
-            headers = (Header("mix", str(graph), f"weights {graph.digest.hex()[:8]}", "", None),)
+            headers = (Header(MIX, str(graph), f"weights {graph.digest.hex()[:8]}", "", None),)
             record.begin(self.entry(headers))
             self.agree(headers)
             self._graphs.add(graph.digest)
 
-    def copied(self, vector: np.ndarray) -> np.ndarray:
-        """A copy to work on, in memory that the next one takes over."""
-        if len(self._copy) < vector.nbytes:
-            self._copy = np.empty(vector.nbytes, np.uint8)
-        copy = self._copy[: vector.nbytes].view(vector.dtype)
-        copy[:] = vector
-        return copy
+    def work(self, count: int, dtype: np.dtype) -> np.ndarray:
+        """Memory to work on, with anything in it, which the next call takes over."""
+        nbytes = count * dtype.itemsize
+        if len(self._copy) < nbytes:
+            self._copy = np.empty(nbytes, np.uint8)
+        return self._copy[:nbytes].view(dtype)
+
+    def one_result(
+        self, row: Collective, send: np.ndarray, operation: Operation, places: list[list[int]] | None
+    ) -> np.ndarray | None:
+        """The one result of all ranks of the node, a flat array; ``None``, on all of them, if there is no memory for
+        it."""
+        memory = self.node.result(send.nbytes)
+        if memory is None:
+            return None
+        result = memory.view(send.dtype)
+        return result if self.node.run(row, send, result, operation, places=places, one=True) else None
 
     def check(self) -> None:
         """Raise if nothing may be started here: messages of an interrupted call would be taken for the new one's."""

@@ -6,7 +6,8 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
-from ..mpi.collectives import account, allgather, allreduce
+from ..mpi.collectives import allgather, allreduce
+from ..mpi.engine import last
 from .traffic import COUNTED, Traffic
 from .transfer import synchronize
 
@@ -36,20 +37,19 @@ class Collectives:
 
     def allreduce(self, x: np.ndarray) -> np.ndarray:
         """Sum over all ranks, in place."""
-        return self._timed("allreduce", x, "auto", lambda: allreduce(x, self._comm))
+        return x if self._comm.size == 1 else self._timed(x, lambda: allreduce(x, self._comm))
 
     def allgather(self, x: np.ndarray) -> np.ndarray:
         """The arrays of all ranks, in a new first dimension."""
-        algorithm = COUNTED if isinstance(x, np.ndarray) else "auto"
-        return self._timed("allgather", x, algorithm, lambda: allgather(x, self._comm, algorithm=algorithm))
-
-    def _timed(self, collective: str, x: np.ndarray, algorithm: str, call: Callable[[], np.ndarray]) -> np.ndarray:
         if self._comm.size == 1:
-            return x if collective == "allreduce" else x[np.newaxis]
+            return x[np.newaxis]
+        algorithm = COUNTED if isinstance(x, np.ndarray) else "auto"
+        return self._timed(x, lambda: allgather(x, self._comm, algorithm=algorithm))
+
+    def _timed(self, x: np.ndarray, call: Callable[[], np.ndarray]) -> np.ndarray:
         synchronize(x)
         start = perf_counter()
         result = call()
         self._spent.seconds += perf_counter() - start
-        key = self, collective, x.size, x.dtype, type(x)
-        self._spent.accounted(key, lambda: account(x, self._comm, algorithm, collective=collective))
+        self._spent.count_call(last(self._comm))
         return result

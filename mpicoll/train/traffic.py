@@ -1,10 +1,9 @@
 """The counter of what a rank sends."""
 
-from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
-    from ..mpi.collectives import Account
+    from ..mpi.paths import Account
 
 COUNTED = "circulant"
 """The allgather to use in host memory unless another is named: as few rounds and bytes as any, and, unlike the native
@@ -18,7 +17,6 @@ class Traffic:
     def __init__(self) -> None:
         self.bytes_sent: int | None = 0
         self.messages: int | None = 0
-        self._accounts: dict[Hashable, Account] = {}
 
     def count(self, bytes_sent: int | None, messages: int | None) -> None:
         """Add what was sent; ``None`` if that cannot be known."""
@@ -27,10 +25,6 @@ class Traffic:
         else:
             self.bytes_sent, self.messages = self.bytes_sent + bytes_sent, self.messages + messages
 
-    def accounted(self, key: Hashable, find: "Callable[[], Account]") -> "Account":
-        """Add what a collective call sent; all calls with the same ``key`` send what ``find`` says for the first."""
-        if key not in self._accounts:
-            self._accounts[key] = find()
-        found = self._accounts[key]
-        self.count(found.bytes_sent, found.messages)
-        return found
+    def count_call(self, account: "Account") -> None:
+        """Add what a collective call sent."""
+        self.count(account.bytes_sent, account.messages)

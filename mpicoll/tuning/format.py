@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ..algorithms import ALGORITHMS
+from ..collective import COLLECTIVES
 from ..errors import UserError
 from ..files import error_message, replace, to_json, writing
 from .fingerprint import Fingerprint
-from .rules import COLLECTIVES, NATIVE, SHARED
+from .rules import NATIVE, SHARED
 
 T = TypeVar("T")
 

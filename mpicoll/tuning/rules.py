@@ -11,8 +11,6 @@ WAYS = ("ipc", "nccl", "aware", "staged")
 """How a call on arrays in the memory of GPUs may go (``mpi.devices``, ``mpi.gpu``): what its algorithm may be beside
 those for host memory, which are then used on what is staged there."""
 
-COLLECTIVES = tuple(name for name in ALGORITHMS if name != "mix")
-
 
 class Rule(NamedTuple):
     """For arrays of up to ``up_to`` bytes (inclusive; ``None``: of any length) the algorithms in order of preference.

@@ -14,8 +14,8 @@ from contract import assert_untouched, composition, guarded, maps, own_data
 from mpicoll.algorithms import ALGORITHMS, Algorithm, find
 from mpicoll.cost import NODE, Network
 from mpicoll.interpreter import interpret_arrays
-from mpicoll.mpi import collectives, operations, plan, select, state
-from mpicoll.mpi.collectives import account
+from mpicoll.mpi import engine, operations, plan, select, state
+from mpicoll.mpi.engine import account
 from mpicoll.mpi.operations import operation
 from mpicoll.mpi.plan import Plan
 from mpicoll.mpi.state import State
@@ -158,7 +158,7 @@ def test_16_bit_on_the_wire_is_a_choice(comm, name, dtype):
 
 
 def test_16_bit_sums_travel_as_float32_and_their_results_as_16_bit(comm):
-    count = P * 840
+    count, comm = P * 840, mpicoll.Comm(comm)
     x = np.zeros(count, "e")
     for name in ("ring", "circulant", "halving_doubling", "recursive_doubling"):
         wide = comm.allreduce(account(np.zeros(count, "f4"), comm, name)[1], MPI.MAX)
@@ -512,16 +512,16 @@ def test_after_an_interrupted_call_the_communicator_refuses(comm, monkeypatch):
 def test_broken_off_between_two_messages_native_calls_are_refused_too(comm, monkeypatch, name, wrap):
     """A list of two dtypes is two messages; the next call must not be taken for the second."""
     broken = wrap(comm.Dup())
-    run, calls = collectives.Call.run, []
+    run, calls = engine.run, []
 
-    def interrupted(self: Any) -> None:
-        calls.append(self)
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        run(self)
+        return run(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(collectives.Call, "run", interrupted)
+        patch.setattr(engine, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mpicoll.allreduce([np.ones(3), np.ones(3, "f4")], broken, algorithm=name)
     tries = [lambda: mpicoll.allreduce(np.ones(3), broken), lambda: mpicoll.reduce(np.ones(3), broken)]
@@ -561,7 +561,7 @@ def test_counts_past_a_limit_go_in_pieces(comm, name, monkeypatch):
 
 def test_auto_is_native_below_and_ours_above(comm, monkeypatch):
     x = np.zeros(1000)
-    assert account(x, comm) == ("native", None, None)
+    assert account(x, mpicoll.Comm(comm.Dup())) == ("native", None, None)
     for bound in select.SHARED_FROM:
         monkeypatch.setitem(select.SHARED_FROM, bound, 1 << 14)
     monkeypatch.setattr(select, "LARGE", {True: 8000, False: 0})
@@ -612,11 +612,11 @@ def test_the_plan_does_what_the_interpreter_says(comm, make):
 @pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
 def test_bytes_sent_are_the_textbook_ones(comm, row: Algorithm):
     x = np.zeros(P * 840, "f4")  # a multiple of every number of chunks here
-    given = select.parameters(row, x.nbytes, None, None)
+    comm, given = mpicoll.Comm(comm), select.parameters(row, x.nbytes, None, None)
     most = comm.allreduce(account(x, comm, row.name)[1], MPI.MAX)
     assert most == row.sent(P, **given) * x.nbytes
     if comm.rank == 0:  # not a collective call
-        assert account(x, MPI.COMM_WORLD, row.name)[0] == row.name
+        assert account(x, comm, row.name)[0] == row.name
 
 
 def test_the_users_pending_receive_never_sees_our_messages(comm):

@@ -13,7 +13,7 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll
-from mpicoll.mpi import collectives, progress, select, state
+from mpicoll.mpi import engine, progress, select, state
 
 P = MPI.COMM_WORLD.size
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > 5, reason="five ranks show what more would, and sooner")]
@@ -452,18 +452,19 @@ def test_ten_thousand_calls_leave_nothing(ours):
 @pytest.mark.parametrize("wrap", [mpicoll.Comm, lambda comm: comm])
 def test_small_calls_look_no_longer_once_a_broken_communicator_is_freed(comm, monkeypatch, wrap):
     broken, sound = wrap(comm.Dup()), mpicoll.Comm(comm)
+    sound.Allreduce(MPI.IN_PLACE, np.ones(3))
 
-    def breaks(self: Any) -> None:
+    def breaks(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
     def looks(*arguments: Any) -> None:
         raise AssertionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(collectives.Call, "run", breaks)
+        patch.setattr(engine, "run", breaks)
         with pytest.raises(KeyboardInterrupt):
             mpicoll.allreduce([np.ones(3), np.ones(3, "f4")], broken, check="off")
-    monkeypatch.setattr(mpicoll.Comm, "_reduction", looks)
+    monkeypatch.setattr(engine, "understand", looks)
     with pytest.raises(AssertionError):
         sound.Allreduce(MPI.IN_PLACE, np.ones(3))
     broken.Free()

@@ -20,7 +20,7 @@ from contract import composition, maps, own_data
 from mpicoll import MismatchError
 from mpicoll.errors import UserError
 from mpicoll.mpi import devices, gpu, kernel
-from mpicoll.mpi.collectives import cuts_of
+from mpicoll.mpi.request import cuts_of
 from mpicoll.mpi.state import state_of
 
 WORLD = MPI.COMM_WORLD

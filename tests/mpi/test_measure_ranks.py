@@ -33,7 +33,7 @@ from mpicoll.measure.task import Task, placements
 from mpicoll.measure.testdata import OPS
 from mpicoll.measure.timing import SYNC, Result, Settings, measure
 from mpicoll.mpi import gpu
-from mpicoll.mpi.collectives import account
+from mpicoll.mpi.engine import account
 from mpicoll.mpi.launch import library_name
 from mpicoll.mpi.state import state_of
 from mpicoll.pipeline import PIPELINES, Kind, Pipeline, gpipe

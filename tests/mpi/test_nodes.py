@@ -10,7 +10,7 @@ from mpicoll.measure.contestants import implementations
 from mpicoll.measure.task import Task
 from mpicoll.measure.timing import Settings, measure
 from mpicoll.mpi import select, shared
-from mpicoll.mpi.collectives import account
+from mpicoll.mpi.engine import account
 from mpicoll.mpi.state import State
 
 P, WORLD_RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank

@@ -12,13 +12,14 @@ from mpi4py import MPI
 import mpicoll
 from contract import own_data
 from mpicoll.algorithms import ALGORITHMS
+from mpicoll.collective import COLLECTIVES
 from mpicoll.errors import UserError
 from mpicoll.mpi.launch import library_name
 from mpicoll.mpi.shared import Node
 from mpicoll.mpi.state import State
 from mpicoll.tuning.fingerprint import Fingerprint, machine
 from mpicoll.tuning.profile import Profile, write_profile
-from mpicoll.tuning.rules import COLLECTIVES, Rule
+from mpicoll.tuning.rules import Rule
 
 P, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 SMALL, LONG = 96, 300  # elements of float64: in each of the rules

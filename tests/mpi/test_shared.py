@@ -15,10 +15,11 @@ from mpi4py import MPI
 
 import mpicoll
 from contract import assert_untouched, composition, guarded, maps, own_data
+from mpicoll.collective import Collective
 from mpicoll.mpi import memory, select, shared
 from mpicoll.mpi.memory import place_of
 from mpicoll.mpi.shared import Node
-from mpicoll.mpi.state import state_of
+from mpicoll.mpi.state import State, state_of
 
 P = MPI.COMM_WORLD.size
 BOX, TILE, FROM = 4096, 2048, 512  # bytes
@@ -49,9 +50,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
     run = Node.run
 
-    def counted(self: Node, collective: str, *args: Any) -> bool:
-        did = run(self, collective, *args)
-        done.extend([collective] * did)
+    def counted(self: Node, row: Collective, *args: Any, **more: Any) -> bool:
+        did = run(self, row, *args, **more)
+        done.extend([row.name] * did)
         return did
 
     monkeypatch.setattr(Node, "run", counted)
@@ -493,8 +494,9 @@ def test_an_array_that_cannot_be_raises_on_all(ours, shape, dtype, error):
 def test_a_value_that_is_no_array_raises_on_all(ours, name, monkeypatch):
     """Without waiting for ever: no rank may raise before it has spoken to the others."""
     spoke: list[Any] = []
-    monkeypatch.setattr("mpicoll.mpi.comm.agreed", lambda *args: spoke.append(args) or [])
-    with pytest.raises((ValueError, IndexError)):
+    agree = State.agree
+    monkeypatch.setattr(State, "agree", lambda *args: spoke.append(args) or agree(*args))
+    with pytest.raises(ValueError, match="inhomogeneous"):
         getattr(ours, name)(*([[[1], [2, 3]]] if name == "asarray" else [3, [[1], [2, 3]]]))
     assert spoke
 

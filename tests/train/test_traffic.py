@@ -1,6 +1,6 @@
 """The counter of what a rank sends."""
 
-from mpicoll.mpi.collectives import Account
+from mpicoll.mpi.paths import Account
 from mpicoll.train.traffic import Traffic
 
 
@@ -18,9 +18,10 @@ def test_it_counts_until_something_is_sent_natively():
         assert (traffic.bytes_sent, traffic.messages) == (None, None)
 
 
-def test_calls_that_are_alike_are_looked_up_once():
-    traffic, found = Traffic(), [account(8, 1), account(100, 7)]
-    for key in ("a", "a", "b", "a"):
-        traffic.accounted(key, lambda: found.pop(0))
-    assert not found
-    assert (traffic.bytes_sent, traffic.messages) == (3 * 8 + 100, 3 * 1 + 7)
+def test_calls_are_counted_by_their_accounts():
+    traffic = Traffic()
+    for one in (account(8, 1), account(100, 7), account(0, 0)):
+        traffic.count_call(one)
+    assert (traffic.bytes_sent, traffic.messages) == (108, 8)
+    traffic.count_call(account(None, None))
+    assert (traffic.bytes_sent, traffic.messages) == (None, None)

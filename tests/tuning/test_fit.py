@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from mpicoll.algorithms import ALGORITHMS
+from mpicoll.collective import COLLECTIVES
 from mpicoll.tuning.fit import fit, trial, worth
 from mpicoll.tuning.measurements import Row
-from mpicoll.tuning.rules import COLLECTIVES, NATIVE, SHARED, Rule, can_do_all
+from mpicoll.tuning.rules import NATIVE, SHARED, Rule, can_do_all
 from profiles import TRIED, TRIED_RULES, steady
 
 

@@ -63,7 +63,7 @@ class Async(Strategy):
     in_step = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        from ...mpi.collectives import cuts_of
+        from ...mpi.request import cuts_of
         from ..server import Server
 
         super().__init__(*args, **kwargs)

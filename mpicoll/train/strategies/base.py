@@ -186,7 +186,8 @@ class Strategy(Traffic):
     def allreduce(self, arrays: Sequence[np.ndarray], op: str) -> None:
         """All of them at once, in place, by the algorithm that the settings name; by default in the canonical order,
         by whatever algorithm that takes, whose name is ``algorithm`` then."""
-        from ...mpi.collectives import account, allreduce
+        from ...mpi.collectives import allreduce
+        from ...mpi.engine import last
 
         if len(arrays) > 1 and self.settings.device == "gpu":  # a list would go by way of the host
             for array in arrays:
@@ -197,22 +198,24 @@ class Strategy(Traffic):
         canonical = named == "auto"
         with self.agreeing():
             allreduce(x, self.comm, op, named, deterministic=canonical)
-        key = "allreduce", sum(array.size for array in arrays)
-        found = self.accounted(key, lambda: account(x, self.comm, named, op=op, deterministic=canonical))
-        self.algorithm = found.algorithm
+        done = last(self.comm)
+        self.count_call(done)
+        self.algorithm = done.algorithm
 
     def allgather(self, array: np.ndarray) -> np.ndarray:
         """The arrays of all ranks, shape (p, *array.shape), by the algorithm that the settings name, if there is one
         of that name; else by ``COUNTED``, or on GPUs by the path that is best."""
-        from ...mpi.collectives import account, allgather
+        from ...mpi.collectives import allgather
+        from ...mpi.engine import last
 
         default, ways = (COUNTED, ()) if isinstance(array, np.ndarray) else ("auto", WAYS)
         named = self.settings.algorithm
         named = named if named in (*ALGORITHMS["allgather"], NATIVE, *ways) else default
         with self.agreeing():
             gathered = allgather(array, self.comm, algorithm=named)
-        key = "allgather", array.size
-        self.algorithm = self.accounted(key, lambda: account(array, self.comm, named, collective="allgather")).algorithm
+        done = last(self.comm)
+        self.count_call(done)
+        self.algorithm = done.algorithm
         return gathered
 
 

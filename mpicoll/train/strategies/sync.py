@@ -2,12 +2,10 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from .base import Now, Strategy
 
 if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
-    from ...mpi.state import State
+    from ...mpi.sharing import SharedMemory
 
 
 class Sync(Strategy):
@@ -24,38 +22,37 @@ class Sync(Strategy):
     replicated = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        from ...mpi.state import state_of
+        from ...mpi.sharing import shared
 
         super().__init__(*args, **kwargs)
-        self._state: State | None = None
+        self._memory: SharedMemory | None = None
         in_parts = self.settings.clip is None and not self.compressor  # a norm is one of all parts, a code likewise
         in_parts = in_parts and self.optimizer.in_parts and self.algorithm in ("auto", "shared")
         in_parts = in_parts and self.settings.device == "cpu"
-        if in_parts and self.p > 1 and state_of(self.comm).shares:
-            self._share(state_of(self.comm))
+        memory = shared(self.comm) if in_parts and self.p > 1 else None
+        if memory is not None:
+            self._share(memory)
 
-    def _share(self, state: "State") -> None:
+    def _share(self, memory: "SharedMemory") -> None:
         """Move everything to memory that all ranks share, if there is enough."""
-        from ...mpi.collectives import cuts_of
-        from ...mpi.operations import operation
+        from ...mpi.request import cuts_of
 
         vectors = {"": self.params, **self.optimizer.state}
-        own = state.on_node(state.node.empty, self.sums.nbytes)
-        common = {name: state.on_node(state.node.common, vector.nbytes) for name, vector in vectors.items()}
-        if own is None or any(memory is None for memory in common.values()):
+        own = memory.empty(self.sums.size, self.sums.dtype)
+        common = {name: memory.common(vector.size, vector.dtype) for name, vector in vectors.items()}
+        moved = {name: vector for name, vector in common.items() if vector is not None}
+        if own is None or len(moved) < len(vectors):
             return
-        self.sums = own.view(self.sums.dtype)
-        moved = {name: common[name].view(vector.dtype) for name, vector in vectors.items()}  # type: ignore[union-attr]
+        self.sums = own
         if self.comm.rank == 0:
             for name, vector in vectors.items():
                 moved[name][:] = vector
-        state.on_node(state.node.sync)
+        memory.barrier("moving parameters to shared memory")
         self.params = moved.pop("")
         self.optimizer.state = moved
-        self._state, self.algorithm = state, "shared"
+        self._memory, self.algorithm = memory, "shared"
         self._cuts = cuts_of(None, len(self.params), self.p)
         self.optimizer.part = slice(*self._cuts[self.comm.rank :][:2])
-        self._sum = operation("sum", self.sums.dtype)
 
     def step(self, now: Now, samples: int, length: int) -> None:
         """See ``Strategy``: what is kept back from one batch is to count as much in the next, however short."""
@@ -69,26 +66,16 @@ class Sync(Strategy):
         if self.compressor:
             self.compressor.add_up(self.sums[:-2], self.sums[-2:], self)
             return 1
-        if self._state is None:
+        if self._memory is None:
             self.allreduce([self.sums], "sum")
             return 1
-        from ...mpi.agreement import header_of
-        from ...mpi.collectives import compared
-
-        state, grad = self._state, self.sums[:-2]
-        header = header_of("reduce_scatter", "sum", grad.dtype.name, len(grad), algorithm="shared")
+        grad, loss = self.sums[:-2], self.sums[-2:].tolist()
         with self.agreeing():
-            args = "reduce_scatter", grad, grad[self.optimizer.part], self._sum, 0, self._cuts
-            compared(state, header, state.on_node, state.node.run, *args)
-            mine = self.sums[-2:].astype(np.float64).view(np.uint64).tolist()
-            everyones = np.array(state.on_node(state.node.exchange, *mine), np.uint64).view(np.float64)
-            self.sums[-2:] = everyones.sum(axis=0)
+            self.sums[-2:] = self._memory.reduce_scatter(grad, grad[self.optimizer.part], self._cuts, loss)
         return 1
 
     def agree_on_parameters(self, now: Now) -> None:
         """See ``Strategy``: nobody goes on before all parts are as they must be."""
-        if self._state is not None:
-            from ...mpi import record
-
-            with self.agreeing(), record.during("waiting for all parts of the parameters", self._state):
-                self._state.on_node(self._state.node.sync)
+        if self._memory is not None:
+            with self.agreeing():
+                self._memory.barrier("waiting for all parts of the parameters")

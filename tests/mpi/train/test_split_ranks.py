@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 
 from mpicoll import UserError
 from mpicoll.mpi import launch
-from mpicoll.mpi.collectives import account
+from mpicoll.mpi.engine import account
 from mpicoll.pipeline import PIPELINES, Kind
 from mpicoll.train import split as split_module
 from mpicoll.train.checkpoint import latest

@@ -1,0 +1,273 @@
+"""Every call: agree, record, run, deliver.
+
+A call of the commonest forms is looked up in the communicator's cache by what was passed: which collective, the dtypes,
+lengths and flags of NumPy arrays, the operation and the options.  What is found there is the path to take, and what is
+compared between the ranks.  All other calls, and each of these the first time, are understood (``mpi.request``) and
+decided (``mpi.paths``) anew.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from ..collective import ALLREDUCE, Collective
+from ..errors import MismatchError
+from ..tuning.rules import NATIVE
+from . import record
+from .agreement import Headers, check_level, digest_of, level_of
+from .attach import attached, check_comm, interrupted, whole
+from .buffers import is_half, order_of
+from .paths import Account, Path, decide, native_first
+from .progress import under_way
+from .request import NEW, ONE, VECTORS, Asked, New, Options, Raw, Request, understand
+from .select import PLAIN
+from .state import State, find_state, state_of
+
+ndarray, IN_PLACE, NOTHING = np.ndarray, MPI.IN_PLACE, New("nothing")  # looked up in every call
+
+KEPT = 256
+"""Calls that a communicator remembers; when there are more, all are forgotten."""
+
+
+@dataclass(eq=False, slots=True)
+class Decided:
+    """What the cache holds for a call: the path, what is compared, and the operation, kept for its ``id``.
+
+    ``room`` are the elements of a new array to receive.
+    """
+
+    paths: tuple[Path]
+    native: Callable[[Any, Any], object] | None
+    headers: Headers
+    digest: int
+    op: MPI.Op | None
+    room: int
+
+
+def execute(
+    comm: MPI.Intracomm,
+    row: Collective,
+    send: Any,
+    recv: Any,
+    op: Any,
+    root: Any,
+    counts: Any,
+    algorithm: str = "auto",
+    deterministic: bool | None = None,
+    segments: int | None = None,
+    wire: str | None = None,
+    check: str | None = None,
+    stream: Any = None,
+    method: bool = True,
+) -> Any:
+    """Run a collective, and return what this rank receives; arguments are those of ``Asked``, ``Options``, and
+    ``mpicoll.allreduce``."""
+    state: Any
+    try:
+        state = comm._state  # type: ignore[attr-defined]
+        if deterministic is None:
+            deterministic = comm.deterministic  # type: ignore[attr-defined]
+        if check is None:
+            check = comm.check  # type: ignore[attr-defined]
+    except AttributeError:  # no Comm
+        state = attached(comm) if isinstance(comm, MPI.Comm) and comm else None
+    # What is passed, told apart as far as it matters: the first call of a kind looks closely, in ``_remember``.
+    key = found = dtype = size = None
+    form: Any = None
+    if type(recv) is ndarray:
+        if recv.flags.carray:
+            if send is IN_PLACE or send is None:
+                dtype, size = recv.dtype, recv.size
+            elif type(send) is ndarray and send.dtype is recv.dtype and send.flags.c_contiguous:
+                dtype, size, form = recv.dtype, recv.size, send.size
+    elif type(send) is ndarray and (recv is None or type(recv) is New) and send.flags.c_contiguous:
+        dtype, size, form = send.dtype, send.shape, recv or NOTHING
+    if (
+        dtype is not None
+        and stream is None
+        and (root is None or type(root) is int)  # not what is equal to one
+        and (counts is None or type(counts) is tuple)
+    ):
+        key = row, id(op), dtype, size, form, root, counts, method, algorithm, deterministic, segments, wire
+        if state is not None and not under_way and not interrupted:
+            try:
+                found = state.decided.get(key)
+            except TypeError:  # for an argument without a hash, which will be refused
+                key = None
+    if check is None:
+        check = level_of(comm, None)
+    if found is None or found.op is not op or (check != "off" and check != "header"):
+        options = Options(algorithm, bool(deterministic), segments, wire)
+        return _understood(comm, row, send, recv, op, root, counts, options, check, stream, method, key)
+    if recv is NEW:
+        recv = np.empty(found.room, send.dtype)
+    native = found.native
+    state.last = found.paths
+    if native is not None and (check == "off" or state.p == 1):
+        native(send, recv)
+        return recv
+    compares = check == "header" and state.p > 1
+    (path,), headers, agreement = found.paths, found.headers, state.agreement
+    record.begin(record.Entry(headers, state.name, state.world, agreement.calls + 1 if compares else 0))
+    try:
+        places = None
+        if compares:
+            mine = () if path.places is None else path.places(send, recv)
+            places = agreement.check(headers, None, mine, found.digest)
+        if native is None:
+            return path.run(send, recv, places)
+        native(send, recv)
+        return recv
+    except (KeyboardInterrupt, SystemExit):
+        state.interrupt()
+        raise
+    finally:
+        record.end()
+
+
+def _understood(
+    comm: MPI.Intracomm,
+    row: Collective,
+    send: Any,
+    recv: Any,
+    op: Any,
+    root: Any,
+    counts: Any,
+    options: Options,
+    level: str,
+    stream: Any,
+    method: bool,
+    key: Any,
+) -> Any:
+    """The same for a call that is not in the cache, which it joins if it is of one of the forms for it."""
+
+    def calls(state: State) -> list[Request | Raw]:
+        first = partial(native_first, state, row)
+        return understand(Asked(comm, row, send, recv, op, root, counts, options, stream, method, first))
+
+    def remember(state: State, path: Path, request: Request) -> None:
+        if key is not None:
+            _remember(state, key, send, recv, op, path, request)
+
+    name = f"{row.name}_shared" if recv is ONE else f"{row.name}v" if counts is VECTORS else row.name
+    return together(comm, level, name, send if recv is None or isinstance(recv, New) else recv, calls, remember)
+
+
+def together(
+    comm: MPI.Intracomm,
+    check: str | None,
+    name: str,
+    x: Any,
+    calls: Callable[[State], list[Any]],
+    remember: Callable[[State, Path, Request], None] | None = None,
+) -> Any:
+    """Make ``calls``, once all ranks are seen to make the same; what they raise on this rank, others hear of.
+
+    ``x`` is the array whose order of memory is compared in full.  Returns what the last call receives, or returns.
+    """
+    check_comm(comm)
+    with whole(comm):
+        state = state_of(comm)  # first: how to go about it depends on what ranks share
+        level = level_of(comm, check)
+        made: list[Any] = []
+        paths: list[Path | Raw] = []
+        error: Exception | None = None
+        try:
+            check_level(level)
+            made = calls(state)
+            paths = [one if isinstance(one, Raw) else decide(state, one) for one in made]
+        except Exception as raised:
+            error = raised
+        headers: Headers = tuple(path.header for path in paths) if error is None else f"{name} refused, {error}"
+        compares = level != "off" and state.p > 1
+        record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
+        places = None
+        if compares:
+            detail = (order_of(x),) if level == "full" else None
+            one = paths[0] if len(paths) == 1 and error is None else None
+            mine: tuple[int, ...] = ()
+            if isinstance(one, Path) and one.places is not None:
+                mine = one.places(made[0].send, made[0].recv)
+            try:
+                places = state.agree(headers, detail, mine)
+            except MismatchError as mismatch:
+                if error is None:
+                    raise
+                raise error from mismatch  # its own, and who else is concerned
+        if error is not None:
+            raise error
+        state.last = tuple(paths)
+        result = None
+        for path, request in zip(paths, made, strict=True):
+            result = path.do() if isinstance(path, Raw) else run(path, request, places)
+        if remember is not None and len(made) == 1 and isinstance(paths[0], Path):
+            remember(state, paths[0], made[0])
+        return result
+
+
+def run(path: Path, request: Request, places: list[list[int]] | None) -> Any:
+    """Run a request, and bring the result to where it is wanted."""
+    result = path.run(request.send, request.recv, places)
+    if request.deliver is not None:
+        request.deliver()
+    return result if request.result is None else request.result
+
+
+def _remember(state: State, key: Any, send: Any, recv: Any, op: Any, path: Path, request: Request) -> None:
+    """Keep what was decided, if another call with such arguments needs nothing else."""
+    arrays = [x for x in (send, recv) if isinstance(x, np.ndarray)]
+    copied = request.row.reduces and request.row.receives_part and len(arrays) < 2 and recv is not NEW
+    if request.on_gpu or request.deliver is not None or copied:
+        return
+    if not all(x.dtype in PLAIN or (is_half(x.dtype) and path.native is None) for x in arrays):
+        return
+    if len(state.decided) >= KEPT:
+        state.decided.clear()
+    room = request.result.size if recv is NEW else 0
+    headers = (path.header,)
+    state.decided[key] = Decided((path,), path.native, headers, digest_of(headers), op, room)
+
+
+def last(comm: MPI.Intracomm) -> Account:
+    """What the latest collective on ``comm`` did: the algorithm, and what this rank sent.  Not a collective call."""
+    state = find_state(comm)
+    paths = [] if state is None else [path for path in state.last if isinstance(path, Path)]
+    return total([path.account() for path in paths]) if paths else Account(NATIVE, None, None)
+
+
+def account(
+    x: Any,
+    comm: MPI.Intracomm,
+    algorithm: str = "auto",
+    *,
+    op: str | MPI.Op = "sum",
+    deterministic: bool | None = None,
+) -> Account:
+    """What an ``allreduce`` with these arguments does: its algorithm, and what this rank sends.  Not a collective call.
+
+    Nothing can be known of the MPI library's own.  In shared memory nothing is sent; what is sent between nodes, and
+    how arrays in the memory of GPUs travel, is known after the first such call.
+
+    Raises ``ValueError`` for a communicator on which there was no call yet, if it is no ``mpicoll.Comm``.
+    """
+    check_comm(comm)
+    state = find_state(comm)
+    if state is None:
+        raise ValueError("account: expected a mpicoll.Comm, or a communicator on which there was a call")
+    ordered = getattr(comm, "deterministic", False) if deterministic is None else deterministic
+    options = Options(algorithm, ordered)
+    asked = Asked(comm, ALLREDUCE, MPI.IN_PLACE, x, op, None, None, options, None, False, lambda nbytes: True)
+    return total([decide(state, one).account() for one in understand(asked) if isinstance(one, Request)])
+
+
+def total(accounts: Sequence[Account]) -> Account:
+    """The account of a call that is made of several."""
+    for one in accounts:
+        if one.bytes_sent is None:
+            return one
+    sent, messages = (sum(one[n] for one in accounts) for n in (1, 2))  # type: ignore[misc]
+    return Account(", ".join(dict.fromkeys(one.algorithm for one in accounts)) or "native", sent, messages)
