@@ -85,8 +85,9 @@ class Request:
     is in what it receives.  ``count`` elements of ``dtype`` are the whole, ``cuts`` are where parts of it begin,
     ``counts`` their lengths if they are not all equal.
 
-    ``detail`` is what else all ranks must have in common, ``stated`` what those that state it must.  ``deliver`` brings
-    the result to where it is wanted, if that is elsewhere; ``result`` is the new array that the call returns, if any.
+    ``detail`` is what else all ranks must have in common, ``stated`` what those that state it must (see ``Header``).
+    ``deliver`` brings the result to where it is wanted, if that is elsewhere; ``result`` is the new array that the call
+    returns, if any.
     """
 
     row: Collective
@@ -103,7 +104,7 @@ class Request:
     counts: tuple[int, ...] | None = None
     in_place: bool = False
     detail: str = ""
-    stated: str = ""
+    stated: tuple[str, str] = ("", "")
     deliver: Callable[[], None] | None = None
     result: Any = None
 
@@ -357,7 +358,7 @@ def _broadcast(asked: Asked) -> list[Request | Raw]:
 
     if on_device(x) or (asked.method and concerns_device(x)):
         array = on_stream(x, stream, asked.method and not sends)
-        return [request(array.as_bytes(), stated="" if asked.method else name_of(array.dtype))]
+        return [request(array.as_bytes(), stated=("" if asked.method else name_of(array.dtype), ""))]
     if not asked.method:
         pieces = parts(x, stream=stream)
         if any(part.flat.dtype.hasobject for part in pieces):
@@ -367,7 +368,8 @@ def _broadcast(asked: Asked) -> list[Request | Raw]:
             request(
                 part.flat.view(np.uint8),
                 part.deliver,
-                stated=", ".join(filter(None, [name_of(part.flat.dtype), detail])),
+                stated=(name_of(part.flat.dtype), ""),
+                detail=detail,
             )
             for part in pieces
         ]
@@ -473,7 +475,7 @@ def _new(asked: Asked) -> list[Request | Raw]:
     cuts = cuts_of([given.size] * p if counts is None else counts, None, p)
     if cuts[comm.rank + 1] - cuts[comm.rank] != given.size:
         raise ValueError(f"rank {comm.rank} brings {given.size} elements, counts say {counts[comm.rank]}")
-    stated = name_of(given.dtype) + (f" {shape_of(x)}" if counts is None else "")
+    stated = name_of(given.dtype), f"{shape_of(x)}" if counts is None else ""
     result = gpu.empty_like(given, cuts[-1])
     returned = result.array if isinstance(result, Array) else result
     return [_moving(asked, given, result, cuts, given.dtype.itemsize, stated=stated, result=returned)]
