@@ -36,11 +36,11 @@ from .mpi import gpu
 from .mpi.buffers import is_half
 from .mpi.collectives import cuts_of
 from .mpi.comm import Comm
-from .mpi.guard import on_all
 from .mpi.launch import cores, library_name, node_of
 from .mpi.operations import MOVE, operation
 from .mpi.select import SHARED, Options, choose
 from .mpi.state import state_of
+from .mpi.together import on_all
 from .tuning import NATIVE, WAYS, Fingerprint, machine
 
 NULL, SHARED_ARRAYS, SHARED_RESULT = "null", "shared_arrays", "shared_result"

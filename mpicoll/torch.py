@@ -18,8 +18,8 @@ from mpi4py import MPI
 
 from .errors import UserError
 from .mpi.collectives import allreduce, bcast
-from .mpi.guard import on_all
 from .mpi.state import state_of
+from .mpi.together import on_all
 from .train.data import Batches, from_arrays
 from .train.loop import check
 from .train.optimizers import Optimizer

@@ -21,6 +21,7 @@ LAYERS = [
     ["mpi"],
     [
         "mpi.launch",
+        "mpi.together",
         "mpi.memory",
         "mpi.gpu",
         "mpi.buffers",
@@ -40,7 +41,7 @@ LAYERS = [
         "mpi.mixing",
     ],
     ["mpi.comm"],
-    ["mpi.watch", "mpi.guard", "mpi.threads", "mpi.doctor"],
+    ["job", "job.watch", "job.guard", "job.blas", "job.doctor"],
     ["measure"],
     ["train"],
     ["train.settings", "train.models", "train.optimizers", "train.server", "train.formats", "train.data"],
@@ -73,11 +74,11 @@ LAYERS = [
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
-    "mpi4py": ("mpi.", "measure", "train.", "torch"),
+    "mpi4py": ("mpi.", "job.", "measure", "train.", "torch"),
     "scipy": ("train.formats", "train.data", "train.models", "train.parallel"),
     "sklearn": ("train.formats",),
     "safetensors": ("train.files", "train.checkpoint"),
-    "threadpoolctl": ("mpi.threads", "mpi.doctor"),
+    "threadpoolctl": ("job.blas", "job.doctor"),
     "torch": ("torch",),
     "cupy": ("mpi.gpu",),
     "cupyx": ("mpi.gpu",),

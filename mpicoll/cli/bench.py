@@ -226,8 +226,9 @@ def bench(
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
     from .. import measure as m
+    from ..job.guard import ends_job
     from ..mpi.gpu import take
-    from ..mpi.guard import ends_job, on_root
+    from ..mpi.together import on_root
 
     with ends_job(comm):
         on_root(comm, lambda: _check_output(out, raw, plot))
@@ -294,7 +295,8 @@ def _bench_pipeline(
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in bench
     comm = world()
     from .. import measure as m
-    from ..mpi.guard import ends_job, on_root
+    from ..job.guard import ends_job
+    from ..mpi.together import on_root
     from ..train import bubble
 
     with ends_job(comm):
@@ -346,7 +348,7 @@ def _publish(
 ) -> list[Record]:
     """Print what the numbers depend on, find them, print them, and write them."""
     from ..measure import TIME
-    from ..mpi.guard import on_root
+    from ..mpi.together import on_root
 
     head, body, document = texts
     told = comm.rank == 0 and (files.form == "osu" or files.out is not None)

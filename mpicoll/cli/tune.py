@@ -78,7 +78,8 @@ def tune(
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
     from .. import measure as m
-    from ..mpi.guard import ends_job, on_root
+    from ..job.guard import ends_job
+    from ..mpi.together import on_root
 
     with ends_job(comm):
         if comm.size == 1:

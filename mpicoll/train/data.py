@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
-from ..mpi.guard import on_all, on_root
+from ..mpi.together import on_all, on_root
 from . import formats
 from .formats import Raw, Schema, listed, share
 

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from ..errors import UserError
 from ..mpi import gpu, launch
 from ..mpi.collectives import allgather, allreduce, bcast
-from ..mpi.guard import on_all, on_root
+from ..mpi.together import on_all, on_root
 from ..pipeline import PIPELINES
 from ..tuning import WAYS
 from .checkpoint import Checkpoint, save

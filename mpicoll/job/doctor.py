@@ -24,13 +24,13 @@ import numpy as np
 
 from .. import __version__, tuning
 from ..errors import UserError
-from . import launch
-from .launch import SEGMENT, WHEELS, cores, launched_rank, launched_ranks, library_name, world
+from ..mpi import launch
+from ..mpi.launch import SEGMENT, WHEELS, cores, launched_rank, launched_ranks, library_name, world
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from .state import State
+    from ..mpi.state import State
 
 Facts = dict[str, Any]
 
@@ -134,7 +134,7 @@ def _memory() -> Facts:
 
 
 def _available() -> int:
-    from .memory import available
+    from ..mpi.memory import available
 
     return available()
 
@@ -239,7 +239,7 @@ def _tell_of_failure(found: Findings, error: str) -> None:
 
 
 def _ask_all(comm: "MPI.Intracomm", found: Findings, doing: Callable[[str], None]) -> None:
-    from .state import State
+    from ..mpi.state import State
 
     own = {**_own(), "rank": comm.rank}
     doing("making a communicator of mpicoll's")
@@ -267,7 +267,7 @@ def _compile(comm: "MPI.Intracomm", found: Findings, everyone: list[Facts], stat
     for what, key in (("versions", "software"), ("MPI libraries", "mpi"), ("MPICOLL_ variables", "variables")):
         kinds = grouped((str(one[key]), one["rank"]) for one in everyone)
         if len(kinds) > 1:
-            from .record import named
+            from ..mpi.record import named
 
             others = ", ".join(map(named, list(kinds.values())[1:]))
             found.doubtful.append(f"{what} are not the same everywhere: {others} differ from rank 0 (--json has them)")
@@ -304,7 +304,7 @@ def _nodes(everyone: list[Facts]) -> list[Facts]:
 
 def _shared_by(state: "State") -> str | None:
     """By which means the ranks of this node share memory; none if they do not.  A collective call of the node."""
-    from .memory import PAGE, in_shm, nameless, share
+    from ..mpi.memory import PAGE, in_shm, nameless, share
 
     if state.node.shares:
         for make, name in ((nameless, "memory without a name, through /proc"), (in_shm, "files in /dev/shm")):
@@ -372,7 +372,7 @@ def _aware() -> Facts:
 
 def _taken(comm: "MPI.Intracomm") -> tuple[Facts | None, Facts | None, str | None]:
     """The GPU that this rank has, what CuPy is here, and if there is none of the first, why.  A collective call."""
-    from . import gpu
+    from ..mpi import gpu
 
     taken, lacking = None, None
     try:

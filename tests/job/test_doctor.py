@@ -15,8 +15,9 @@ from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll import tuning
 from mpicoll.cli import doctor as said
 from mpicoll.cli.app import app
-from mpicoll.mpi import doctor, launch
-from mpicoll.mpi.doctor import Findings
+from mpicoll.job import doctor
+from mpicoll.job.doctor import Findings
+from mpicoll.mpi import launch
 from mpicoll.mpi.gpu import Gpu
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}

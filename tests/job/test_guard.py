@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from mpi4py import MPI
 from mpicoll import UserError
-from mpicoll.mpi import guard
-from mpicoll.mpi.guard import ends_job, on_root
+from mpicoll.job import guard
+from mpicoll.job.guard import ends_job
 comm = MPI.COMM_WORLD
 with ends_job(comm):
 """
@@ -58,37 +58,6 @@ def test_a_user_error_of_one_rank_ends_the_job_too(tmp_path):
     )
     assert done.status != 0
     assert "mpicoll: rank 2 failed:\nTraceback" in done.err
-
-
-def test_an_error_on_the_root_is_raised_by_all(tmp_path):
-    done = job(
-        tmp_path,
-        """
-        def action():
-            raise UserError("from the root")
-        try:
-            on_root(comm, action)
-        except UserError as error:
-            assert comm.allgather(str(error)) == ["from the root"] * 3
-        assert on_root(comm, lambda: comm.rank + 5) == 5
-        """,
-    )
-    assert (done.status, done.err) == (0, "")
-
-
-def test_ranks_may_come_late_to_an_error_of_the_root(tmp_path):
-    done = job(
-        tmp_path,
-        """
-        guard.ARRIVE = 1.0
-        def action():
-            raise UserError("from the root")
-        time.sleep(2 * (comm.rank == 1))
-        on_root(comm, action)
-        """,
-    )
-    assert "mpicoll: rank" not in done.err
-    assert "UserError: from the root" in done.err  # Python's own; the launcher ends whoever comes after the first
 
 
 @pytest.mark.parametrize("others", ["comm.Barrier()", "comm.Ibarrier().Wait()"])
@@ -178,7 +147,7 @@ import os, signal, sys, threading, time
 import numpy as np
 import mpicoll
 from mpi4py import MPI
-from mpicoll.mpi import watch
+from mpicoll.job import watch
 
 {before}
 mpicoll.guard(timeout={timeout}, report={report!r})
@@ -312,7 +281,7 @@ import sys
 import numpy as np
 import mpicoll
 from mpi4py import MPI
-from mpicoll.mpi import watch
+from mpicoll.job import watch
 watch.LEFT = 0.5
 mpicoll.guard(timeout=1000)
 comm = mpicoll.Comm(MPI.COMM_WORLD)
@@ -675,13 +644,13 @@ FINE = {  # what a guarded program may do
         time.sleep(2.5)
         """,
     "leaving early what it has done its part of": """
-        from mpicoll.mpi import watch
+        from mpicoll.job import watch
         watch.LEFT = 0.5
         slow = MPI.Op.Create(lambda a, b, datatype: time.sleep(2), commute=True)
         comm.Reduce(x, np.empty_like(x), slow, 0)
         """,
     "let go of its guard on one rank": """
-        from mpicoll.mpi import watch
+        from mpicoll.job import watch
         watch.LEFT = 0.5
         guard = mpicoll.guard()
         if comm.rank == 1:
@@ -690,13 +659,14 @@ FINE = {  # what a guarded program may do
         mpicoll.allreduce(x, comm)
         """,
     "leave while others are in what it has done its part of": """
-        from mpicoll.mpi import watch
+        from mpicoll.job import watch
         watch.LEFT = 0.5
         time.sleep(0.5 * (comm.rank == 0))
         comm.reduce(1, lambda a, b: time.sleep(1.5))
         """,
     "leave after more communicators than are counted": """
-        from mpicoll.mpi import record, watch
+        from mpicoll.job import watch
+        from mpicoll.mpi import record
         watch.LEFT = 0.5
         for n in range(record.COUNTED):
             record.begin(record.Entry("x", f"communicator 7.{n}", (0, 1), 1))

@@ -5,7 +5,7 @@ from collections import Counter
 
 from mpi4py import MPI
 
-from .launch import cores, node_of
+from ..mpi.launch import cores, node_of
 
 _SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 

@@ -15,53 +15,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from mpi4py import MPI
 
 from ..errors import MismatchError, UserError
-from .launch import check, hints
+from ..mpi.launch import check, hints
 from .watch import LIMIT, Watch, flush
-
-T = TypeVar("T")
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 LEAVE = 1.0  # seconds for the main thread to leave properly after Ctrl-C
 FORWARD = 0.2  # seconds for the launcher to pass on what was printed: MPICH's may lose it when the job is aborted
 ARRIVE = 5.0  # seconds for all ranks to raise an error that all should raise
-
-
-def on_root(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
-    """Do ``action`` on rank 0: every rank gets what it returns, or raises the ``UserError`` it raises."""
-    value: T | None = None
-    error: UserError | None = None
-    if comm.rank == 0:
-        try:
-            value = action()
-        except UserError as raised:
-            error = raised
-    value, error = comm.bcast((value, error))
-    if error is not None:
-        comm.Barrier()  # raise it together, however late some ranks come
-        raise error
-    return value
-
-
-def on_all(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
-    """Do ``action`` on every rank: each gets what its own returns; if any raises a ``UserError``, all raise the one of
-    the lowest such rank, which is named unless it is rank 0."""
-    value: T | None = None
-    error: UserError | None = None
-    try:
-        value = action()
-    except UserError as raised:
-        error = raised
-    failed = [(rank, error) for rank, error in enumerate(comm.allgather(error)) if error is not None]
-    if failed:
-        comm.Barrier()  # raise it together, however late some ranks come
-        rank, first = failed[0]
-        raise UserError(f"{first} (on rank {rank})" if rank else str(first)) from error
-    return value  # type: ignore[return-value]
 
 
 class Guard:

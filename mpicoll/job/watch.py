@@ -21,8 +21,8 @@ from typing import Any
 
 from mpi4py import MPI
 
-from . import memory, record
-from .launch import node_of
+from ..mpi import memory, record
+from ..mpi.launch import node_of
 
 TIMED_OUT = 124
 """The exit status of a job that a time limit has ended, as the command timeout has it."""
