@@ -1,4 +1,4 @@
-"""As many BLAS threads as a rank has cores to itself: ranks on one node do not crowd each other out."""
+"""The number of BLAS threads of a rank: as many as it has cores to itself, so that ranks of a node do not compete."""
 
 import os
 from collections import Counter

@@ -51,7 +51,7 @@ class Findings:
 
 
 def alone(known: Collection[str]) -> Findings:
-    """What can be said without an MPI; ``known`` are the environment variables that are options."""
+    """Find what can be found without an MPI; ``known`` are the environment variables that are options."""
     found = Findings()
     found.facts["software"] = _software()
     unknown = launch.unknown_variables(known)
@@ -78,7 +78,7 @@ def _variables() -> dict[str, str]:
 
 
 def _own() -> Facts:
-    """Of this process, once MPI is loaded, if it can be: nothing here waits for other ranks."""
+    """Facts of this process, once MPI is loaded, if it can be: nothing here waits for other ranks."""
     return {
         "rank": launched_rank(),
         "software": {key: value for key, value in _software().items() if key not in ("executable", "told")},
@@ -100,7 +100,7 @@ def _of_gpus(name: str) -> bool:
 
 
 def _library() -> Facts | None:
-    """The MPI library that is loaded; none if it cannot be."""
+    """Facts of the MPI library that is loaded; ``None`` if none can be."""
     if "mpi4py.MPI" not in sys.modules:
         return None
     from mpi4py import MPI
@@ -110,7 +110,7 @@ def _library() -> Facts | None:
 
 
 def _files() -> list[str]:
-    """Where the kernel says it is loaded from."""
+    """Return the files that the kernel says the MPI library is loaded from."""
     maps = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
     paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in maps if line.count("/"))
     return [path for path in paths if re.search(r"/libmpi[^/]*\.so[.\d]*$", path)]
@@ -124,7 +124,7 @@ def _blas() -> list[Facts]:
 
 
 def _memory() -> Facts:
-    """Bytes: of the machine, those that there still are (once MPI is loaded), and the limit of the container."""
+    """Bytes of memory: of the machine, still available (once MPI is loaded), and the limit of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = None
     for path in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, and their first version
@@ -189,10 +189,10 @@ def _or_none(ask: Callable[[], Any]) -> Any:
 
 
 def together(found: Findings, seconds: float) -> bool:
-    """Start MPI and complete what was found ``alone``; is this the rank that knows it all, and speaks?  A collective
-    call.
+    """Start MPI and complete what was found ``alone``; return true on the rank that has it all, and is to print it.
 
-    A process that has not come through in so many seconds ends, and says on standard error where it was.
+    A collective call.  A process that has not come through in so many seconds ends, and prints on standard error where
+    it was.
     """
     with _limit(seconds) as doing:
         doing("starting MPI")
@@ -219,7 +219,7 @@ def _lines(told: StringIO) -> list[str]:
 
 
 def _tell_before_a_crash() -> None:
-    """Of little /dev/shm, in which MPICH may end in a bus error."""
+    """Print that /dev/shm is small, if it is: MPICH may end in a bus error."""
     shm, ranks = _or_none(_shm), os.environ.get("MPI_LOCALNRANKS", "")
     needed = int(ranks) * SEGMENT if ranks.isdigit() and int(ranks) > 1 else 0
     if shm and shm["available"] < needed and launched_rank() == 0:
@@ -228,7 +228,7 @@ def _tell_before_a_crash() -> None:
 
 
 def _tell_of_failure(found: Findings, error: str) -> None:
-    """There is no MPI, or no job: what can be said of this process only."""
+    """Add the error, and the facts of this process only: there is no MPI, or no job."""
     own, told = _own(), found.facts["software"]["told"]
     if own["mpi"] is None and told:
         error += f"; or unset {' and '.join(told)}, by which mpi4py is told what to load"
@@ -260,7 +260,7 @@ def _ask_all(comm: "MPI.Intracomm", found: Findings, doing: Callable[[str], None
 
 
 def _compile(comm: "MPI.Intracomm", found: Findings, everyone: list[Facts], state: "State") -> None:
-    """On rank 0."""
+    """Complete the findings from the facts of all ranks, on rank 0."""
     found.facts["mpi"] = {**everyone[0]["mpi"], "threads": _threads(), "aware": _aware()}
     found.facts["nodes"] = nodes = _nodes(everyone)
     found.facts["profile"] = _profile(found, state)
@@ -303,7 +303,7 @@ def _nodes(everyone: list[Facts]) -> list[Facts]:
 
 
 def _shared_by(state: "State") -> str | None:
-    """By which means the ranks of this node share memory; none if they do not.  A collective call of the node."""
+    """Return by which means the ranks of this node share memory, or ``None``; a collective call of the node."""
     from ..mpi.memory import PAGE, in_shm, nameless, share
 
     if state.node.shares:
@@ -323,7 +323,7 @@ def _threads() -> Facts:
 
 
 def _profile(found: Findings, state: "State") -> Facts:
-    """Which file is in force, or why none is."""
+    """Facts of the profile: the file in force, or why there is none."""
     here = tuning.Fingerprint(library_name(), tuning.machine(), state.layout)
     place = tuning.looked_for(here)
     if place is None:
@@ -353,8 +353,10 @@ def _can_be_made(path: Path) -> bool:
 
 
 def _aware() -> Facts:
-    """What the MPI library says of memory on GPUs, by the functions it has for that; only a hint: it may say no where
-    it works, and says nothing of the single operation."""
+    """Facts that the MPI library gives about memory on GPUs, by the functions it has for that.
+
+    Only a hint: it may say no where it works, and says nothing about single operations.
+    """
     said: Facts = {}
     for path in _or_none(_files) or []:
         with suppress(OSError, AttributeError):
@@ -371,7 +373,7 @@ def _aware() -> Facts:
 
 
 def _taken(comm: "MPI.Intracomm") -> tuple[Facts | None, Facts | None, str | None]:
-    """The GPU that this rank has, what CuPy is here, and if there is none of the first, why.  A collective call."""
+    """Return the GPU that this rank has, facts of CuPy, and if there is no GPU, why; a collective call."""
     from ..mpi import gpu
 
     taken, lacking = None, None
@@ -389,9 +391,7 @@ def _cupy(module: Any) -> Facts:
 
 
 def _paths(state: "State", taken: Facts | None, lacking: str | None) -> dict[str, str]:
-    """By which arrays in the memory of GPUs go here: for each an empty text, or why it cannot be gone.  A collective
-    call."""
-
+    """Return for each path of arrays on GPUs why it is unavailable, or an empty text; a collective call."""
     why = dict.fromkeys(tuning.WAYS, str(lacking)) if taken is None else state.join_devices(taken["number"]).why
     return {way: why[way] for way in reversed(tuning.WAYS)}
 
@@ -424,13 +424,13 @@ def _about_gpus(gpus: Facts) -> list[str]:
 
 
 def _values(given: list[tuple[int, dict[str, str]]]) -> dict[str, dict[str, list[int]]]:
-    """By variable, by value: the ranks that have it."""
+    """Group ranks by variable and by the value that it has there."""
     names = sorted({name for _, one in given for name in one})
     return {name: grouped((one[name], rank) for rank, one in given if name in one) for name in names}
 
 
 def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
-    """Values by key, in the order of first ones."""
+    """Group values by key; keys are in the order in which they come first."""
     found: dict[Any, list[Any]] = {}
     for key, value in pairs:
         found.setdefault(key, []).append(value)
@@ -458,10 +458,10 @@ if os.getppid() == process:
 
 @contextmanager
 def _limit(seconds: float) -> Iterator[Callable[[str], None]]:
-    """Gives what is to be told of each thing that is done, in words.
+    """Yield the function to be called with each thing that is done, in words; end this process after so many seconds.
 
-    Another process watches this one, and lets others tell, too, before it ends it: launchers end the job when the first
-    process fails.
+    Another process watches this one, and waits for others to print their line too before it ends it: launchers end the
+    job when the first process fails.
     """
     who = f"rank {launched_rank()} on {socket.gethostname()}"
     command = [sys.executable, "-I", "-S", "-c", _WATCH, str(os.getpid()), str(seconds), who]

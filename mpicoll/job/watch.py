@@ -1,9 +1,9 @@
-"""A time limit for calls: a thread that makes no MPI call, so that it can tell what is wrong while MPI waits for ever.
+"""A time limit for calls, kept by a thread that makes no MPI call: it can report what is wrong while MPI waits forever.
 
 The ranks of a node share a page, which each of these threads updates ten times a second: whether its rank is in a call,
-in which, and since when.  When one finds that its rank has been in a call for too long, all report, in one order, and
-the job ends with status ``TIMED_OUT``.  Nodes hear of each other in the folder for reports, if there is one: a file in
-it is the alarm, and when that is gone again, the time to exit has come.
+in which, and since when.  A thread that finds its rank in a call for too long raises the alarm; all ranks report, that
+one prints the account, and the job ends with status ``TIMED_OUT``.  Nodes communicate through the folder for reports,
+if there is one: a file in it is the alarm, and when that file is removed it is time to exit.
 """
 
 import json
@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mpi4py import MPI
 
@@ -25,17 +25,17 @@ from ..mpi import memory, record
 from ..mpi.launch import node_of
 
 TIMED_OUT = 124
-"""The exit status of a job that a time limit has ended, as the command timeout has it."""
+"""Exit status of a job that a time limit has ended; the command ``timeout`` uses the same."""
 
 LIMIT = 600.0
-"""Seconds that a call may take by default."""
+"""Default time limit of a call, in seconds."""
 
 TICK = 0.1
 SILENT = 2.0  # seconds without an update until a rank is called silent
 LEFT = 3.0  # seconds to wait in a call for a rank that has left the program
 GRACE = 5.0  # seconds for all ranks to report
 LAST = 0.3  # seconds from the account to the end
-LOOK = 10  # ticks between two looks for an alarm on another node; the ranks of a node take turns
+LISTEN = 10  # ticks between two checks for an alarm on another node; the ranks of a node take turns
 
 OUTSIDE, INSIDE, GONE, REPORTED, LET_GO = range(5)
 _STATES = struct.Struct("=ddqqqq")  # when updated, since when, process, state, exit status, calls counted at the end
@@ -43,43 +43,64 @@ _MADE = struct.Struct("=Iq")  # communicator, how many calls
 _TEXT = 448
 _SLOT = _STATES.size + _TEXT + record.COUNTED * _MADE.size
 _HEAD = 64
-_ALARM, _DONE, _STATUS = 0, 8, 16  # in the head: the rank that raised the alarm, plus one; when to exit, in ms; and how
+ALARM, DONE, STATUS = 0, 8, 16  # where in the head: the rank that raised the alarm, plus one; when to exit, in ms; how
+
+
+class Clock(Protocol):
+    """What a watch needs of the module ``time``."""
+
+    def monotonic(self) -> float:
+        """Return the time now, in seconds."""
+
+    def sleep(self, seconds: float, /) -> None:
+        """Wait for so many seconds."""
 
 
 class Page:
-    """What the ranks of this node know of each other, in memory that has no name, and so is never left behind."""
+    """What the ranks of a node know of each other: a row for each, and what concerns all.
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        node = node_of(comm)
-        size = _HEAD + _SLOT * node.size
-        # What does without /dev/shm, which may be full, and then ends whoever writes to it.
-        page = memory.share(node, size, (memory.nameless, memory.temporary))
-        ranks = node.allgather(comm.rank)
-        node.Free()
-        self.ranks = [comm.rank] if page is None else ranks  # those that cannot share it are nodes of their own
-        self._memory = page or mmap.mmap(-1, size)
-        self._slot = {rank: _HEAD + _SLOT * n for n, rank in enumerate(self.ranks)}
+    ``ranks`` are those of the node, and ``memory`` has ``page_bytes`` of their number, all zero at first.
+    """
 
-    def write(self, rank: int, since: float, state: int, text: str, status: int = 0) -> None:
-        """One rank's part; ``status`` is what it has left with."""
+    def __init__(self, ranks: list[int], memory: mmap.mmap | bytearray) -> None:
+        self.ranks, self._memory = ranks, memory
+        self._slot = {rank: _HEAD + _SLOT * n for n, rank in enumerate(ranks)}
+
+    def write(
+        self,
+        rank: int,
+        now: float,
+        since: float,
+        state: int,
+        text: str,
+        status: int = 0,
+        made: Mapping[str, int] | None = None,
+        process: int | None = None,
+    ) -> None:
+        """Write the row of a rank.
+
+        One that has left the program says with which ``status``, and how many calls it has ``made``, by communicator.
+        ``process`` is this one unless it is given.
+        """
         start, said = self._slot[rank], text.encode(errors="replace")[:_TEXT]
         self._memory[start + _STATES.size : start + _STATES.size + _TEXT] = said.ljust(_TEXT, b"\0")
-        made = list(record.made.items()) if state == GONE else []
-        for n, (among, number) in enumerate(made):
+        counts = list((made or {}).items())
+        for n, (among, number) in enumerate(counts):
             _MADE.pack_into(self._memory, start + _STATES.size + _TEXT + n * _MADE.size, _hash(among), number)
-        _STATES.pack_into(self._memory, start, time.monotonic(), since, os.getpid(), state, status, len(made))
+        process = os.getpid() if process is None else process
+        _STATES.pack_into(self._memory, start, now, since, process, state, status, len(counts))
 
     def read(self, rank: int) -> tuple[float, float, int, int, str]:
-        """When it was updated, since when it is so, the process, the state, and the text."""
+        """Return when the row was updated, since when it is so, the process, the state, and the text."""
         start = self._slot[rank]
         said = self._memory[start + _STATES.size : start + _STATES.size + _TEXT].rstrip(b"\0")
         updated, since, process, state, *_ = _STATES.unpack_from(self._memory, start)
         return updated, since, process, state, said.decode(errors="replace")
 
     def has_missed(self, rank: int, entry: record.Entry) -> bool:
-        """Has a rank that is gone not made this call?"""
+        """Tell whether a rank that has left the program has not made this call."""
         if not entry.where:
-            return True  # none ends before all have begun it: that one has not
+            return True  # it ends on no rank before all have begun it: that one has not
         start, (*_, counted) = self._slot[rank], _STATES.unpack_from(self._memory, self._slot[rank])
         first = start + _STATES.size + _TEXT
         made = dict(_MADE.iter_unpack(self._memory[first : first + counted * _MADE.size]))
@@ -87,32 +108,69 @@ class Page:
         return bool(made.get(_hash(among), number if counted == record.COUNTED else 0) < number)
 
     def status(self, rank: int) -> int:
-        """What it has left with."""
+        """Return the exit status of a rank that has left the program."""
         return int(_STATES.unpack_from(self._memory, self._slot[rank])[4])
 
     def get(self, where: int) -> int:
-        """A number of the head."""
+        """Read one of the numbers that concern all: ``ALARM``, ``DONE`` or ``STATUS``."""
         return int.from_bytes(self._memory[where : where + 8], "little")
 
     def set(self, where: int, value: int) -> None:
-        """The same, written."""
+        """Write one of the numbers that concern all."""
         self._memory[where : where + 8] = value.to_bytes(8, "little")
 
 
-class Watch:
-    """The thread of this rank; making it is a collective call."""
+def page_bytes(ranks: int) -> int:
+    """Return the size of the page of so many ranks."""
+    return _HEAD + _SLOT * ranks
 
-    def __init__(self, comm: MPI.Intracomm, limit: float, folder: Path | None) -> None:
-        self.rank, self.size, self.limit, self.folder = comm.rank, comm.size, limit, folder
-        self.page = Page(comm)
-        self.elsewhere = sorted({*range(comm.size)} - {*self.page.ranks})
-        self._job = comm.bcast(time.time_ns())
+
+def shared_page(comm: MPI.Intracomm) -> Page:
+    """Make the page of this node, in memory that has no name, and so is never left behind; a collective call.
+
+    Ranks that cannot share memory have a page each.
+    """
+    node = node_of(comm)
+    # Not in /dev/shm, which may be full: whoever writes to it then is ended.
+    shared = memory.share(node, page_bytes(node.size), (memory.nameless, memory.temporary))
+    ranks = node.allgather(comm.rank)
+    node.Free()
+    return Page([comm.rank], mmap.mmap(-1, page_bytes(1))) if shared is None else Page(ranks, shared)
+
+
+def start_watch(comm: MPI.Intracomm, limit: float, folder: Path | None) -> "Watch":
+    """Watch the calls of this rank from now on, in a thread; a collective call."""
+    watch = Watch(shared_page(comm), comm.rank, comm.size, comm.bcast(time.time_ns()), limit, folder)
+    watch.publish()
+    comm.Barrier()
+    watch.begin()
+    return watch
+
+
+class Watch:
+    """Ends the job when a call of this rank takes too long, or waits for a rank that has left the program.
+
+    ``job`` is a number that all ranks of the job have in common, and no other job, ``limit`` the seconds that a call
+    may take, and ``folder`` that for reports.
+    """
+
+    def __init__(
+        self, page: Page, rank: int, size: int, job: int, limit: float, folder: Path | None, clock: Clock = time
+    ) -> None:
+        self.page, self.rank, self.size, self.limit, self.folder = page, rank, size, limit, folder
+        self.elsewhere = sorted({*range(size)} - {*page.ranks})
+        self._job, self._clock = job, clock
         self._found: dict[int, Any] = {}  # reports of other nodes
-        self._since, self._stop = time.monotonic(), threading.Event()
-        self._awake = self._since
-        self._publish()
-        comm.Barrier()
-        self._thread = threading.Thread(target=self._run, name="mpicoll-watch", daemon=True)
+        self._since = self._awake = self._looked = clock.monotonic()
+        self._looks = 0
+        self._stop, self._thread = (
+            threading.Event(),
+            threading.Thread(target=self._run, name="mpicoll-watch", daemon=True),
+        )
+
+    def begin(self) -> None:
+        """Start the thread."""
+        self._looked = self._clock.monotonic()
         self._thread.start()
 
     def stop(self) -> None:
@@ -120,53 +178,65 @@ class Watch:
         self._leave(LET_GO, "is no longer watched")
 
     def leave(self, status: int = 0) -> None:
-        """The same, because the program has come to its end on this rank.
+        """Watch no longer, because the program has come to its end on this rank.
 
-        With a status that is not 0 others may be left waiting: then this is where to exit with them, not later, in MPI,
-        from where the launcher would have to fetch it by a signal, and tell of that.
+        With a status that is not 0 other ranks may be left waiting.  Then this rank exits here, together with them, and
+        not later inside MPI, where the launcher would have to end it by a signal, and would print that.
         """
         self._leave(GONE, "has left the program" + (f", with status {status}" if status else ""), status)
         if status:
-            self._until(lambda: self.page.get(_ALARM) > 0 or self._all_are(GONE, LET_GO), LEFT + GRACE)
-            if self.page.get(_ALARM):
-                self._exit_together()
+            self._until(lambda: self.page.get(ALARM) > 0 or self._all_are(GONE, LET_GO), LEFT + GRACE)
+            if self.page.get(ALARM):
+                os._exit(self._end())
 
     def _leave(self, state: int, said: str, status: int = 0) -> None:
+        self._stop_thread()
+        now = self._clock.monotonic()
+        self.page.write(self.rank, now, now, state, said, status, record.made if state == GONE else None)
+
+    def _stop_thread(self) -> None:
         self._stop.set()
-        self._thread.join()
-        self.page.write(self.rank, time.monotonic(), state, said, status)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _run(self) -> None:
-        before, ticks = time.monotonic(), 0
         while not self._stop.wait(TICK):
-            before, now, ticks = time.monotonic(), before, ticks + 1
-            if before - now > SILENT:
-                self._awake = before  # this process was stopped, as others may have been: time begins anew
-            self._publish()
-            reason = None if self.page.get(_ALARM) else self._reason()
-            if reason:
-                self.page.set(_ALARM, self.rank + 1)
-                time.sleep(TICK)  # others may raise it at the same time; the last one tells
-            elif ticks % (LOOK * len(self.page.ranks)) == LOOK * self.page.ranks.index(self.rank):
-                self._listen()
-            if self.page.get(_ALARM):
-                self._report()
-                if reason and self.page.get(_ALARM) == self.rank + 1 and self._raise_elsewhere(reason[1]):
-                    self._tell(*reason)
-                self._exit_together()
+            status = self.look()
+            if status is not None:
+                os._exit(status)
 
-    def _publish(self) -> None:
-        entry = record.current()
+    def look(self) -> int | None:
+        """Look at the page once, ten times a second: return the exit status if the job is to end, else ``None``."""
+        before, self._looked, self._looks = self._looked, self._clock.monotonic(), self._looks + 1
+        if self._looked - before > SILENT:
+            self._awake = self._looked  # this process was stopped, as others may have been: time begins anew
+        self.publish()
+        reason = None if self.page.get(ALARM) else self._reason()
+        if reason:
+            self.page.set(ALARM, self.rank + 1)
+            self._clock.sleep(TICK)  # others may raise it at the same time; the last one prints the account
+        elif self._looks % (LISTEN * len(self.page.ranks)) == LISTEN * self.page.ranks.index(self.rank):
+            self._listen()
+        if not self.page.get(ALARM):
+            return None
+        self._report()
+        if reason and self.page.get(ALARM) == self.rank + 1 and self._raise_elsewhere(reason[1]):
+            self._tell(*reason)
+        return self._end()
+
+    def publish(self) -> None:
+        """Write the row of this rank: the call that it is in, or the last one that it was in."""
+        entry, now = record.current(), self._clock.monotonic()
         if entry is not None:
-            self.page.write(self.rank, entry.began, INSIDE, f"in {entry}")
+            self.page.write(self.rank, now, entry.began, INSIDE, f"in {entry}")
             return
         last = record.calls[-1] if record.calls else None
         since, text = (last.ended or last.began, f", after {last}") if last else (self._since, "")
-        self.page.write(self.rank, since, OUTSIDE, f"in no call{text}")
+        self.page.write(self.rank, now, since, OUTSIDE, f"in no call{text}")
 
     def _reason(self) -> tuple[str, int] | None:
-        """Why to end the job, and with which status."""
-        entry, now = record.current(), time.monotonic()
+        """Return why to end the job, and with which exit status; ``None`` if there is no reason to."""
+        entry, now = record.current(), self._clock.monotonic()
         if entry is None:
             return None
         began = max(entry.began, self._awake)
@@ -179,11 +249,11 @@ class Watch:
 
     @property
     def _alarm(self) -> Path | None:
-        """Where nodes hear of each other."""
+        """The file by which nodes hear of each other; none if there is one node, or no folder."""
         return self.folder / f"alarm-{self._job}" if self.folder and self.elsewhere else None
 
     def _listen(self) -> None:
-        """Is there an alarm on another node?"""
+        """Follow the alarm of another node, if there is one."""
         if self._alarm:
             with suppress(OSError):  # listed, not just looked for: a file system may remember that there was none
                 if self._alarm.name in os.listdir(self._alarm.parent):
@@ -191,11 +261,11 @@ class Watch:
 
     def _follow(self, alarm: Path) -> None:
         with suppress(OSError, ValueError):
-            self.page.set(_STATUS, int(alarm.read_text()))
-        self.page.set(_ALARM, self.size + 1)
+            self.page.set(STATUS, int(alarm.read_text()))
+        self.page.set(ALARM, self.size + 1)
 
     def _raise_elsewhere(self, status: int) -> bool:
-        """Raise the alarm on other nodes; false if one of them was faster, and tells."""
+        """Raise the alarm on other nodes; return false if one of them was faster, and prints the account."""
         if self._alarm:
             try:
                 self._alarm.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +275,7 @@ class Watch:
                 self._follow(self._alarm)
                 return False
             except OSError:
-                pass  # said where a report cannot be written
+                pass  # reported where a report cannot be written
         return True
 
     def _end_elsewhere(self) -> None:
@@ -215,11 +285,9 @@ class Watch:
 
     def collect(self, status: int) -> None:
         """Have all ranks report, because this one is about to end the job with that status."""
-        self._stop.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        if not self.page.get(_ALARM):
-            self.page.set(_ALARM, self.rank + 1)
+        self._stop_thread()
+        if not self.page.get(ALARM):
+            self.page.set(ALARM, self.rank + 1)
         raised = self._raise_elsewhere(status)
         self._report()
         self._until(self._all_have_reported, GRACE)
@@ -232,11 +300,11 @@ class Watch:
         if self.folder is not None:
             facts = {"rank": self.rank, "size": self.size, "job": self._job}
             try:
-                record.write(self.folder, {**facts, "seconds": time.monotonic() - since, "said": said})
+                record.write(self.folder, {**facts, "seconds": self._clock.monotonic() - since, "said": said})
             except OSError as error:
                 print(f"mpicoll: rank {self.rank} cannot write its report: {error}", file=sys.stderr, flush=True)
                 self.folder = None
-        self.page.write(self.rank, since, REPORTED, said)
+        self.page.write(self.rank, self._clock.monotonic(), since, REPORTED, said)
 
     def _all_are(self, *states: int) -> bool:
         return all(self.page.read(rank)[3] in states for rank in self.page.ranks)
@@ -245,7 +313,7 @@ class Watch:
         return self._all_are(REPORTED, GONE, LET_GO) and len(self._reports_elsewhere()) == len(self.elsewhere)
 
     def _reports_elsewhere(self) -> dict[int, Any]:
-        """What ranks of other nodes have reported."""
+        """Return what ranks of other nodes have reported, by rank."""
         for rank in self.elsewhere:
             if self.folder is not None and rank not in self._found:
                 with suppress(OSError, ValueError, TypeError, KeyError):
@@ -259,25 +327,28 @@ class Watch:
         entry = record.current()
         print(f"mpicoll: {reason}: rank {self.rank} is in {entry}\n{self.account()}", file=sys.stderr, flush=True)
         self._end_elsewhere()
-        self.page.set(_STATUS, status)
-        self.page.set(_DONE, int((time.monotonic() + LAST) * 1e3))
+        self.page.set(STATUS, status)
+        self.page.set(DONE, int((self._clock.monotonic() + LAST) * 1e3))
 
-    def _exit_together(self) -> None:
-        """At the time that whoever tells has set: the launcher kills the others when the first has left."""
+    def _end(self) -> int:
+        """Wait for the time to exit, which the rank that prints the account sets, and return the exit status.
+
+        All exit at that time, because the launcher kills the others when the first has left.
+        """
         self._until(self._is_told, 2 * GRACE)
         flush()
-        at = self.page.get(_DONE) / 1e3 or time.monotonic() + LAST
-        time.sleep(max(at - time.monotonic(), 0))
-        os._exit(self.page.get(_STATUS) or TIMED_OUT)
+        at = self.page.get(DONE) / 1e3 or self._clock.monotonic() + LAST
+        self._clock.sleep(max(at - self._clock.monotonic(), 0))
+        return self.page.get(STATUS) or TIMED_OUT
 
     def _is_told(self) -> bool:
-        if self.page.get(_ALARM) > self.size and self._alarm:
+        if self.page.get(ALARM) > self.size and self._alarm:
             return not self._alarm.exists()
-        return self.page.get(_DONE) > 0
+        return self.page.get(DONE) > 0
 
     def account(self) -> str:
-        """A line for each rank of this node, and where to read more."""
-        now = time.monotonic()
+        """Return a line for each rank of this node, lines for those of other nodes, and where to read more."""
+        now = self._clock.monotonic()
         rows = []
         for rank in self.page.ranks:
             updated, since, process, state, text = self.page.read(rank)
@@ -294,7 +365,7 @@ class Watch:
         return "\n".join(rows)
 
     def _account_elsewhere(self) -> list[str]:
-        """A line for ranks that say the same, and one for those that say nothing."""
+        """Return a line for ranks that say the same, and one for those that say nothing."""
         if not self.elsewhere:
             return []
         if self.folder is None:
@@ -311,11 +382,10 @@ class Watch:
             rows.append(f"  {record.named(missing)}: on other nodes, and nothing of them in {self.folder}")
         return rows
 
-    @staticmethod
-    def _until(condition: Callable[[], bool], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(TICK / 2)
+    def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = self._clock.monotonic() + seconds
+        while not condition() and self._clock.monotonic() < deadline:
+            self._clock.sleep(TICK / 2)
 
 
 def _hash(name: str) -> int:
@@ -323,7 +393,7 @@ def _hash(name: str) -> int:
 
 
 def flush() -> None:
-    """What the program has printed, before the process ends without looking back; but not for ever."""
+    """Flush what the program has printed, before the process ends abruptly; wait for a second at most."""
 
     def both() -> None:
         for stream in (sys.stdout, sys.stderr):
