@@ -1,5 +1,5 @@
 """What is said of a job that was launched in a way that does not suit it, and of variables that are misspelt; a
-launcher of another MPI is in test_cli, too."""
+launcher of another MPI is in cli/test_app.py, too."""
 
 import os
 import re

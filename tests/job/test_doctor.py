@@ -103,7 +103,7 @@ def test_what_is_wrong_is_told_on_all_ranks_with_what_is_doubtful(tmp_path):
 
 
 def test_a_launcher_of_another_mpi(tmp_path):
-    """As it looks from inside; both MPIs are in test_cli."""
+    """As it looks from inside; both MPIs are in cli/test_app.py."""
     env = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}
     done = run(DOCTOR, tmp_path, env=env)
     assert (done.status, done.err) == (1, "")
