@@ -163,10 +163,8 @@ class Watch:
         self._found: dict[int, Any] = {}  # reports of other nodes
         self._since = self._awake = self._looked = clock.monotonic()
         self._looks = 0
-        self._stop, self._thread = (
-            threading.Event(),
-            threading.Thread(target=self._run, name="mpicoll-watch", daemon=True),
-        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mpicoll-watch", daemon=True)
 
     def begin(self) -> None:
         """Start the thread."""

@@ -113,7 +113,7 @@ def test_a_hanging_test_fails_with_the_stacks_of_all_ranks(tmp_path):
         "def test_hang_as_well():\n"
         "    MPI.COMM_WORLD.Recv(bytearray(1), source=1)\n"
     )
-    limits = ["-o", "faulthandler_timeout=0.7", "-o", "timeout=1.5", "-o", "timeout_method=thread"]
+    limits = ["-o", "faulthandler_timeout=1", "-o", "timeout=1.5", "-o", "timeout_method=thread"]
     done = mpirun(3, [sys.executable, "-m", "pytest", "--only-mpi", *limits, "test_hang.py"], tmp_path)
     assert done.status != 0
     assert done.err.count('test_hang.py", line 6 in test_hang') == 2  # ranks 0 and 2
@@ -162,7 +162,7 @@ def account(done):
 
 def test_a_correct_program_is_left_alone(tmp_path):
     own = "MPI.COMM_WORLD.Barrier(); "  # mpi4py's own communicators have no limit
-    done = watched(tmp_path, "time.sleep(1.5)", own + CALL, timeout=0.7)
+    done = watched(tmp_path, "time.sleep(1.5)", own + CALL, timeout=1)
     assert (done.status, done.err) == (0, "")
     assert all(f"rank {rank} is done" in done.out for rank in range(3))
 
@@ -200,7 +200,7 @@ def test_ranks_that_mix_differently_do_not_take_each_others_numbers(tmp_path):
         "    mpicoll.gossip_average(np.ones(5), MPI.COMM_WORLD, graph, step=0)"
     )
     mix = "mpicoll.gossip_average(x, comm, {}, step=0)"
-    done = watched(tmp_path, mix.format("lazy"), mix.format("'complete'"), timeout=0.7, before=before)
+    done = watched(tmp_path, mix.format("lazy"), mix.format("'complete'"), timeout=1, before=before)
     assert done.status in ENDED[True]
     assert "is done" not in done.out
     _, ranks = account(done)
