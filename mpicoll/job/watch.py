@@ -37,6 +37,8 @@ GRACE = 5.0  # seconds for all ranks to report
 LAST = 0.3  # seconds from the account to the end
 LISTEN = 10  # ticks between two checks for an alarm on another node; the ranks of a node take turns
 
+_FOLDER = str(Path(__file__).parent)
+
 OUTSIDE, INSIDE, GONE, REPORTED, LET_GO = range(5)
 _STATES = struct.Struct("=ddqqqq")  # when updated, since when, process, state, exit status, calls counted at the end
 _MADE = struct.Struct("=Iq")  # communicator, how many calls
@@ -294,7 +296,7 @@ class Watch:
 
     def _report(self) -> None:
         _, since, _, _, text = self.page.read(self.rank)
-        said = f"{text}, at {record.here()}"
+        said = f"{text}, at {_here()}"
         if self.folder is not None:
             facts = {"rank": self.rank, "size": self.size, "job": self._job}
             try:
@@ -401,6 +403,14 @@ def flush() -> None:
     thread = threading.Thread(target=both, daemon=True)
     thread.start()
     thread.join(1)
+
+
+def _here() -> str:
+    """Return where the program is now, by file and line: in the main thread, outside of this package's calls."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and frame.f_code.co_filename.startswith(_FOLDER):
+        frame = frame.f_back
+    return record.site(frame) if frame is not None else "?"
 
 
 def _lives(process: int) -> bool:

@@ -177,6 +177,7 @@ def test_a_time_limit_ends_the_job_and_says_who_is_late(capfd, tmp_path, what):
     told = [f"in call 1001 on {HERE}, {CALL}, at ", f"{LATE[what][1]}, at job.py:1", f"{LAST}, at job.py:2"]
     for rank, row in enumerate(rows[:3]):
         assert re.match(rf"  rank {rank}          2\.[123] s  {re.escape(told[rank])}", row)
+    assert re.search(r", at .*test_watch.py:\d+$", rows[0])
     assert rows[3:] == [f"  more: mpicoll report {tmp_path}/report; stacks: {tmp_path}/report/rank-*.txt"]
     report = json.loads((tmp_path / "report/rank-0.json").read_text())
     assert (report["rank"], report["size"], report["job"]) == (0, 3, 7)
@@ -425,11 +426,14 @@ def test_all_report_when_a_rank_is_about_to_fail(capfd, tmp_path):
                 reported(tmp_path, rank, "in no call")
 
     node.meanwhile = others
+    watch.publish()
     watch.collect(1)
     assert node.time < 1001.0
     assert [node.page.read(rank)[3] for rank in (0, 2)] == [REPORTED, REPORTED]
     assert {path.name for path in tmp_path.glob("*.json")} == {f"rank-{rank}.json" for rank in (0, 1, 3)}
     assert not (tmp_path / "alarm-7").exists()
+    said = json.loads((tmp_path / "rank-0.json").read_text())["said"]
+    assert re.fullmatch(r"in no call, at .*test_watch.py:\d+", said)
     assert capfd.readouterr().err == ""
 
 
