@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .algorithms import ALGORITHMS
     from .errors import MismatchError, UserError
     from .graphs import graph
+    from .job.guard import guard
     from .mpi.collectives import (
         allgather,
         allreduce,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         tree_reduce,
     )
     from .mpi.comm import Comm
-    from .mpi.guard import guard
     from .mpi.mixing import PushSum, butterfly_mix, gossip_average
     from .mpi.nonblocking import allreduce_init, iallreduce
     from .schedule import ScheduleError
@@ -64,7 +64,7 @@ _HOMES = {
     "butterfly_mix": ".mpi.mixing",
     "gossip_average": ".mpi.mixing",
     "graph": ".graphs",
-    "guard": ".mpi.guard",
+    "guard": ".job.guard",
     "iallreduce": ".mpi.nonblocking",
     "reduce": ".mpi.collectives",
     "reduce_scatter": ".mpi.collectives",
@@ -76,7 +76,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mpicoll' has no attribute {name!r}")
-    if ".mpi." in _HOMES[name]:
+    if _HOMES[name].startswith((".mpi.", ".job.")):
         import_module(".mpi.launch", __name__).load()
     value = getattr(import_module(_HOMES[name], __name__), name)
     globals()[name] = value

@@ -30,6 +30,7 @@ LAYERS = [
     ["mpi"],
     [
         "mpi.launch",
+        "mpi.together",
         "mpi.memory",
         "mpi.gpu",
         "mpi.buffers",
@@ -54,7 +55,7 @@ LAYERS = [
         "mpi.mixing",
     ],
     ["mpi.comm"],
-    ["mpi.watch", "mpi.guard", "mpi.threads", "mpi.doctor"],
+    ["job", "job.watch", "job.guard", "job.blas", "job.doctor"],
     [
         "measure",
         "measure.task",
@@ -124,11 +125,11 @@ LAYERS = [
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
-    "mpi4py": ("mpi.", "measure", "train.", "torch"),
+    "mpi4py": ("mpi.", "job.", "measure", "train.", "torch"),
     "scipy": ("train.readers.", "train.data", "train.scaling", "train.models", "train.split"),
     "sklearn": ("train.readers.",),
     "safetensors": ("train.run_folder", "train.checkpoint"),
-    "threadpoolctl": ("mpi.threads", "mpi.doctor"),
+    "threadpoolctl": ("job.blas", "job.doctor"),
     "torch": ("torch",),
     "cupy": ("mpi.gpu",),
     "cupyx": ("mpi.gpu",),

@@ -150,13 +150,14 @@ def bench(
         raise click.UsageError(f"--plot {why}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
+    from ..job.guard import ends_job
     from ..measure import machine
     from ..measure.contestants import implementations, implementations_on_gpu
     from ..measure.metrics import record
     from ..measure.task import Task, placements
     from ..measure.timing import NEEDED, NEEDED_ON_GPU, Settings, measure
     from ..mpi.gpu import take
-    from ..mpi.guard import ends_job, on_root
+    from ..mpi.together import on_root
 
     with ends_job(comm):
         on_root(comm, lambda: _check_output(out, raw, plot))

@@ -20,8 +20,8 @@ from mpi4py import MPI
 from .. import __version__
 from ..errors import UserError
 from ..mpi import gpu
-from ..mpi.guard import on_all
 from ..mpi.launch import cores, library_name, node_of
+from ..mpi.together import on_all
 from ..tuning.fingerprint import Fingerprint, machine
 
 TIME = "%Y-%m-%d %H:%M:%S"

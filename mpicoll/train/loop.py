@@ -12,7 +12,7 @@ from mpi4py import MPI
 from ..errors import UserError
 from ..mpi import gpu, launch
 from ..mpi.collectives import allgather, allreduce
-from ..mpi.guard import on_all
+from ..mpi.together import on_all
 from ..tuning.rules import WAYS
 from .batches import Batches, rebalanced
 from .checks import check, check_split, weights_of
