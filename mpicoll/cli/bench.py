@@ -137,9 +137,10 @@ def bench(
     known = ["auto", "native", *(WAYS if on_gpu else shared), *ALGORITHMS[collective]]
     if unknown := [name for name in chosen if name not in known]:
         raise click.UsageError(f"--algorithm {unknown[0]!r} is none of {', '.join(known)}")
-    if op and "reduce" not in collective:
+    row = COLLECTIVES[collective]
+    if op and not row.reduces:
         raise click.UsageError(f"--op is for collectives that reduce, not for {collective}")
-    if root is not None and collective not in ("reduce", "bcast"):
+    if root is not None and not row.rooted:
         raise click.UsageError(f"--root is for reduce and bcast, not for {collective}")
     kind = dtype_named(dtype)
     if odd := [size for size in sizes or () if size % kind.itemsize]:
