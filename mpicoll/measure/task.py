@@ -33,6 +33,8 @@ def placements(task: Task, p: int, asked: Sequence[bool]) -> list[bool]:
     row = task.row
     if row.from_root and not row.parted:
         has, why = {True}, "bcast has one buffer, and so is in place"
+    elif row.from_root:
+        has, why = {False}, f"{task.collective} is measured with two buffers"
     elif row.reduces and row.parted and task.count % p:
         has, why = {False}, f"reduce_scatter in place is measured where {p} ranks get equal parts: MPICH 5 fails there"
     else:

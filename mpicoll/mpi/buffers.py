@@ -336,14 +336,16 @@ def _specified(asked: Message, writable: bool) -> np.ndarray:
     return flat.view(np.uint8)[start * dtype.itemsize : stop * dtype.itemsize].view(dtype)
 
 
-def blocks(x: Any, p: int, stream: Any = None) -> tuple[np.ndarray | Array, list[int], list[int]]:
+def blocks(
+    x: Any, p: int, stream: Any = None, writable: bool = True
+) -> tuple[np.ndarray | Array, list[int], list[int]]:
     """mpi4py's specification of a block for each of ``p`` ranks: the buffer, all counts, and all displacements.
 
     A count or a displacement may be one number for all, a stride; a *tuple* of two is (counts, displacements); what is
     left out is the whole buffer in blocks that are equal to one element, and one after another.
     """
     buffer, counts, displacements, datatype = message(x, blocks=True)
-    flat = operand(buffer if datatype is None else [buffer, datatype], stream)
+    flat = operand(buffer if datatype is None else [buffer, datatype], stream, writable)
     if counts is None:
         found = [flat.size // p + (rank < flat.size % p) for rank in range(p)]
     else:

@@ -76,6 +76,10 @@ VECTORS = object()
 """In place of counts: they are in the specification of the whole, with displacements."""
 
 
+class Lengths(tuple[int, ...]):
+    """Counts that all ranks know, of a call whose whole has a specification with displacements."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One array's share of a call: flat arrays of one dtype, in host memory or on a GPU, and what is to become of them.
@@ -448,7 +452,7 @@ def _native_reduce_scatter(asked: Asked, whole: Any, counts: list[int] | None, c
 
 
 def _moving_parts(asked: Asked) -> list[Request | Raw]:
-    if asked.counts is VECTORS:
+    if asked.counts is VECTORS or isinstance(asked.counts, Lengths):
         return _vectors(asked)
     return _blocks(asked) if asked.method else _new(asked)
 
@@ -471,11 +475,13 @@ def _new(asked: Asked) -> list[Request | Raw]:
     p, counts = comm.size, asked.counts
     given = operand(in_c_order(x, stream), stream, writable=False)
     if given.dtype.hasobject:
-        raise TypeError("objects are not gathered from memory to memory: use comm.allgather, in lower case")
+        raise TypeError(f"objects are not gathered from memory to memory: use comm.{asked.row.name}, in lower case")
     cuts = cuts_of([given.size] * p if counts is None else counts, None, p)
     if cuts[comm.rank + 1] - cuts[comm.rank] != given.size:
         raise ValueError(f"rank {comm.rank} brings {given.size} elements, counts say {counts[comm.rank]}")
     stated = name_of(given.dtype), f"{shape_of(x)}" if counts is None else ""
+    if not asked.row.receives(comm.rank, asked.root):
+        return [_moving(asked, given, None, cuts, given.dtype.itemsize, stated=stated)]
     result = gpu.empty_like(given, cuts[-1])
     returned = result.array if isinstance(result, Array) else result
     return [_moving(asked, given, result, cuts, given.dtype.itemsize, stated=stated, result=returned)]
@@ -543,36 +549,64 @@ def _equal_bytes(asked: Asked, whole: Any, part: Any) -> Request | Raw:
 
 
 def _vectors(asked: Asked) -> list[Request | Raw]:
-    """A method, to which the whole is blocks of any lengths, with displacements: an allgather."""
-    comm, send, recv, stream = asked.comm, asked.send, asked.recv, asked.stream
-    p, rank, device = comm.size, comm.rank, concerns_device(asked.send, asked.recv)
-    if not device:
+    """A method, to which the whole is blocks of any lengths, with displacements."""
+    comm, row, root, stream = asked.comm, asked.row, asked.root, asked.stream
+    p, rank = comm.size, comm.rank
+    whole, part = (asked.recv, asked.send) if row.sends_part else (asked.send, asked.recv)
+    has_whole = row.receives(rank, root) if row.sends_part else row.sends(rank, root)
+    in_place = has_whole and is_in_place(part)
+    native = asked.options.algorithm in ("auto", "native")
+    if not concerns_device(whole if has_whole else None, None if in_place else part):
         no_stream(stream)
-        if asked.options.algorithm in ("auto", "native"):
-            return [Raw(_vectors_header(asked), asked.native("Allgatherv", send, recv))]
-    received, counts, starts = blocks(recv, p, stream if concerns_device(recv) else None)
+        if native:
+            rooted = [root] if row.rooted else []
+            header = header_of(f"{row.name}v", "", "", None, root) if row.rooted else _vectors_header(asked)
+            return [Raw(header, asked.native(f"{row.name.capitalize()}v", asked.send, asked.recv, *rooted))]
+    elif native and row.rooted:
+        names = "binomial or another"
+        raise TypeError(f"{row.name}v of arrays in the memory of GPUs needs an algorithm by name: {names}")
+    counts: Sequence[int] = asked.counts if isinstance(asked.counts, Lengths) else []
+    array = own = part_array = None
+    starts: Sequence[int] = []
+    if has_whole:
+        on_stream_ = stream if concerns_device(whole) else None
+        array, found, starts = blocks(whole, p, on_stream_, writable=row.sends_part)
+        if row.rooted and tuple(found) != tuple(counts):
+            raise ValueError(f"expected counts {[*counts]}, as the ranks have them, got {found}")
+        counts = found
+        own = gpu.part(array, starts[rank], starts[rank] + counts[rank])
     cuts = cuts_of(counts, None, p)
-    own = gpu.part(received, starts[rank], starts[rank] + counts[rank])
-    in_place = is_in_place(send)
-    sent = None
     if not in_place:
-        sent = operand(send, stream if on_device(send) else None, writable=False)
-        if (sent.size, sent.dtype) != (own.size, received.dtype):
+        part_array = operand(part, stream if on_device(part) else None, writable=row.receives_part)
+        dtype = part_array.dtype if array is None else array.dtype
+        if (part_array.size, part_array.dtype) != (counts[rank], dtype):
             raise ValueError(
-                f"expected {own.size} elements of {received.dtype} to send, as counts say, got {sent.size} of "
-                f"{sent.dtype}"
+                f"expected {counts[rank]} elements of {dtype} to {'send' if row.sends_part else 'receive'}, as counts say, "
+                f"got {part_array.size} of {part_array.dtype}"
             )
-    if tuple(starts) == cuts[:-1]:
-        result, deliver = gpu.part(received, 0, cuts[-1]), None
-    else:
-        result = gpu.empty_like(received, cuts[-1])
-        sent, in_place = own if sent is None else sent, False
+    deliver = None
+    if array is not None and tuple(starts) == cuts[:-1]:
+        array = gpu.part(array, 0, cuts[-1])
+    elif array is not None:
+        packed, apart = gpu.empty_like(array, cuts[-1]), array
+        pairs = [
+            (gpu.part(apart, start, start + count), gpu.part(packed, cuts[one], cuts[one + 1]))
+            for one, (start, count) in enumerate(zip(starts, counts, strict=True))
+        ]
+        if row.sends_part:
+            part_array, in_place = own if part_array is None else part_array, False
 
-        def deliver() -> None:
-            for one, (start, count) in enumerate(zip(starts, counts, strict=True)):
-                gpu.move(gpu.part(received, start, start + count), gpu.part(result, cuts[one], cuts[one + 1]))
+            def deliver() -> None:
+                for there, here in pairs:
+                    gpu.move(there, here)
 
-    return [_moving(asked, sent, result, cuts, received.dtype.itemsize, in_place=in_place, deliver=deliver)]
+        else:
+            for there, here in pairs:
+                gpu.move(here, there)
+        array = packed
+    given: Any = array if part_array is None else part_array
+    send, recv = (part_array, array) if row.sends_part else (array, part_array)
+    return [_moving(asked, send, recv, cuts, given.dtype.itemsize, in_place=in_place, deliver=deliver)]
 
 
 def _vectors_header(asked: Asked) -> Header:
