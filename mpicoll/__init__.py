@@ -16,9 +16,11 @@ if TYPE_CHECKING:
         allgather,
         allreduce,
         bcast,
+        gather,
         reduce,
         reduce_scatter,
         ring_allreduce,
+        scatter,
         tree_reduce,
     )
     from .mpi.comm import Comm
@@ -40,6 +42,7 @@ __all__ = [
     "allreduce_init",
     "bcast",
     "butterfly_mix",
+    "gather",
     "gossip_average",
     "graph",
     "guard",
@@ -47,6 +50,7 @@ __all__ = [
     "reduce",
     "reduce_scatter",
     "ring_allreduce",
+    "scatter",
     "tree_reduce",
 ]
 
@@ -62,6 +66,7 @@ _HOMES = {
     "allreduce_init": ".mpi.nonblocking",
     "bcast": ".mpi.collectives",
     "butterfly_mix": ".mpi.mixing",
+    "gather": ".mpi.collectives",
     "gossip_average": ".mpi.mixing",
     "graph": ".graphs",
     "guard": ".job.guard",
@@ -69,6 +74,7 @@ _HOMES = {
     "reduce": ".mpi.collectives",
     "reduce_scatter": ".mpi.collectives",
     "ring_allreduce": ".mpi.collectives",
+    "scatter": ".mpi.collectives",
     "tree_reduce": ".mpi.collectives",
 }
 

@@ -15,7 +15,14 @@ LAYERS = [
     ["files", "statistics", "collective"],
     ["schedule"],
     ["graphs"],
-    ["algorithms.fold", "algorithms.ring", "algorithms.circulant", "algorithms.bruck", "algorithms.chain"],
+    [
+        "algorithms.fold",
+        "algorithms.ring",
+        "algorithms.circulant",
+        "algorithms.bruck",
+        "algorithms.chain",
+        "algorithms.parts",
+    ],
     ["algorithms.doubling", "algorithms.tree", "algorithms.mixing", "algorithms"],
     ["cost", "interpreter", "verify", "pipeline", "draw"],
     [

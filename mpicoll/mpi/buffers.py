@@ -384,7 +384,11 @@ def entries(x: Any) -> int:
     if asked.count is not None:
         return index(asked.count)
     size = _derived_size(x)
-    return operand(x).size if size is None else size // max(cast(MPI.Datatype, asked.datatype).Get_size(), 1)
+    return (
+        operand(x, writable=False).size
+        if size is None
+        else size // max(cast(MPI.Datatype, asked.datatype).Get_size(), 1)
+    )
 
 
 def described(x: Any, writable: bool = False) -> tuple[str, int | None]:
@@ -417,14 +421,14 @@ def payload(x: Any, writable: bool = False) -> tuple[str, int | None]:
         return ("bytes", size) if size is not None else (dtype, None)
 
 
-def block(x: Any, p: int) -> tuple[str, int | None]:
-    """``payload`` of one of ``p`` equal blocks to receive, each of whole elements."""
+def block(x: Any, p: int, writable: bool = True) -> tuple[str, int | None]:
+    """``payload`` of one of ``p`` equal blocks each of whole elements."""
     together = of_blocks(x, p)
-    what, size = payload(together, True)
+    what, size = payload(together, writable)
     if not size:
         return what, size
     named = isinstance(x, (list, tuple)) and isinstance(x[-1], MPI.Datatype)
-    element = x[-1].Get_size() if named else vector(together).itemsize
+    element = x[-1].Get_size() if named else vector(together, writable).itemsize
     if size % (element * p):
         return f"{size // element} elements for {p} ranks", None
     return what, size // p

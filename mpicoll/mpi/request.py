@@ -521,7 +521,7 @@ def _equal_bytes(asked: Asked, whole: Any, part: Any) -> Request | Raw:
     """Equal blocks of any datatype, in host memory; either is ``None`` where this rank has none."""
     comm, row = asked.comm, asked.row
     p = comm.size
-    dtype, each = block(whole, p) if part is None else payload(part, row.receives_part)
+    dtype, each = block(whole, p, row.sends_part) if part is None else payload(part, row.receives_part)
     if whole is not None and part is not None:
         what, room = payload(whole, row.sends_part)
         if each is not None and isinstance(whole, np.ndarray) and room != each * p:
@@ -580,10 +580,8 @@ def _vectors(asked: Asked) -> list[Request | Raw]:
         part_array = operand(part, stream if on_device(part) else None, writable=row.receives_part)
         dtype = part_array.dtype if array is None else array.dtype
         if (part_array.size, part_array.dtype) != (counts[rank], dtype):
-            raise ValueError(
-                f"expected {counts[rank]} elements of {dtype} to {'send' if row.sends_part else 'receive'}, as counts say, "
-                f"got {part_array.size} of {part_array.dtype}"
-            )
+            what = f"{counts[rank]} elements of {dtype} to {'send' if row.sends_part else 'receive'}"
+            raise ValueError(f"expected {what}, as counts say, got {part_array.size} of {part_array.dtype}")
     deliver = None
     if array is not None and tuple(starts) == cuts[:-1]:
         array = gpu.part(array, 0, cuts[-1])
