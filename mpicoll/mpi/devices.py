@@ -138,7 +138,7 @@ class Devices:
         row, operation, root, cuts = request.row, request.operation, request.root or 0, request.cuts
         collective = row.name
         arrays = [array for array in (given, taken) if isinstance(array, Array)]
-        count, dtype = request.count, request.dtype
+        count, dtype = request.elements, request.dtype
         if len(self._own) > KEPT:
             self._own.clear()
         if len(self._failed) > KEPT:  # the same on all ranks
@@ -399,7 +399,7 @@ class Devices:
             call(MPI.IN_PLACE if request.in_place or _is_part(given, taken) else send, recv)
         else:
             longest, in_place = operations.MAX_COUNT, given is taken
-            for lo in range(0, request.count, longest):
+            for lo in range(0, request.elements, longest):
                 one, other = (None if x is None else x[lo : lo + longest] for x in (send, recv))
                 call(MPI.IN_PLACE if in_place else one, other)
         if operation.finish and isinstance(taken, Array):
