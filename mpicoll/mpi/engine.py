@@ -127,14 +127,19 @@ def execute(
         (path,), headers = found.paths, found.headers
         record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
         try:
-            places = None
+            if native is not None:
+                if compares:
+                    state.agree(headers, None, (), found.digest)
+                native(send, recv)
+                return recv
+            given, taken, places = send, recv, None
             if compares:
-                mine = () if path.places is None else path.places(send, recv)
+                mine = ()
+                if path.places is not None:
+                    mine, given, taken = path.places(send, recv)
                 places = state.agree(headers, None, mine, found.digest)
-            if native is None:
-                return path.run(send, recv, places)
-            native(send, recv)
-            return recv
+            result = path.run(given, taken, places)
+            return result if recv is ONE else recv
         finally:
             record.end()
     except (KeyboardInterrupt, SystemExit):
@@ -211,14 +216,14 @@ def together(
             error = raised
         headers: Headers = tuple(path.header for path in paths) if error is None else f"{name} refused, {error}"
         compares = level != "off" and state.p > 1
+        mine: tuple[int, ...] = ()
         record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
-        places = None
+        given = taken = places = None
         if compares:
             detail = (order_of(x),) if level == "full" else None
             one = paths[0] if len(paths) == 1 and error is None else None
-            mine: tuple[int, ...] = ()
             if isinstance(one, Path) and one.places is not None:
-                mine = one.places(made[0].send, made[0].recv)
+                mine, given, taken = one.places(made[0].send, made[0].recv)
             try:
                 places = state.agree(headers, detail, mine)
             except MismatchError as mismatch:
@@ -230,15 +235,20 @@ def together(
         state.last = tuple(path for path in paths if isinstance(path, Path))
         result = None
         for path, request in zip(paths, made, strict=True):
-            result = path.do() if isinstance(path, Raw) else run(path, request, places)
+            if isinstance(path, Raw):
+                result = path.do()
+            elif mine:
+                result = run(path, request, given, taken, places)
+            else:
+                result = run(path, request, request.send, request.recv, None)
         if remember is not None and len(made) == 1 and isinstance(paths[0], Path):
             remember(state, paths[0], made[0])
         return result
 
 
-def run(path: Path, request: Request, places: list[list[int]] | None) -> Any:
+def run(path: Path, request: Request, send: Any, recv: Any, places: list[list[int]] | None) -> Any:
     """Run a request, and bring the result to where it is wanted."""
-    result = path.run(request.send, request.recv, places)
+    result = path.run(send, recv, places)
     if request.deliver is not None:
         request.deliver()
     return result if request.result is None else request.result

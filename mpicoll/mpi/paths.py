@@ -46,8 +46,8 @@ class Path:
 
     ``run(send, recv, places)`` does it and returns what was received, arrays being those of the request, of any shape.
     ``native`` is the MPI library's own call, if ``run`` is nothing more than ``native(send, recv)`` with arrays as the
-    user passes them.  ``places(send, recv)``, of a path in shared memory, is where this rank's arrays lie: it travels
-    with the comparison of the call.
+    user passes them.  ``places(send, recv)``, of a path in shared memory, is where this rank's arrays lie, which
+    travels with the comparison of the call, and the flat arrays, which ``run`` then takes with the places of all.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Path:
     run: Callable[[Any, Any, Any], Any]
     account: Callable[[], Account]
     native: Callable[[Any, Any], Any] | None = None
-    places: Callable[[Any, Any], tuple[int, ...]] | None = None
+    places: Callable[[Any, Any], tuple[tuple[int, ...], Any, Any]] | None = None
 
 
 # ---- which one
@@ -300,20 +300,22 @@ def _shared(state: State, request: Request) -> Path:
     row, operation, root, cuts = request.row, request.operation, request.root or 0, request.cuts
     # The MPI library moves data with one copy, staging buffers with two.
     staged = row.reduces or request.options.algorithm == SHARED
-    arrays = _arrays(request)
+    arrays, count, in_place = _arrays(request), request.elements, request.in_place
 
     def run(send: Any, recv: Any, places: Any) -> Any:
-        if not request.elements:
+        if not count:
             return recv
-        given, taken = arrays(send, recv)
-        state.join_nodes()
-        args = row, given, taken, operation, root, cuts, staged, places, False, request.in_place
+        given, taken = arrays(send, recv) if places is None else (send, recv)
+        if state.spans:
+            state.join_nodes()
+        args = row, given, taken, operation, root, cuts, staged, places, False, in_place
         if not state.on_node(state.node.run, *args):
             _without_sharing(state, request).run(send, recv, None)
         return recv
 
-    def places(send: Any, recv: Any) -> tuple[int, ...]:
-        return state.node.places(*arrays(send, recv))
+    def places(send: Any, recv: Any) -> tuple[tuple[int, ...], Any, Any]:
+        given, taken = arrays(send, recv)
+        return state.node.places(given, taken), given, taken
 
     found = places if state.shares and request.elements else None
     return Path(SHARED, header_for(request, SHARED), run, lambda: _across(state, request), places=found)
@@ -342,17 +344,19 @@ def _one_result(state: State, request: Request) -> Path:
     private = None if shares else decide(state, request)
 
     def run(send: Any, recv: Any, places: Any) -> Any:
-        given, _ = arrays(send, None)
+        given, _ = arrays(send, None) if places is None else (send, None)
         assert given is not None
         if shares:
-            state.join_nodes()
+            if state.spans:
+                state.join_nodes()
             result = state.on_node(state.one_result, request.row, given, operation, places)
             if result is not None:
                 return result
         return (private or decide(state, request)).run(given, np.empty_like(given), None)
 
-    def places(send: Any, recv: Any) -> tuple[int, ...]:
-        return state.node.places(arrays(send, None)[0], None)
+    def places(send: Any, recv: Any) -> tuple[tuple[int, ...], Any, Any]:
+        given, _ = arrays(send, None)
+        return state.node.places(given, None), given, None
 
     header = header_for(request, SHARED)._replace(collective=name, detail="" if shares else "each its own")
     found = places if shares and state.shares else None

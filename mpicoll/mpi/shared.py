@@ -245,8 +245,7 @@ class Node:
         """
         if places is None:
             places = self.exchange(*self.places(send, None if one else recv))
-        array = recv if send is None else send
-        assert array is not None
+        array: Any = recv if send is None else send
         count = cuts[-1] if cuts else len(array)
         own = row.parted and not row.reduces and not in_place and send is not None and recv is not None
         key = None
