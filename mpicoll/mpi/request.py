@@ -292,14 +292,11 @@ def _reducing(asked: Asked) -> list[Request | Raw]:
     if in_place:
         send = recv
     target = recv if receives else send
+    device = concerns_device(target) if in_place else concerns_device(target, send)
     as_it_is = (
-        asked.method
-        and recv is not ONE
-        and isinstance(op, MPI.Op)
-        and not asked.options.deterministic
-        and not concerns_device(target, send)
+        asked.method and recv is not ONE and isinstance(op, MPI.Op) and not asked.options.deterministic and not device
     )
-    if on_device(send):
+    if device and on_device(send):
         there = on_stream(send, stream, writable=in_place)
         taken: Any = there if in_place else None
         result = None
@@ -309,14 +306,14 @@ def _reducing(asked: Asked) -> list[Request | Raw]:
         elif receives and not in_place:
             taken = operand(recv, stream if on_device(recv) else None)
         return [asked.request(there, taken, operation(op, there.dtype), result=result)]
-    if not concerns_device(target):
+    if not (device and concerns_device(target)):
         no_stream(stream)
     if as_it_is and asked.options.algorithm == "native":
         return [_native_reduction(asked, in_place)]
     try:
         if recv is ONE or (asked.method and not receives):
             made = [Part(vector(send, writable=False))]
-        elif receives and on_device(recv):
+        elif device and receives and on_device(recv):
             made = [staged(recv, load=False, stream=stream)]
         else:
             made = parts(target, stream, as_mpi4py=asked.method)

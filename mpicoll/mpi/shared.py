@@ -247,7 +247,7 @@ class Node:
             places = self.exchange(*self.places(send, None if one else recv))
         array: Any = recv if send is None else send
         count = cuts[-1] if cuts else len(array)
-        own = row.parted and not row.reduces and not in_place and send is not None and recv is not None
+        own = not (row.reduces or in_place or send is None or recv is None) and row.parted
         key = None
         if operation.predefined:
             key = (

@@ -41,6 +41,8 @@ COPIED = 16 << 10
 MAX_PLANS = 64
 """Plans kept per communicator; the one not used for longest goes first."""
 
+BUSY = "another thread is in a collective on this communicator: give each thread a communicator of its own"
+
 BLOCKING_TAG = 0
 HANDLE_TAGS = range(1, 8192)  # one each, in turn: several may be under way on one communicator
 MIXING_TAGS = range(8192, 16384)  # by graph and step: ranks that mix differently do not take each other's vectors
@@ -140,7 +142,8 @@ class State:
     def _in_turn(self, call: Callable[..., T], *args: Any) -> T:
         """The only one on this communicator; if it is broken off, the last."""
         self.check()
-        self._take_turn()
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(BUSY)
         try:
             inside(True)
             return call(*args)
@@ -301,12 +304,6 @@ class State:
         if under_way:
             advance_all()
 
-    def _take_turn(self) -> None:
-        if not self._running.acquire(blocking=False):
-            raise RuntimeError(
-                "another thread is in a collective on this communicator: give each thread a communicator of its own"
-            )
-
     def _run_driving(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int) -> None:
         handle = Handle(self, plan.bind(vector, np.empty(plan.scratch_bytes, np.uint8), operation), tag)
         try:
@@ -331,7 +328,8 @@ class State:
         if self.p == 1:
             return None
         self.check()
-        self._take_turn()
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(BUSY)
         try:
             if under_way or interrupted:
                 with driving(self.comm):

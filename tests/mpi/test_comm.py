@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -489,3 +490,29 @@ def test_a_thousand_communicators_leave_nothing(ours):
     gc.collect()
     assert len(gc.get_objects()) < objects + 500
     assert resident() < before + (8 << 20)
+
+
+@pytest.mark.skipif(P != 2, reason="the same with more ranks")
+def test_a_call_that_is_remembered_takes_few_steps(ours):
+    """At most 12 calls of Python functions of ours, from the program to the MPI library (docs/calls.md)."""
+    x, y, steps = np.zeros(8), np.zeros(8), []
+
+    def seen(frame: Any, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event == "call" and "mpicoll" in code.co_filename and code.co_name not in ("_wait", "<listcomp>"):
+            steps.append(code.co_name)
+
+    for call in (
+        lambda: ours.Allreduce(x, y),
+        lambda: mpicoll.allreduce(x, ours, MPI.SUM),
+        lambda: ours.Bcast(x),
+        lambda: ours.Allgather(x[:4], y),
+    ):
+        for _ in range(2):
+            call()
+        ours.Barrier()
+        steps.clear()
+        sys.setprofile(seen)
+        call()
+        sys.setprofile(None)
+        assert len(steps) <= 12 + (steps[0] == "<lambda>"), steps
