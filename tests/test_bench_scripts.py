@@ -524,9 +524,9 @@ def prepare(fake):
 
 
 def on_gpu(tmp_path, *options, devices="1"):
-    """bench/gpu.py on a GPU that is none, tests/fakecupy.py."""
+    """bench/gpu.py on a GPU that is none, tests/fakecupy."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/fakecupy.py "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/fakecupy "$@"\n')
     python.chmod(0o755)
     (tmp_path / "small.py").write_text(FAKE)
     (tmp_path / "bench.py").write_text(ON_GPU.replace("BENCH", repr(str(REPOSITORY / "bench"))))

@@ -429,7 +429,7 @@ def test_what_a_profile_of_this_job_is_for(comm, monkeypatch):
         assert fingerprint(comm).layout == tuple(map(nodes.count, dict.fromkeys(nodes)))
 
 
-# ---- on a GPU, which is none: in tests/fakecupy.py nothing is done before somebody waits for it
+# ---- on a GPU, which is none: in tests/fakecupy nothing is done before somebody waits for it
 
 ON_GPU = replace(QUICK, device="gpu")
 
