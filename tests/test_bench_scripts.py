@@ -554,14 +554,14 @@ def test_arrays_on_a_gpu_are_measured_recorded_and_drawn(tmp_path, monkeypatch):
 
 
 def test_boxes_have_the_size_that_is_asked_for(monkeypatch):
-    from mpicoll.mpi import gpu
+    from mpicoll.mpi.gpu import staging
 
-    before = gpu.BOX, gpu.register
+    before = staging.BUFFER, staging.register
     with script(monkeypatch, "gpu").boxes(4096, shared=False) as locked:
-        assert gpu.BOX == 4096
-        assert not gpu.register(np.zeros(1))
+        assert staging.BUFFER == 4096
+        assert not staging.register(np.zeros(1))
         assert locked == [False]
-    assert (gpu.BOX, gpu.register) == before
+    assert (staging.BUFFER, staging.register) == before
 
 
 def test_without_a_gpu_nothing_is_launched_or_written(tmp_path):

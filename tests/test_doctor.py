@@ -16,7 +16,7 @@ from mpicoll.cli import doctor as said
 from mpicoll.cli.app import app
 from mpicoll.mpi import doctor, launch
 from mpicoll.mpi.doctor import Findings
-from mpicoll.mpi.gpu import Gpu
+from mpicoll.mpi.gpu.assignment import Gpu
 from mpicoll.tuning.fingerprint import Fingerprint, machine
 from mpicoll.tuning.profile import Profile, write_profile
 from mpicoll.tuning.rules import Rule

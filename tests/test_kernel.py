@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpicoll.mpi import kernel
 from mpicoll.mpi.buffers import PAIRS
+from mpicoll.mpi.gpu import kernel
 from mpicoll.mpi.operations import MOVE, operation
 from mpicoll.mpi.shared import additions
 

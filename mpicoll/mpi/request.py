@@ -14,7 +14,6 @@ from mpi4py import MPI
 
 from ..collective import Collective
 from ..schedule import chunk_start
-from . import gpu
 from .agreement import Header, header_of
 from .buffers import (
     REFUSALS,
@@ -42,7 +41,7 @@ from .buffers import (
     staged,
     vector,
 )
-from .gpu import Array
+from .gpu.array import Array, copy_into, copy_of, empty, empty_like, part_of, same_device
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
 from .progress import driving
@@ -179,7 +178,7 @@ class Asked(NamedTuple):
     ) -> Request:
         """A request for these arrays; a ``ValueError`` unless they fit together."""
         there = [one for one in (send, recv) if isinstance(one, (np.ndarray, Array))]
-        gpu.same_device(*(one for one in there if isinstance(one, Array)))
+        same_device(*(one for one in there if isinstance(one, Array)))
         count, dtype = cuts[-1] if cuts else there[0].size, there[0].dtype
         if dtype != there[-1].dtype:
             raise ValueError(f"mismatch in send dtype {dtype} and receive dtype {there[-1].dtype}")
@@ -296,7 +295,7 @@ def _reducing(asked: Asked) -> list[Request | Raw]:
         taken: Any = there if in_place else None
         result = None
         if recv is ONE:
-            result = gpu.empty(there.size, there.dtype, there)
+            result = empty(there.size, there.dtype, there)
             taken = Array(result, there.stream)
         elif receives and not in_place:
             taken = operand(recv, stream if on_device(recv) else None)
@@ -402,7 +401,7 @@ def _reduce_scatter(asked: Asked) -> list[Request | Raw]:
         given = operand(whole, stream if on_device(whole) else None, writable=in_place)
         if recv is NEW:
             cuts = cuts_of(counts, given.size, p)
-            taken = gpu.empty_like(given, cuts[rank + 1] - cuts[rank])
+            taken = empty_like(given, cuts[rank + 1] - cuts[rank])
         else:
             taken = given if in_place else operand(recv, stream if on_device(recv) else None)
         found = operation(asked.op, given.dtype)
@@ -420,8 +419,8 @@ def _reduce_scatter(asked: Asked) -> list[Request | Raw]:
             f"{given.dtype}{room}"
         )
     if in_place:  # others may read there when a result is written
-        taken = gpu.part(given, 0, mine)
-        given = gpu.copied(given)
+        taken = part_of(given, 0, mine)
+        given = copy_of(given)
     returned = taken.array if isinstance(taken, Array) else taken
     request = asked.request(given, taken, found, cuts=cuts, result=returned if recv is NEW else None)
     if not device and asked.untouched and asked.options.algorithm == "native" and is_half(given.dtype):
@@ -474,7 +473,7 @@ def _new(asked: Asked) -> list[Request | Raw]:
     if cuts[comm.rank + 1] - cuts[comm.rank] != given.size:
         raise ValueError(f"rank {comm.rank} brings {given.size} elements, counts say {counts[comm.rank]}")
     stated = name_of(given.dtype) + (f" {shape_of(x)}" if counts is None else "")
-    result = gpu.empty_like(given, cuts[-1])
+    result = empty_like(given, cuts[-1])
     returned = result.array if isinstance(result, Array) else result
     return [_moving(asked, given, result, cuts, given.dtype.itemsize, stated=stated, result=returned)]
 
@@ -550,7 +549,7 @@ def _vectors(asked: Asked) -> list[Request | Raw]:
             return [Raw(_vectors_header(asked), asked.native("Allgatherv", send, recv))]
     received, counts, starts = blocks(recv, p, stream if concerns_device(recv) else None)
     cuts = cuts_of(counts, None, p)
-    own = gpu.part(received, starts[rank], starts[rank] + counts[rank])
+    own = part_of(received, starts[rank], starts[rank] + counts[rank])
     in_place = is_in_place(send)
     sent = None
     if not in_place:
@@ -561,14 +560,14 @@ def _vectors(asked: Asked) -> list[Request | Raw]:
                 f"{sent.dtype}"
             )
     if tuple(starts) == cuts[:-1]:
-        result, deliver = gpu.part(received, 0, cuts[-1]), None
+        result, deliver = part_of(received, 0, cuts[-1]), None
     else:
-        result = gpu.empty_like(received, cuts[-1])
+        result = empty_like(received, cuts[-1])
         sent, in_place = own if sent is None else sent, False
 
         def deliver() -> None:
             for one, (start, count) in enumerate(zip(starts, counts, strict=True)):
-                gpu.move(gpu.part(received, start, start + count), gpu.part(result, cuts[one], cuts[one + 1]))
+                copy_into(part_of(received, start, start + count), part_of(result, cuts[one], cuts[one + 1]))
 
     return [_moving(asked, sent, result, cuts, received.dtype.itemsize, in_place=in_place, deliver=deliver)]
 

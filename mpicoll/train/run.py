@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from .. import __version__
 from ..errors import UserError
-from ..mpi.gpu import Gpu
+from ..mpi.gpu.assignment import Gpu
 from ..mpi.guard import on_root
 from ..mpi.launch import library_name
 from ..mpi.threads import limit_threads

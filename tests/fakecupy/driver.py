@@ -16,8 +16,8 @@ class Library(ctypes.CDLL):
 
 def forget_driver() -> None:
     """Have mpicoll, which keeps the driver it has found, look for it again."""
-    if "mpicoll.mpi.gpu" in sys.modules:
-        sys.modules["mpicoll.mpi.gpu"]._driver.cache_clear()
+    if "mpicoll.mpi.gpu.driver" in sys.modules:
+        sys.modules["mpicoll.mpi.gpu.driver"].driver.cache_clear()
 
 
 class _Driver:

@@ -19,17 +19,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..collective import Collective
-from ..errors import reason
-from ..schedule import chunk_start
-from ..tuning.rules import WAYS
-from . import gpu, kernel, operations
-from .buffers import is_half
-from .gpu import Array
-from .operations import Operation
+from ...collective import Collective
+from ...errors import reason
+from ...schedule import chunk_start
+from ...tuning.rules import GPU_PATHS
+from .. import operations
+from ..buffers import is_half
+from ..operations import Operation
+from ..request import Request
+from ..shared import Node
+from . import assignment, ipc, kernel, launching, nccl
+from .array import Array
 from .probe import probe
-from .request import Request
-from .shared import Node
 
 KEPT = 4096
 """Allocations, of all ranks, that stay open; the one that was of no use for longest goes first."""
@@ -77,26 +78,28 @@ class Devices:
         self._gpus = [gpus for gpus, *_ in found]
         self._device, owned = device, [gpus[number] for gpus, number, _ in found]
         self.why = {**_reasons([why for *_, why in found], owned, node), "staged": ""}
-        """For each way why it cannot be gone, empty if it can: the same on all ranks."""
+        """Why each path is unavailable, empty if it is available: the same on all ranks."""
         self._trusted = not self.why["aware"]
         self._bases: dict[Key, int | None] = {}  # of what is open; the same keys on all ranks
-        self._own: dict[int, gpu.Allocation] = {}  # of this rank, by number, those of this call and some more
+        self._own: dict[int, ipc.Allocation] = {}  # of this rank, by number, those of this call and some more
         self._failed: set[Key] = set()
         self._ready: set[str] = set()  # texts of kernels
         self._prepared: dict[Any, _Prepared] = {}
         self._probed: dict[str, str] = {}
         self._nccl: Any = None
-        self.went: dict[Any, str] = {}
-        """Which way the latest call of a kind has gone."""
+        self.took: dict[Any, str] = {}
+        """The path that the latest call of a kind took."""
 
-    def ways(
+    def paths(
         self, asked: str, row: Collective, operation: Operation, dtype: np.dtype, deterministic: bool
     ) -> list[str]:
-        """Those to be tried, in order; the last is always ``"staged"``.  A collective call, which raises ``ValueError``
-        on all ranks if the one asked for cannot be gone."""
+        """The paths to try, in order; the last is always ``"staged"``.
 
-        def why_not(way: str) -> str:
-            if way == "ipc":
+        A collective call, which raises ``ValueError`` on all ranks if the one asked for is unavailable.
+        """
+
+        def why_not(path: str) -> str:
+            if path == "ipc":
                 return self.why["ipc"] or kernel.refusal(operation, dtype)
             if deterministic and operation.reduces:
                 return "it adds in an order of its own, and the call is to be deterministic"
@@ -104,15 +107,15 @@ class Devices:
                 return f"it does not add {dtype} as float32: ask for wire='16bit', or another"
             if not operation.predefined:
                 return "the operation is no predefined one"
-            if way == "nccl":
-                return self.why["nccl"] or gpu.nccl_refusal(row, operation.name, dtype)
+            if path == "nccl":
+                return self.why["nccl"] or nccl.refusal(row, operation.name, dtype)
             if is_half(dtype) and operation.reduces:
                 return f"the MPI library does not know {dtype}"
             return "" if self._trusted else self._probe(row.name)
 
         if asked == "auto":
-            return [*(way for way in ("ipc", "nccl") if not why_not(way)), "staged"]
-        if asked not in WAYS or asked == "staged":
+            return [*(path for path in ("ipc", "nccl") if not why_not(path)), "staged"]
+        if asked not in GPU_PATHS or asked == "staged":
             return ["staged"]
         if why := why_not(asked):
             raise ValueError(f"{asked} cannot do this {row.name} here: {why}")
@@ -126,11 +129,11 @@ class Devices:
             given = taken.part(request.own.start, request.own.stop)
         return {"ipc": self._by_ipc, "nccl": self._by_nccl, "aware": self._by_mpi}[path](request, given, taken)
 
-    def remember(self, kind: Any, way: str) -> None:
-        """Which way a call has gone."""
-        if len(self.went) >= CALLS:
-            self.went.clear()
-        self.went[kind] = way
+    def remember(self, kind: Any, path: str) -> None:
+        """Note the path that a call took."""
+        if len(self.took) >= CALLS:
+            self.took.clear()
+        self.took[kind] = path
 
     # ---- by IPC
 
@@ -170,7 +173,7 @@ class Devices:
         launches = prepared.launches
         try:
             for launch in launches:
-                gpu.launch(arrays[0], *launch)
+                launching.launch(arrays[0], *launch)
             if launches:
                 arrays[0].synchronize()  # others are to read it
         except Exception as raised:
@@ -187,7 +190,7 @@ class Devices:
 
     def _place(self, array: Array | np.ndarray | None) -> tuple[int, int]:
         """The number of its allocation, and the byte where it begins; ``NOWHERE`` if it is in none to be shared."""
-        found = gpu.allocation(array) if isinstance(array, Array) else None
+        found = ipc.allocation(array) if isinstance(array, Array) else None
         if found is None or not isinstance(array, Array):
             return NOWHERE
         self._own[found.number] = found
@@ -272,7 +275,7 @@ class Devices:
         launches = []
         for job in mine:
             source, width = text(job)
-            grid, block = kernel.shape(job.hi - job.lo, width, dtype.itemsize, gpu.processors(me[1]))
+            grid, block = kernel.shape(job.hi - job.lo, width, dtype.itemsize, launching.processors(me[1]))
             ends = np.int64(job.lo), np.int64(job.hi)
             addresses = [address(spot) for spot in (*job.sources, *job.targets)]
             launches.append((source, kernel.NAME, kernel.OPTIONS, grid, block, (*addresses, *ends)))
@@ -283,8 +286,8 @@ class Devices:
         why = ""
         try:
             for text in sorted(texts):
-                gpu.compiled(text, kernel.NAME, kernel.OPTIONS, device)
-                gpu.processors(device)
+                launching.compiled(text, kernel.NAME, kernel.OPTIONS, device)
+                launching.processors(device)
         except Exception as error:
             why = reason(error).splitlines()[0]
         found = next(filter(None, self.node.comm.allgather(why)), "")
@@ -308,7 +311,7 @@ class Devices:
 
     def _handles(self, new: list[Key]) -> dict[tuple[int, int], bytes | None]:
         """Of all that are new, by rank and allocation: each tells its own."""
-        mine = {(rank, number): gpu.handle(self._own[number]) for _, rank, number in new if rank == self.rank}
+        mine = {(rank, number): ipc.handle(self._own[number]) for _, rank, number in new if rank == self.rank}
         return {key: handle for those in self.node.comm.allgather(mine) for key, handle in those.items()}
 
     def _open(self, new: list[Key], handles: dict[tuple[int, int], bytes | None]) -> list[Key]:
@@ -320,7 +323,7 @@ class Devices:
             if reader == self.rank == rank:
                 base = self._own[number].base
             elif reader == self.rank and handle is not None:
-                base = gpu.opened(handle, device)
+                base = ipc.opened(handle, device)
             if handle is None or (reader == self.rank and base is None):
                 bad.append(key)
             self._bases[key] = base
@@ -331,7 +334,7 @@ class Devices:
         for key in keys:
             base, whose = self._bases.pop(key), key[1]
             if base is not None and whose != self.rank:
-                gpu.close(base, key[0][1])
+                ipc.close(base, key[0][1])
         closed = {*keys}
         if closed:
             self._prepared = {call: one for call, one in self._prepared.items() if closed.isdisjoint(one.met)}
@@ -358,7 +361,7 @@ class Devices:
         assert not isinstance(taken, np.ndarray)
         if self._nccl is None and not self._begin_nccl():
             return False
-        gpu.by_nccl(self._nccl, request.row, given, taken, operation.name, request.root or 0)
+        nccl.run(self._nccl, request.row, given, taken, operation.name, request.root or 0)
         if taken is not None and operation.finish:
             self._finish(taken, operation)
         return True
@@ -366,13 +369,13 @@ class Devices:
     def _begin_nccl(self) -> bool:
         number, why = None, ""
         try:
-            number = gpu.nccl_id() if self.rank == 0 else None
+            number = nccl.unique_id() if self.rank == 0 else None
         except Exception as error:
             why = reason(error)
         number, why = self.comm.bcast((number, why))
         if not why:
             try:
-                self._nccl = gpu.nccl_communicator(self._device, self.p, number, self.rank)
+                self._nccl = nccl.communicator(self._device, self.p, number, self.rank)
             except Exception as error:
                 why = reason(error)
             why = next(filter(None, self.comm.allgather(why)), "")
@@ -383,10 +386,10 @@ class Devices:
         """What is done to a result that the kernel has not made."""
         width = kernel.width([taken.pointer], 0, taken.dtype.itemsize)
         text = kernel.source(operation.name, taken.dtype, 1, 1, width, self.p)
-        shape = kernel.shape(taken.size, width, taken.dtype.itemsize, gpu.processors(taken.device))
+        shape = kernel.shape(taken.size, width, taken.dtype.itemsize, launching.processors(taken.device))
         at, ends = np.uint64(taken.pointer), (np.int64(0), np.int64(taken.size))
         if taken.size:  # of a part there may be nothing
-            gpu.launch(taken, text, kernel.NAME, kernel.OPTIONS, *shape, (at, at, *ends))
+            launching.launch(taken, text, kernel.NAME, kernel.OPTIONS, *shape, (at, at, *ends))
 
     # ---- by the MPI library
 
@@ -429,8 +432,8 @@ def _settle(arrays: list[Array]) -> None:
 
 
 def facts(device: int) -> Facts:
-    """Of this rank: what tells the GPUs that it sees from all others, which it uses, and why it cannot go each way."""
-    gpus = [gpu.identity(number)[1] for number in range(gpu.count())]
+    """Facts of this rank: the identities of the GPUs it sees, its own one's number, and why paths are unavailable."""
+    gpus = [assignment.identity(number)[1] for number in range(assignment.count())]
     said = os.environ.get("MPICOLL_GPU_AWARE", "")
     untrusted = "not unless it is asked for by its name, and tried, or MPICOLL_GPU_AWARE=1 says that it works"
     if said not in ("", "0", "1"):
@@ -438,19 +441,19 @@ def facts(device: int) -> Facts:
     return (
         gpus,
         device,
-        {"ipc": gpu.ipc_refusal(), "nccl": gpu.nccl_missing(), "aware": "" if said == "1" else untrusted},
+        {"ipc": ipc.refusal(), "nccl": nccl.missing(), "aware": "" if said == "1" else untrusted},
     )
 
 
 def _reasons(whys: list[dict[str, str]], owned: list[str], node: Node) -> dict[str, str]:
-    """Why each way cannot be gone by all ranks together."""
+    """Why each path is unavailable to all ranks together."""
     if len(whys) == 1:
         return dict.fromkeys(whys[0], "one rank has nobody to share with: mpirun -n N")
     found = {}
-    for way in whys[0]:
-        reasons = [why[way] for why in whys]
+    for path in whys[0]:
+        reasons = [why[path] for why in whys]
         first = next(filter(None, reasons), "")
-        found[way] = first if len({*reasons}) == 1 else f"{first} (rank {reasons.index(first)})"
+        found[path] = first if len({*reasons}) == 1 else f"{first} (rank {reasons.index(first)})"
     if not node.whole:
         found["ipc"] = "ranks are on several nodes"
     elif not node.shares:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .buffers import is_half
-from .operations import MOVE, Operation
-from .shared import additions
+from ..buffers import is_half
+from ..operations import MOVE, Operation
+from ..shared import additions
 
 NAME = "mpicoll_reduce"
 

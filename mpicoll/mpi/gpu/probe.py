@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..collective import COLLECTIVES
+from ...collective import COLLECTIVES
 
 LIMIT = 60.0
 """Seconds until it is given up."""
@@ -55,8 +55,9 @@ def main(collective: str) -> None:
     """One of the two ranks."""
     from mpi4py import MPI
 
-    from ..errors import UserError
-    from .gpu import cupy, take
+    from ...errors import UserError
+    from .array import cupy
+    from .assignment import take
 
     comm, row = MPI.COMM_WORLD, COLLECTIVES[collective]
     try:
