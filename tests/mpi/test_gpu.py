@@ -19,7 +19,7 @@ import mpicoll
 from contract import composition, maps, own_data
 from mpicoll import MismatchError
 from mpicoll.errors import UserError
-from mpicoll.mpi.gpu import array, assignment, devices, kernel, launching, staging
+from mpicoll.mpi.gpu import array, assignment, ipc, kernel, launching, mappings, staging
 from mpicoll.mpi.request import cuts_of
 from mpicoll.mpi.state import state_of
 
@@ -539,7 +539,7 @@ def test_what_cannot_be_opened_is_staged(fake, ours, monkeypatch):
     assert went(9, big[1][:9]) == "staged"
     fake.refuse.clear()
     big[2][:6] = cupy.asarray(own_data(6, ours.rank))
-    monkeypatch.setattr(devices, "KEPT", 2)
+    monkeypatch.setattr(mappings, "KEPT", 2)
     assert went(6, big[2][:6]) == "ipc"  # another goes for it
     assert len(fake.opened) <= P
     assert went(7) == "ipc"  # and comes back
@@ -585,7 +585,7 @@ def test_several_gpus_share_the_work(monkeypatch, comm, whole):
     """Two for all ranks, in turn; each writes a part for all ranks, or all of it for its own."""
     if REAL:
         pytest.skip("asks the fake what it has seen")
-    monkeypatch.setattr(devices, "WHOLE", whole)
+    monkeypatch.setattr(ipc, "WHOLE", whole)
     ours, written = mpicoll.Comm(comm.Dup()), []
     with fakecupy.installed(mode="random", seed=ours.rank, gpus=(ours.rank % 2,)) as fake:
         import cupy

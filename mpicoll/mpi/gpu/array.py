@@ -187,6 +187,12 @@ def on(array: Array) -> Iterator[None]:
             before.use()
 
 
+def synchronize(arrays: list[Array]) -> None:
+    """Wait for everything on the streams of arrays."""
+    for array in {array.stream.ptr: array for array in arrays}.values():
+        array.synchronize()
+
+
 def same_device(*arrays: Array) -> None:
     """Raise ``ValueError`` unless all arrays are on one device."""
     numbers = sorted({array.device for array in arrays})
