@@ -62,8 +62,8 @@ def measure(part: str, seed: int) -> dict:
     """One launch, on all ranks: a part of the experiment with a seed."""
     from mpi4py import MPI
 
+    from mpicoll.job.blas import limit_threads
     from mpicoll.mpi.launch import library_name
-    from mpicoll.mpi.threads import limit_threads
     from mpicoll.train.data import load
     from mpicoll.train.models import MODELS
 

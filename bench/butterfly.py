@@ -206,7 +206,7 @@ def choose(at: Experiment, seeds: int) -> dict:
     from scipy.optimize import minimize
     from scipy.sparse import hstack
 
-    from mpicoll.mpi.threads import limit_threads
+    from mpicoll.job.blas import limit_threads
     from mpicoll.train.data import load
     from mpicoll.train.models import MODELS as KNOWN
 
@@ -237,8 +237,8 @@ def measure(name: str, chosen: dict, seed: int) -> dict:
     """One launch, on all ranks: seconds to the loss, by model and strategy."""
     from mpi4py import MPI
 
+    from mpicoll.job.blas import limit_threads
     from mpicoll.mpi.launch import library_name
-    from mpicoll.mpi.threads import limit_threads
     from mpicoll.train import models
     from mpicoll.train.data import load
     from mpicoll.train.loop import Training

@@ -129,8 +129,8 @@ def measure(name: str) -> dict:
     """One launch, on all ranks: every grid of a case, in random order."""
     from mpi4py import MPI
 
+    from mpicoll.job.blas import limit_threads
     from mpicoll.mpi.launch import library_name
-    from mpicoll.mpi.threads import limit_threads
     from mpicoll.train.data import Dataset, Part
     from mpicoll.train.grid import Grid, Sizes
     from mpicoll.train.loop import Training

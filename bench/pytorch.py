@@ -177,8 +177,8 @@ def measure(name: str, seed: int) -> dict:
     on the test set after it, if there is one."""
     from mpi4py import MPI
 
+    from mpicoll.job.blas import limit_threads
     from mpicoll.mpi.launch import library_name
-    from mpicoll.mpi.threads import limit_threads
     from mpicoll.train.loop import evaluate
 
     comm, subject = MPI.COMM_WORLD, SUBJECTS[name]

@@ -58,8 +58,8 @@ def measure(name: str, seed: int) -> dict:
     """One run, on all ranks."""
     from mpi4py import MPI
 
+    from mpicoll.job.blas import limit_threads
     from mpicoll.mpi.launch import library_name
-    from mpicoll.mpi.threads import limit_threads
     from mpicoll.train.data import load
     from mpicoll.train.loop import Training, added, evaluate
     from mpicoll.train.models import MODELS

@@ -11,17 +11,19 @@ if TYPE_CHECKING:
     from .algorithms import ALGORITHMS
     from .errors import MismatchError, UserError
     from .graphs import graph
+    from .job.guard import guard
     from .mpi.collectives import (
         allgather,
         allreduce,
         bcast,
+        gather,
         reduce,
         reduce_scatter,
         ring_allreduce,
+        scatter,
         tree_reduce,
     )
     from .mpi.comm import Comm
-    from .mpi.guard import guard
     from .mpi.mixing import PushSum, butterfly_mix, gossip_average
     from .mpi.nonblocking import allreduce_init, iallreduce
     from .schedule import ScheduleError
@@ -40,6 +42,7 @@ __all__ = [
     "allreduce_init",
     "bcast",
     "butterfly_mix",
+    "gather",
     "gossip_average",
     "graph",
     "guard",
@@ -47,6 +50,7 @@ __all__ = [
     "reduce",
     "reduce_scatter",
     "ring_allreduce",
+    "scatter",
     "tree_reduce",
 ]
 
@@ -62,13 +66,15 @@ _HOMES = {
     "allreduce_init": ".mpi.nonblocking",
     "bcast": ".mpi.collectives",
     "butterfly_mix": ".mpi.mixing",
+    "gather": ".mpi.collectives",
     "gossip_average": ".mpi.mixing",
     "graph": ".graphs",
-    "guard": ".mpi.guard",
+    "guard": ".job.guard",
     "iallreduce": ".mpi.nonblocking",
     "reduce": ".mpi.collectives",
     "reduce_scatter": ".mpi.collectives",
     "ring_allreduce": ".mpi.collectives",
+    "scatter": ".mpi.collectives",
     "tree_reduce": ".mpi.collectives",
 }
 
@@ -76,7 +82,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mpicoll' has no attribute {name!r}")
-    if ".mpi." in _HOMES[name]:
+    if _HOMES[name].startswith((".mpi.", ".job.")):
         import_module(".mpi.launch", __name__).load()
     value = getattr(import_module(_HOMES[name], __name__), name)
     globals()[name] = value

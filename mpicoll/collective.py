@@ -94,6 +94,20 @@ def _allgather(comm: Any, op: Any, root: int, counts: Any) -> Call:
     return lambda send, recv: comm.Allgatherv(send, [recv, listed])
 
 
+def _gather(comm: Any, op: Any, root: int, counts: Any) -> Call:
+    if counts is None:
+        return lambda send, recv: comm.Gather(send, recv, root)
+    listed = [*counts]
+    return lambda send, recv: comm.Gatherv(send, None if recv is None else [recv, listed], root)
+
+
+def _scatter(comm: Any, op: Any, root: int, counts: Any) -> Call:
+    if counts is None:
+        return lambda send, recv: comm.Scatter(send, recv, root)
+    listed = [*counts]
+    return lambda send, recv: comm.Scatterv(None if send is None else [send, listed], recv, root)
+
+
 COLLECTIVES = {
     row.name: row
     for row in [
@@ -144,6 +158,8 @@ COLLECTIVES = {
             4 << 20,
             sends_part=True,
         ),
+        Collective("gather", _gather, None, _others, 4 << 20, to_root=True, sends_part=True),
+        Collective("scatter", _scatter, None, _others, 4 << 20, from_root=True, receives_part=True),
     ]
 }
-ALLREDUCE, REDUCE, BCAST, REDUCE_SCATTER, ALLGATHER = COLLECTIVES.values()
+ALLREDUCE, REDUCE, BCAST, REDUCE_SCATTER, ALLGATHER, GATHER, SCATTER = COLLECTIVES.values()

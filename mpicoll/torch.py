@@ -18,8 +18,8 @@ from mpi4py import MPI
 
 from .errors import UserError
 from .mpi.collectives import allreduce, bcast
-from .mpi.guard import on_all
 from .mpi.sharing import shared
+from .mpi.together import on_all
 from .train.batches import Batches
 from .train.checks import check
 from .train.data import from_arrays

@@ -25,6 +25,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell that runs this 
 # What rank 0 says of more ranks than cores, which this machine may have or not: taken out of what is looked at.
 CROWDED = "more ranks than cores: "
 
+TESTED = {
+    "MPICOLL_PROFILE": "none",  # what this machine was tuned to is not tested
+    # Matplotlib complains of fonts that it knows of from an environment that is gone by now.
+    "MPLCONFIGDIR": str(REPOSITORY / ".pytest_cache" / "matplotlib"),
+}
+
 
 class Outcome(NamedTuple):
     status: int
@@ -46,9 +52,7 @@ def run(
     """
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     full = {**os.environ, **OPEN_MPI, "PATH": path, "PYTHONPATH": str(REPOSITORY)}
-    full |= {"PYTHONWARNINGS": f"ignore:{CROWDED}", "MPICOLL_PROFILE": "none"}
-    # Matplotlib complains of fonts that it knows of from an environment that is gone by now.
-    full |= {"MPLCONFIGDIR": str(REPOSITORY / ".pytest_cache" / "matplotlib"), **(env or {})}
+    full |= {"PYTHONWARNINGS": f"ignore:{CROWDED}", **TESTED, **(env or {})}
     start = time.monotonic()
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -71,9 +75,12 @@ def run(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    lines = err.splitlines(keepends=True)
-    err = "".join(line for line in lines if not line.startswith(f"mpicoll: {CROWDED}"))
-    return Outcome(process.returncode, out, err, time.monotonic() - start)
+    return Outcome(process.returncode, out, uncrowded(err), time.monotonic() - start)
+
+
+def uncrowded(err: str) -> str:
+    """Without what is said of more ranks than cores."""
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith(f"mpicoll: {CROWDED}"))
 
 
 def mpirun(ranks: int, command: Sequence[str | Path], cwd: Path, **options: object) -> Outcome:

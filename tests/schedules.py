@@ -93,7 +93,12 @@ def promised(schedule: Schedule, vectors: list[np.ndarray]) -> list[list[tuple[s
         return [[(whole, mixed)] for mixed in graph(schedule.name, p).product() @ vectors]
     if schedule.collective == "reduce_scatter":
         return [[(own[rank], total[own[rank]])] for rank in range(p)]
-    return [[(part, vectors[rank][part]) for rank, part in enumerate(own)]] * p
+    if schedule.collective == "scatter":
+        return [[(part, vectors[schedule.root][part])] for part in own]
+    gathered = [(part, vectors[rank][part]) for rank, part in enumerate(own)]
+    if schedule.collective == "gather":
+        return [gathered if rank == schedule.root else [] for rank in range(p)]
+    return [gathered] * p
 
 
 def assert_promised(schedule: Schedule, vectors: list[np.ndarray], results: list[np.ndarray], what: str = "") -> None:

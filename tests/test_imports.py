@@ -15,7 +15,14 @@ LAYERS = [
     ["files", "statistics", "collective"],
     ["schedule"],
     ["graphs"],
-    ["algorithms.fold", "algorithms.ring", "algorithms.circulant", "algorithms.bruck", "algorithms.chain"],
+    [
+        "algorithms.fold",
+        "algorithms.ring",
+        "algorithms.circulant",
+        "algorithms.bruck",
+        "algorithms.chain",
+        "algorithms.parts",
+    ],
     ["algorithms.doubling", "algorithms.tree", "algorithms.mixing", "algorithms"],
     ["cost", "interpreter", "verify", "pipeline", "draw"],
     [
@@ -30,6 +37,7 @@ LAYERS = [
     ["mpi"],
     [
         "mpi.launch",
+        "mpi.together",
         "mpi.memory",
         "mpi.gpu",
         "mpi.gpu.driver",
@@ -65,7 +73,7 @@ LAYERS = [
         "mpi.mixing",
     ],
     ["mpi.comm"],
-    ["mpi.watch", "mpi.guard", "mpi.threads", "mpi.doctor"],
+    ["job", "job.watch", "job.guard", "job.blas", "job.doctor"],
     [
         "measure",
         "measure.task",
@@ -135,11 +143,11 @@ LAYERS = [
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 EXTERNAL = {  # who may import what from outside; the standard library and NumPy are for all above the schedule
-    "mpi4py": ("mpi.", "measure", "train.", "torch"),
+    "mpi4py": ("mpi.", "job.", "measure", "train.", "torch"),
     "scipy": ("train.readers.", "train.data", "train.scaling", "train.models", "train.split"),
     "sklearn": ("train.readers.",),
     "safetensors": ("train.run_folder", "train.checkpoint"),
-    "threadpoolctl": ("mpi.threads", "mpi.doctor"),
+    "threadpoolctl": ("job.blas", "job.doctor"),
     "torch": ("torch",),
     "cupy": ("mpi.gpu",),
     "cupyx": ("mpi.gpu",),

@@ -1,5 +1,5 @@
 """What is said of a job that was launched in a way that does not suit it, and of variables that are misspelt; a
-launcher of another MPI is in test_cli, too."""
+launcher of another MPI is in cli/test_app.py, too."""
 
 import os
 import re
@@ -174,7 +174,7 @@ def calls(tmp_path, env, *made, ranks=0):
 
 
 def test_ranks_that_each_believe_to_be_alone_are_found_out_in_whatever_is_called_first(tmp_path):
-    collective = {name for name, home in mpicoll._HOMES.items() if ".mpi." in home}
+    collective = {name for name, home in mpicoll._HOMES.items() if home.startswith((".mpi.", ".job."))}
     assert collective <= {*re.findall(r"\w+", " ".join(FIRST))}
     lines = calls(tmp_path, STEP, *FIRST)
     advice = f"use srun --mpi={'pmix' if IS_OPEN_MPI else 'pmi2'} (srun --mpi=list shows what there is)"

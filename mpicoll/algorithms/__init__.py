@@ -8,7 +8,7 @@ from math import isqrt
 
 from ..collective import COLLECTIVES
 from ..schedule import MIX, Round, Schedule
-from . import bruck, chain, circulant, doubling, mixing, ring, tree
+from . import bruck, chain, circulant, doubling, mixing, parts, ring, tree
 from .fold import power_below
 
 
@@ -338,6 +338,42 @@ _ROWS = [
         chunks=lambda p: p,
         rounds=lambda p: (p - 1).bit_length(),
         sent=lambda p: Fraction(p - 1, p),
+    ),
+    Algorithm(
+        "gather",
+        "binomial",
+        parts.gather,
+        chunks=lambda p, root: p,
+        rounds=lambda p, root: (p - 1).bit_length(),
+        sent=lambda p, root: Fraction(max(p - power_below(p), power_below(p) // 2), p),
+        parameters={"root": 0},
+    ),
+    Algorithm(
+        "gather",
+        "direct",
+        parts.direct_gather,
+        chunks=lambda p, root: p,
+        rounds=lambda p, root: min(p - 1, 1),
+        sent=lambda p, root: Fraction(p > 1, p),
+        parameters={"root": 0},
+    ),
+    Algorithm(
+        "scatter",
+        "binomial",
+        parts.scatter,
+        chunks=lambda p, root: p,
+        rounds=lambda p, root: (p - 1).bit_length(),
+        sent=lambda p, root: Fraction(p - 1, p),
+        parameters={"root": 0},
+    ),
+    Algorithm(
+        "scatter",
+        "direct",
+        parts.direct_scatter,
+        chunks=lambda p, root: p,
+        rounds=lambda p, root: min(p - 1, 1),
+        sent=lambda p, root: Fraction(p - 1, p),
+        parameters={"root": 0},
     ),
     _mixing("butterfly", lambda p: (p - 1).bit_length(), exact=_is_power),
     _mixing("exponential", lambda p: (p - 1).bit_length(), exact=_is_power),

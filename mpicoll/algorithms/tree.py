@@ -13,7 +13,7 @@ and the other the even ones, both in rank order, so that the operation need not 
 from collections.abc import Iterator
 
 from ..schedule import Recv, Round, Send, Verb
-from . import circulant
+from . import circulant, parts
 from .fold import folded, power_below
 
 
@@ -68,15 +68,7 @@ def scatter_allgather(p: int, rank: int, root: int) -> Iterator[Round]:
     2 ceil(log2 p) rounds, at most 2n(p - 1)/p bytes sent: for large vectors.  Van de Geijn and Watts, 1997, but with
     the circulant allgather.
     """
-    place = (rank - root) % p
-    for distance in reversed([1 << n for n in range((p - 1).bit_length())]):
-        if place % (2 * distance) == distance:
-            yield Round(recvs=(Recv((rank - distance) % p, rank, rank + min(distance, p - place)),))
-        elif place % (2 * distance) == 0 and place + distance < p:
-            there = (rank + distance) % p
-            yield Round((Send(there, there, there + min(distance, p - place - distance), final=True),))
-        else:
-            yield Round()
+    yield from parts.scatter(p, rank, root)
     yield from circulant.allgather(p, rank)
 
 

@@ -137,9 +137,10 @@ def bench(
     known = ["auto", "native", *(GPU_PATHS if on_gpu else shared), *ALGORITHMS[collective]]
     if unknown := [name for name in chosen if name not in known]:
         raise click.UsageError(f"--algorithm {unknown[0]!r} is none of {', '.join(known)}")
-    if op and "reduce" not in collective:
+    row = COLLECTIVES[collective]
+    if op and not row.reduces:
         raise click.UsageError(f"--op is for collectives that reduce, not for {collective}")
-    if root is not None and collective not in ("reduce", "bcast"):
+    if root is not None and not row.rooted:
         raise click.UsageError(f"--root is for reduce and bcast, not for {collective}")
     kind = dtype_named(dtype)
     if odd := [size for size in sizes or () if size % kind.itemsize]:
@@ -150,13 +151,14 @@ def bench(
         raise click.UsageError(f"--plot {why}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
+    from ..job.guard import ends_job
     from ..measure import machine
     from ..measure.contestants import implementations, implementations_on_gpu
     from ..measure.metrics import record
     from ..measure.task import Task, placements
     from ..measure.timing import NEEDED, NEEDED_ON_GPU, Settings, measure
     from ..mpi.gpu.assignment import take
-    from ..mpi.guard import ends_job, on_root
+    from ..mpi.together import on_root
 
     with ends_job(comm):
         on_root(comm, lambda: _check_output(out, raw, plot))

@@ -23,8 +23,8 @@ SPEED = f"{'speed':>8}  95 % interval"
 def head(task: "Task", facts: Record) -> str:
     """What the numbers depend on, as comments."""
     config, memory = facts["config"], facts["memory"]
-    op = f", {task.op}" if "reduce" in task.collective else ""
-    root = f", root {task.root}" if task.collective in ("reduce", "bcast") else ""
+    op = f", {task.op}" if task.row.reduces else ""
+    root = f", root {task.root}" if task.row.rooted else ""
     how = f"sync {config['sync']}, check {config['check']}, seed {config['seed']}"
     how += f", {config['calls']} calls back to back" if config["calls"] > 1 else ""
     how += "".join(f", {name.replace('_', ' ')}" for name in ("off_cache", "unaligned") if config[name])

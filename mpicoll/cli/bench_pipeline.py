@@ -76,9 +76,10 @@ def pipeline(
         raise click.UsageError(f"--sizes: a message of pipeline is at most 1 GiB, got {sizes[-1]} bytes")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
+    from ..job.guard import ends_job
     from ..measure import machine
     from ..measure.timing import NEEDED, Settings
-    from ..mpi.guard import ends_job, on_root
+    from ..mpi.together import on_root
     from ..train import bubble
 
     with ends_job(comm):

@@ -8,7 +8,7 @@ from uuid import UUID
 import click
 
 from ..files import to_json
-from ..mpi.doctor import Facts, Findings, alone, grouped, together
+from ..job.doctor import Facts, Findings, alone, grouped, together
 from ..mpi.launch import launched_rank
 from ..mpi.record import named
 from .bench_pipeline import pipeline

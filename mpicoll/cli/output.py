@@ -114,7 +114,7 @@ def check_folder(path: Path) -> None:
 def publish(comm: Any, facts: Record, texts: Texts, measured: Callable[[], list[Record]], files: Files) -> list[Record]:
     """Print what the numbers depend on, find them, print them, and write them.  A collective call."""
     from ..measure.machine import TIME
-    from ..mpi.guard import on_root
+    from ..mpi.together import on_root
 
     ahead = comm.rank == 0 and (files.form == "osu" or files.out is not None)
     if ahead:

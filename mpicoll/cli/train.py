@@ -260,8 +260,8 @@ def train(resume: Path | None, as_json: bool, timeout: float, report: Path | Non
     settings = Settings(**options)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
+    from ..job.guard import ends_job
     from ..mpi.comm import Comm
-    from ..mpi.guard import ends_job
     from ..train.run import run
 
     progress = _Progress(settings)

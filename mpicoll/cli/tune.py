@@ -83,10 +83,11 @@ def tune(
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ends_job: a rank inside MPI's start-up runs no Python handler
     comm = world()  # before anything imports MPI, which would start it
+    from ..job.guard import ends_job
     from ..measure.compete import compete, untuned
     from ..measure.machine import check_memory, environment, fingerprint
     from ..measure.timing import NEEDED, Settings
-    from ..mpi.guard import ends_job, on_root
+    from ..mpi.together import on_root
 
     with ends_job(comm):
         if comm.size == 1:

@@ -8,7 +8,6 @@ import numpy as np
 from mpi4py import MPI
 
 from ..algorithms import ALGORITHMS
-from ..collective import COLLECTIVES
 from ..errors import UserError
 from ..mpi.comm import Comm
 from ..mpi.operations import MOVE, operation
@@ -27,7 +26,7 @@ HOPELESS = 3  # times as long as the best: no chance
 
 def untuned(comm: MPI.Intracomm, task: Task) -> str:
     """The algorithm that ``auto`` takes for the task with ordinary arrays and no profile."""
-    state, reduces = state_of(Comm(comm)), COLLECTIVES[task.collective].reduces
+    state, reduces = state_of(Comm(comm)), task.row.reduces
     done = operation(task.op, task.dtype) if reduces else MOVE
     shares = reduces and state.can_share(task.collective, False, done)
     rules = state.defaults(task.collective)
@@ -60,7 +59,7 @@ def compete(comm: MPI.Intracomm, tasks: Sequence[Task], settings: Settings) -> l
         if not left or comm.bcast(done >= PASSES and spent + spent / done / 2 > settings.max_time):
             return found
         for n in rng.permutation(left):
-            where = (tasks[n].collective in ("allreduce", "bcast"),)
+            where = (not tasks[n].row.parted and not tasks[n].row.to_root,)
             how = replace(settings, in_place=where, max_time=share, seed=int(rng.integers(2**32)))
             choices = _choices(comm, tasks[n])
             for one in measure(comm, {name: choices[name] for name in rivals[n]}, [tasks[n]], how):
@@ -82,6 +81,6 @@ def _with_a_chance(times: Mapping[str, np.ndarray], names: list[str]) -> list[st
 
 
 def _choices(comm: MPI.Intracomm, task: Task) -> dict[str, Implementation]:
-    known = {NATIVE, *ALGORITHMS[task.collective], *([SHARED] if COLLECTIVES[task.collective].reduces else [])}
+    known = {NATIVE, *ALGORITHMS[task.collective], *([SHARED] if task.row.reduces else [])}
     found = implementations(comm, task.collective, task.dtype, "off")
     return {name: one for name, one in found.items() if name in known}

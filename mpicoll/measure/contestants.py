@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..mpi.buffers import is_half
 from ..mpi.comm import Comm
 from ..mpi.gpu.array import cupy
 from ..mpi.operations import MOVE, operation
-from ..mpi.request import cuts_of
+from ..mpi.request import cuts_of, lengths_of
 from ..mpi.state import state_of
 from ..tuning.rules import GPU_PATHS, NATIVE, SHARED
 from .task import Task
@@ -64,7 +63,7 @@ def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check
     ours = Comm(comm, check=check)
     state = state_of(ours)
     found: dict[str, Implementation] = {"auto": partial(call_of, ours)}
-    if not (is_half(dtype) and "reduce" in collective):
+    if not (is_half(dtype) and COLLECTIVES[collective].reduces):
         found[NATIVE] = partial(call_of, MPI.Intracomm(comm))
     if state.can_share(collective, False, operation("sum", dtype)):
         found[SHARED] = partial(call_of, ours, algorithm=SHARED)
@@ -86,7 +85,7 @@ def implementations_on_gpu(
     """
     ours = Comm(comm, check=check)
     devices = state_of(ours).join_devices(cupy().cuda.Device().id)
-    reduces = "reduce" in collective
+    reduces = COLLECTIVES[collective].reduces
     done = operation(op, dtype) if reduces else MOVE
 
     def latest_path() -> str:
@@ -117,21 +116,20 @@ def implementations_on_gpu(
 
 def call_of(comm: MPI.Intracomm, task: Task, send: Any, recv: Any, **options: str) -> Callable[[], object]:
     """The call of mpi4py's method for the task; where all parts are equal, the method for equal parts."""
-    op: MPI.Op = getattr(MPI, task.op.upper())
-    cuts = cuts_of(None, task.count, comm.size)
-    counts = [after - before for before, after in pairwise(cuts)]
-    calls: dict[str, Callable[[], object]] = {
-        "allreduce": partial(comm.Allreduce, send, recv, op, **options),
-        "reduce": partial(comm.Reduce, send, recv, op, task.root, **options),
-        "bcast": partial(comm.Bcast, recv, task.root, **options),
-        "reduce_scatter": partial(comm.Reduce_scatter_block, send, recv, op, **options)
-        if len({*counts}) == 1
-        else partial(comm.Reduce_scatter, send, recv, counts, op, **options),
-        "allgather": partial(comm.Allgather, send, recv, **options)
-        if len({*counts}) == 1
-        else partial(comm.Allgatherv, send, [recv, counts], **options),
-    }
-    return calls[task.collective]
+    lengths = lengths_of(cuts_of(None, task.count, comm.size))
+    counts = lengths if len({*lengths}) > 1 else None
+    call = task.row.native(_WithOptions(comm, options), getattr(MPI, task.op.upper()), task.root, counts)
+    return partial(call, None if task.row.from_root and send is MPI.IN_PLACE else send, recv)
+
+
+class _WithOptions:
+    """A communicator whose methods are called with ``options``."""
+
+    def __init__(self, comm: MPI.Intracomm, options: dict[str, str]) -> None:
+        self._comm, self._options = comm, options
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(getattr(self._comm, name), **self._options)
 
 
 def _shared_result(comm: Comm, task: Task, send: Any, recv: Any) -> Callable[[], object]:
@@ -141,8 +139,8 @@ def _shared_result(comm: Comm, task: Task, send: Any, recv: Any) -> Callable[[],
 
 def _by_hand(comm: MPI.Intracomm, task: Task, send: Any, recv: Any) -> Callable[[], object]:
     """What one writes with CuPy and mpi4py alone: a copy in host memory by ``get``, the call, and a copy back."""
-    at_root = task.collective == "bcast" and comm.rank == task.root
-    fetched = send is MPI.IN_PLACE and (at_root or task.collective != "bcast")
+    at_root = task.row.from_root and comm.rank == task.root
+    fetched = send is MPI.IN_PLACE and (at_root or not task.row.from_root)
 
     def call() -> None:
         sent = send if send is MPI.IN_PLACE else send.get()

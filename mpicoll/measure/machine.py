@@ -22,8 +22,8 @@ from ..errors import UserError
 from ..mpi.gpu.array import Array, cupy
 from ..mpi.gpu.assignment import Gpu
 from ..mpi.gpu.staging import pinned
-from ..mpi.guard import on_all
 from ..mpi.launch import cores, library_name, node_of
+from ..mpi.together import on_all
 from ..tuning.fingerprint import Fingerprint, machine
 
 TIME = "%Y-%m-%d %H:%M:%S"

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..collective import COLLECTIVES
 from ..statistics import median
 from ..tuning.rules import NATIVE
 from .contestants import SHARED_RESULT
@@ -21,8 +22,7 @@ def summary(us: np.ndarray) -> dict[str, float]:
 
 def bandwidths(collective: str, nbytes: int, p: int, us: float) -> tuple[float, float]:
     """algbw and busbw in GB/s (1e9), as nccl-tests defines them; ``nbytes`` are those of the whole array."""
-    factor = {"allreduce": 2 * (p - 1) / p, "reduce_scatter": (p - 1) / p, "allgather": (p - 1) / p}
-    return nbytes / us / 1e3, nbytes / us / 1e3 * factor.get(collective, 1)
+    return nbytes / us / 1e3, nbytes / us / 1e3 * COLLECTIVES[collective].bus(p)
 
 
 def memory_share(
@@ -34,8 +34,9 @@ def memory_share(
     part in reduce_scatter, or if ``one_result`` is shared by all ranks; in reduce this is the root.  More than 1 where
     caches spare the memory.
     """
-    least = nbytes + (nbytes / p if one_result or collective == "reduce_scatter" else nbytes)
-    return least / memory["add" if "reduce" in collective else "copy"] / us / 1e3
+    row = COLLECTIVES[collective]
+    least = nbytes + (nbytes / p if one_result or row.receives_part else nbytes)
+    return least / memory["add" if row.reduces else "copy"] / us / 1e3
 
 
 def gpu_memory_share(
@@ -47,9 +48,12 @@ def gpu_memory_share(
     memory, the one comes over its link and the other goes back, at once with each other and with what
     ``memory_share`` has the host do: it takes as long as the slowest of these.
     """
-    ranks = gpus.sharing
-    sent = {"bcast": 1, "allgather": ranks / p}.get(collective, ranks) * nbytes
-    received = {"reduce": 1, "bcast": ranks - 1, "reduce_scatter": ranks / p}.get(collective, ranks) * nbytes
+    ranks, row = gpus.sharing, COLLECTIVES[collective]
+    senders = 1 if row.from_root else ranks
+    receivers = 1 if row.to_root else ranks - 1 if row.from_root else ranks
+    sent, received = (
+        n * nbytes / (p if part else 1) for n, part in ((senders, row.sends_part), (receivers, row.receives_part))
+    )
     if not through_host:
         return (sent + received) / gpus.copy / us / 1e3
     link = max(sent / gpus.to_host, received / gpus.from_host) / us / 1e3
@@ -76,8 +80,8 @@ def record(result: Result, p: int, memory: Mapping[str, float], gpus: GpuMemory 
         "bytes": nbytes,
         "count": task.count,
         "dtype": task.dtype.name,
-        "op": task.op if "reduce" in task.collective else "none",
-        "root": task.root if task.collective in ("reduce", "bcast") else -1,
+        "op": task.op if task.row.reduces else "none",
+        "root": task.root if task.row.rooted else -1,
         **said,
         "wrong": result.wrong,
         "algbw": algbw,

@@ -73,13 +73,15 @@ class Buffers:
         self, comm: MPI.Intracomm, task: Task, common: np.ndarray, in_place: bool, unaligned: bool, empty: Memory
     ) -> None:
         self._task, self._common, self._rank = task, common, comm.rank
-        of_bytes = task.op == "sum" and task.dtype.itemsize == 1 and "reduce" in task.collective
+        of_bytes = task.op == "sum" and task.dtype.itemsize == 1 and task.row.reduces
         self._op = _SUM_OF_BYTES if of_bytes else OPS[task.op]
         self._cuts = np.array(cuts_of(None, task.count, comm.size))
         own, whole, nothing = slice(*self._cuts[comm.rank :][:2]), slice(0, task.count), slice(0, 0)
-        at_root = whole if comm.rank == task.root else nothing
-        self._sent_part = {"bcast": at_root, "allgather": own}.get(task.collective, whole)
-        self._received_part = {"reduce": at_root, "reduce_scatter": own}.get(task.collective, whole)
+        row = task.row
+        self._receives = row.receives(comm.rank, task.root)
+        sends = row.sends(comm.rank, task.root)
+        self._sent_part = (own if row.sends_part else whole) if sends else nothing
+        self._received_part = (own if row.receives_part else whole) if self._receives else nothing
         received = self._received_part.stop - self._received_part.start
         before = 1 if unaligned else 0
         self._memory = empty(before + (task.count if in_place else received), task.dtype)[before:]
@@ -87,13 +89,12 @@ class Buffers:
         self._sent = self._memory[self._sent_part]
         if not in_place:
             self._sent = empty(before + self._sent_part.stop - self._sent_part.start, task.dtype)[before:]
-        self._receives = task.collective != "reduce" or comm.rank == task.root
         self._only_read = not in_place or not self._receives  # what is sent
         self._pass(self._sent, self._memory)
 
     def _pass(self, sent: Any, memory: Any) -> None:
         """Make these what the call gets."""
-        moved = is_half(self._task.dtype) and "reduce" not in self._task.collective
+        moved = is_half(self._task.dtype) and not self._task.row.reduces
         if moved:  # the MPI library need not know what they are
             sent, memory = sent.view(np.int16), memory.view(np.int16)
         self.send: Any = sent if self._only_read else MPI.IN_PLACE
@@ -127,17 +128,16 @@ class Buffers:
         return sum(int(np.count_nonzero(found != right)) for found, right in pairs)
 
     def _expected_sent(self, there: slice) -> np.ndarray:
-        share = int(self._shares[self._task.root if self._task.collective == "bcast" else self._rank])
-        return self._cast(self._op.one(self._common[there].astype(np.int32), share))
+        return self._cast(self._op.one(self._common[there].astype(np.int32), int(self._shares[self._rank])))
 
     def _expected(self, there: slice) -> np.ndarray:
-        x = self._common[there].astype(np.int32)
-        if self._task.collective == "bcast":
+        x, row = self._common[there].astype(np.int32), self._task.row
+        if row.reduces:
+            return self._cast(self._op.all(x, self._shares))
+        if row.from_root:
             return self._cast(x + int(self._shares[self._task.root]))
-        if self._task.collective == "allgather":
-            owners = np.searchsorted(self._cuts, np.arange(there.start, there.stop), "right") - 1
-            return self._cast(x + self._shares[owners].astype(np.int32))
-        return self._cast(self._op.all(x, self._shares))
+        owners = np.searchsorted(self._cuts, np.arange(there.start, there.stop), "right") - 1
+        return self._cast(x + self._shares[owners].astype(np.int32))
 
     def _cast(self, exact: np.ndarray) -> np.ndarray:
         """To the type of the task; floats of 16 bits are rounded once, as results are."""

@@ -24,8 +24,8 @@ KEPT = 128
 """Headers remembered: those of a program that makes the same calls again and again."""
 
 _MIX = 0x9E3779B97F4A7C15  # odd: numbers that follow each other differ in many bits
-_STATED = 24  # bits of what only some ranks may state
-_CORE = (1 << 64) - (1 << _STATED)
+_STATED = (0xFFF, 0xFFF000)  # bits of what only some ranks may state: a dtype, a shape
+_CORE = (1 << 64) - (1 << 24)
 _HASH, _SAID = 8, 256  # bytes of a hash, and of one with a text
 
 _begun: list["Comparison"] = []  # MPI writes to their memory, though the call may be refused on this rank
@@ -37,8 +37,8 @@ _default: str | None = None
 class Header(NamedTuple):
     """A call, as far as it must be the same on all ranks; numbers are Python's own, whose text is always the same.
 
-    ``stated`` must be the same on those ranks alone that state it: a function knows the shapes and dtypes of arrays
-    that are only moved, where mpi4py's methods know bytes.
+    ``stated``, the dtype and the shape of an array that is only moved, must each be the same on those ranks alone that
+    state it: functions know them, where mpi4py's methods know bytes.
     """
 
     collective: str
@@ -49,14 +49,14 @@ class Header(NamedTuple):
     parameters: tuple[tuple[str, int], ...] = ()
     counts: tuple[int, ...] | None = None
     detail: str = ""
-    stated: str = ""
+    stated: tuple[str, str] = ("", "")
 
     def __str__(self) -> str:
         what = "" if self.elements is None else f" of {self.elements} {self.dtype}".rstrip()
         named = [f"{name} {value}" for name, value in self.parameters]
         if self.counts is not None:
             named.append(f"parts of {[*self.counts]}")
-        named += filter(None, [self.detail, self.stated])
+        named += filter(None, [self.detail, " ".join(filter(None, self.stated))])
         if self.elements is None and self.dtype:
             named.append(self.dtype)
         return ", ".join([f"{self.collective}{what}", *filter(None, [self.operation]), self.algorithm, *named])
@@ -193,24 +193,26 @@ def _table(said: list[tuple[int | bytes, str]]) -> str:
 
 def _same(numbers: list[int]) -> bool:
     """Whether calls agree, of which some may state more than others."""
-    return len({n & _CORE for n in numbers}) == 1 and len({n & ~_CORE for n in numbers if n & ~_CORE}) < 2
+    core, *stated = ({n & bits for n in numbers} for bits in (_CORE, *_STATED))
+    return len(core) == 1 and all(len(one - {0}) < 2 for one in stated)
 
 
 def digest_of(headers: Headers, detail: tuple[str, ...] | None = None) -> int:
-    """What stands for a call in a comparison: a hash of what all ranks must have in common, above ``_STATED`` bits of
-    what those that state it must, or 0."""
+    """What stands for a call in a comparison: a hash of what all ranks must have in common, and below it one of each
+    thing that those that state it must, or 0."""
     whole = headers if detail is None else (headers, detail)
     digest = _digests.get(whole)
     if digest is None:
         if len(_digests) >= KEPT:
             _digests.clear()
-        stated: tuple[str, ...] = ()
+        stated: list[tuple[str, ...]] = []
         if not isinstance(headers, str):
-            stated = tuple(header.stated for header in headers)
-            headers = tuple(header._replace(stated="") for header in headers)
+            stated += zip(*(header.stated for header in headers), strict=True)
+            headers = tuple(header._replace(stated=("", "")) for header in headers)
         digest = _digest((headers, detail)) & _CORE
-        if any(stated):
-            digest |= _digest(stated) & ~_CORE or 1
+        for bits, what in zip(_STATED, stated, strict=False):
+            if any(what):
+                digest |= _digest(what) & bits or bits
         _digests[whole] = digest
     return digest
 

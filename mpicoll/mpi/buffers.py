@@ -336,14 +336,16 @@ def _specified(asked: Message, writable: bool) -> np.ndarray:
     return flat.view(np.uint8)[start * dtype.itemsize : stop * dtype.itemsize].view(dtype)
 
 
-def blocks(x: Any, p: int, stream: Any = None) -> tuple[np.ndarray | Array, list[int], list[int]]:
+def blocks(
+    x: Any, p: int, stream: Any = None, writable: bool = True
+) -> tuple[np.ndarray | Array, list[int], list[int]]:
     """mpi4py's specification of a block for each of ``p`` ranks: the buffer, all counts, and all displacements.
 
     A count or a displacement may be one number for all, a stride; a *tuple* of two is (counts, displacements); what is
     left out is the whole buffer in blocks that are equal to one element, and one after another.
     """
     buffer, counts, displacements, datatype = message(x, blocks=True)
-    flat = operand(buffer if datatype is None else [buffer, datatype], stream)
+    flat = operand(buffer if datatype is None else [buffer, datatype], stream, writable)
     if counts is None:
         found = [flat.size // p + (rank < flat.size % p) for rank in range(p)]
     else:
@@ -382,7 +384,11 @@ def entries(x: Any) -> int:
     if asked.count is not None:
         return index(asked.count)
     size = _derived_size(x)
-    return operand(x).size if size is None else size // max(cast(MPI.Datatype, asked.datatype).Get_size(), 1)
+    return (
+        operand(x, writable=False).size
+        if size is None
+        else size // max(cast(MPI.Datatype, asked.datatype).Get_size(), 1)
+    )
 
 
 def described(x: Any, writable: bool = False) -> tuple[str, int | None]:
@@ -415,14 +421,14 @@ def payload(x: Any, writable: bool = False) -> tuple[str, int | None]:
         return ("bytes", size) if size is not None else (dtype, None)
 
 
-def block(x: Any, p: int) -> tuple[str, int | None]:
-    """``payload`` of one of ``p`` equal blocks to receive, each of whole elements."""
+def block(x: Any, p: int, writable: bool = True) -> tuple[str, int | None]:
+    """``payload`` of one of ``p`` equal blocks each of whole elements."""
     together = of_blocks(x, p)
-    what, size = payload(together, True)
+    what, size = payload(together, writable)
     if not size:
         return what, size
     named = isinstance(x, (list, tuple)) and isinstance(x[-1], MPI.Datatype)
-    element = x[-1].Get_size() if named else vector(together).itemsize
+    element = x[-1].Get_size() if named else vector(together, writable).itemsize
     if size % (element * p):
         return f"{size // element} elements for {p} ranks", None
     return what, size // p

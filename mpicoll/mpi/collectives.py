@@ -1,16 +1,20 @@
 """The collectives as functions: each is its arguments, its documentation, and one call of the engine."""
 
 from collections.abc import Sequence
+from math import prod
 from numbers import Number
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from ..collective import ALLGATHER, ALLREDUCE, BCAST, REDUCE, REDUCE_SCATTER
+from ..collective import ALLGATHER, ALLREDUCE, BCAST, GATHER, REDUCE, REDUCE_SCATTER, SCATTER
+from .agreement import header_of
 from .buffers import shape_of
-from .engine import execute
-from .request import NEW, exact
+from .engine import execute, together
+from .progress import driving
+from .request import NEW, Lengths, Raw, check_root, cuts_of, exact, lengths_of
+from .state import State
 
 
 def allreduce(
@@ -198,6 +202,120 @@ def allgather(
     how = algorithm, False, None, None, check, stream
     result = execute(comm, ALLGATHER, x, NEW, None, None, exact(counts), *how, method=False)
     return result if counts is not None else result.reshape(comm.size, *shape_of(x))
+
+
+def gather(
+    x: Any,
+    comm: MPI.Intracomm,
+    root: int = 0,
+    counts: Sequence[int] | None = None,
+    algorithm: str = "auto",
+    *,
+    check: str | None = None,
+    stream: Any = None,
+) -> Any:
+    """The arrays of all ranks, one after another, as a new array on rank ``root``; ``None`` on the others.
+
+    Parameters
+    ----------
+    x
+        One array of any dtype but objects, the same on all ranks.  Without ``counts`` it has the same shape on all
+        ranks, and the result one dimension more, in front.
+    counts
+        The numbers of elements that ranks bring, the same on all ranks; the result is flat.
+    algorithm
+        A name from ``mpicoll.ALGORITHMS["gather"]``, ``"native"``, ``"shared"``, or ``"auto"``.
+    comm, root, check, stream
+        As for ``reduce``.
+
+    Returns
+    -------
+    The new array on the root, where ``x`` is, in host memory or on the GPU.  Errors are those of ``allreduce``.
+    """
+    recv = NEW if _is_root(comm, root) else None
+    how = algorithm, False, None, None, check, stream
+    result = execute(comm, GATHER, x, recv, None, root, exact(counts), *how, method=False)
+    if recv is None or counts is not None:
+        return result
+    return result.reshape(comm.size, *shape_of(x))
+
+
+def scatter(
+    x: Any,
+    comm: MPI.Intracomm,
+    root: int = 0,
+    counts: Sequence[int] | None = None,
+    algorithm: str = "auto",
+    *,
+    check: str | None = None,
+) -> np.ndarray:
+    """This rank's part of the array of rank ``root``, as a new array.
+
+    Parameters
+    ----------
+    x
+        The root's array, in host memory, of any dtype but objects; the other ranks' is not looked at, and may be
+        ``None``.  Without ``counts`` its first dimension is the number of ranks, and rank r receives ``x[r]``.
+    counts
+        The numbers of elements that ranks receive, as flat arrays; matters at the root alone.
+    algorithm
+        A name from ``mpicoll.ALGORITHMS["scatter"]``, ``"native"``, ``"shared"``, or ``"auto"``.
+    comm, root, check
+        As for ``reduce``.
+
+    Returns
+    -------
+    A new array in host memory.  The root first tells the others shapes and dtype, in a call of its own.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On the root, for an array that cannot be scattered; ``MismatchError`` on the other ranks.
+    """
+    send: Any = None
+
+    def calls(state: State) -> list[Raw]:
+        nonlocal send
+        at, told = check_root(comm, root), None
+        if comm.rank == at:
+            send = np.ascontiguousarray(x)
+            if send.dtype.hasobject:
+                raise TypeError("objects are not scattered from memory to memory: use comm.scatter, in lower case")
+            if counts is None and (not send.ndim or len(send) != comm.size):
+                raise ValueError(f"scatter: expected x of {comm.size} parts, one for each rank, got shape {send.shape}")
+            cuts = None if counts is None else cuts_of(counts, send.size, comm.size)
+            shapes = [send.shape[1:]] * comm.size if cuts is None else [(n,) for n in lengths_of(cuts)]
+            told = send.dtype, shapes
+
+        def tell() -> Any:
+            with driving(state.comm):
+                return state.comm.bcast(told, at)
+
+        return [Raw(header_of("shapes of a scatter", "", "", None, at), tell)]
+
+    dtype, shapes = together(comm, check, "scatter", None, calls)
+    part = np.empty(shapes[comm.rank], dtype)
+    known: Any = None
+    raw: Any = None if send is None else send.reshape(-1).view(np.uint8)  # of any dtype
+    if len({*shapes}) > 1:
+        known = Lengths(prod(shape) * dtype.itemsize for shape in shapes)
+        raw = None if raw is None else [raw, [*known]]
+    execute(
+        comm,
+        SCATTER,
+        raw,
+        part.reshape(-1).view(np.uint8),
+        None,
+        root,
+        known,
+        algorithm,
+        False,
+        None,
+        None,
+        check,
+        None,
+    )
+    return part
 
 
 def ring_allreduce(x: Any, comm: MPI.Intracomm, op: str | MPI.Op = "sum") -> Any:

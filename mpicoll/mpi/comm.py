@@ -10,14 +10,14 @@ from typing import Any, SupportsIndex, TypeVar, cast
 import numpy as np
 from mpi4py import MPI
 
-from ..collective import ALLGATHER, ALLREDUCE, BCAST, REDUCE, REDUCE_SCATTER
+from ..collective import ALLGATHER, ALLREDUCE, BCAST, GATHER, REDUCE, REDUCE_SCATTER, SCATTER
 from . import record
 from .agreement import check_level, header_of, level_of
 from .attach import check_comm
-from .buffers import entries, is_in_place, order_of, shape_of
+from .buffers import blocks, entries, is_in_place, order_of, shape_of
 from .engine import execute, together
 from .progress import driving
-from .request import ONE, VECTORS, Raw, exact
+from .request import ONE, VECTORS, Lengths, Raw, exact
 from .state import State, state_of
 
 C = TypeVar("C", bound=MPI.Intracomm)
@@ -294,19 +294,23 @@ class Comm(MPI.Intracomm):
 
     def _room(self, recvbuf: Any, check: str | None) -> Sequence[int]:
         """How many elements each rank has room for."""
+        return self._told(lambda: entries(recvbuf), check, "recvcounts")
+
+    def _told(self, number: Callable[[], int], check: str | None, what: str) -> list[int]:
+        """A number of each rank, which they tell each other."""
 
         def calls(state: State) -> list[Raw]:
-            own, everyone = np.full(1, entries(recvbuf), np.int64), np.zeros(self.size, np.int64)
+            own, everyone = np.full(1, number(), np.int64), np.zeros(self.size, np.int64)
 
             def gather() -> list[int]:
                 with driving(self):
                     MPI.Intracomm.Allgather(self, own, everyone)
                 return everyone.tolist()
 
-            return [Raw(header_of("reduce_scatter", "", "without recvcounts", None), gather)]
+            return [Raw(header_of(f"exchange of {what}", "", "", None), gather)]
 
-        room: list[int] = together(self, check, "reduce_scatter", recvbuf, calls)
-        return room
+        told: list[int] = together(self, check, f"exchange of {what}", None, calls)
+        return told
 
     def Allgather(  # noqa: N802
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None, stream: Any = None
@@ -320,6 +324,103 @@ class Comm(MPI.Intracomm):
         """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
         how = algorithm, False, None, None, check, stream
         execute(self, ALLGATHER, sendbuf, recvbuf, None, None, VECTORS, *how)
+
+    def Gather(  # noqa: N802
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        root: int = 0,
+        algorithm: str = "auto",
+        *,
+        check: str | None = None,
+        stream: Any = None,
+    ) -> None:
+        """Gather equal parts of all ranks to rank ``root``; takes all that mpi4py's method takes.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf, root
+            As in mpi4py: ``recvbuf`` matters at the root alone, which may pass ``MPI.IN_PLACE`` for ``sendbuf``.
+        algorithm
+            A name from ``mpicoll.ALGORITHMS["gather"]``, ``"native"``, ``"shared"``, or ``"auto"``.
+        check, stream
+            As for ``mpicoll.allreduce``.
+        """
+        recv = recvbuf if self.rank == root else None
+        execute(self, GATHER, sendbuf, recv, None, root, None, algorithm, False, None, None, check, stream)
+
+    def Gatherv(  # noqa: N802
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        root: int = 0,
+        algorithm: str = "auto",
+        *,
+        check: str | None = None,
+        stream: Any = None,
+    ) -> None:
+        """Gather parts of any lengths to rank ``root``; takes all that mpi4py's method takes.
+
+        ``"auto"`` is the native collective: the root alone knows the lengths of parts.  With an algorithm by name ranks
+        first tell each other how long theirs are, in a call of its own.  Arguments are those of ``Gather``.
+        """
+        recv = recvbuf if self.rank == root else None
+        counts = self._vectors(sendbuf, recv, root, algorithm, check)
+        execute(self, GATHER, sendbuf, recv, None, root, counts, algorithm, False, None, None, check, stream)
+
+    def Scatter(  # noqa: N802
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        root: int = 0,
+        algorithm: str = "auto",
+        *,
+        check: str | None = None,
+        stream: Any = None,
+    ) -> None:
+        """Give each rank its part of what rank ``root`` has; takes all that mpi4py's method takes.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf, root
+            As in mpi4py: ``sendbuf`` matters at the root alone, which may pass ``MPI.IN_PLACE`` for ``recvbuf``.
+        algorithm
+            A name from ``mpicoll.ALGORITHMS["scatter"]``, ``"native"``, ``"shared"``, or ``"auto"``.
+        check, stream
+            As for ``mpicoll.allreduce``.
+        """
+        send = sendbuf if self.rank == root else None
+        execute(self, SCATTER, send, recvbuf, None, root, None, algorithm, False, None, None, check, stream)
+
+    def Scatterv(  # noqa: N802
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        root: int = 0,
+        algorithm: str = "auto",
+        *,
+        check: str | None = None,
+        stream: Any = None,
+    ) -> None:
+        """Give each rank its part, of any length, of what rank ``root`` has; takes all that mpi4py's method takes.
+
+        See ``Gatherv`` for what ``"auto"`` is; arguments are those of ``Scatter``.
+        """
+        send = sendbuf if self.rank == root else None
+        counts = self._vectors(recvbuf, send, root, algorithm, check)
+        execute(self, SCATTER, send, recvbuf, None, root, counts, algorithm, False, None, None, check, stream)
+
+    def _vectors(self, part: Any, whole: Any, root: int, algorithm: str, check: str | None) -> Any:
+        """In place of counts: natively the root alone knows them; else all do, since ranks tell each other."""
+        if algorithm in ("auto", "native"):
+            return VECTORS
+
+        def own() -> int:
+            if self.rank == root and is_in_place(part):
+                return blocks(whole, self.size, writable=False)[1][root]
+            return entries(part)
+
+        return Lengths(self._told(own, check, "counts"))
 
 
 def _again(kind: type[Comm], comm: MPI.Intracomm, deterministic: bool, check: str) -> Comm:
@@ -386,7 +487,7 @@ def _recorded(name: str, collective: bool) -> Callable[..., Any]:
 
 
 for _name in [
-    *("Barrier", "Gather", "Gatherv", "Scatter", "Scatterv", "Alltoall", "Alltoallv", "Alltoallw", "Scan", "Exscan"),
+    *("Barrier", "Alltoall", "Alltoallv", "Alltoallw", "Scan", "Exscan"),
     *("barrier", "bcast", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan"),
     *("Dup", "Dup_with_info", "Clone", "Split", "Split_type", "Create", "Create_cart", "Create_graph"),
     *("Create_dist_graph", "Create_dist_graph_adjacent", "Create_intercomm", "Spawn", "Spawn_multiple"),

@@ -23,7 +23,7 @@ from .attach import attached, check_comm, interrupted, whole
 from .buffers import is_half, order_of
 from .paths import Account, Path, decide, native_first
 from .progress import under_way
-from .request import NEW, ONE, VECTORS, Asked, New, Options, Raw, Request, understand
+from .request import NEW, ONE, VECTORS, Asked, Lengths, New, Options, Raw, Request, understand
 from .select import PLAIN
 from .state import State, find_state, state_of
 
@@ -153,7 +153,13 @@ def _understood(
         if key is not None:
             _remember(state, key, send, recv, op, path, request)
 
-    name = f"{row.name}_shared" if recv is ONE else f"{row.name}v" if counts is VECTORS else row.name
+    name = (
+        f"{row.name}_shared"
+        if recv is ONE
+        else f"{row.name}v"
+        if counts is VECTORS or isinstance(counts, Lengths)
+        else row.name
+    )
     return together(comm, level, name, send if recv is None or isinstance(recv, New) else recv, calls, remember)
 
 

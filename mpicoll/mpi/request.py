@@ -75,6 +75,10 @@ VECTORS = object()
 """In place of counts: they are in the specification of the whole, with displacements."""
 
 
+class Lengths(tuple[int, ...]):
+    """Counts that all ranks know, of a call whose whole has a specification with displacements."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One array's share of a call: flat arrays of one dtype, in host memory or on a GPU, and what is to become of them.
@@ -84,8 +88,9 @@ class Request:
     is in what it receives.  ``count`` elements of ``dtype`` are the whole, ``cuts`` are where parts of it begin,
     ``counts`` their lengths if they are not all equal.
 
-    ``detail`` is what else all ranks must have in common, ``stated`` what those that state it must.  ``deliver`` brings
-    the result to where it is wanted, if that is elsewhere; ``result`` is the new array that the call returns, if any.
+    ``detail`` is what else all ranks must have in common, ``stated`` what those that state it must (see ``Header``).
+    ``deliver`` brings the result to where it is wanted, if that is elsewhere; ``result`` is the new array that the call
+    returns, if any.
     """
 
     row: Collective
@@ -102,7 +107,7 @@ class Request:
     counts: tuple[int, ...] | None = None
     in_place: bool = False
     detail: str = ""
-    stated: str = ""
+    stated: tuple[str, str] = ("", "")
     deliver: Callable[[], None] | None = None
     result: Any = None
 
@@ -356,7 +361,7 @@ def _broadcast(asked: Asked) -> list[Request | Raw]:
 
     if on_device(x) or (asked.method and concerns_device(x)):
         array = on_stream(x, stream, asked.method and not sends)
-        return [request(array.as_bytes(), stated="" if asked.method else name_of(array.dtype))]
+        return [request(array.as_bytes(), stated=("" if asked.method else name_of(array.dtype), ""))]
     if not asked.method:
         pieces = parts(x, stream=stream)
         if any(part.flat.dtype.hasobject for part in pieces):
@@ -366,7 +371,8 @@ def _broadcast(asked: Asked) -> list[Request | Raw]:
             request(
                 part.flat.view(np.uint8),
                 part.deliver,
-                stated=", ".join(filter(None, [name_of(part.flat.dtype), detail])),
+                stated=(name_of(part.flat.dtype), ""),
+                detail=detail,
             )
             for part in pieces
         ]
@@ -445,7 +451,7 @@ def _native_reduce_scatter(asked: Asked, whole: Any, counts: list[int] | None, c
 
 
 def _moving_parts(asked: Asked) -> list[Request | Raw]:
-    if asked.counts is VECTORS:
+    if asked.counts is VECTORS or isinstance(asked.counts, Lengths):
         return _vectors(asked)
     return _blocks(asked) if asked.method else _new(asked)
 
@@ -468,11 +474,13 @@ def _new(asked: Asked) -> list[Request | Raw]:
     p, counts = comm.size, asked.counts
     given = operand(in_c_order(x, stream), stream, writable=False)
     if given.dtype.hasobject:
-        raise TypeError("objects are not gathered from memory to memory: use comm.allgather, in lower case")
+        raise TypeError(f"objects are not gathered from memory to memory: use comm.{asked.row.name}, in lower case")
     cuts = cuts_of([given.size] * p if counts is None else counts, None, p)
     if cuts[comm.rank + 1] - cuts[comm.rank] != given.size:
         raise ValueError(f"rank {comm.rank} brings {given.size} elements, counts say {counts[comm.rank]}")
-    stated = name_of(given.dtype) + (f" {shape_of(x)}" if counts is None else "")
+    stated = name_of(given.dtype), f"{shape_of(x)}" if counts is None else ""
+    if not asked.row.receives(comm.rank, asked.root):
+        return [_moving(asked, given, None, cuts, given.dtype.itemsize, stated=stated)]
     result = empty_like(given, cuts[-1])
     returned = result.array if isinstance(result, Array) else result
     return [_moving(asked, given, result, cuts, given.dtype.itemsize, stated=stated, result=returned)]
@@ -512,7 +520,7 @@ def _equal_bytes(asked: Asked, whole: Any, part: Any) -> Request | Raw:
     """Equal blocks of any datatype, in host memory; either is ``None`` where this rank has none."""
     comm, row = asked.comm, asked.row
     p = comm.size
-    dtype, each = block(whole, p) if part is None else payload(part, row.receives_part)
+    dtype, each = block(whole, p, row.sends_part) if part is None else payload(part, row.receives_part)
     if whole is not None and part is not None:
         what, room = payload(whole, row.sends_part)
         if each is not None and isinstance(whole, np.ndarray) and room != each * p:
@@ -540,36 +548,62 @@ def _equal_bytes(asked: Asked, whole: Any, part: Any) -> Request | Raw:
 
 
 def _vectors(asked: Asked) -> list[Request | Raw]:
-    """A method, to which the whole is blocks of any lengths, with displacements: an allgather."""
-    comm, send, recv, stream = asked.comm, asked.send, asked.recv, asked.stream
-    p, rank, device = comm.size, comm.rank, concerns_device(asked.send, asked.recv)
-    if not device:
+    """A method, to which the whole is blocks of any lengths, with displacements."""
+    comm, row, root, stream = asked.comm, asked.row, asked.root, asked.stream
+    p, rank = comm.size, comm.rank
+    whole, part = (asked.recv, asked.send) if row.sends_part else (asked.send, asked.recv)
+    has_whole = row.receives(rank, root) if row.sends_part else row.sends(rank, root)
+    in_place = has_whole and is_in_place(part)
+    native = asked.options.algorithm in ("auto", "native")
+    if not concerns_device(whole if has_whole else None, None if in_place else part):
         no_stream(stream)
-        if asked.options.algorithm in ("auto", "native"):
-            return [Raw(_vectors_header(asked), asked.native("Allgatherv", send, recv))]
-    received, counts, starts = blocks(recv, p, stream if concerns_device(recv) else None)
+        if native:
+            rooted = [root] if row.rooted else []
+            header = header_of(f"{row.name}v", "", "", None, root) if row.rooted else _vectors_header(asked)
+            return [Raw(header, asked.native(f"{row.name.capitalize()}v", asked.send, asked.recv, *rooted))]
+    elif native and row.rooted:
+        names = "binomial or another"
+        raise TypeError(f"{row.name}v of arrays in the memory of GPUs needs an algorithm by name: {names}")
+    counts: Sequence[int] = asked.counts if isinstance(asked.counts, Lengths) else []
+    array = own = part_array = None
+    starts: Sequence[int] = []
+    if has_whole:
+        on_stream_ = stream if concerns_device(whole) else None
+        array, found, starts = blocks(whole, p, on_stream_, writable=row.sends_part)
+        if row.rooted and tuple(found) != tuple(counts):
+            raise ValueError(f"expected counts {[*counts]}, as the ranks have them, got {found}")
+        counts = found
+        own = part_of(array, starts[rank], starts[rank] + counts[rank])
     cuts = cuts_of(counts, None, p)
-    own = part_of(received, starts[rank], starts[rank] + counts[rank])
-    in_place = is_in_place(send)
-    sent = None
     if not in_place:
-        sent = operand(send, stream if on_device(send) else None, writable=False)
-        if (sent.size, sent.dtype) != (own.size, received.dtype):
-            raise ValueError(
-                f"expected {own.size} elements of {received.dtype} to send, as counts say, got {sent.size} of "
-                f"{sent.dtype}"
-            )
-    if tuple(starts) == cuts[:-1]:
-        result, deliver = part_of(received, 0, cuts[-1]), None
-    else:
-        result = empty_like(received, cuts[-1])
-        sent, in_place = own if sent is None else sent, False
+        part_array = operand(part, stream if on_device(part) else None, writable=row.receives_part)
+        dtype = part_array.dtype if array is None else array.dtype
+        if (part_array.size, part_array.dtype) != (counts[rank], dtype):
+            what = f"{counts[rank]} elements of {dtype} to {'send' if row.sends_part else 'receive'}"
+            raise ValueError(f"expected {what}, as counts say, got {part_array.size} of {part_array.dtype}")
+    deliver = None
+    if array is not None and tuple(starts) == cuts[:-1]:
+        array = part_of(array, 0, cuts[-1])
+    elif array is not None:
+        packed, apart = empty_like(array, cuts[-1]), array
+        pairs = [
+            (part_of(apart, start, start + count), part_of(packed, cuts[one], cuts[one + 1]))
+            for one, (start, count) in enumerate(zip(starts, counts, strict=True))
+        ]
+        if row.sends_part:
+            part_array, in_place = own if part_array is None else part_array, False
 
-        def deliver() -> None:
-            for one, (start, count) in enumerate(zip(starts, counts, strict=True)):
-                copy_into(part_of(received, start, start + count), part_of(result, cuts[one], cuts[one + 1]))
+            def deliver() -> None:
+                for there, here in pairs:
+                    copy_into(there, here)
 
-    return [_moving(asked, sent, result, cuts, received.dtype.itemsize, in_place=in_place, deliver=deliver)]
+        else:
+            for there, here in pairs:
+                copy_into(here, there)
+        array = packed
+    given: Any = array if part_array is None else part_array
+    send, recv = (part_array, array) if row.sends_part else (array, part_array)
+    return [_moving(asked, send, recv, cuts, given.dtype.itemsize, in_place=in_place, deliver=deliver)]
 
 
 def _vectors_header(asked: Asked) -> Header:

@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
-from ..mpi.guard import on_all, on_root
+from ..mpi.together import on_all, on_root
 from . import objects, readers
 from .holdout import held_out
 from .labels import classes_by_label, ordered_labels

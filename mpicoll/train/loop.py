@@ -14,7 +14,7 @@ from ..mpi import launch
 from ..mpi.collectives import allgather, allreduce
 from ..mpi.gpu.array import cupy
 from ..mpi.gpu.assignment import Gpu, take
-from ..mpi.guard import on_all
+from ..mpi.together import on_all
 from ..tuning.rules import GPU_PATHS
 from .batches import Batches, rebalanced
 from .checks import check, check_split, weights_of

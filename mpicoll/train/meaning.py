@@ -7,7 +7,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError, listed
-from ..mpi.guard import on_all
+from ..mpi.together import on_all
 from .labels import MANY, classes_by_label, label_texts, ordered_labels
 from .readers.raw import Raw, Schema
 from .readers.texts import is_number

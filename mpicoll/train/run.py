@@ -16,10 +16,10 @@ from mpi4py import MPI
 
 from .. import __version__
 from ..errors import UserError
+from ..job.blas import limit_threads
 from ..mpi.gpu.assignment import Gpu
-from ..mpi.guard import on_root
 from ..mpi.launch import library_name
-from ..mpi.threads import limit_threads
+from ..mpi.together import on_root
 from . import run_folder, snapshot
 from .checkpoint import Checkpoint, latest
 from .checks import check

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..mpi.collectives import bcast
-from ..mpi.guard import on_all, on_root
+from ..mpi.together import on_all, on_root
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .loop import Training

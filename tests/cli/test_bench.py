@@ -11,6 +11,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
+from commands import assert_one_line, outcomes, run_here
 from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.algorithms import ALGORITHMS
 from mpicoll.cli.app import app
@@ -158,27 +159,33 @@ def test_a_wrong_result_and_a_rank_that_fails(tmp_path, bad, message):
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "status", "message"),
-    [
-        ("allreduce --root 1", 2, "--root is for reduce and bcast, not for allreduce"),
-        ("reduce --root 3", 1, "--root must be one of 3 ranks, got 3"),
-        ("bcast --out-of-place", 1, "nothing to measure at 1 elements: bcast has one buffer, and so is in place"),
-        ("--sizes 900G", 1, "the largest size takes 9000 GiB of memory for each of 3 rank"),
-        ("--out there", 1, "'there' exists: name a new file"),
-        ("--raw no/where.csv", 1, "'no/where.csv' cannot be written: there is no folder 'no'"),
-        ("--algorithm native --dtype bfloat16", 1, "native has no allreduce of bfloat16 that adds as ours do"),
-    ],
-)
-def test_what_cannot_be_is_one_line(tmp_path, options, status, message):
+REFUSED = [
+    ("allreduce --root 1", 2, "--root is for reduce and bcast, not for allreduce"),
+    ("reduce --root 3", 1, "--root must be one of 3 ranks, got 3"),
+    ("bcast --out-of-place", 1, "nothing to measure at 1 elements: bcast has one buffer, and so is in place"),
+    ("--sizes 900G", 1, "the largest size takes 9000 GiB of memory for each of 3 rank"),
+    ("--out there", 1, "'there' exists: name a new file"),
+    ("--raw no/where.csv", 1, "'no/where.csv' cannot be written: there is no folder 'no'"),
+    ("--algorithm native --dtype bfloat16", 1, "native has no allreduce of bfloat16 that adds as ours do"),
+]
+
+
+def test_what_cannot_be_is_one_line(tmp_path):
     (tmp_path / "there").touch()
-    done = mpirun(3, ["mpicoll", "bench", *options.split()], tmp_path)
-    (line,) = [line for line in done.err.splitlines() if line.startswith("mpicoll: ")]
-    assert (done.status, done.out) == (status, "")
-    assert message in line
-    assert "Traceback" not in done.err
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    commands = [["mpicoll", "bench", *options.split()] for options, _, _ in REFUSED]
+    for (_, status, message), ranks in zip(REFUSED, outcomes(tmp_path, commands), strict=True):
+        for rank, told in enumerate(ranks):
+            assert (told.status, told.out, told.left) == (status, "", ["commands", "there"])
+            assert told.err.count("\n") == (rank == 0)
+            assert rank or told.err.startswith("mpicoll: ")
+            assert rank or message in told.err
     assert (tmp_path / "there").read_text() == ""
+
+
+def test_a_launch_of_what_cannot_be_ends_so(tmp_path):
+    done = mpirun(3, ["mpicoll", "bench", "reduce", "--root", "3"], tmp_path)
+    assert_one_line(done, tmp_path, 1, "--root must be one of 3 ranks, got 3")
+    assert done.out == ""
 
 
 @pytest.mark.parametrize(
@@ -231,7 +238,7 @@ def test_wrong_usage(options, message):
 
 
 def test_two_files_of_one_name(tmp_path):
-    failed = run([*TINY, "--raw", "a.csv", "--out", "a.csv"], tmp_path)
+    failed = run_here([*TINY, "--raw", "a.csv", "--out", "a.csv"], tmp_path)
     assert (failed.status, failed.err) == (1, "mpicoll: 'a.csv' is named twice: name a new file\n")
 
 
@@ -252,12 +259,17 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
 
 def test_the_claim_that_the_documentation_makes_of_several_launches(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/benchmarks.md").read_text(), re.DOTALL)
-    for n in range(6):
-        done = mpirun(2, [*TINY, "--algorithm", "ring", "--format", "csv", "--out", f"launch-{n}.csv"], tmp_path)
-        assert done.status == 0
-        assert "# ring allreduce, in place\n" in done.out
+    made, claim = tmp_path / "made", tmp_path / "claim"
+    made.mkdir()
+    claim.mkdir()
+    options = [*TINY, "--algorithm", "ring", "--format", "csv", "--out"]
+    launches = outcomes(made, [[*options, f"launch-{n}.csv"] for n in range(6)], 2)
+    for n, (told, _) in enumerate(launches):
+        assert told.status == 0
+        assert "# ring allreduce, in place\n" in told.out
+        (made / f"launch-{n}.csv").rename(claim / f"launch-{n}.csv")
         if n in (0, 4, 5):
-            said = run([sys.executable, "-c", code], tmp_path).out.splitlines()
+            said = run([sys.executable, "-c", code], claim).out.splitlines()
             assert [line.split()[:3] for line in said] == [
                 ["ring", place, size] for place in ("False", "True") for size in ("0", "4", "20", "12000")
             ]

@@ -557,3 +557,19 @@ def test_different_calls_have_different_hashes():
     ]
     assert len({agreement._digest(call) for call in calls}) == len(calls)
     assert len(agreement._digests) <= agreement.KEPT
+
+
+def test_what_is_stated_tells_all_dtypes_apart():
+    """Of a dtype there are 12 bits."""
+
+    def stated(name: str, shape: str = "") -> int:
+        header = agreement.Header("allgather", "native", "", "bytes", 48, stated=(name, shape))
+        return agreement.digest_of((header,))
+
+    characters = "?bBhHiIlLqQefdgFDG"
+    names = {np.dtype(character).name for character in characters} | {"bfloat16", "|S1", "|V1", "datetime64[ns]"}
+    plain = stated("")
+    assert len({stated(name) for name in names}) == len(names)
+    assert {agreement._same([stated(name), plain, stated("", "(3,)")]) for name in names} == {True}
+    assert not agreement._same([stated("float64", "(3, 2)"), stated("float64", "(2, 3)")])
+    assert agreement._same([stated("float64", "(3, 2)"), stated("float64"), stated("", "(3, 2)")])

@@ -104,7 +104,7 @@ def test_a_rank_that_fails_in_the_middle_of_a_pipeline_ends_the_job(tmp_path, ho
         from pathlib import Path
         from mpi4py import MPI
         from mpicoll.mpi.comm import Comm
-        from mpicoll.mpi.guard import ends_job
+        from mpicoll.job.guard import ends_job
         from mpicoll.train import split
         from mpicoll.train.run import run
         from mpicoll.train.settings import Settings

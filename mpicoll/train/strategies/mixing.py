@@ -43,7 +43,7 @@ def _made(name: str, what: Any, p: int) -> Graph:
 
 def graph_of(comm: "MPI.Intracomm", what: str) -> Graph:
     """By its name, or from a file that rank 0 reads; a ``UserError`` on all ranks if there is no such graph."""
-    from ...mpi.guard import on_root
+    from ...mpi.together import on_root
 
     if Path(what).suffix != ".npy":
         return _made(what, what, comm.size)

@@ -10,7 +10,6 @@ from mpi4py import MPI
 
 from datafiles import BAD, FORMATS, LABELS, csv, idx, labelled, samples, svm, write
 from mpicoll import Comm, UserError
-from mpicoll.mpi.guard import on_all
 from mpicoll.train import objects, readers
 from mpicoll.train.batches import Batches
 from mpicoll.train.data import Dataset, load
@@ -24,18 +23,6 @@ F8 = np.dtype("f8")
 
 def dense(x):
     return x if isinstance(x, np.ndarray) else x.toarray()
-
-
-def test_on_all_gives_each_its_own_and_raises_the_lowest(comm):
-    assert on_all(comm, lambda: comm.rank) == comm.rank
-
-    def fail() -> None:
-        if comm.rank >= P // 2:
-            raise UserError(f"rank {comm.rank} has no file")
-
-    with pytest.raises(UserError) as caught:
-        on_all(comm, fail)
-    assert str(caught.value) == f"rank {P // 2} has no file" + (f" (on rank {P // 2})" if P > 1 else "")
 
 
 def test_the_data_are_the_same_on_all_ranks(comm, folder, monkeypatch):

@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from mpicoll import UserError
 from mpicoll.cli.train import _table
-from mpicoll.mpi.threads import limit_threads
+from mpicoll.job.blas import limit_threads
 from mpicoll.train.data import Part
 from mpicoll.train.loop import evaluate
 from mpicoll.train.models import MODELS, Layered
@@ -188,9 +188,9 @@ def test_parts_in_shared_memory_are_the_bits_of_messages(comm, optimizer, dtype)
 def test_ranks_share_the_cores(comm, monkeypatch):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("mpicoll.mpi.threads.cores", lambda: [0, 1, 2, 3, 4, 5])
+    monkeypatch.setattr("mpicoll.job.blas.cores", lambda: [0, 1, 2, 3, 4, 5])
     assert limit_threads(comm) == max(1, 6 // P)
-    monkeypatch.setattr("mpicoll.mpi.threads.cores", lambda: [2 * comm.rank, 2 * comm.rank + 1])  # bound to cores
+    monkeypatch.setattr("mpicoll.job.blas.cores", lambda: [2 * comm.rank, 2 * comm.rank + 1])  # bound to cores
     assert limit_threads(comm) == 2
     assert limit_threads(comm, 3) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "5")

@@ -14,8 +14,9 @@ import mpicoll
 from launch import IS_OPEN_MPI, REPOSITORY, mpirun, run
 from mpicoll.cli import doctor as said
 from mpicoll.cli.app import app
-from mpicoll.mpi import doctor, launch
-from mpicoll.mpi.doctor import Findings
+from mpicoll.job import doctor
+from mpicoll.job.doctor import Findings
+from mpicoll.mpi import launch
 from mpicoll.mpi.gpu.assignment import Gpu
 from mpicoll.tuning.fingerprint import Fingerprint, machine
 from mpicoll.tuning.profile import Profile, write_profile
@@ -104,7 +105,7 @@ def test_what_is_wrong_is_told_on_all_ranks_with_what_is_doubtful(tmp_path):
 
 
 def test_a_launcher_of_another_mpi(tmp_path):
-    """As it looks from inside; both MPIs are in test_cli."""
+    """As it looks from inside; both MPIs are in cli/test_app.py."""
     env = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}
     done = run(DOCTOR, tmp_path, env=env)
     assert (done.status, done.err) == (1, "")

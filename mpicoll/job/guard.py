@@ -15,57 +15,22 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from mpi4py import MPI
 
 from ..errors import MismatchError, UserError
-from .launch import check, hints
-from .watch import LIMIT, Watch, flush
+from ..mpi.launch import check, hints
+from .watch import LIMIT, Watch, flush, start_watch
 
-T = TypeVar("T")
-
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 LEAVE = 1.0  # seconds for the main thread to leave properly after Ctrl-C
 FORWARD = 0.2  # seconds for the launcher to pass on what was printed: MPICH's may lose it when the job is aborted
 ARRIVE = 5.0  # seconds for all ranks to raise an error that all should raise
 
 
-def on_root(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
-    """Do ``action`` on rank 0: every rank gets what it returns, or raises the ``UserError`` it raises."""
-    value: T | None = None
-    error: UserError | None = None
-    if comm.rank == 0:
-        try:
-            value = action()
-        except UserError as raised:
-            error = raised
-    value, error = comm.bcast((value, error))
-    if error is not None:
-        comm.Barrier()  # raise it together, however late some ranks come
-        raise error
-    return value
-
-
-def on_all(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
-    """Do ``action`` on every rank: each gets what its own returns; if any raises a ``UserError``, all raise the one of
-    the lowest such rank, which is named unless it is rank 0."""
-    value: T | None = None
-    error: UserError | None = None
-    try:
-        value = action()
-    except UserError as raised:
-        error = raised
-    failed = [(rank, error) for rank, error in enumerate(comm.allgather(error)) if error is not None]
-    if failed:
-        comm.Barrier()  # raise it together, however late some ranks come
-        rank, first = failed[0]
-        raise UserError(f"{first} (on rank {rank})" if rank else str(first)) from error
-    return value  # type: ignore[return-value]
-
-
 class Guard:
-    """What ``mpicoll.guard`` returns: in force at once, until the end of the program, or of a ``with`` block."""
+    """What ``mpicoll.guard`` returns: in force at once, to the end of the program, or of a ``with`` block."""
 
     def __init__(
         self,
@@ -75,7 +40,7 @@ class Guard:
         advice: Callable[[], str] = lambda: "",
     ) -> None:
         self.advice = advice  # for the end of the last line
-        self.comm, self.rank, self.watch = comm, comm.rank, watch  # the rank is told after MPI is finalized, too
+        self.comm, self.rank, self.watch = comm, comm.rank, watch  # the rank is printed after MPI is finalized, too
         self.handled = handled  # Ctrl-C: it is enough that the program handles it
         _in_force.append(self)
         if len(_in_force) == 1:
@@ -90,9 +55,9 @@ class Guard:
         self.release()
 
     def release(self) -> None:
-        """Let go: from now on a rank that fails leaves the others waiting, as in any MPI program."""
+        """Guard no longer: from now on a rank that fails leaves the others waiting, as in any MPI program."""
         if self not in _in_force:
-            return  # let go before, or by a fork
+            return  # released before, or by a fork
         _in_force.remove(self)
         if not _in_force:
             _hooks.remove()
@@ -100,7 +65,7 @@ class Guard:
             self.watch.stop()
 
     def end(self, error: BaseException | None, thread: threading.Thread | None = None) -> None:
-        """End the job, because nobody has caught this; after MPI is finalized there is none."""
+        """End the job, because nobody has caught this exception; after MPI is finalized there is no job to end."""
         if MPI.Is_finalized():
             if not isinstance(error, SystemExit):
                 print(f"mpicoll: rank {self.rank} failed after MPI was finalized", file=sys.stderr, flush=True)
@@ -113,16 +78,18 @@ class Guard:
 
 
 _in_force: list[Guard] = []
-"""Of this process, the newest last."""
+"""The guards in force in this process, the newest last."""
 
 
 class _Hooks:
-    """What this process does otherwise while guards are in force: the first installs it, and the last that is let go
-    removes it, but for what the program has replaced meanwhile.
+    """Handlers of exceptions, signals and the end of the program while guards are in force.
+
+    The first guard installs them, and the last that is released removes them, except those that the program has
+    replaced meanwhile.
 
     Python handles a signal only between bytecodes, and so never while this rank waits inside MPI: a thread that is
     woken by the C-level handler gives the main thread time to leave properly, and then ends the process.  If all guards
-    take that for enough, the main thread need only come to handle the signal: the program knows what to do then.
+    are ``handled``, it is enough that the main thread comes to handle the signal: the program knows what to do then.
     """
 
     def __init__(self) -> None:
@@ -131,10 +98,10 @@ class _Hooks:
         self._sockets: tuple[socket.socket, socket.socket] | None = None
         self._wakeup, self._handled, self._sees_forks = -1, 0, False
         self._status: Any = None  # what sys.exit was given
-        self._raised: weakref.ref[Any] | None = None  # hangs on what it has raised
+        self._raised: weakref.ref[Any] | None = None  # attribute of the exception that was raised
 
     def install(self) -> None:
-        """All of it; signals in the main thread only, as Python has it."""
+        """Install all handlers; those of signals in the main thread only, as Python demands."""
         hook, thread_hook, leave = sys.excepthook, threading.excepthook, sys.exit
 
         def uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -173,7 +140,7 @@ class _Hooks:
             self._signals = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def remove(self) -> None:
-        """What is still ours."""
+        """Remove the handlers that are still ours."""
         for where, name, ours, before in self._replaced:
             if getattr(where, name) is ours:
                 setattr(where, name, before)
@@ -190,7 +157,7 @@ class _Hooks:
             wake.close()
 
     def handle(self, number: int, frame: Any) -> None:
-        """A signal, in the main thread."""
+        """Handle a signal, in the main thread."""
         if all(guard.handled for guard in _in_force):
             if self._sockets is not None:
                 with suppress(OSError):  # that there is nothing
@@ -225,7 +192,7 @@ class _Hooks:
         return bool(_in_force) and self._handled == handled and self._sockets is not None and self._sockets[0] is wake
 
     def _remember(self, error: SystemExit) -> None:
-        """The status, unless the program catches this and goes on: then it goes while Python code runs, else after."""
+        """Remember the status until the exception is dropped while Python code runs: the program has caught it then."""
 
         def forget(gone: Any) -> None:
             if self._raised is gone and sys._getframe().f_back is not None:
@@ -241,7 +208,7 @@ class _Hooks:
                 guard.watch.leave(_status_of(self._status))
 
     def _in_child(self) -> None:
-        """Of a fork: it is no rank, and its signals are its own affair."""
+        """Release all guards in a forked child: it is no rank, and its signals are its own."""
         if _in_force:
             _in_force.clear()
             sockets = self._sockets
@@ -251,7 +218,7 @@ class _Hooks:
 
 
 class _Raised:
-    """Hangs on an exception, to be referred to, as exceptions cannot be."""
+    """Stands for an exception in a weak reference, which exceptions do not support."""
 
 
 _hooks = _Hooks()
@@ -263,8 +230,8 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
     One line at the beginning of a program, on all ranks (it is a collective call on ``MPI.COMM_WORLD``), or
     ``with mpicoll.guard():`` around a part of it.
 
-    * An exception that nobody catches, in whatever thread, or that leaves the ``with`` block, is told with its
-      traceback, and the job aborted (status 1).
+    * An exception that nobody catches, in whatever thread, or that leaves the ``with`` block, is printed with its
+      traceback, and the job is aborted (status 1).
     * Ctrl-C and SIGTERM raise ``KeyboardInterrupt``, which the program may handle; if nobody does, or if this rank does
       not come to it within a second because it waits inside MPI, or computes in one long call of a library, the job
       ends with status 130.  Handlers that the program sets later are left to do their work.
@@ -297,7 +264,7 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
         limit = -1.0
     if not limit >= 0:
         raise ValueError(f"timeout must be a number of seconds, 0 or more, got {given!r}")
-    watch = Watch(MPI.COMM_WORLD, limit or math.inf, Path(folder) if folder else None)
+    watch = start_watch(MPI.COMM_WORLD, limit or math.inf, Path(folder) if folder else None)
     made = Guard(MPI.COMM_WORLD, watch)
     for hint in hints(MPI.COMM_WORLD):
         warnings.warn(hint, RuntimeWarning, stacklevel=2)
@@ -308,16 +275,16 @@ def guard(timeout: float | None = None, report: str | os.PathLike[str] | None = 
 def ends_job(
     comm: MPI.Intracomm, limit: float = 0, folder: Path | None = None, advice: Callable[[], str] = lambda: ""
 ) -> Iterator[None]:
-    """Within it, an exception on one rank ends the whole job instead of leaving the others waiting.
+    """Make an exception on one rank end the whole job, instead of leaving the others waiting, in a ``with`` block.
 
     A ``UserError`` is expected to be raised by all ranks, and passes on once they all did; if they do not within
     ``ARRIVE`` seconds, or for any other exception, the rank's traceback goes to standard error and the job is aborted
     with status 1 (that of ``sys.exit`` if this is what was raised).  After Ctrl-C or SIGTERM the job ends with
-    status 130, even if this rank is inside MPI for ever.  Calls longer than ``limit`` seconds end it as ``guard`` does.
-    ``advice`` gives the end of the last line then.  Entering and leaving are collective calls.
+    status 130, even if this rank waits inside MPI forever.  A call longer than ``limit`` seconds ends it as in
+    ``guard``.  ``advice`` returns the end of the line that is printed then.  Entering and leaving are collective calls.
     """
     own = comm.Dup()  # so that no barrier of ours can meet one of the program's
-    watch = Watch(own, limit or math.inf, folder) if limit or folder else None
+    watch = start_watch(own, limit or math.inf, folder) if limit or folder else None
     guard = Guard(own, watch, handled=False, advice=advice)
     try:
         yield
@@ -337,7 +304,7 @@ def ends_job(
 
 
 def _status_of(code: Any) -> int:
-    """What a process ends with after ``sys.exit(code)``."""
+    """Return the exit status of a process after ``sys.exit(code)``."""
     return 0 if code is None else code & 0xFF if isinstance(code, int) else 1
 
 
@@ -359,7 +326,7 @@ def _abort(
     watch: Watch | None = None,
 ) -> NoReturn:
     if isinstance(error, MismatchError) and comm.rank:
-        time.sleep(2 * FORWARD)  # all ranks raise the same: it is enough that rank 0 tells
+        time.sleep(2 * FORWARD)  # all ranks raise the same: it is enough that rank 0 prints it
     told = "".join(traceback.format_exception(error)) if error else traceback.format_exc()
     where = f" in {thread.name}" if thread else ""
     print(f"mpicoll: rank {comm.rank} failed{where}:\n{told}", file=sys.stderr, end="", flush=True)

@@ -1,11 +1,11 @@
-"""As many BLAS threads as a rank has cores to itself: ranks on one node do not crowd each other out."""
+"""The number of BLAS threads of a rank: as many as it has cores to itself, so that ranks of a node do not compete."""
 
 import os
 from collections import Counter
 
 from mpi4py import MPI
 
-from .launch import cores, node_of
+from ..mpi.launch import cores, node_of
 
 _SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 

@@ -24,16 +24,16 @@ import numpy as np
 
 from .. import __version__
 from ..errors import UserError
+from ..mpi import launch
+from ..mpi.launch import SEGMENT, WHEELS, cores, launched_rank, launched_ranks, library_name, world
 from ..tuning.fingerprint import Fingerprint, machine
 from ..tuning.profile import VARIABLE, profile_path, read_profile, refusal
 from ..tuning.rules import GPU_PATHS
-from . import launch
-from .launch import SEGMENT, WHEELS, cores, launched_rank, launched_ranks, library_name, world
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from .state import State
+    from ..mpi.state import State
 
 Facts = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Findings:
 
 
 def alone(known: Collection[str]) -> Findings:
-    """What can be said without an MPI; ``known`` are the environment variables that are options."""
+    """Find what can be found without an MPI; ``known`` are the environment variables that are options."""
     found = Findings()
     found.facts["software"] = _software()
     unknown = launch.unknown_variables(known)
@@ -81,7 +81,7 @@ def _variables() -> dict[str, str]:
 
 
 def _own() -> Facts:
-    """Of this process, once MPI is loaded, if it can be: nothing here waits for other ranks."""
+    """Facts of this process, once MPI is loaded, if it can be: nothing here waits for other ranks."""
     return {
         "rank": launched_rank(),
         "software": {key: value for key, value in _software().items() if key not in ("executable", "told")},
@@ -103,7 +103,7 @@ def _of_gpus(name: str) -> bool:
 
 
 def _library() -> Facts | None:
-    """The MPI library that is loaded; none if it cannot be."""
+    """Facts of the MPI library that is loaded; ``None`` if none can be."""
     if "mpi4py.MPI" not in sys.modules:
         return None
     from mpi4py import MPI
@@ -113,7 +113,7 @@ def _library() -> Facts | None:
 
 
 def _files() -> list[str]:
-    """Where the kernel says it is loaded from."""
+    """Return the files that the kernel says the MPI library is loaded from."""
     maps = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
     paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in maps if line.count("/"))
     return [path for path in paths if re.search(r"/libmpi[^/]*\.so[.\d]*$", path)]
@@ -127,7 +127,7 @@ def _blas() -> list[Facts]:
 
 
 def _memory() -> Facts:
-    """Bytes: of the machine, those that there still are (once MPI is loaded), and the limit of the container."""
+    """Bytes of memory: of the machine, still available (once MPI is loaded), and the limit of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = None
     for path in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, and their first version
@@ -137,7 +137,7 @@ def _memory() -> Facts:
 
 
 def _available() -> int:
-    from .memory import available
+    from ..mpi.memory import available
 
     return available()
 
@@ -192,10 +192,10 @@ def _or_none(ask: Callable[[], Any]) -> Any:
 
 
 def together(found: Findings, seconds: float) -> bool:
-    """Start MPI and complete what was found ``alone``; is this the rank that knows it all, and speaks?  A collective
-    call.
+    """Start MPI and complete what was found ``alone``; return true on the rank that has it all, and is to print it.
 
-    A process that has not come through in so many seconds ends, and says on standard error where it was.
+    A collective call.  A process that has not come through in so many seconds ends, and prints on standard error where
+    it was.
     """
     with _limit(seconds) as doing:
         doing("starting MPI")
@@ -222,7 +222,7 @@ def _lines(told: StringIO) -> list[str]:
 
 
 def _tell_before_a_crash() -> None:
-    """Of little /dev/shm, in which MPICH may end in a bus error."""
+    """Print that /dev/shm is small, if it is: MPICH may end in a bus error."""
     shm, ranks = _or_none(_shm), os.environ.get("MPI_LOCALNRANKS", "")
     needed = int(ranks) * SEGMENT if ranks.isdigit() and int(ranks) > 1 else 0
     if shm and shm["available"] < needed and launched_rank() == 0:
@@ -231,7 +231,7 @@ def _tell_before_a_crash() -> None:
 
 
 def _tell_of_failure(found: Findings, error: str) -> None:
-    """There is no MPI, or no job: what can be said of this process only."""
+    """Add the error, and the facts of this process only: there is no MPI, or no job."""
     own, told = _own(), found.facts["software"]["told"]
     if own["mpi"] is None and told:
         error += f"; or unset {' and '.join(told)}, by which mpi4py is told what to load"
@@ -242,7 +242,7 @@ def _tell_of_failure(found: Findings, error: str) -> None:
 
 
 def _ask_all(comm: "MPI.Intracomm", found: Findings, doing: Callable[[str], None]) -> None:
-    from .state import State
+    from ..mpi.state import State
 
     own = {**_own(), "rank": comm.rank}
     doing("making a communicator of mpicoll's")
@@ -263,14 +263,14 @@ def _ask_all(comm: "MPI.Intracomm", found: Findings, doing: Callable[[str], None
 
 
 def _compile(comm: "MPI.Intracomm", found: Findings, everyone: list[Facts], state: "State") -> None:
-    """On rank 0."""
+    """Complete the findings from the facts of all ranks, on rank 0."""
     found.facts["mpi"] = {**everyone[0]["mpi"], "threads": _threads(), "aware": _aware()}
     found.facts["nodes"] = nodes = _nodes(everyone)
     found.facts["profile"] = _profile(found, state)
     for what, key in (("versions", "software"), ("MPI libraries", "mpi"), ("MPICOLL_ variables", "variables")):
         kinds = grouped((str(one[key]), one["rank"]) for one in everyone)
         if len(kinds) > 1:
-            from .record import named
+            from ..mpi.record import named
 
             others = ", ".join(map(named, list(kinds.values())[1:]))
             found.doubtful.append(f"{what} are not the same everywhere: {others} differ from rank 0 (--json has them)")
@@ -306,8 +306,8 @@ def _nodes(everyone: list[Facts]) -> list[Facts]:
 
 
 def _shared_by(state: "State") -> str | None:
-    """By which means the ranks of this node share memory; none if they do not.  A collective call of the node."""
-    from .memory import PAGE, in_shm, nameless, share
+    """Return by which means the ranks of this node share memory, or ``None``; a collective call of the node."""
+    from ..mpi.memory import PAGE, in_shm, nameless, share
 
     if state.node.shares:
         for make, name in ((nameless, "memory without a name, through /proc"), (in_shm, "files in /dev/shm")):
@@ -356,8 +356,10 @@ def _can_be_made(path: Path) -> bool:
 
 
 def _aware() -> Facts:
-    """What the MPI library says of memory on GPUs, by the functions it has for that; only a hint: it may say no where
-    it works, and says nothing of the single operation."""
+    """Facts that the MPI library gives about memory on GPUs, by the functions it has for that.
+
+    Only a hint: it may say no where it works, and says nothing about single operations.
+    """
     said: Facts = {}
     for path in _or_none(_files) or []:
         with suppress(OSError, AttributeError):
@@ -374,9 +376,9 @@ def _aware() -> Facts:
 
 
 def _taken(comm: "MPI.Intracomm") -> tuple[Facts | None, Facts | None, str | None]:
-    """The GPU that this rank has, what CuPy is here, and if there is none of the first, why.  A collective call."""
-    from .gpu.array import cupy
-    from .gpu.assignment import take
+    """Return the GPU that this rank has, facts of CuPy, and if there is no GPU, why; a collective call."""
+    from ..mpi.gpu.array import cupy
+    from ..mpi.gpu.assignment import take
 
     taken, lacking = None, None
     try:
@@ -428,13 +430,13 @@ def _about_gpus(gpus: Facts) -> list[str]:
 
 
 def _values(given: list[tuple[int, dict[str, str]]]) -> dict[str, dict[str, list[int]]]:
-    """By variable, by value: the ranks that have it."""
+    """Group ranks by variable and by the value that it has there."""
     names = sorted({name for _, one in given for name in one})
     return {name: grouped((one[name], rank) for rank, one in given if name in one) for name in names}
 
 
 def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
-    """Values by key, in the order of first ones."""
+    """Group values by key; keys are in the order in which they come first."""
     found: dict[Any, list[Any]] = {}
     for key, value in pairs:
         found.setdefault(key, []).append(value)
@@ -462,10 +464,10 @@ if os.getppid() == process:
 
 @contextmanager
 def _limit(seconds: float) -> Iterator[Callable[[str], None]]:
-    """Gives what is to be told of each thing that is done, in words.
+    """Yield the function to be called with each thing that is done, in words; end this process after so many seconds.
 
-    Another process watches this one, and lets others tell, too, before it ends it: launchers end the job when the first
-    process fails.
+    Another process watches this one, and waits for others to print their line too before it ends it: launchers end the
+    job when the first process fails.
     """
     who = f"rank {launched_rank()} on {socket.gethostname()}"
     command = [sys.executable, "-I", "-S", "-c", _WATCH, str(os.getpid()), str(seconds), who]
