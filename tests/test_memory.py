@@ -31,7 +31,7 @@ import mpicoll
 from mpicoll.mpi import memory, shared
 world = mpicoll.Comm(MPI.COMM_WORLD)
 rank, p = world.rank, world.size
-assert world._shares
+assert world._state.shares
 def calls(n, seed=0):
     rng, total = np.random.default_rng(seed), p * (p + 1) // 2
     for _ in range(n):
@@ -192,7 +192,7 @@ def test_a_rank_that_is_killed_leaves_nothing(tmp_path, maker):
     body = """
     memory.MEMORY = memory.%s,
     world = world.Dup()
-    assert world._shares
+    assert world._state.shares
     calls(2)
     x, y = world.zeros(50_000), np.zeros(50_000)  # made once: a file in /dev/shm has a name until all have opened it
     if rank == 1: print(os.getpid(), flush=True)

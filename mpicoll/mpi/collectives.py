@@ -13,7 +13,7 @@ from .agreement import header_of
 from .buffers import shape_of
 from .engine import execute, together
 from .progress import driving
-from .request import NEW, Lengths, Raw, check_root, cuts_of, exact, lengths_of
+from .request import NEW, Lengths, Raw, check_root, cuts_of, hashable, lengths_of
 from .state import State
 
 
@@ -181,7 +181,7 @@ def reduce_scatter(
     ``mpicoll.ALGORITHMS["reduce_scatter"]``.
     """
     how = algorithm, deterministic, None, wire, check, stream
-    return execute(comm, REDUCE_SCATTER, x, NEW, op, None, exact(counts), *how, method=False)
+    return execute(comm, REDUCE_SCATTER, x, NEW, op, None, hashable(counts), *how, method=False)
 
 
 def allgather(
@@ -200,7 +200,7 @@ def allgather(
     r brings ``counts[r]`` elements into a flat result.  Algorithms are ``mpicoll.ALGORITHMS["allgather"]``.
     """
     how = algorithm, False, None, None, check, stream
-    result = execute(comm, ALLGATHER, x, NEW, None, None, exact(counts), *how, method=False)
+    result = execute(comm, ALLGATHER, x, NEW, None, None, hashable(counts), *how, method=False)
     return result if counts is not None else result.reshape(comm.size, *shape_of(x))
 
 
@@ -234,7 +234,7 @@ def gather(
     """
     recv = NEW if _is_root(comm, root) else None
     how = algorithm, False, None, None, check, stream
-    result = execute(comm, GATHER, x, recv, None, root, exact(counts), *how, method=False)
+    result = execute(comm, GATHER, x, recv, None, root, hashable(counts), *how, method=False)
     if recv is None or counts is not None:
         return result
     return result.reshape(comm.size, *shape_of(x))

@@ -17,7 +17,7 @@ from .attach import check_comm
 from .buffers import blocks, entries, is_in_place, order_of, shape_of
 from .engine import execute, together
 from .progress import driving
-from .request import ONE, VECTORS, Lengths, Raw, exact
+from .request import ONE, VECTORS, Lengths, Raw, hashable
 from .state import State, state_of
 
 C = TypeVar("C", bound=MPI.Intracomm)
@@ -41,7 +41,6 @@ class Comm(MPI.Intracomm):
     deterministic: bool = False
     check: str = ""
     _state: State | None = None
-    _shares: bool = False
 
     def __new__(
         cls, comm: MPI.Intracomm | None = None, *, deterministic: bool | None = None, check: str | None = None
@@ -70,7 +69,6 @@ class Comm(MPI.Intracomm):
         self.deterministic, self.check = deterministic, check
         check_level(self.check)
         self._state = state_of(self)
-        self._shares = self._state.shares
         return self
 
     def _wrapped(self, comm: C) -> "C | Comm":
@@ -290,7 +288,7 @@ class Comm(MPI.Intracomm):
         if counts is None:
             counts = [] if is_in_place(sendbuf) else self._room(recvbuf, check)
         how = algorithm, deterministic, None, wire, check, stream
-        execute(self, REDUCE_SCATTER, sendbuf, recvbuf, op, None, exact(counts), *how)
+        execute(self, REDUCE_SCATTER, sendbuf, recvbuf, op, None, hashable(counts), *how)
 
     def _room(self, recvbuf: Any, check: str | None) -> Sequence[int]:
         """How many elements each rank has room for."""

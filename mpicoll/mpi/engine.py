@@ -23,21 +23,26 @@ from .attach import attached, check_comm, interrupted, whole
 from .buffers import is_half, order_of
 from .paths import Account, Path, decide, native_first
 from .progress import under_way
-from .request import NEW, ONE, VECTORS, Asked, Lengths, New, Options, Raw, Request, understand
+from .request import NEW, ONE, VECTORS, Asked, Lengths, Marker, Options, Raw, Request, understand
 from .select import PLAIN
 from .state import State, find_state, state_of
 
-ndarray, IN_PLACE, NOTHING = np.ndarray, MPI.IN_PLACE, New("nothing")  # looked up in every call
+ndarray, IN_PLACE, NOTHING = np.ndarray, MPI.IN_PLACE, Marker("nothing")  # looked up in every call
 
-KEPT = 256
-"""Calls that a communicator remembers; when there are more, all are forgotten."""
+KEPT = 1024
+"""Calls that a communicator remembers; the oldest goes first."""
+
+BRIEF = 64 << 10
+"""Bytes of the whole up to which a native call that is not compared is not recorded."""
 
 
 @dataclass(eq=False, slots=True)
 class Decided:
-    """What the cache holds for a call: the path, what is compared, and the operation, kept for its ``id``.
+    """What the cache holds for a call: the path, and what is compared.
 
-    ``room`` are the elements of a new array to receive.
+    ``native`` is that of the path.  ``op`` is an ``MPI.Op`` that was passed, kept so that its ``id`` is no other's;
+    ``users`` says that it is user-defined, and may be freed.  ``room`` are the elements of a new array to receive.
+    ``brief`` are calls so short that, unchecked and native, they are not worth recording.
     """
 
     paths: tuple[Path]
@@ -45,7 +50,9 @@ class Decided:
     headers: Headers
     digest: int
     op: MPI.Op | None
+    users: bool
     room: int
+    brief: bool
 
 
 def execute(
@@ -72,61 +79,75 @@ def execute(
         if deterministic is None:
             deterministic = comm.deterministic  # type: ignore[attr-defined]
         if check is None:
-            check = comm.check  # type: ignore[attr-defined]
+            check = comm.check or level_of(comm, None)  # type: ignore[attr-defined]
     except AttributeError:  # no Comm
         state = attached(comm) if isinstance(comm, MPI.Comm) and comm else None
-    # What is passed, told apart as far as it matters: the first call of a kind looks closely, in ``_remember``.
+        if check is None:
+            check = level_of(comm, None)
+    # What is passed, told apart by all that matters: arrays that lie row by row, aligned, and may be written.
     key = found = dtype = size = None
     form: Any = None
     if type(recv) is ndarray:
         if recv.flags.carray:
             if send is IN_PLACE or send is None:
                 dtype, size = recv.dtype, recv.size
-            elif type(send) is ndarray and send.dtype is recv.dtype and send.flags.c_contiguous:
+            elif type(send) is ndarray and send.dtype is recv.dtype and send.flags.carray:
                 dtype, size, form = recv.dtype, recv.size, send.size
-    elif type(send) is ndarray and (recv is None or type(recv) is New) and send.flags.c_contiguous:
+    elif type(send) is ndarray and (recv is None or type(recv) is Marker) and send.flags.carray:
         dtype, size, form = send.dtype, send.shape, recv or NOTHING
     if (
         dtype is not None
         and stream is None
         and (root is None or type(root) is int)  # not what is equal to one
+        and (segments is None or type(segments) is int)
         and (counts is None or type(counts) is tuple)
     ):
-        key = row, id(op), dtype, size, form, root, counts, method, algorithm, deterministic, segments, wire
+        which = op if type(op) is str else id(op)
+        key = row, which, dtype, size, form, root, counts, method, algorithm, not deterministic, segments, wire
         if state is not None and not under_way and not interrupted:
             try:
                 found = state.decided.get(key)
             except TypeError:  # for an argument without a hash, which will be refused
                 key = None
-    if check is None:
-        check = level_of(comm, None)
-    if found is None or found.op is not op or (check != "off" and check != "header"):
+    if (
+        found is None
+        or (check != "off" and check != "header")
+        or (found.users and not op)  # freed meanwhile
+        or (recv is NEW and (recv := _room(found.room, dtype)) is NEW)
+    ):
         options = Options(algorithm, bool(deterministic), segments, wire)
         return _understood(comm, row, send, recv, op, root, counts, options, check, stream, method, key)
-    if recv is NEW:
-        recv = np.empty(found.room, send.dtype)
     native = found.native
     state.last = found.paths
-    if native is not None and (check == "off" or state.p == 1):
-        native(send, recv)
-        return recv
-    compares = check == "header" and state.p > 1
-    (path,), headers, agreement = found.paths, found.headers, state.agreement
-    record.begin(record.Entry(headers, state.name, state.world, agreement.calls + 1 if compares else 0))
     try:
-        places = None
-        if compares:
-            mine = () if path.places is None else path.places(send, recv)
-            places = agreement.check(headers, None, mine, found.digest)
-        if native is None:
-            return path.run(send, recv, places)
-        native(send, recv)
-        return recv
+        if native is not None and found.brief and (check == "off" or state.p == 1):
+            native(send, recv)
+            return recv
+        compares = check == "header" and state.p > 1
+        (path,), headers = found.paths, found.headers
+        record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
+        try:
+            places = None
+            if compares:
+                mine = () if path.places is None else path.places(send, recv)
+                places = state.agree(headers, None, mine, found.digest)
+            if native is None:
+                return path.run(send, recv, places)
+            native(send, recv)
+            return recv
+        finally:
+            record.end()
     except (KeyboardInterrupt, SystemExit):
         state.interrupt()
         raise
-    finally:
-        record.end()
+
+
+def _room(elements: int, dtype: np.dtype | None) -> Any:
+    """A new array, or ``NEW`` if there is no memory for it, which all ranks are to hear of."""
+    try:
+        return np.empty(elements, dtype)
+    except MemoryError:
+        return NEW
 
 
 def _understood(
@@ -160,7 +181,7 @@ def _understood(
         if counts is VECTORS or isinstance(counts, Lengths)
         else row.name
     )
-    return together(comm, level, name, send if recv is None or isinstance(recv, New) else recv, calls, remember)
+    return together(comm, level, name, send if recv is None or isinstance(recv, Marker) else recv, calls, remember)
 
 
 def together(
@@ -206,7 +227,7 @@ def together(
                 raise error from mismatch  # its own, and who else is concerned
         if error is not None:
             raise error
-        state.last = tuple(paths)
+        state.last = tuple(path for path in paths if isinstance(path, Path))
         result = None
         for path, request in zip(paths, made, strict=True):
             result = path.do() if isinstance(path, Raw) else run(path, request, places)
@@ -232,17 +253,24 @@ def _remember(state: State, key: Any, send: Any, recv: Any, op: Any, path: Path,
     if not all(x.dtype in PLAIN or (is_half(x.dtype) and path.native is None) for x in arrays):
         return
     if len(state.decided) >= KEPT:
-        state.decided.clear()
-    room = request.result.size if recv is NEW else 0
+        del state.decided[next(iter(state.decided))]
     headers = (path.header,)
-    state.decided[key] = Decided((path,), path.native, headers, digest_of(headers), op, room)
+    state.decided[key] = Decided(
+        (path,),
+        path.native,
+        headers,
+        digest_of(headers),
+        None if isinstance(op, str) else op,
+        not request.operation.predefined,
+        request.result.size if recv is NEW else 0,
+        request.nbytes <= BRIEF,
+    )
 
 
 def last(comm: MPI.Intracomm) -> Account:
     """What the latest collective on ``comm`` did: the algorithm, and what this rank sent.  Not a collective call."""
     state = find_state(comm)
-    paths = [] if state is None else [path for path in state.last if isinstance(path, Path)]
-    return total([path.account() for path in paths]) if paths else Account(NATIVE, None, None)
+    return total([path.account() for path in state.last]) if state and state.last else Account(NATIVE, None, None)
 
 
 def account(

@@ -16,7 +16,7 @@ from .agreement import Headers, check_level, level_of
 from .attach import check_comm, whole
 from .buffers import order_of, specification
 from .engine import together
-from .paths import Preference, choose, header_of
+from .paths import Preference, choose, header_for
 from .plan import Bound
 from .progress import Handle, NativeHandle, PersistentHandle
 from .request import DEFAULT, Asked, Options, Raw, Request, on_host
@@ -136,14 +136,14 @@ def _row(part: Request, rules: tuple[Rule, ...], prefer: Preference) -> Any:
 
 
 def _told(part: Request, row: Algorithm) -> dict[str, int]:
-    return parameters(row, part.count * part.dtype.itemsize, None, part.options.segments)
+    return parameters(row, part.elements * part.dtype.itemsize, None, part.options.segments)
 
 
 def _headers(parts: list[Request], rows: list[Any], error: Exception | None = None) -> Headers:
     if error is not None:
         return f"iallreduce refused, {error}"
     return tuple(
-        header_of(part, NATIVE) if isinstance(row, str) else header_of(part, row.name, _told(part, row))
+        header_for(part, NATIVE) if isinstance(row, str) else header_for(part, row.name, _told(part, row))
         for part, row in zip(parts, rows, strict=True)
     )
 
@@ -153,14 +153,14 @@ def _bind(state: State, part: Request, row: Algorithm) -> Iterator[Bound]:
     flat: Any = part.recv
     told = _told(part, row)
     name, schedule = (row.collective, row.name, *told.items()), partial(row.schedule, state.p, **told)
-    plan = state.plan(name, schedule, part.count, part.dtype, part.operation)
+    plan = state.plan(name, schedule, part.elements, part.dtype, part.operation)
     return plan.bind(flat, np.empty(plan.scratch_bytes, np.uint8), part.operation)
 
 
 def _start_native(comm: MPI.Intracomm, part: Request) -> list[MPI.Request]:
     longest = operations.MAX_COUNT
     flat: Any = part.recv
-    pieces = (flat[lo : lo + longest] for lo in range(0, max(part.count, 1), longest))
+    pieces = (flat[lo : lo + longest] for lo in range(0, max(part.elements, 1), longest))
     op = part.operation.native
     return [MPI.Intracomm.Iallreduce(comm, MPI.IN_PLACE, specification(piece), op) for piece in pieces]
 

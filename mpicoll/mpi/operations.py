@@ -125,12 +125,6 @@ def name_of(op: str | MPI.Op) -> str:
     return _NAMES.get(op.handle) or _LOCATIONS.get(op.handle, "user-defined")
 
 
-def predefined(op: MPI.Op, dtype: np.dtype) -> Operation | None:
-    """The same for those that MPI defines on ``dtype``, and ``None`` for all else."""
-    found, kinds = _TABLE.get(_NAMES.get(op.handle, ""), (None, ""))
-    return found if dtype.kind in kinds and dtype.num != 23 and _is_numpys(dtype) else None
-
-
 def operation(op: str | MPI.Op, dtype: np.dtype) -> Operation:
     """``op`` on arrays of ``dtype``; a ``ValueError`` if it is unknown, a ``TypeError`` if MPI defines none such."""
     if isinstance(op, MPI.Op):

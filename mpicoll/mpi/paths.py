@@ -6,7 +6,7 @@ only on what is equal on all ranks: the collective, count, dtype, operation and 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -154,7 +154,7 @@ def decide(state: State, request: Request, prefer: Preference = "fastest") -> Pa
     if request.on_gpu:
         return _on_gpu(state, request)
     one = request.recv is ONE
-    request = replace(request, send=None, recv=None, deliver=None, result=None)  # a path that is kept keeps no arrays
+    request = request._replace(send=None, recv=None, deliver=None, result=None)  # a path that is kept keeps no arrays
     if one:
         return _one_result(state, request)
     row, operation, options = request.row, request.operation, request.options
@@ -168,12 +168,12 @@ def decide(state: State, request: Request, prefer: Preference = "fastest") -> Pa
     return _by_messages(state, request, chosen)
 
 
-def header_of(request: Request, name: str, parameters: dict[str, int] | None = None, *details: str) -> Header:
+def header_for(request: Request, name: str, parameters: dict[str, int] | None = None, *details: str) -> Header:
     """What all ranks must have in common."""
     operation, dtype = request.operation, request.dtype
     moves, carried = not operation.reduces, operation.carried(dtype)
     by_bytes = moves or (name == NATIVE and name_of_op(operation.native) == "user-defined")
-    count = request.count * dtype.itemsize if by_bytes else request.count
+    count = request.elements * dtype.itemsize if by_bytes else request.elements
     told = dict(parameters or {}) if request.root is None else {"root": request.root, **(parameters or {})}
     more = [*details, "" if carried == dtype else f"carried as {name_of(carried)}", request.detail]
     return Header(
@@ -235,7 +235,7 @@ def _native(state: State, request: Request) -> Path:
                 sent = in_place if given is None or (row.sends_part and in_place is not None) else specification(given)
                 call(sent, in_place if taken is None else specification(taken))
             else:
-                for lo in range(0, max(request.count, 1), longest):
+                for lo in range(0, max(request.elements, 1), longest):
                     one, other = (None if x is None else specification(x[lo : lo + longest]) for x in (given, taken))
                     call(MPI.IN_PLACE if row.reduces and given is taken else one, other)
         if finish and taken is not None:
@@ -244,10 +244,10 @@ def _native(state: State, request: Request) -> Path:
         return recv
 
     # The user's arrays may be handed over as they are, unless counts are those of bytes.
-    plain = dtype in PLAIN and request.count <= operations.MAX_COUNT and finish is None
+    plain = dtype in PLAIN and request.elements <= operations.MAX_COUNT and finish is None
     plain = plain and (row.reduces or counts is None)
     return Path(
-        NATIVE, header_of(request, NATIVE), run, lambda: Account(NATIVE, None, None), native=call if plain else None
+        NATIVE, header_for(request, NATIVE), run, lambda: Account(NATIVE, None, None), native=call if plain else None
     )
 
 
@@ -255,7 +255,7 @@ def _native(state: State, request: Request) -> Path:
 
 
 def _by_messages(state: State, request: Request, algorithm: Algorithm) -> Path:
-    row, operation, count, dtype, cuts = request.row, request.operation, request.count, request.dtype, request.cuts
+    row, operation, count, dtype, cuts = request.row, request.operation, request.elements, request.dtype, request.cuts
     told = parameters(algorithm, count * dtype.itemsize, request.root, request.options.segments)
     if request.options.segments is not None:
         algorithm.schedule(state.p, **told)  # so that a wrong parameter is refused now
@@ -291,7 +291,7 @@ def _by_messages(state: State, request: Request, algorithm: Algorithm) -> Path:
         plan = find_plan()
         return Account(algorithm.name, plan.bytes_sent, plan.messages)
 
-    return Path(algorithm.name, header_of(request, algorithm.name, told), run, account)
+    return Path(algorithm.name, header_for(request, algorithm.name, told), run, account)
 
 
 # ---- in memory that ranks share
@@ -304,7 +304,7 @@ def _shared(state: State, request: Request) -> Path:
     arrays = _arrays(request)
 
     def run(send: Any, recv: Any, places: Any) -> Any:
-        if not request.count:
+        if not request.elements:
             return recv
         given, taken = arrays(send, recv)
         state.join_nodes()
@@ -316,18 +316,18 @@ def _shared(state: State, request: Request) -> Path:
     def places(send: Any, recv: Any) -> tuple[int, ...]:
         return state.node.places(*arrays(send, recv))
 
-    found = places if state.shares and request.count else None
-    return Path(SHARED, header_of(request, SHARED), run, lambda: _across(state, request), places=found)
+    found = places if state.shares and request.elements else None
+    return Path(SHARED, header_for(request, SHARED), run, lambda: _across(state, request), places=found)
 
 
 def _without_sharing(state: State, request: Request) -> Path:
     """By messages, in the same order of additions."""
     options = DEFAULT._replace(deterministic=request.row.reduces)
-    return decide(state, replace(request, options=options), "by messages")
+    return decide(state, request._replace(options=options), "by messages")
 
 
 def _across(state: State, request: Request) -> Account:
-    found = state.plans_across(request.count, request.dtype, request.operation)
+    found = state.plans_across(request.elements, request.dtype, request.operation)
     if found is None:
         return Account("unknown", None, None)
     return Account(SHARED, sum(plan.bytes_sent for plan in found), sum(plan.messages for plan in found))
@@ -338,7 +338,7 @@ def _one_result(state: State, request: Request) -> Path:
     operation, options, arrays = request.operation, request.options, _arrays(request)
     name = f"{request.row.name}_shared"
     small = request.nbytes < SHARED_FROM[name] and not options.deterministic
-    shares = bool(not small and request.count and state.can_share(name, True, operation))
+    shares = bool(not small and request.elements and state.can_share(name, True, operation))
 
     private = None if shares else decide(state, request)
 
@@ -355,7 +355,7 @@ def _one_result(state: State, request: Request) -> Path:
     def places(send: Any, recv: Any) -> tuple[int, ...]:
         return state.node.places(arrays(send, None)[0], None)
 
-    header = header_of(request, SHARED)._replace(collective=name, detail="" if shares else "each its own")
+    header = header_for(request, SHARED)._replace(collective=name, detail="" if shares else "each its own")
     found = places if shares and state.shares else None
     return Path(SHARED, header, run, lambda: _across(state, request), places=found)
 
@@ -367,15 +367,15 @@ def _on_gpu(state: State, request: Request) -> Path:
     """How it goes is known when all ranks have come: they find out together what their GPUs can do."""
     row, operation, options = request.row, request.operation, request.options
     if options.algorithm not in ("auto", *GPU_PATHS) or options.segments is not None or options.wire is not None:
-        decide(state, _staged(request, np.broadcast_to(np.empty((), request.dtype), request.count)))  # raises
-    request = replace(request, send=None, recv=None, deliver=None, result=None)  # a path keeps no arrays
-    kind = row.name, operation.name, request.count, request.dtype, options
+        decide(state, _staged(request, np.broadcast_to(np.empty((), request.dtype), request.elements)))  # raises
+    request = request._replace(send=None, recv=None, deliver=None, result=None)  # a path keeps no arrays
+    kind = row.name, operation.name, request.elements, request.dtype, options
 
     def run(send: Any, recv: Any, places: Any) -> Any:
-        live = replace(request, send=send, recv=recv)
+        live = request._replace(send=send, recv=recv)
         if state.p == 1:
             _copy(live)
-        elif request.count:
+        elif request.elements:
             together(live)
         if isinstance(recv, Array):
             recv.settle()
@@ -402,9 +402,9 @@ def _on_gpu(state: State, request: Request) -> Path:
             return Account(went, 0, 0)
         if went != "staged":
             return Account(went or "unknown", None, None)
-        lengths = [request.count]
+        lengths = [request.elements]
         if not request.cuts:
-            lengths = [n for _, n in staging.pieces(request.count, request.dtype, staging.BUFFER)]
+            lengths = [n for _, n in staging.pieces(request.elements, request.dtype, staging.BUFFER)]
         pieces = [np.broadcast_to(np.empty((), request.dtype), length) for length in lengths]
         found = [decide(state, _staged(request, piece)).account() for piece in pieces]
         name = f"staged {found[0].algorithm}"
@@ -418,8 +418,8 @@ def _on_gpu(state: State, request: Request) -> Path:
         row.name,
         options.algorithm,
         "" if moves else operation.name,
-        ("bytes" if moves else name_of(request.dtype)) if request.count else "",
-        request.count,
+        ("bytes" if moves else name_of(request.dtype)) if request.elements else "",
+        request.elements,
         tuple((name, int(n)) for name, n in (("root", request.root), ("segments", options.segments)) if n is not None),
         request.counts,
         ", ".join(
@@ -447,11 +447,10 @@ def _staged(request: Request, flat: np.ndarray) -> Request:
     row, rank, root = request.row, request.rank, request.root
     sends = row.sends(rank, root)
     receives = row.receives(rank, root) and not (row.from_root and sends)
-    return replace(
-        request,
+    return request._replace(
         send=flat if sends else None,
         recv=flat if receives else None,
-        count=len(flat),
+        elements=len(flat),
         options=_on_host(request.options),
         in_place=sends and receives,
     )
@@ -487,7 +486,7 @@ def _run_staged(state: State, request: Request, array: Array) -> None:
         assert isinstance(taken, Array)
         taken.part(request.own.start, request.own.stop).load(received[request.own])
         taken.synchronize()
-    one = replace(request, send=sent, recv=received, options=_on_host(request.options))
+    one = request._replace(send=sent, recv=received, options=_on_host(request.options))
     decide(state, one).run(one.send, one.recv, None)
     if isinstance(taken, Array):
         staging.deliver(received, taken)

@@ -4,7 +4,6 @@ Every call goes through here once; the next one that is like it is found in the 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import index
 from typing import Any, NamedTuple, cast
@@ -59,8 +58,8 @@ class Options(NamedTuple):
 DEFAULT = Options()
 
 
-class New:
-    """In place of an array to receive: the call makes a new one, and returns it."""
+class Marker:
+    """What stands in place of an array to receive."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -69,8 +68,8 @@ class New:
         return self.name
 
 
-NEW = New("a new array")
-ONE = New("one result for all ranks of a node")
+NEW = Marker("a new array")  # which the call makes, and returns
+ONE = Marker("one result for all ranks of a node")
 VECTORS = object()
 """In place of counts: they are in the specification of the whole, with displacements."""
 
@@ -79,13 +78,12 @@ class Lengths(tuple[int, ...]):
     """Counts that all ranks know, of a call whose whole has a specification with displacements."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One array's share of a call: flat arrays of one dtype, in host memory or on a GPU, and what is to become of them.
 
     ``send`` is what this rank sends, the whole or its part, and ``recv`` what it receives, each ``None`` where it does
     not; ``recv`` may also be ``ONE``.  Where ``send`` is ``recv``, or is ``None`` and ``in_place`` set, what it sends
-    is in what it receives.  ``count`` elements of ``dtype`` are the whole, ``cuts`` are where parts of it begin,
+    is in what it receives.  ``elements`` of ``dtype`` are the whole, ``cuts`` are where parts of it begin,
     ``counts`` their lengths if they are not all equal.
 
     ``detail`` is what else all ranks must have in common, ``stated`` what those that state it must (see ``Header``).
@@ -97,9 +95,9 @@ class Request:
     p: int
     rank: int
     send: np.ndarray | Array | None
-    recv: np.ndarray | Array | New | None
+    recv: np.ndarray | Array | Marker | None
     dtype: np.dtype
-    count: int
+    elements: int
     operation: Operation
     options: Options
     root: int | None = None
@@ -125,7 +123,7 @@ class Request:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole, as they travel."""
-        return self.count * self.operation.carried(self.dtype).itemsize
+        return self.elements * self.operation.carried(self.dtype).itemsize
 
 
 class Raw(NamedTuple):
@@ -175,7 +173,7 @@ class Asked(NamedTuple):
     def request(
         self,
         send: np.ndarray | Array | None,
-        recv: np.ndarray | Array | New | None,
+        recv: np.ndarray | Array | Marker | None,
         operation: Operation,
         *,
         cuts: tuple[int, ...] | None = None,
@@ -249,7 +247,7 @@ def cuts_of(counts: Sequence[int] | None, total: int | None, p: int) -> tuple[in
     return (0, *accumulate(checked))
 
 
-def exact(counts: Any) -> Any:
+def hashable(counts: Any) -> Any:
     """A list or tuple of Python's whole numbers as a tuple, by which a call may be remembered; all else as no tuple."""
     if not isinstance(counts, (list, tuple)):
         return counts
@@ -293,8 +291,13 @@ def _reducing(asked: Asked) -> list[Request | Raw]:
     if in_place:
         send = recv
     target = recv if receives else send
-    as_it_is = asked.method and isinstance(op, MPI.Op) and not asked.options.deterministic
-    as_it_is = as_it_is and not concerns_device(target, send)
+    as_it_is = (
+        asked.method
+        and recv is not ONE
+        and isinstance(op, MPI.Op)
+        and not asked.options.deterministic
+        and not concerns_device(target, send)
+    )
     if on_device(send):
         there = on_stream(send, stream, writable=in_place)
         taken: Any = there if in_place else None

@@ -14,8 +14,8 @@ from ..collective import COLLECTIVES
 from ..cost import CLUSTER, NODE, Network, seconds
 from ..tuning.rules import NATIVE, SHARED, Rule
 
-PLAIN = {np.dtype(character): np.dtype(character).name for character in "bBhHiIlLqQfdgFDG"}
-"""The dtypes that the MPI library can be given without another look, and their names: all numbers but 16-bit floats."""
+PLAIN = frozenset(np.dtype(character) for character in "?bBhHiIlLqQfdgFDG")
+"""The dtypes that the MPI library can be given without another look: all but 16-bit floats."""
 
 SEGMENT = 128 << 10
 """Bytes of a pipelining algorithm's pieces: at least these, and not more pieces than ``MAX_SEGMENTS``."""

@@ -6,9 +6,11 @@ import numpy as np
 from mpi4py import MPI
 
 from ..collective import REDUCE_SCATTER
+from ..tuning.rules import SHARED
 from . import record
-from .agreement import header_of
+from .agreement import Header
 from .operations import operation
+from .request import lengths_of
 from .state import State, state_of
 
 
@@ -45,7 +47,7 @@ class SharedMemory:
         """
         state = self._state
         node, cut = state.node, tuple(cuts)
-        header = header_of("reduce_scatter", "sum", send.dtype.name, len(send), algorithm="shared")
+        header = Header("reduce_scatter", SHARED, "sum", send.dtype.name, len(send), (), lengths_of(cut))
         words = np.array(numbers, np.float64).view(np.uint64).tolist()
         places = node.places(send, recv)
         record.begin(state.entry((header,)))

@@ -321,17 +321,23 @@ class State:
         return record.Entry(what, self.name, self.world, self.agreement.calls + 1)
 
     def agree(
-        self, headers: Headers, detail: tuple[str, ...] | None = None, places: tuple[int, ...] = ()
+        self,
+        headers: Headers,
+        detail: tuple[str, ...] | None = None,
+        places: tuple[int, ...] = (),
+        digest: int = 0,
     ) -> list[list[int]] | None:
         """Compare a blocking call between the ranks: a ``MismatchError`` on all of them if it is not the same; else the
-        ``places`` of all."""
+        ``places`` of all.  ``digest`` is that of ``headers``, if it is known."""
         if self.p == 1:
             return None
         self.check()
         self._take_turn()
         try:
-            with driving(self.comm):
-                return self.agreement.check(headers, detail, places)
+            if under_way or interrupted:
+                with driving(self.comm):
+                    return self.agreement.check(headers, detail, places, digest)
+            return self.agreement.check(headers, detail, places, digest)
         finally:
             self._running.release()
 
@@ -374,6 +380,8 @@ class State:
 
     def disown(self) -> None:
         """The communicator is being freed, by all ranks."""
+        self.decided.clear()  # so that a call on a handle of it that is left is looked at closely
+        self.last = ()
         self.node.disown()
 
     def retain(self) -> None:

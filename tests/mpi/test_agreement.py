@@ -370,7 +370,7 @@ def test_nothing_is_described_where_nothing_is_compared(ours, monkeypatch):
     def described(*arguments: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(nonblocking, "header_of", described)
+    monkeypatch.setattr(nonblocking, "header_for", described)
     for name in ("native", "ring"):
         assert mpicoll.iallreduce(ones(), ours, algorithm=name, check="off").wait().tolist() == [P] * 5
         assert mpicoll.iallreduce(ones(), mpicoll.Comm(MPI.COMM_SELF), algorithm=name).wait().tolist() == [1] * 5

@@ -221,7 +221,6 @@ def test_a_plain_large_reduce_goes_in_pieces_too(comm, monkeypatch):
     root, x = P - 1, np.full((1 << 20) + 1, comm.rank + 1.0)
     received = np.empty_like(x) if comm.rank == root else None
     ours = mpicoll.Comm(comm)
-    monkeypatch.setattr(ours, "_shares", False)
     monkeypatch.setattr(ours._state, "shares", False)
     ours._state.follow({})
     ours.Reduce(x, received, root=root)

@@ -646,7 +646,7 @@ def nothing(*_: Any) -> tuple[int, str]:
 def test_without_memory_arrays_are_ordinary(comm, monkeypatch):
     monkeypatch.setattr(memory, "MEMORY", (nothing,))
     own = mpicoll.Comm(comm)
-    assert not own._shares
+    assert not own._state.shares
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         x = own.full(1000, 1.0)

@@ -57,7 +57,7 @@ class Aware:
             call(MPI.IN_PLACE if request.in_place or _is_part(send, recv) else given, taken)
         else:
             longest, in_place = operations.MAX_COUNT, send is recv
-            for lo in range(0, request.count, longest):
+            for lo in range(0, request.elements, longest):
                 one, other = (None if x is None else x[lo : lo + longest] for x in (given, taken))
                 call(MPI.IN_PLACE if in_place else one, other)
         if operation.finish and isinstance(recv, Array):

@@ -70,7 +70,7 @@ class Ipc:
         """Run a request; false, on all ranks, if its arrays cannot take this path, and nothing was done."""
         row, operation, root, cuts = request.row, request.operation, request.root or 0, request.cuts
         arrays = [array for array in (send, recv) if isinstance(array, Array)]
-        count, dtype = request.count, request.dtype
+        count, dtype = request.elements, request.dtype
         self._mappings.begin()
         error: Exception | None = None
         mine = [0, 0, *NOWHERE, *NOWHERE]
