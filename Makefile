@@ -25,7 +25,7 @@ PYTEST := python -m pytest
 # For what needs a GPU: one that has CuPy and an MPI library, and whose mpirun is found; nothing is installed.
 PY ?= python
 
-.PHONY: train tune test lint test-serial test-mpi test-mpi4py test-torch test-gpu bench bench-gloo bench-gpu cluster clean
+.PHONY: train tune test lint test-serial test-mpi test-mpi4py test-torch test-cupy test-gpu bench bench-gloo bench-gpu cluster clean
 
 train: $(VENV)/.train-installed
 	mpirun -n $(NP) mpicoll train
@@ -63,6 +63,11 @@ test-torch:
 
 test-torch-%: $(VENV)/.gloo-installed
 	timeout --kill-after=5 300 mpirun -n $* $(PYTEST) -x --color=no --only-mpi tests/mpi/test_torch.py
+
+# The CuPy of our tests, which needs no GPU, beside the real one, which needs none to be imported and asked for names.
+test-cupy:
+	$(MAKE) MPI=mpich VENV=.venv-cupy .venv-cupy/.cupy-installed
+	.venv-cupy/bin/python -m pytest tests/test_fakecupy_names.py
 
 # Several ranks on one GPU.  Where there is none, all is skipped, and it says why.
 test-gpu: test-gpu-1 test-gpu-2 test-gpu-3 test-gpu-4
@@ -109,6 +114,10 @@ $(VENV)/.mpi4py-fetched: $(VENV)/.dev-installed
 
 $(VENV)/.gloo-installed: $(VENV)/.dev-installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 safetensors
+	touch $@
+
+$(VENV)/.cupy-installed: $(VENV)/.dev-installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check cupy-cuda13x nvidia-nccl-cu13
 	touch $@
 
 clean:

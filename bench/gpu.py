@@ -58,30 +58,30 @@ def parameters() -> int:
 def boxes(size: int, shared: bool) -> Iterator[list[bool]]:
     """Communicators that first stage something here do so in boxes of this size, in memory that ranks share if it can
     be locked, or in some of their own; yields whether it was locked."""
-    from mpicoll.mpi import gpu
+    from mpicoll.mpi.gpu import staging
 
-    before, register, locked = gpu.BOX, gpu.register, []
+    before, register, locked = staging.BUFFER, staging.register, []
 
     def asked(memory: np.ndarray) -> bool:
         locked.append(shared and register(memory))
         return locked[-1]
 
-    gpu.BOX, gpu.register = size, asked
+    staging.BUFFER, staging.register = size, asked
     try:
         yield locked
     finally:
-        gpu.BOX, gpu.register = before, register
+        staging.BUFFER, staging.register = before, register
 
 
 def staged(own: Any, size: int, shared: bool) -> Any:
     """``staged`` by such boxes, on a communicator that has none yet; ``None`` if ranks should share them and cannot."""
     from mpicoll import Comm
     from mpicoll.measure.contestants import implementations_on_gpu
-    from mpicoll.mpi import gpu
+    from mpicoll.mpi.gpu.array import cupy
     from mpicoll.mpi.state import state_of
 
     with boxes(size, shared) as locked:
-        state_of(Comm(own)).boxes(gpu.cupy().cuda.Device().id)
+        state_of(Comm(own)).boxes(cupy().cuda.Device().id)
     made = implementations_on_gpu(own, "allreduce", np.dtype("f4"), "off")[0]["staged"]
     return made if own.allreduce(any(locked)) == shared * own.size else None
 
@@ -95,7 +95,7 @@ def measure(sizes: list[int]) -> dict:
     from mpicoll.measure.machine import check_gpu_memory, gpu_bandwidth, gpu_environment, memory_bandwidth
     from mpicoll.measure.metrics import record
     from mpicoll.measure.task import Task
-    from mpicoll.mpi.gpu import take
+    from mpicoll.mpi.gpu.assignment import take
     from mpicoll.mpi.launch import library_name
 
     comm, f4 = MPI.COMM_WORLD, np.dtype("f4")

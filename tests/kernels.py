@@ -1,11 +1,11 @@
-"""The kernel of ``mpi.kernel``, done by NumPy, for a GPU that is none."""
+"""The kernel of ``mpi.gpu.kernel``, done by NumPy, for a GPU that is none."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from mpicoll.mpi import kernel
+from mpicoll.mpi.gpu import kernel
 from mpicoll.mpi.operations import MOVE, operation
 from mpicoll.mpi.shared import additions
 

@@ -524,9 +524,9 @@ def prepare(fake):
 
 
 def on_gpu(tmp_path, *options, devices="1"):
-    """bench/gpu.py on a GPU that is none, tests/fakecupy.py."""
+    """bench/gpu.py on a GPU that is none, tests/fakecupy."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/fakecupy.py "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/fakecupy "$@"\n')
     python.chmod(0o755)
     (tmp_path / "small.py").write_text(FAKE)
     (tmp_path / "bench.py").write_text(ON_GPU.replace("BENCH", repr(str(REPOSITORY / "bench"))))
@@ -554,14 +554,14 @@ def test_arrays_on_a_gpu_are_measured_recorded_and_drawn(tmp_path, monkeypatch):
 
 
 def test_boxes_have_the_size_that_is_asked_for(monkeypatch):
-    from mpicoll.mpi import gpu
+    from mpicoll.mpi.gpu import staging
 
-    before = gpu.BOX, gpu.register
+    before = staging.BUFFER, staging.register
     with script(monkeypatch, "gpu").boxes(4096, shared=False) as locked:
-        assert gpu.BOX == 4096
-        assert not gpu.register(np.zeros(1))
+        assert staging.BUFFER == 4096
+        assert not staging.register(np.zeros(1))
         assert locked == [False]
-    assert (gpu.BOX, gpu.register) == before
+    assert (staging.BUFFER, staging.register) == before
 
 
 def test_without_a_gpu_nothing_is_launched_or_written(tmp_path):

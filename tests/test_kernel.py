@@ -5,14 +5,18 @@ import re
 import shutil
 import subprocess
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpicoll.mpi import kernel
 from mpicoll.mpi.buffers import PAIRS
+from mpicoll.mpi.gpu import kernel
 from mpicoll.mpi.operations import MOVE, operation
 from mpicoll.mpi.shared import additions
 
@@ -248,6 +252,57 @@ def test_floats_are_rounded_as_numpy_does(library: ctypes.CDLL, dtype: np.dtype)
         assert_same_bits(Case("mean", dtype, 1), found, given.view(np.float32).astype(dtype))
 
 
+ARCHITECTURE = "sm_90"
+UNUSED = "177"  # the number of a warning: a mean of one array combines nothing
+Compiler = Callable[[str, Path], bytes]
+
+
+def by_nvcc(text: str, folder: Path) -> bytes:
+    """What nvcc makes of a text for a GPU; an ``AssertionError`` with what it says, be it a warning."""
+    if not shutil.which("nvcc"):
+        pytest.skip("there is no nvcc to compile it with")
+    (folder / "kernels.cu").write_text(text)
+    wanted = [f"-arch={ARCHITECTURE}", "-cubin", f"-diag-suppress={UNUSED}", *kernel.OPTIONS, "kernels.cu"]
+    done = subprocess.run(["nvcc", *wanted], cwd=folder, capture_output=True, text=True, timeout=60)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert said == ""
+    return (folder / "kernels.cubin").read_bytes()
+
+
+def by_nvrtc(text: str, folder: Path) -> bytes:
+    """What NVRTC, by which CuPy compiles, makes of a text; an ``AssertionError`` as by nvcc."""
+    library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+    wanted = (f"--gpu-architecture={ARCHITECTURE}", f"--diag-suppress={UNUSED}", *kernel.OPTIONS)
+    options = [option.encode() for option in wanted]
+    assert not library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None)
+    failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+
+    def read(what: str) -> bytes:
+        assert not library[f"nvrtcGet{what}Size"](program, ctypes.byref(size))
+        found = ctypes.create_string_buffer(size.value)
+        assert not library[f"nvrtcGet{what}"](program, found)
+        return found.raw
+
+    said = read("ProgramLog").rstrip(b"\0").decode()
+    assert not failed, said
+    assert said == ""
+    made = read("CUBIN")
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return made
+
+
+def nvrtc() -> ctypes.CDLL:
+    """The library: the system's, or that of a package beside CuPy."""
+    spec = find_spec("nvidia")
+    packages = [Path(folder) for folder in spec.submodule_search_locations or []] if spec else []
+    beside = [str(file) for folder in packages for file in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
+    for name in (*beside, "libnvrtc.so", *(f"libnvrtc.so.{version}" for version in (13, 12))):
+        with suppress(OSError):
+            return ctypes.CDLL(name)
+    pytest.skip("there is no NVRTC to compile it with: pip install nvidia-cuda-nvrtc")
+
+
 GPU_CASES = [
     *(
         Case(name, np.dtype(dtype), 8, 8)
@@ -295,6 +350,31 @@ def test_a_product_and_a_sum_are_rounded_each(compiled: tuple[str, str]) -> None
     _, made = compiled
     assert "mul.rn.f32" in made
     assert "fma." not in made
+
+
+FORMS = [(1, 3, 16), (2, 1, 16), (3, 3, 1), (8, 2, 8)]
+"""Arrays to read, arrays to write, and bytes of loads and stores."""
+
+
+def every(p: int, targets: int, width: int) -> list[Case]:
+    """All operations, on all dtypes that they are defined on; of one array to read also moves, of all sizes."""
+    moves = [Case(MOVE.name, np.dtype(f"V{size}"), p, targets, width) for size in (1, 2, 4, 8, 16) if p == 1]
+    return [*moves, *(Case(name, dtype, p, targets, width) for name, dtype in defined())]
+
+
+@pytest.mark.parametrize(("p", "targets", "width"), FORMS)
+@pytest.mark.parametrize("compiler", [by_nvcc, by_nvrtc])
+def test_compiles_for_a_gpu(compiler: Compiler, p: int, targets: int, width: int, tmp_path: Path) -> None:
+    cases = every(p, targets, width)
+    made = compiler(together(cases), tmp_path)
+    assert all(f"k{n}\0".encode() in made for n in range(len(cases)))
+
+
+@pytest.mark.parametrize("compiler", [by_nvcc, by_nvrtc])
+def test_an_error_in_a_kernel_is_found(compiler: Compiler, tmp_path: Path) -> None:
+    wrong = Case("sum", np.dtype(np.float32), 2).source().replace("a + b", "a + c")
+    with pytest.raises(AssertionError, match='identifier "c" is undefined'):
+        compiler(wrong, tmp_path)
 
 
 def test_the_text_includes_nothing() -> None:

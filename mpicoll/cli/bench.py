@@ -13,7 +13,7 @@ from ..algorithms import ALGORITHMS
 from ..collective import COLLECTIVES
 from ..errors import UserError
 from ..mpi.launch import world
-from ..tuning.rules import NATIVE, WAYS
+from ..tuning.rules import GPU_PATHS, NATIVE
 from .bench_formats import PLACES, body, document, head
 from .bench_pipeline import PIPELINE, pipeline
 from .numbers import DTYPES, Numbers, dtype_named
@@ -134,7 +134,7 @@ def bench(
     if on_gpu and how["off_cache"]:
         raise click.UsageError("--off-cache is for arrays in host memory, not for --device gpu")
     shared = ["shared", "shared_arrays", *(["shared_result"] if collective == "allreduce" else [])]
-    known = ["auto", "native", *(WAYS if on_gpu else shared), *ALGORITHMS[collective]]
+    known = ["auto", "native", *(GPU_PATHS if on_gpu else shared), *ALGORITHMS[collective]]
     if unknown := [name for name in chosen if name not in known]:
         raise click.UsageError(f"--algorithm {unknown[0]!r} is none of {', '.join(known)}")
     row = COLLECTIVES[collective]
@@ -157,7 +157,7 @@ def bench(
     from ..measure.metrics import record
     from ..measure.task import Task, placements
     from ..measure.timing import NEEDED, NEEDED_ON_GPU, Settings, measure
-    from ..mpi.gpu import take
+    from ..mpi.gpu.assignment import take
     from ..mpi.together import on_root
 
     with ends_job(comm):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..files import to_json
-from ..tuning.rules import WAYS
+from ..tuning.rules import GPU_PATHS
 from .numbers import ranges
 from .output import Record, grouped, where
 
@@ -16,7 +16,7 @@ PLACES = {False: "out of place", True: "in place"}
 TIMES = ("mean", "median", "p10", "p90", "p99", "min", "max")
 HEAD = f"{'# Size':<12}{'Avg Latency(us)':>16}" + "".join(f"{name.capitalize():>11}" for name in TIMES[1:])
 HEAD += f"{'Iterations':>12}{'Wrong':>7}{'algbw':>9}{'busbw':>9}{'memory':>8}"
-WIDE = max(map(len, WAYS))
+WIDE = max(map(len, GPU_PATHS))
 SPEED = f"{'speed':>8}  95 % interval"
 
 

@@ -23,7 +23,7 @@ from ..train.optimizers import OPTIMIZERS, SCHEDULES
 from ..train.settings import DEVICES, DTYPES, LARGE, LEAST, MOMENTA, Settings, flag, read_settings
 from ..train.strategies import STRATEGIES
 from ..train.strategies.average import OUTER
-from ..tuning.rules import NATIVE, WAYS
+from ..tuning.rules import GPU_PATHS, NATIVE
 
 if TYPE_CHECKING:
     from ..train.loop import Epoch
@@ -103,7 +103,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             "server that does not wait for all (async).",
         ),
         "algorithm": (
-            click.Choice(["auto", *ALGORITHMS["allreduce"], NATIVE, *WAYS]),
+            click.Choice(["auto", *ALGORITHMS["allreduce"], NATIVE, *GPU_PATHS]),
             "The allreduce that adds up; auto adds in the canonical order. The last four are for --device gpu.",
         ),
         "balance": (

@@ -28,7 +28,7 @@ from ..mpi import launch
 from ..mpi.launch import SEGMENT, WHEELS, cores, launched_rank, launched_ranks, library_name, world
 from ..tuning.fingerprint import Fingerprint, machine
 from ..tuning.profile import VARIABLE, profile_path, read_profile, refusal
-from ..tuning.rules import WAYS
+from ..tuning.rules import GPU_PATHS
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -377,14 +377,15 @@ def _aware() -> Facts:
 
 def _taken(comm: "MPI.Intracomm") -> tuple[Facts | None, Facts | None, str | None]:
     """Return the GPU that this rank has, facts of CuPy, and if there is no GPU, why; a collective call."""
-    from ..mpi import gpu
+    from ..mpi.gpu.array import cupy
+    from ..mpi.gpu.assignment import take
 
     taken, lacking = None, None
     try:
-        taken = gpu.take(comm)._asdict()
+        taken = take(comm)._asdict()
     except UserError as error:
         lacking = str(error)
-    module = gpu.cupy()
+    module = cupy()
     return taken, None if module is None else _or_none(lambda: _cupy(module)), lacking
 
 
@@ -397,8 +398,8 @@ def _paths(state: "State", taken: Facts | None, lacking: str | None) -> dict[str
     """By which arrays in the memory of GPUs go here: for each an empty text, or why it cannot be gone.  A collective
     call."""
 
-    why = dict.fromkeys(WAYS, str(lacking)) if taken is None else state.join_devices(taken["number"]).why
-    return {way: why[way] for way in reversed(WAYS)}
+    why = dict.fromkeys(GPU_PATHS, str(lacking)) if taken is None else state.join_devices(taken["number"]).why
+    return {path: why[path] for path in reversed(GPU_PATHS)}
 
 
 def _gpus(everyone: list[Facts], lacking: str | None) -> Facts:

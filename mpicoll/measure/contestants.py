@@ -11,13 +11,13 @@ from mpi4py import MPI
 from ..algorithms import ALGORITHMS
 from ..collective import COLLECTIVES
 from ..errors import UserError
-from ..mpi import gpu
 from ..mpi.buffers import is_half
 from ..mpi.comm import Comm
+from ..mpi.gpu.array import cupy
 from ..mpi.operations import MOVE, operation
 from ..mpi.request import cuts_of, lengths_of
 from ..mpi.state import state_of
-from ..tuning.rules import NATIVE, SHARED, WAYS
+from ..tuning.rules import GPU_PATHS, NATIVE, SHARED
 from .task import Task
 from .testdata import Memory
 
@@ -84,24 +84,24 @@ def implementations_on_gpu(
     available.
     """
     ours = Comm(comm, check=check)
-    devices = state_of(ours).join_devices(gpu.cupy().cuda.Device().id)
+    devices = state_of(ours).join_devices(cupy().cuda.Device().id)
     reduces = COLLECTIVES[collective].reduces
     done = operation(op, dtype) if reduces else MOVE
 
     def latest_path() -> str:
-        paths = ", ".join({*devices.went.values()})
-        devices.went.clear()
+        paths = ", ".join({*devices.took.values()})
+        devices.took.clear()
         return paths
 
     found: dict[str, Implementation] = {"auto": WithPath(partial(call_of, ours), latest_path)}
     if not (is_half(dtype) and reduces):
         found[NATIVE] = partial(_by_hand, MPI.Intracomm(comm))
     refused = {}
-    for path in WAYS:
+    for path in GPU_PATHS:
         against = devices.why[path] if path not in named else ""
         try:
             if not against:
-                devices.ways(path, COLLECTIVES[collective], done, dtype, False)
+                devices.paths(path, COLLECTIVES[collective], done, dtype, False)
         except ValueError as error:
             if path in named:
                 raise UserError(str(error)) from None

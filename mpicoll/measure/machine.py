@@ -19,7 +19,9 @@ from mpi4py import MPI
 
 from .. import __version__
 from ..errors import UserError
-from ..mpi import gpu
+from ..mpi.gpu.array import Array, cupy
+from ..mpi.gpu.assignment import Gpu
+from ..mpi.gpu.staging import pinned
 from ..mpi.launch import cores, library_name, node_of
 from ..mpi.together import on_all
 from ..tuning.fingerprint import Fingerprint, machine
@@ -76,14 +78,14 @@ def memory_bandwidth(comm: MPI.Intracomm) -> dict[str, float]:
     return found
 
 
-def gpu_bandwidth(comm: MPI.Intracomm, mine: gpu.Gpu) -> GpuMemory:
+def gpu_bandwidth(comm: MPI.Intracomm, mine: Gpu) -> GpuMemory:
     """GB/s of the slowest GPU, the best of ten copies by its own clock.  A collective call.
 
     The first rank of each GPU copies, while the others wait.
     """
-    event, first = gpu.cupy().cuda.Event, comm.rank == mine.ranks[0]
-    here, other = (gpu.Array(gpu.cupy().zeros(COPIED if first else 0, np.uint8)) for _ in range(2))
-    host = gpu.pinned(here.nbytes)
+    event, first = cupy().cuda.Event, comm.rank == mine.ranks[0]
+    here, other = (Array(cupy().zeros(COPIED if first else 0, np.uint8)) for _ in range(2))
+    host = pinned(here.nbytes)
 
     def speed(moved: int, work: Callable[[], None]) -> float:
         ms = []
@@ -94,11 +96,11 @@ def gpu_bandwidth(comm: MPI.Intracomm, mine: gpu.Gpu) -> GpuMemory:
             work()
             end.record(here.stream)
             end.synchronize()
-            ms.append(gpu.cupy().cuda.get_elapsed_time(start, end))
+            ms.append(cupy().cuda.get_elapsed_time(start, end))
         return comm.allreduce(moved / min(ms) / 1e6 if first else float("inf"), MPI.MIN)
 
     return GpuMemory(
-        copy=speed(2 * COPIED, partial(other.fill_from, here)),
+        copy=speed(2 * COPIED, partial(other.copy_from, here)),
         to_host=speed(COPIED, partial(here.load, host)),
         from_host=speed(COPIED, partial(here.store, host)),
         sharing=comm.allreduce(len(mine.ranks), MPI.MAX),
@@ -121,9 +123,9 @@ def check_memory(comm: MPI.Intracomm, needed: int) -> None:
     on_all(comm, check)
 
 
-def check_gpu_memory(comm: MPI.Intracomm, mine: gpu.Gpu, needed: int) -> None:
+def check_gpu_memory(comm: MPI.Intracomm, mine: Gpu, needed: int) -> None:
     """A ``UserError`` if a GPU has less than ``needed`` bytes free for each of its ranks."""
-    free = gpu.cupy().cuda.runtime.memGetInfo()[0]
+    free = cupy().cuda.runtime.memGetInfo()[0]
 
     def check() -> None:
         if needed * len(mine.ranks) > free:
@@ -163,12 +165,12 @@ def environment(comm: MPI.Intracomm) -> dict[str, Any]:
     }
 
 
-def gpu_environment(comm: MPI.Intracomm, mine: gpu.Gpu) -> dict[str, Any]:
+def gpu_environment(comm: MPI.Intracomm, mine: Gpu) -> dict[str, Any]:
     """What the numbers depend on about GPUs; on rank 0, of all ranks.  A collective call."""
     gpus = comm.gather({"rank": comm.rank, **mine._asdict()})
     if gpus is None:
         return {}
-    module = gpu.cupy()
+    module = cupy()
     runtime = module.cuda.runtime
     versions = {"cuda_runtime": runtime.runtimeGetVersion(), "cuda_driver": runtime.driverGetVersion()}
     numbers = {name: f"{version // 1000}.{version % 1000 // 10}" for name, version in versions.items()}

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..mpi import gpu
 from ..mpi.buffers import is_half
+from ..mpi.gpu.array import Array, cupy
 from ..mpi.request import cuts_of
 from .task import Task
 
@@ -155,18 +155,18 @@ class GpuBuffers(Buffers):
         before = 1 if unaligned else 0
 
         def like(host: np.ndarray) -> Any:
-            return gpu.cupy().empty(before + len(host), host.dtype)[before:]
+            return cupy().empty(before + len(host), host.dtype)[before:]
 
         memory = like(self._memory)
         sent = memory[self._sent_part] if in_place else like(self._sent)
-        self._hosts = [(gpu.Array(memory), self._memory)]
+        self._hosts = [(Array(memory), self._memory)]
         if not in_place:
-            self._hosts.append((gpu.Array(sent), self._sent))
+            self._hosts.append((Array(sent), self._sent))
         self._pass(sent, memory)
 
     def completed(self, call: Callable[[], object]) -> Callable[[], object]:
         """The call, until the current stream has done all of it."""
-        stream = gpu.cupy().cuda.get_current_stream()
+        stream = cupy().cuda.get_current_stream()
 
         def awaited() -> None:
             call()

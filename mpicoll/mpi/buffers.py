@@ -16,8 +16,8 @@ import numpy as np
 from mpi4py import MPI
 from mpi4py.util.dtlib import to_numpy_dtype
 
-from . import gpu
-from .gpu import Array
+from .gpu import staging
+from .gpu.array import Array, as_cupy, copy_in_c_order, in_device_memory, is_cupy
 
 REFUSALS = (TypeError, ValueError, BufferError, KeyError)
 """What wrong arguments raise; the last from mpi4py, for a dtype that it does not know."""
@@ -148,15 +148,15 @@ def in_c_order(x: Any, stream: Any = None) -> Any:
     """An array row by row: itself, or a copy where it lies column by column."""
     if not order_of(x):
         return x
-    return gpu.in_c_order(x, stream) if on_device(x) else np.ascontiguousarray(_exported(x))
+    return copy_in_c_order(x, stream) if on_device(x) else np.ascontiguousarray(_exported(x))
 
 
 def _as_array(x: Any) -> Any:
     """NumPy's or CuPy's array on the memory of ``x``; ``x`` itself where there is none, which is refused elsewhere."""
-    if isinstance(x, np.ndarray) or gpu.is_cupy(x):
+    if isinstance(x, np.ndarray) or is_cupy(x):
         return x
     try:
-        return gpu.adopted(x, False) if on_device(x) else _exported(x)
+        return as_cupy(x, False) if on_device(x) else _exported(x)
     except (*REFUSALS, AttributeError):
         return x
 
@@ -174,7 +174,7 @@ def on_device(x: Any) -> bool:
         return len(x) > 0 and _is_specification(x) and on_device(x[0])
     try:
         if hasattr(x, "__cuda_array_interface__"):
-            return gpu.holds(x)
+            return in_device_memory(x)
         return hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] != _CPU
     except Exception:  # nothing in host memory raises: it will be refused, on all ranks
         return True
@@ -195,8 +195,8 @@ def staged(x: Any, load: bool = True, stream: Any = None) -> Part:
     ``load=False`` leaves out the copy out, for an array that is only written.
     """
     array = on_stream(x, stream)
-    host = gpu.staged(array, load)
-    return Part(host, partial(gpu.deliver, host, array))
+    host = staging.staged(array, load)
+    return Part(host, partial(staging.deliver, host, array))
 
 
 def operand(x: Any, stream: Any = None, writable: bool = True) -> Array | np.ndarray:

@@ -1,8 +1,8 @@
 """Which path a request takes, and why each other one cannot.
 
 A request travels by the MPI library's own collective (*native*), by the messages of a schedule, or through memory
-that ranks share; arrays in the memory of GPUs take one of the paths of ``mpi.devices``.  The decision depends only on
-what is equal on all ranks: the collective, count, dtype, operation and options, and the number of ranks.
+that ranks share; arrays in the memory of GPUs take one of the paths of ``mpi.gpu.devices``.  The decision depends
+only on what is equal on all ranks: the collective, count, dtype, operation and options, and the number of ranks.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,12 @@ from mpi4py import MPI
 
 from ..algorithms import ALGORITHMS, Algorithm, find
 from ..collective import Collective
-from ..tuning.rules import NATIVE, SHARED, WAYS, Rule, preferred
-from . import gpu, operations
+from ..tuning.rules import GPU_PATHS, NATIVE, SHARED, Rule, preferred
+from . import operations
 from .agreement import Header
 from .buffers import PAIRS, is_half, name_of, specification
-from .gpu import Array
+from .gpu import staging
+from .gpu.array import Array
 from .operations import MOVE, Operation
 from .operations import name_of as name_of_op
 from .progress import driving
@@ -77,7 +78,7 @@ def choose(
     memory to do it in.  Raises ``ValueError`` if the one that is named cannot do it.
     """
     named = options.algorithm
-    if named in WAYS:
+    if named in GPU_PATHS:
         raise ValueError(f"{named} is for an array in the memory of a GPU, no list, and for calls that wait")
     if options.segments is not None and named in ("auto", NATIVE):
         pipelining = _names(collective, lambda row: "segments" in row.parameters)
@@ -369,7 +370,7 @@ def _one_result(state: State, request: Request) -> Path:
 def _on_gpu(state: State, request: Request) -> Path:
     """How it goes is known when all ranks have come: they find out together what their GPUs can do."""
     row, operation, options = request.row, request.operation, request.options
-    if options.algorithm not in ("auto", *WAYS) or options.segments is not None or options.wire is not None:
+    if options.algorithm not in ("auto", *GPU_PATHS) or options.segments is not None or options.wire is not None:
         decide(state, _staged(request, np.broadcast_to(np.empty((), request.dtype), request.elements)))  # raises
     request = request._replace(send=None, recv=None, deliver=None, result=None)  # a path keeps no arrays
     kind = row.name, operation.name, request.elements, request.dtype, options
@@ -387,7 +388,7 @@ def _on_gpu(state: State, request: Request) -> Path:
     def together(live: Request) -> None:
         array = next(x for x in (live.send, live.recv) if isinstance(x, Array))
         devices = state.join_devices(array.device)
-        for name in devices.ways(options.algorithm, row, operation, request.dtype, options.deterministic):
+        for name in devices.paths(options.algorithm, row, operation, request.dtype, options.deterministic):
             if name == "staged":
                 try:
                     _run_staged(state, live, array)
@@ -400,14 +401,14 @@ def _on_gpu(state: State, request: Request) -> Path:
             return
 
     def account() -> Account:
-        went = NATIVE if state.p == 1 else None if state.devices is None else state.devices.went.get(kind)
+        went = NATIVE if state.p == 1 else None if state.devices is None else state.devices.took.get(kind)
         if went == "ipc":
             return Account(went, 0, 0)
         if went != "staged":
             return Account(went or "unknown", None, None)
         lengths = [request.elements]
         if not request.cuts:
-            lengths = [n for _, n in gpu.pieces(request.elements, request.dtype, gpu.BOX)]
+            lengths = [n for _, n in staging.pieces(request.elements, request.dtype, staging.BUFFER)]
         pieces = [np.broadcast_to(np.empty((), request.dtype), length) for length in lengths]
         found = [decide(state, _staged(request, piece)).account() for piece in pieces]
         name = f"staged {found[0].algorithm}"
@@ -442,7 +443,7 @@ def _on_gpu(state: State, request: Request) -> Path:
 
 
 def _on_host(options: Options) -> Options:
-    return options._replace(algorithm="auto") if options.algorithm in WAYS else options
+    return options._replace(algorithm="auto") if options.algorithm in GPU_PATHS else options
 
 
 def _staged(request: Request, flat: np.ndarray) -> Request:
@@ -463,7 +464,7 @@ def _copy(request: Request) -> None:
     """One rank alone has what it sends."""
     given, taken = request.send, request.recv
     if isinstance(taken, Array) and given is not None:
-        taken.fill_from(given)
+        staging.fill(taken, given)
     elif isinstance(taken, np.ndarray) and isinstance(given, Array):
         given.load(taken)
         given.synchronize()
@@ -483,7 +484,7 @@ def _run_staged(state: State, request: Request, array: Array) -> None:
     sent: Any
     received: Any
     sent, received = (
-        gpu.staged(x, load=load) if isinstance(x, Array) else x for x, load in ((given, True), (taken, False))
+        staging.staged(x, load=load) if isinstance(x, Array) else x for x, load in ((given, True), (taken, False))
     )
     if request.in_place and request.row.sends_part:
         assert isinstance(taken, Array)
@@ -492,4 +493,4 @@ def _run_staged(state: State, request: Request, array: Array) -> None:
     one = request._replace(send=sent, recv=received, options=_on_host(request.options))
     decide(state, one).run(one.send, one.recv, None)
     if isinstance(taken, Array):
-        gpu.deliver(received, taken)
+        staging.deliver(received, taken)

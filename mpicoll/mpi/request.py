@@ -13,7 +13,6 @@ from mpi4py import MPI
 
 from ..collective import Collective
 from ..schedule import chunk_start
-from . import gpu
 from .agreement import Header, header_of
 from .buffers import (
     REFUSALS,
@@ -41,7 +40,7 @@ from .buffers import (
     staged,
     vector,
 )
-from .gpu import Array
+from .gpu.array import Array, copy_into, copy_of, empty, empty_like, part_of, same_device
 from .operations import MOVE, Operation, operation
 from .operations import name_of as name_of_op
 from .progress import driving
@@ -182,7 +181,7 @@ class Asked(NamedTuple):
     ) -> Request:
         """A request for these arrays; a ``ValueError`` unless they fit together."""
         there = [one for one in (send, recv) if isinstance(one, (np.ndarray, Array))]
-        gpu.same_device(*(one for one in there if isinstance(one, Array)))
+        same_device(*(one for one in there if isinstance(one, Array)))
         count, dtype = cuts[-1] if cuts else there[0].size, there[0].dtype
         if dtype != there[-1].dtype:
             raise ValueError(f"mismatch in send dtype {dtype} and receive dtype {there[-1].dtype}")
@@ -301,7 +300,7 @@ def _reducing(asked: Asked) -> list[Request | Raw]:
         taken: Any = there if in_place else None
         result = None
         if recv is ONE:
-            result = gpu.empty(there.size, there.dtype, there)
+            result = empty(there.size, there.dtype, there)
             taken = Array(result, there.stream)
         elif receives and not in_place:
             taken = operand(recv, stream if on_device(recv) else None)
@@ -408,7 +407,7 @@ def _reduce_scatter(asked: Asked) -> list[Request | Raw]:
         given = operand(whole, stream if on_device(whole) else None, writable=in_place)
         if recv is NEW:
             cuts = cuts_of(counts, given.size, p)
-            taken = gpu.empty_like(given, cuts[rank + 1] - cuts[rank])
+            taken = empty_like(given, cuts[rank + 1] - cuts[rank])
         else:
             taken = given if in_place else operand(recv, stream if on_device(recv) else None)
         found = operation(asked.op, given.dtype)
@@ -426,8 +425,8 @@ def _reduce_scatter(asked: Asked) -> list[Request | Raw]:
             f"{given.dtype}{room}"
         )
     if in_place:  # others may read there when a result is written
-        taken = gpu.part(given, 0, mine)
-        given = gpu.copied(given)
+        taken = part_of(given, 0, mine)
+        given = copy_of(given)
     returned = taken.array if isinstance(taken, Array) else taken
     request = asked.request(given, taken, found, cuts=cuts, result=returned if recv is NEW else None)
     if not device and asked.untouched and asked.options.algorithm == "native" and is_half(given.dtype):
@@ -482,7 +481,7 @@ def _new(asked: Asked) -> list[Request | Raw]:
     stated = name_of(given.dtype), f"{shape_of(x)}" if counts is None else ""
     if not asked.row.receives(comm.rank, asked.root):
         return [_moving(asked, given, None, cuts, given.dtype.itemsize, stated=stated)]
-    result = gpu.empty_like(given, cuts[-1])
+    result = empty_like(given, cuts[-1])
     returned = result.array if isinstance(result, Array) else result
     return [_moving(asked, given, result, cuts, given.dtype.itemsize, stated=stated, result=returned)]
 
@@ -574,7 +573,7 @@ def _vectors(asked: Asked) -> list[Request | Raw]:
         if row.rooted and tuple(found) != tuple(counts):
             raise ValueError(f"expected counts {[*counts]}, as the ranks have them, got {found}")
         counts = found
-        own = gpu.part(array, starts[rank], starts[rank] + counts[rank])
+        own = part_of(array, starts[rank], starts[rank] + counts[rank])
     cuts = cuts_of(counts, None, p)
     if not in_place:
         part_array = operand(part, stream if on_device(part) else None, writable=row.receives_part)
@@ -584,11 +583,11 @@ def _vectors(asked: Asked) -> list[Request | Raw]:
             raise ValueError(f"expected {what}, as counts say, got {part_array.size} of {part_array.dtype}")
     deliver = None
     if array is not None and tuple(starts) == cuts[:-1]:
-        array = gpu.part(array, 0, cuts[-1])
+        array = part_of(array, 0, cuts[-1])
     elif array is not None:
-        packed, apart = gpu.empty_like(array, cuts[-1]), array
+        packed, apart = empty_like(array, cuts[-1]), array
         pairs = [
-            (gpu.part(apart, start, start + count), gpu.part(packed, cuts[one], cuts[one + 1]))
+            (part_of(apart, start, start + count), part_of(packed, cuts[one], cuts[one + 1]))
             for one, (start, count) in enumerate(zip(starts, counts, strict=True))
         ]
         if row.sends_part:
@@ -596,11 +595,11 @@ def _vectors(asked: Asked) -> list[Request | Raw]:
 
             def deliver() -> None:
                 for there, here in pairs:
-                    gpu.move(there, here)
+                    copy_into(there, here)
 
         else:
             for there, here in pairs:
-                gpu.move(here, there)
+                copy_into(here, there)
         array = packed
     given: Any = array if part_array is None else part_array
     send, recv = (part_array, array) if row.sends_part else (array, part_array)

@@ -17,9 +17,10 @@ from ..schedule import MIX, Schedule
 from ..tuning.fingerprint import Fingerprint, machine
 from ..tuning.profile import find_profile
 from ..tuning.rules import Rule, Rules
-from . import gpu, launch, record
+from . import launch, record
 from .agreement import Agreement, Header, Headers
 from .attach import INTERRUPTED, attach, attached, check, interrupted, named, world_ranks
+from .gpu import staging
 from .launch import library_name
 from .operations import Operation
 from .plan import Bound, Plan
@@ -28,7 +29,7 @@ from .select import defaults, tuned
 from .shared import Node
 
 if TYPE_CHECKING:
-    from .devices import Devices
+    from .gpu.devices import Devices
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ class State:
         self._owners: State | None = None  # of the same pieces on all nodes
         self.devices: Devices | None = None
         """What ranks can do on their GPUs, once there was a call on arrays there."""
-        self._boxes: gpu.Boxes | None = None
+        self._boxes: staging.StagingBuffers | None = None
         self.agreement = Agreement(self.comm, self.node if self.shares else None)
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)
@@ -220,19 +221,19 @@ class State:
     def join_devices(self, device: int) -> "Devices":
         """Find out what ranks can do on their GPUs, of which this is the number of this rank's.  A collective call."""
         if self.devices is None:
-            from .devices import Devices, facts
+            from .gpu.devices import Devices, facts
 
             own = self._together(lambda: facts(device), "GPUs cannot be asked what they can do")
             self.devices = self.on_node(Devices, self.comm, self.node, own)
         return self.devices
 
-    def boxes(self, device: int) -> gpu.Boxes:
+    def boxes(self, device: int) -> staging.StagingBuffers:
         """What arrays in the memory of a GPU go through: in memory that ranks share, if there is some to be locked.  A
         collective call, which raises on all ranks if one has no memory for it."""
         if self._boxes is None:
-            memory = self.on_node(self.node.empty, gpu.BOXES * gpu.BOX) if self.node.size > 1 else None
+            memory = self.on_node(self.node.empty, staging.BUFFERS * staging.BUFFER) if self.node.size > 1 else None
             lacking = "page-locked memory for arrays on GPUs cannot be had"
-            self._boxes = self._together(lambda: gpu.boxes(memory, device), lacking)
+            self._boxes = self._together(lambda: staging.allocate(memory, device), lacking)
         return self._boxes
 
     def _together(self, action: Callable[[], T], what: str) -> T:

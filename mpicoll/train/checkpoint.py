@@ -22,7 +22,7 @@ from mpi4py import MPI
 
 from ..errors import UserError
 from ..files import cannot_write, error_message, to_json
-from ..mpi.gpu import in_host_memory
+from ..mpi.gpu.array import in_host_memory
 from ..mpi.together import on_all, on_root
 from .readers.raw import Schema
 

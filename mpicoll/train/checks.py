@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..pipeline import PIPELINES
-from ..tuning.rules import WAYS
+from ..tuning.rules import GPU_PATHS
 from .batches import normalized
 from .optimizers import OPTIMIZERS, SCHEDULES
 from .settings import DEVICES, DTYPES, MOMENTA, Settings, expected, flag, shown
@@ -39,7 +39,7 @@ def check(settings: Settings) -> None:
         if getattr(settings, name) is not None and name not in STRATEGIES[settings.strategy].options:
             owners = ", ".join(other for other, strategy in STRATEGIES.items() if name in strategy.options)
             raise UserError(f"{flag(name)} is not for the {settings.strategy} strategy, but for {owners}: leave it out")
-    if settings.device != "gpu" and settings.algorithm in WAYS:
+    if settings.device != "gpu" and settings.algorithm in GPU_PATHS:
         raise UserError(f"--algorithm {settings.algorithm} is for --device gpu: take another, or that device")
 
 

@@ -6,7 +6,9 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
-from ..mpi import gpu, record
+from ..mpi import record
+from ..mpi.gpu import staging
+from ..mpi.gpu.array import Array
 from ..mpi.state import state_of
 from ..pipeline import Kind
 from .group import Spent
@@ -52,7 +54,7 @@ class Flow:
         dtype = self._like.dtype
         if self._on_host:
             return np.empty(shape, dtype)
-        return gpu.pinned(shape[0] * shape[1] * dtype.itemsize).view(dtype).reshape(shape)
+        return staging.pinned(shape[0] * shape[1] * dtype.itemsize).view(dtype).reshape(shape)
 
     def take(self, kind: Kind) -> np.ndarray:
         """Receive the next array of a kind."""
@@ -63,7 +65,7 @@ class Flow:
         if self._on_host:
             return array
         there = np.empty(array.shape, array.dtype, like=self._like)
-        gpu.deliver(array, gpu.Array(there))
+        staging.deliver(array, Array(there))
         return there
 
     def send(self, kind: Kind, array: np.ndarray) -> None:
@@ -71,7 +73,7 @@ class Flow:
         self._forget()
         if not array.flags.c_contiguous:  # as a sparse matrix times a dense one is on a GPU, where it comes by columns
             array = array.copy(order="C")
-        host = array if self._on_host else gpu.staged(gpu.Array(array), load=True)
+        host = array if self._on_host else staging.staged(Array(array), load=True)
         self._going.append((host, self._comm.Isend(host, self._to[kind], TAGS[kind])))
         self._spent.count(host.nbytes, 1)
 

@@ -10,10 +10,12 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import UserError
-from ..mpi import gpu, launch
+from ..mpi import launch
 from ..mpi.collectives import allgather, allreduce
+from ..mpi.gpu.array import cupy
+from ..mpi.gpu.assignment import Gpu, take
 from ..mpi.together import on_all
-from ..tuning.rules import WAYS
+from ..tuning.rules import GPU_PATHS
 from .batches import Batches, rebalanced
 from .checks import check, check_split, weights_of
 from .data import Dataset, Part
@@ -106,12 +108,12 @@ class Training:
         own_features: Callable[[Any], Any] = self.split.own_features if self.split else lambda x: x
         s, dtype = settings, np.dtype(settings.dtype)
         self.steps_per_epoch = -(-data.train.total // s.batch_size)
-        self.gpu: gpu.Gpu | None = None
+        self.gpu: Gpu | None = None
         self.arrays: Any = np
         if s.device == "gpu":
-            self.gpu, self.arrays = gpu.take(self.world), gpu.cupy()
+            self.gpu, self.arrays = take(self.world), cupy()
             self.data = on_all(self.world, lambda: on_gpu(data, dtype, self.arrays, own_features))
-            if s.algorithm in WAYS:
+            if s.algorithm in GPU_PATHS:
                 on_all(self.world, self._try_algorithm)
         else:
             self.data = data.mapped(lambda part: part._replace(x=own_features(part.x)))

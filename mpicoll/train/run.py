@@ -17,7 +17,7 @@ from mpi4py import MPI
 from .. import __version__
 from ..errors import UserError
 from ..job.blas import limit_threads
-from ..mpi.gpu import Gpu
+from ..mpi.gpu.assignment import Gpu
 from ..mpi.launch import library_name
 from ..mpi.together import on_root
 from . import run_folder, snapshot

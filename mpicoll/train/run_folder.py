@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import cannot_write, error_message, replace, replacing, to_json
-from ..mpi.gpu import in_host_memory
+from ..mpi.gpu.array import in_host_memory
 from .checkpoint import Checkpoint, drop_after, going_on, umask
 from .data import Dataset
 from .models import MODELS, Layered

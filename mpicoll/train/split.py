@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
-from ..mpi import gpu
 from ..mpi.collectives import bcast
+from ..mpi.gpu.array import in_host_memory
 from ..pipeline import PIPELINES, Kind
 from .flow import Flow
 from .grid import Grid
@@ -162,7 +162,7 @@ class Split:
 
     def gathered(self, vector: np.ndarray) -> np.ndarray:
         """The vectors of all ranks of the group, of any lengths, one after another; collective in the group."""
-        own = gpu.in_host_memory(vector)
+        own = in_host_memory(vector)
         sizes = self.grid.group.allgather(own.size)
         found = np.empty(sum(sizes), own.dtype)
         self.grid.group.Allgatherv(own, [found, sizes])

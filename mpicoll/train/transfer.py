@@ -29,9 +29,9 @@ def memory_for(x: Any) -> Callable[[int], np.ndarray]:
     """
 
     def locked(nbytes: int) -> np.ndarray:
-        from ..mpi import gpu
+        from ..mpi.gpu import staging
 
-        memory = gpu.pinned(nbytes)
+        memory = staging.pinned(nbytes)
         memory[:] = 0
         return memory
 
@@ -41,9 +41,9 @@ def memory_for(x: Any) -> Callable[[int], np.ndarray]:
 def load(host: np.ndarray, x: Any) -> None:
     """Copy an array to host memory; from a GPU the copy is complete only after ``synchronize``."""
     if not isinstance(x, np.ndarray):
-        from ..mpi import gpu
+        from ..mpi.gpu.array import Array
 
-        gpu.Array(x).load(host)
+        Array(x).load(host)
     elif x is not host:
         host[:] = x
 
@@ -51,9 +51,9 @@ def load(host: np.ndarray, x: Any) -> None:
 def store(x: Any, host: np.ndarray) -> None:
     """Copy host memory to an array; for one on a GPU ``host`` must not change before ``synchronize``."""
     if not isinstance(x, np.ndarray):
-        from ..mpi import gpu
+        from ..mpi.gpu.array import Array
 
-        gpu.Array(x).store(host)
+        Array(x).store(host)
     elif x is not host:
         x[:] = host
 
@@ -62,9 +62,10 @@ def fetched(x: Any) -> np.ndarray:
     """The array itself if it is in host memory, else a complete copy there."""
     if isinstance(x, np.ndarray):
         return x
-    from ..mpi import gpu
+    from ..mpi.gpu import staging
+    from ..mpi.gpu.array import Array
 
-    return gpu.staged(gpu.Array(x), load=True)
+    return staging.staged(Array(x), load=True)
 
 
 def on_gpu(data: "Dataset", dtype: np.dtype, arrays: Any, own_features: Callable[[Any], Any]) -> "Dataset":
@@ -73,7 +74,7 @@ def on_gpu(data: "Dataset", dtype: np.dtype, arrays: Any, own_features: Callable
     Of each set only ``own_features`` of the samples are copied; where that takes a copy in host memory, there is one at
     a time.  ``arrays`` is CuPy.
     """
-    from ..mpi import gpu
+    from ..mpi.gpu import sparse
 
     try:
         square = arrays.ones((2, 2), dtype)
@@ -81,7 +82,7 @@ def on_gpu(data: "Dataset", dtype: np.dtype, arrays: Any, own_features: Callable
 
         def moved(part: "Part") -> "Part":
             x = own_features(part.x)
-            x = arrays.asarray(x) if isinstance(x, np.ndarray) else gpu.sparse(x)
+            x = arrays.asarray(x) if isinstance(x, np.ndarray) else sparse.to_device(x)
             return part._replace(x=x, y=arrays.asarray(part.y))
 
         return data.mapped(moved)

@@ -7,9 +7,9 @@ from ..algorithms import ALGORITHMS
 
 NATIVE, SHARED = "native", "shared"
 
-WAYS = ("ipc", "nccl", "aware", "staged")
-"""How a call on arrays in the memory of GPUs may go (``mpi.devices``, ``mpi.gpu``): what its algorithm may be beside
-those for host memory, which are then used on what is staged there."""
+GPU_PATHS = ("ipc", "nccl", "aware", "staged")
+"""Paths of a call on arrays in the memory of GPUs (``mpi.gpu.devices``): what its algorithm may be beside those for
+host memory, which are then used on what is staged there."""
 
 
 class Rule(NamedTuple):

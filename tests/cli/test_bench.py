@@ -34,7 +34,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-# Goes with FAKECUPY_WITH: what tests/fakecupy.py needs to be a GPU, but a small one.
+# Goes with FAKECUPY_WITH: what tests/fakecupy needs to be a GPU, but a small one.
 FAKE = """
 import kernels
 import mpicoll.measure.machine
@@ -44,7 +44,7 @@ def prepare(fake):
     mpicoll.measure.machine.COPIED = 1 << 16
 """
 WITHOUT_CUPY = "import sys; sys.modules['cupy'] = None; from mpicoll.cli import main; sys.exit(main(sys.argv[1:]))"
-ON_GPU = [sys.executable, REPOSITORY / "tests" / "fakecupy.py", "-m", *TINY, "--device", "gpu"]
+ON_GPU = [sys.executable, REPOSITORY / "tests" / "fakecupy", "-m", *TINY, "--device", "gpu"]
 
 
 def test_the_command_offers_what_there_is():

@@ -17,7 +17,7 @@ from mpicoll.cli.app import app
 from mpicoll.job import doctor
 from mpicoll.job.doctor import Findings
 from mpicoll.mpi import launch
-from mpicoll.mpi.gpu import Gpu
+from mpicoll.mpi.gpu.assignment import Gpu
 from mpicoll.tuning.fingerprint import Fingerprint, machine
 from mpicoll.tuning.profile import Profile, write_profile
 from mpicoll.tuning.rules import Rule
@@ -58,7 +58,7 @@ def test_a_job_of_several_ranks(tmp_path):
 
 
 def test_ways_of_arrays_on_gpus_are_those_of_collectives(tmp_path):
-    done = mpirun(2, [sys.executable, REPOSITORY / "tests" / "fakecupy.py", "-m", *DOCTOR], tmp_path, env=NO_GPU)
+    done = mpirun(2, [sys.executable, REPOSITORY / "tests" / "fakecupy", "-m", *DOCTOR], tmp_path, env=NO_GPU)
     assert done.status == 0, done.err
     assert "\npaths       staged: yes\n" in done.out
     assert "\n            ipc: yes\n" in done.out

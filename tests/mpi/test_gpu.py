@@ -19,7 +19,7 @@ import mpicoll
 from contract import composition, maps, own_data
 from mpicoll import MismatchError
 from mpicoll.errors import UserError
-from mpicoll.mpi import devices, gpu, kernel
+from mpicoll.mpi.gpu import array, assignment, ipc, kernel, launching, mappings, staging
 from mpicoll.mpi.request import cuts_of
 from mpicoll.mpi.state import state_of
 
@@ -37,17 +37,17 @@ pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P > MOST, reason=f"{MOST} rank
 @pytest.fixture(params=["real"] if REAL else fakecupy.MODES)
 def cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """All ranks on one GPU, and boxes so small that arrays take several."""
-    monkeypatch.setattr(gpu, "BOX", BOX)
+    monkeypatch.setattr(staging, "BUFFER", BOX)
     if REAL:
         try:
-            gpu.take(WORLD)
+            assignment.take(WORLD)
         except UserError as error:
             pytest.skip(f"no GPU: {error}")
-        yield gpu.cupy()
+        yield array.cupy()
     else:
         with fakecupy.installed(mode=request.param, seed=WORLD.rank) as fake:
             kernels.add(fake, monkeypatch)
-            yield gpu.cupy()
+            yield array.cupy()
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """What there is to see of the fake one, and to set; lazy."""
     if REAL:
         pytest.skip("asks the fake what it has seen")
-    monkeypatch.setattr(gpu, "BOX", BOX)
+    monkeypatch.setattr(staging, "BUFFER", BOX)
     with fakecupy.installed(mode="lazy") as made:
         kernels.add(made, monkeypatch)
         yield made
@@ -76,7 +76,7 @@ extern "C" __global__ void spin(long long cycles) {
 
 def late(values: np.ndarray) -> tuple[Any, Any]:
     """An array that a slow kernel is still to write, and the stream where it does, which is not the default one."""
-    module = gpu.cupy()
+    module = array.cupy()
     values, stream = np.asarray(values), module.cuda.Stream(non_blocking=True)
     with stream:
         x = module.zeros(values.shape, values.dtype)
@@ -136,7 +136,7 @@ def test_methods_are_those_of_host_memory(cupy, ours):
     own, total = own_data(n, rank), expected("allreduce", n)
 
     def same(stream: Any, got: Any, right: np.ndarray) -> None:
-        np.testing.assert_array_equal(got.get(stream=stream) if gpu.is_cupy(got) else got, right)
+        np.testing.assert_array_equal(got.get(stream=stream) if array.is_cupy(got) else got, right)
 
     for how in ({}, {"algorithm": "staged"}):
         x, stream = late(own)
@@ -499,7 +499,7 @@ def test_arrays_of_others_are_found_wherever_they_lie(fake, ours):
         ours.Allreduce(x, y)
         np.testing.assert_array_equal(y.get(), expected("allreduce", 9 + n % 2))
         assert seen.devices is not None
-        assert set(seen.devices.went.values()) == {"ipc"}
+        assert set(seen.devices.took.values()) == {"ipc"}
         if n % 2:
             del x, y
             pool.free_all_blocks()
@@ -519,7 +519,7 @@ def test_what_cannot_be_opened_is_staged(fake, ours, monkeypatch):
         np.testing.assert_array_equal(x.get(), expected("allreduce", n))
         devices = state_of(ours).devices
         assert devices is not None
-        return next(way for (_, _, elements, *_), way in devices.went.items() if elements == n)
+        return next(way for (_, _, elements, *_), way in devices.took.items() if elements == n)
 
     assert went(3) == "ipc"
     with cupy.cuda.using_allocator(cupy.cuda.malloc_managed if ours.rank == 1 else None):
@@ -539,7 +539,7 @@ def test_what_cannot_be_opened_is_staged(fake, ours, monkeypatch):
     assert went(9, big[1][:9]) == "staged"
     fake.refuse.clear()
     big[2][:6] = cupy.asarray(own_data(6, ours.rank))
-    monkeypatch.setattr(devices, "KEPT", 2)
+    monkeypatch.setattr(mappings, "KEPT", 2)
     assert went(6, big[2][:6]) == "ipc"  # another goes for it
     assert len(fake.opened) <= P
     assert went(7) == "ipc"  # and comes back
@@ -552,7 +552,7 @@ def test_a_kernel_that_cannot_be_compiled_is_done_without(fake, ours, monkeypatc
     def fails(*args: Any) -> None:
         raise RuntimeError("nvrtc: error: invalid value\nand more")
 
-    monkeypatch.setattr(gpu, "compiled", fails)
+    monkeypatch.setattr(launching, "compiled", fails)
     x = cupy.asarray(own_data(5, ours.rank))
     mpicoll.allreduce(x, ours)
     np.testing.assert_array_equal(x.get(), expected("allreduce", 5))
@@ -585,7 +585,7 @@ def test_several_gpus_share_the_work(monkeypatch, comm, whole):
     """Two for all ranks, in turn; each writes a part for all ranks, or all of it for its own."""
     if REAL:
         pytest.skip("asks the fake what it has seen")
-    monkeypatch.setattr(devices, "WHOLE", whole)
+    monkeypatch.setattr(ipc, "WHOLE", whole)
     ours, written = mpicoll.Comm(comm.Dup()), []
     with fakecupy.installed(mode="random", seed=ours.rank, gpus=(ours.rank % 2,)) as fake:
         import cupy
@@ -630,7 +630,7 @@ def test_nccl_does_what_is_asked(monkeypatch, comm):
         np.testing.assert_array_equal(x.get(stream=stream), right)
         made = state_of(ours).devices
         assert made is not None
-        assert {way for (collective, *_), way in made.went.items() if collective == "allreduce"} == {"nccl"}
+        assert {way for (collective, *_), way in made.took.items() if collective == "allreduce"} == {"nccl"}
         for call, why in (
             (lambda: mpicoll.allreduce(x, ours, "bor", algorithm="nccl"), "NCCL has no bor of int32"),
             (lambda: mpicoll.allreduce(x.astype("f2"), ours, algorithm="nccl"), "does not add float16 as float32"),
@@ -655,13 +655,13 @@ def test_the_mpi_library_is_given_arrays_only_where_that_is_known_to_work(fake, 
     doubtful.Free()
     monkeypatch.setenv("MPICOLL_GPU_AWARE", "1")
 
-    flat = gpu.Array.flat
+    flat = array.Array.flat
 
-    def seen(array: gpu.Array) -> np.ndarray:
+    def seen(array: array.Array) -> np.ndarray:
         assert (flat(array).size, flat(array).data.ptr) == (array.size, array.pointer)
         return np.empty(0) if not array.size else fake.memory_at(array.pointer, array.nbytes).view(array.dtype)
 
-    monkeypatch.setattr(gpu.Array, "flat", seen)
+    monkeypatch.setattr(array.Array, "flat", seen)
     trusting = mpicoll.Comm(ours.Dup())
     for collective in CALLS:
         for n in (0, 1, 4 * P):
@@ -678,7 +678,7 @@ def test_an_array_need_not_be_on_the_current_device(monkeypatch, comm):
     """Nor on the same one in all calls; but all of a call are."""
     if REAL:
         pytest.skip("needs two GPUs")
-    monkeypatch.setattr(gpu, "BOX", BOX)
+    monkeypatch.setattr(staging, "BUFFER", BOX)
     ours = mpicoll.Comm(comm.Dup())
     for mode in fakecupy.MODES:
         with fakecupy.installed(mode=mode, devices=2) as fake:
@@ -714,11 +714,11 @@ def test_ranks_take_gpus_in_turn(comm):
         pytest.skip("asks the fake what it has seen")
     for seen in ((0, 1), (WORLD.rank,)):  # all see two, or each its own
         with fakecupy.installed(gpus=seen):
-            found = gpu.take(comm)
+            found = assignment.take(comm)
             own = seen[comm.rank % len(seen)]
-            assert found.number == gpu.cupy().cuda.Device().id == comm.rank % len(seen)
+            assert found.number == array.cupy().cuda.Device().id == comm.rank % len(seen)
             assert found.ranks == tuple(rank for rank in range(P) if (rank % 2 if len(seen) == 2 else rank) == own)
             assert str(found) == f"Fake GPU (0000:0{own + 1}:00.0)"
     with fakecupy.installed(gpus=(0,) if comm.rank != P - 1 else ()):
         with pytest.raises(UserError, match=r"there is no GPU to be used here \(cudaError"):
-            gpu.take(comm)
+            assignment.take(comm)

@@ -32,8 +32,9 @@ from mpicoll.measure.metrics import gpu_memory_share
 from mpicoll.measure.task import Task, placements
 from mpicoll.measure.testdata import OPS
 from mpicoll.measure.timing import SYNC, Result, Settings, measure
-from mpicoll.mpi import gpu
 from mpicoll.mpi.engine import account
+from mpicoll.mpi.gpu.array import cupy
+from mpicoll.mpi.gpu.assignment import take
 from mpicoll.mpi.launch import library_name
 from mpicoll.mpi.state import state_of
 from mpicoll.pipeline import PIPELINES, Kind, Pipeline, gpipe
@@ -429,7 +430,7 @@ def test_what_a_profile_of_this_job_is_for(comm, monkeypatch):
         assert fingerprint(comm).layout == tuple(map(nodes.count, dict.fromkeys(nodes)))
 
 
-# ---- on a GPU, which is none: in tests/fakecupy.py nothing is done before somebody waits for it
+# ---- on a GPU, which is none: in tests/fakecupy nothing is done before somebody waits for it
 
 ON_GPU = replace(QUICK, device="gpu")
 
@@ -438,7 +439,7 @@ ON_GPU = replace(QUICK, device="gpu")
 def fake(comm, monkeypatch):
     with fakecupy.installed() as made:
         kernels.add(made, monkeypatch)
-        made.gpu = gpu.take(comm)
+        made.gpu = take(comm)
         yield made
 
 
@@ -477,7 +478,7 @@ def test_on_a_gpu_a_call_lasts_until_the_result_is_there(comm, fake, monkeypatch
     monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: (at.append(len(done)), clock())[1])
 
     def late(task, send, recv):
-        return lambda: fake.queue(gpu.cupy().cuda.get_current_stream().ptr).put(lambda: done.append(1))
+        return lambda: fake.queue(cupy().cuda.get_current_stream().ptr).put(lambda: done.append(1))
 
     measure(comm, {"late": late}, [Task("allreduce", 1, np.dtype("f4"))], replace(ON_GPU, in_place=(True,)))
     pairs = [after - before for before, after in zip(at[::2], at[1::2], strict=True)]

@@ -7,7 +7,7 @@ import numpy as np
 
 from launch import REPOSITORY, mpirun
 
-ON_FAKE = [sys.executable, str(REPOSITORY / "tests" / "fakecupy.py"), "-m", "mpicoll", "train"]
+ON_FAKE = [sys.executable, str(REPOSITORY / "tests" / "fakecupy"), "-m", "mpicoll", "train"]
 NO_CUPY = "import sys; sys.modules['cupy'] = None; from mpicoll.cli import main; sys.exit(main())"
 SMALL = ["--model", "softmax", "--batch-size", "512", "--algorithm", "ring"]
 SHARED = "mpicoll: ranks 0-1 share Fake GPU (0000:01:00.0): more ranks than GPUs here; they take turns\n"

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...algorithms import ALGORITHMS
 from ...errors import UserError
-from ...tuning.rules import NATIVE, WAYS
+from ...tuning.rules import GPU_PATHS, NATIVE
 from ..compress import Code, Compressor, Tensors, compressor
 from ..optimizers import clip
 from ..traffic import COUNTED, Traffic
@@ -208,9 +208,9 @@ class Strategy(Traffic):
         from ...mpi.collectives import allgather
         from ...mpi.engine import last
 
-        default, ways = (COUNTED, ()) if isinstance(array, np.ndarray) else ("auto", WAYS)
+        default, paths = (COUNTED, ()) if isinstance(array, np.ndarray) else ("auto", GPU_PATHS)
         named = self.settings.algorithm
-        named = named if named in (*ALGORITHMS["allgather"], NATIVE, *ways) else default
+        named = named if named in (*ALGORITHMS["allgather"], NATIVE, *paths) else default
         with self.agreeing():
             gathered = allgather(array, self.comm, algorithm=named)
         done = last(self.comm)

@@ -13,7 +13,7 @@ import pytest
 from mpi4py import MPI
 from test_asynchronous import Still, same_everywhere, slowed
 
-from mpicoll.mpi.gpu import is_cupy
+from mpicoll.mpi.gpu.array import is_cupy
 from training import blobs, training
 
 P = MPI.COMM_WORLD.size

@@ -20,8 +20,8 @@ from scipy.sparse import csc_array, csr_array
 from test_snapshot import stopped_after
 
 from mpicoll import UserError
-from mpicoll.mpi import gpu
-from mpicoll.mpi.gpu import is_cupy
+from mpicoll.mpi.gpu import array, assignment
+from mpicoll.mpi.gpu.array import is_cupy
 from mpicoll.train import loop, optimizers
 from mpicoll.train.checkpoint import latest
 from mpicoll.train.data import Dataset
@@ -75,12 +75,12 @@ def cupy(request: pytest.FixtureRequest) -> Any:
     """The same, or the real one."""
     if not REAL:
         request.getfixturevalue("fake")
-        return gpu.cupy()
+        return array.cupy()
     try:
-        gpu.take(MPI.COMM_WORLD)
+        assignment.take(MPI.COMM_WORLD)
     except UserError as error:
         pytest.skip(f"no GPU: {error}")
-    return gpu.cupy()
+    return array.cupy()
 
 
 def close(ours: Any, theirs: Any) -> None:

@@ -16,9 +16,9 @@ from scipy.sparse import csr_array
 from test_loop_gpu import MOST, REAL, cupy, fake  # noqa: F401
 from test_split_ranks import ALL, DEEP, LINEAR, batch, fits, seen_by, shown, stopped_after, training, vector
 
-from mpicoll.mpi import gpu
 from mpicoll.mpi.collectives import allgather, allreduce
-from mpicoll.mpi.gpu import in_host_memory, is_cupy
+from mpicoll.mpi.gpu import array, sparse
+from mpicoll.mpi.gpu.array import in_host_memory, is_cupy
 from mpicoll.train import group
 from mpicoll.train import split as split_module
 from mpicoll.train.checkpoint import latest
@@ -44,8 +44,8 @@ def grid(cupy: Any, sizes: Sizes) -> Iterator[Grid]:  # noqa: F811
 
 
 def there(found: Batch) -> Batch:
-    arrays = gpu.cupy()
-    x = arrays.asarray(found.x) if isinstance(found.x, np.ndarray) else gpu.sparse(found.x)
+    arrays = array.cupy()
+    x = arrays.asarray(found.x) if isinstance(found.x, np.ndarray) else sparse.to_device(found.x)
     return Batch(x, arrays.asarray(found.y))
 
 
@@ -56,7 +56,7 @@ def close(ours: Any, theirs: Any) -> None:
 @EVERY_GRID
 def test_losses_gradients_and_predictions_are_those_of_host_memory(grid, sizes):
     """However many samples there are, and more micro-batches than that."""
-    arrays = gpu.cupy()
+    arrays = array.cupy()
     for model in (model for model in (LINEAR[0], DEEP[1], DEEP[5]) if fits(model, sizes)):
         for samples in (0, 1, 7, 13):
             split = Split(model, grid, micro=2, recompute=samples == 1)
@@ -157,11 +157,11 @@ def test_times_are_those_of_others_and_not_of_the_gpu(grid, fake, monkeypatch): 
     model = Layered((9, 3000, 8, 10), hinge)
     split = Split(model, grid, micro=1)
     params, found = split.part(vector(model)), seen_by(split, batch(model, 40))
-    grad, on_gpu = np.empty_like(params), gpu.cupy().empty(split.size)
+    grad, on_gpu = np.empty_like(params), array.cupy().empty(split.size)
     split.loss_and_grad(params, found, grad)
     calls.clear()
     before = fake.log.count("device")
-    split.loss_and_grad(gpu.cupy().asarray(params), there(found), on_gpu)
+    split.loss_and_grad(array.cupy().asarray(params), there(found), on_gpu)
     waits = fake.log.count("device") - before - len(calls)
     assert waits == 1 if grid.at.pipe == 0 < grid.sizes.pipe - 1 else 0 <= waits <= 3 * (grid.sizes.pipe > 1)
     close(on_gpu.get(), grad)

@@ -1,7 +1,7 @@
-"""Does the MPI library take arrays in the memory of GPUs?
+"""A disposable job that finds out whether the MPI library takes arrays in the memory of GPUs.
 
-It cannot be asked: one that does not may crash, one that says so may crash in some collectives.  So a job of its own
-tries each.
+The library cannot be asked: one that does not take them may crash, and one that says that it does may crash in some
+collectives.  So each collective is tried in a job of its own.
 """
 
 import os
@@ -11,22 +11,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..collective import COLLECTIVES
+from ...collective import COLLECTIVES
 
 LIMIT = 60.0
-"""Seconds until it is given up."""
+"""Seconds after which the job has failed."""
 
 LAUNCHERS = ("PMI_", "PMIX_", "PMI2_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_", "MPIEXEC_")
-"""What variables of a launcher begin with, by which a new job would take itself for a part of this one."""
+"""Prefixes of launchers' environment variables, by which a new job would take itself for a part of this one."""
 
 SAYS = "mpicoll: "
-"""What its own lines begin with."""
+"""The prefix of the lines that the job itself prints."""
 
 SIZES = (5, 1 << 20)  # messages of both kinds: short, and long
 
 
 def probe(collective: str) -> str:
-    """Why it does not, if so: two ranks are launched, which do it, and look at the result."""
+    """Why the library fails in a job of two ranks that do a collective and check the result; empty if it does not."""
     beside = Path(sys.executable).with_name("mpirun")
     launcher = str(beside) if beside.exists() else shutil.which("mpirun")
     if launcher is None:
@@ -52,11 +52,12 @@ def probe(collective: str) -> str:
 
 
 def main(collective: str) -> None:
-    """One of the two ranks."""
+    """Run one of the two ranks."""
     from mpi4py import MPI
 
-    from ..errors import UserError
-    from .gpu import cupy, take
+    from ...errors import UserError
+    from .array import cupy
+    from .assignment import take
 
     comm, row = MPI.COMM_WORLD, COLLECTIVES[collective]
     try:

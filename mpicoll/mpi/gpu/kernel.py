@@ -16,30 +16,33 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .buffers import is_half
-from .operations import MOVE, Operation
-from .shared import additions
+from ..buffers import is_half
+from ..operations import MOVE, Operation
+from ..shared import additions
 
 NAME = "mpicoll_reduce"
 
 OPTIONS = ("--fmad=false",)
-"""For the compiler: a product and a sum that are rounded at once would be other bits than the host's."""
+"""Options of the compiler: a product and a sum that are rounded only once would differ from the host's bits."""
 
 WIDEST = 16
 """Bytes of the widest loads and stores."""
 
 BLOCK = 256  # threads
 BLOCKS = 64
-"""At most, for each processor: it runs 3 to 6 at a time, and so many that it does not matter if the last are fewer than
-that.  Of longer arrays a thread does more.  Not measured."""
+"""The most blocks for each multiprocessor, which runs 3 to 6 at a time: enough that it does not matter if the last run
+is not full.  Of longer arrays each thread does more.  Not measured."""
 
-UNDER_WAY = 64
-"""Bytes that a thread reads before it waits for any, with no more than 8 loads.  Those of 750 to 1500 threads, as many
-as a processor has registers for, are 48 to 96 KB; what keeps the memory busy is about 25 KB for a processor of an H100
-(3.4 TB/s, perhaps 0.9 us from asking to having, 132 processors), and 35 KB for one of an H200.  Not measured."""
+PENDING = 64
+"""Bytes that a thread reads before it waits for any, with no more than 8 loads.
+
+The 750 to 1500 threads that a multiprocessor has registers for then read 48 to 96 KB; what keeps the memory busy is
+about 25 KB for a multiprocessor of an H100 (3.4 TB/s, perhaps 0.9 us of latency, 132 multiprocessors), and 35 KB for
+one of an H200.  Not measured.
+"""
 
 HELD = 512
-"""Bytes of what it reads that a thread has registers for (255 of 4 bytes, for all that it does)."""
+"""Bytes of input that a thread has registers for; it has 255 registers of 4 bytes for everything."""
 
 _WORDS = {16: "Bytes16", 8: "unsigned long long", 4: "unsigned int", 2: "unsigned short", 1: "unsigned char"}
 _INTEGERS = {
@@ -205,7 +208,7 @@ _SYMBOLS |= {f"{kind}{name}": symbol for kind in "lb" for name, symbol in [("and
 
 
 def refusal(operation: Operation, dtype: np.dtype) -> str:
-    """Why it cannot be done on such elements; empty if it can."""
+    """Why the kernel cannot reduce such elements; empty if it can."""
     if operation.name == MOVE.name:
         return "" if dtype.itemsize in _WORDS else f"elements have {dtype.itemsize} bytes"
     if not operation.predefined or operation.name in ("maxloc", "minloc"):
@@ -215,12 +218,12 @@ def refusal(operation: Operation, dtype: np.dtype) -> str:
 
 
 def width(pointers: Iterable[int], lo: int, itemsize: int) -> int:
-    """Bytes of the widest loads and stores that all arrays allow, whose elements 0 are at these addresses."""
+    """Bytes of the widest loads and stores that arrays allow whose elements 0 are at these addresses."""
     return gcd(WIDEST, *(pointer + lo * itemsize for pointer in pointers))
 
 
 def shape(count: int, width: int, itemsize: int, processors: int) -> tuple[int, int]:
-    """Blocks, and threads of each, for so many elements."""
+    """The numbers of blocks, and of threads in each block, for ``count`` elements."""
     groups = -(-count * itemsize // max(width, itemsize))
     return max(min(-(-groups // BLOCK), BLOCKS * processors), 1), BLOCK
 
@@ -244,7 +247,7 @@ def source(operation: str, dtype: np.dtype, p: int, targets: int, width: int, di
         targets=targets,
         words=max(size // width, 1),
         elements=max(width // size, 1),
-        at_once=max(min(UNDER_WAY // max(size, width), 8) // p, 1),
+        at_once=max(min(PENDING // max(size, width), 8) // p, 1),
         size=size,
         word=_WORDS[width],
         types=types,
@@ -258,7 +261,7 @@ def source(operation: str, dtype: np.dtype, p: int, targets: int, width: int, di
 
 
 def _steps(p: int) -> list[str]:
-    """The canonical order, in which values have names of their own."""
+    """Statements that combine p values in the canonical order, each result under a name of its own."""
     names = {n: f"value(x[{n}])" for n in range(p)}
     steps = []
     for number, (lower, higher, into) in enumerate(additions(p) if p > 1 else ()):
@@ -268,8 +271,8 @@ def _steps(p: int) -> list[str]:
 
 
 class _Arithmetic(NamedTuple):
-    """In C++: ``Element`` and ``Value``, and expressions for the value of an element ``x``, for what values ``a`` and
-    ``b`` combine to, and for the element that is made of the ``total``."""
+    """An operation in C++: the types ``Element`` and ``Value``, and expressions for the value of an element ``x``, for
+    what values ``a`` and ``b`` combine to, and for the element made of the ``total``."""
 
     types: str
     combined: str
@@ -277,7 +280,7 @@ class _Arithmetic(NamedTuple):
     element: str = "total"
 
     def text(self) -> str:
-        """All of it."""
+        """The definitions in C++."""
         return _ARITHMETIC.format(**self._asdict())
 
 
@@ -306,8 +309,8 @@ def _divided(number: str, divisor: int | None) -> str:
 
 
 def _choice(symbol: str, dtype: np.dtype) -> _Arithmetic:
-    """The larger or the smaller of two, which are not changed; of NaNs the first; of equals, which zeros may be, the
-    one that NumPy takes."""
+    """The larger or the smaller of two elements, unchanged: the first NaN if there is one, and of two equal elements,
+    such as zeros of both signs, the one that NumPy takes."""
     name, equal = dtype.name, "=" if dtype == np.float16 else ""
     if name in _WIDE:
         a, b, types = "wide(a)", "wide(b)", _alike("unsigned short") + _WIDE[name]
@@ -318,7 +321,7 @@ def _choice(symbol: str, dtype: np.dtype) -> _Arithmetic:
 
 
 def _of_complex(symbol: str, dtype: np.dtype, divisor: int | None) -> _Arithmetic:
-    """By parts, as on the host."""
+    """Complex numbers, by real and imaginary parts, as on the host."""
     types = f"struct Element {{ {_COMPLEX[dtype.name]} real, imag; }};\ntypedef Element Value;\n"
     sums = "a.real + b.real, a.imag + b.imag"
     products = "a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real"
@@ -327,7 +330,7 @@ def _of_complex(symbol: str, dtype: np.dtype, divisor: int | None) -> _Arithmeti
 
 
 def _of_integers(symbol: str, dtype: np.dtype, divisor: int | None) -> _Arithmetic:
-    """Without signs, as far as what overflows has to be what is left of it."""
+    """Integers, combined without signs, so that overflow wraps around."""
     bits, types = 64 if dtype.itemsize == 8 else 32, _alike(_INTEGERS[dtype.name])
     combined = "({0})a {1} ({0})b".format(_INTEGERS[f"uint{bits}"], symbol)
     if divisor is None:
