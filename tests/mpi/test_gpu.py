@@ -130,6 +130,40 @@ def test_it_is_what_it_is_in_host_memory(cupy, ours, collective, way):
             assert result is x
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_go_to_a_root_and_come_from_it(cupy, ours, way):
+    algorithm, rank = "binomial" if way == "ours" else way, ours.rank
+    for n in (0, 1, 3 * BOX // 8 + 1):
+        everyone = np.array([own_data(n, other) for other in range(P)])
+        whole = own_data(n * P, ROOT)
+        x, stream = late(everyone[rank])
+        with stream:
+            y, z, part = cupy.zeros(n * P), cupy.zeros(n * P), cupy.zeros(n)
+            z[rank * n : rank * n + n] = x
+            sent = cupy.asarray(whole)
+        how: dict[str, Any] = {"stream": stream, "algorithm": algorithm}
+        ours.Gather(x, y if rank == ROOT else None, ROOT, **how)
+        ours.Gather(MPI.IN_PLACE if rank == ROOT else x, z if rank == ROOT else None, ROOT, **how)
+        result = mpicoll.gather(x, ours, ROOT, **how)
+        assert (result is None) == (rank != ROOT)
+        if rank == ROOT:
+            for got in (y, z, result):
+                np.testing.assert_array_equal(got.get(stream=stream).reshape(P, n), everyone)
+        ours.Scatter(sent if rank == ROOT else None, part, ROOT, **how)
+        np.testing.assert_array_equal(part.get(stream=stream), whole[rank * n : rank * n + n])
+        with stream:
+            part[...] = -1
+        ours.Scatter(sent if rank == ROOT else None, MPI.IN_PLACE if rank == ROOT else part, ROOT, **how)
+        np.testing.assert_array_equal(part.get(stream=stream), -1 if rank == ROOT else whole[rank * n : rank * n + n])
+        if way == "ours":
+            counts = [(2 * other + n) % 4 for other in range(P)]
+            mine = x[: counts[rank]] if n > 3 else cupy.zeros(counts[rank])
+            ours.Gatherv(mine, [cupy.zeros(sum(counts)), counts] if rank == ROOT else None, ROOT, **how)
+        else:
+            with pytest.raises((TypeError, mpicoll.MismatchError, ValueError)):
+                ours.Gatherv(x, [y, [n] * P] if rank == ROOT else None, ROOT, algorithm="native", stream=stream)
+
+
 def test_methods_are_those_of_host_memory(cupy, ours):
     """As mpi4py has them: out of place and in place, uneven parts, results in host memory, F order."""
     n, p, rank = 11, P, ours.rank

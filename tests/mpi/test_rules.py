@@ -90,7 +90,17 @@ def calls(comm: mpicoll.Comm, count: int) -> dict[str, Callable[[], None]]:
         comm.Allgather(mine[:count], x)
         np.testing.assert_array_equal(x, np.concatenate([one[:count] for one in everyones]))
 
-    return {call.__name__: call for call in (allreduce, reduce, bcast, reduce_scatter, allgather)}
+    def gather() -> None:
+        x = np.empty(count * P) if root == RANK else None
+        comm.Gather(mine[:count], x, root)
+        assert x is None or (x == np.concatenate([one[:count] for one in everyones])).all()
+
+    def scatter() -> None:
+        x = np.empty(count)
+        comm.Scatter(mine if root == RANK else None, x, root)
+        np.testing.assert_array_equal(x, everyones[root][part])
+
+    return {call.__name__: call for call in (allreduce, reduce, bcast, reduce_scatter, allgather, gather, scatter)}
 
 
 @several

@@ -54,7 +54,11 @@ class Aware:
         call = row.native(self._comm, operation.native, request.root or 0, request.counts)
         given, taken = (array.flat() if isinstance(array, Array) else array for array in (send, recv))
         if row.parted:
-            call(MPI.IN_PLACE if request.in_place or _is_part(send, recv) else given, taken)
+            if row.sends_part and (request.in_place or _is_part(send, recv)):
+                given = MPI.IN_PLACE
+            elif request.in_place:
+                taken = MPI.IN_PLACE
+            call(given, taken)
         else:
             longest, in_place = operations.MAX_COUNT, send is recv
             for lo in range(0, request.elements, longest):

@@ -127,7 +127,9 @@ class Ipc:
         """The jobs of each owner; ``None`` if a rank's array cannot be found, or there are too many."""
         ranks, size = range(self.p), dtype.itemsize
         senders = [q for q in ranks if row.sends(q, root)]
-        receivers = [q for q in ranks if row.receives(q, root) and not (row.from_root and q == root)]
+        receivers = [q for q in ranks if row.receives(q, root)]
+        if row.from_root and not places[root][3]:  # which has what it sends
+            receivers.remove(root)
         if not (all(places[q][1] for q in senders) and all(places[q][3] for q in receivers)):
             return None
         if len(senders) + len(receivers) > MOST:
