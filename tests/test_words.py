@@ -187,7 +187,7 @@ def test_words_that_were_given_up_stay_given_up():
 @pytest.mark.parametrize(
     ("path", "text", "line"),
     [
-        ("x.md", "one\nand\nthe MPI library's\nown", "x.md:3: \"MPI library's own\": native"),
+        ("x.md", "one\nand\nthe MPI library's\nown", 'x.md:3: "MPI library\'s own": native'),
         ("x.py", "# calls that\n# are under\n# way\n", "x.py:2: 'under way': pending, in flight"),
         ("x.py", "x = 1\nraise ValueError('ranks add up numbers')\n", "x.py:2: 'add up': reduces, sums"),
         ("x.py", "def f():\n    '''The opposite.'''\n", "x.py:1: docstring 'The opposite.' does not stand alone"),
