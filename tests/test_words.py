@@ -71,7 +71,6 @@ mpicoll/cli/bench_pipeline.py
 mpicoll/cli/doctor.py
 mpicoll/cli/output.py
 mpicoll/cli/pictures.py
-mpicoll/cli/train.py
 mpicoll/cost.py
 mpicoll/draw.py
 mpicoll/graphs.py
@@ -94,11 +93,9 @@ mpicoll/mpi/guard.py
 mpicoll/mpi/kernel.py
 mpicoll/mpi/launch.py
 mpicoll/mpi/memory.py
-mpicoll/mpi/mixing.py
 mpicoll/mpi/nonblocking.py
 mpicoll/mpi/operations.py
 mpicoll/mpi/paths.py
-mpicoll/mpi/progress.py
 mpicoll/mpi/request.py
 mpicoll/mpi/select.py
 mpicoll/mpi/shared.py
