@@ -106,7 +106,6 @@ mpicoll/torch.py
 mpicoll/train/bubble.py
 mpicoll/train/checkpoint.py
 mpicoll/train/checks.py
-mpicoll/train/compress.py
 mpicoll/train/data.py
 mpicoll/train/loop.py
 mpicoll/train/models.py
@@ -116,15 +115,6 @@ mpicoll/train/run.py
 mpicoll/train/run_folder.py
 mpicoll/train/server.py
 mpicoll/train/split.py
-mpicoll/train/strategies/asynchronous.py
-mpicoll/train/strategies/average.py
-mpicoll/train/strategies/base.py
-mpicoll/train/strategies/exchange.py
-mpicoll/train/strategies/mixing.py
-mpicoll/train/strategies/pairwise.py
-mpicoll/train/strategies/staleness.py
-mpicoll/train/strategies/sync.py
-mpicoll/train/strategies/transport.py
 mpicoll/tuning/rules.py
 mpicoll/verify.py
 """
