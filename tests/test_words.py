@@ -62,7 +62,6 @@ docs/schedules.md
 docs/shared-memory.md
 docs/training.md
 docs/tuning.md
-examples/own_model.py
 mpicoll/algorithms/__init__.py
 mpicoll/algorithms/doubling.py
 mpicoll/cli/bench.py
@@ -102,19 +101,6 @@ mpicoll/mpi/shared.py
 mpicoll/mpi/state.py
 mpicoll/mpi/watch.py
 mpicoll/pipeline.py
-mpicoll/torch.py
-mpicoll/train/bubble.py
-mpicoll/train/checkpoint.py
-mpicoll/train/checks.py
-mpicoll/train/data.py
-mpicoll/train/loop.py
-mpicoll/train/models.py
-mpicoll/train/pieces.py
-mpicoll/train/readers/powerlaw.py
-mpicoll/train/run.py
-mpicoll/train/run_folder.py
-mpicoll/train/server.py
-mpicoll/train/split.py
 mpicoll/tuning/rules.py
 mpicoll/verify.py
 """

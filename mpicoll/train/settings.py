@@ -1,4 +1,4 @@
-"""Settings of a run: the options of the command line and keys of configuration files, and their defaults."""
+"""The settings of a run: options of the command line, keys of configuration files, and their defaults."""
 
 from dataclasses import dataclass, fields
 from functools import cache
