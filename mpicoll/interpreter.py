@@ -110,7 +110,7 @@ def interpret_rounds(
 
 
 def interpret_arrays(schedule: Schedule, vectors: Sequence[np.ndarray], combine: np.ufunc) -> list[np.ndarray]:
-    """Run all ranks on one-dimensional arrays of equal length, cut into chunks as the MPI plan does; returns new
-    arrays. cuts = [chunk_start(len(vectors[0]), chunk, schedule.chunks) for chunk in range(1, schedule.chunks)] end =
-    interpret(schedule, [np.split(vector, cuts) for vector in vectors], combine) return [np.concatenate(chunks) for
-    chunks in end]
+    """Run all ranks on one-dimensional arrays of equal length, cut into chunks as the MPI plan does; returns copies."""
+    cuts = [chunk_start(len(vectors[0]), chunk, schedule.chunks) for chunk in range(1, schedule.chunks)]
+    end = interpret(schedule, [np.split(vector, cuts) for vector in vectors], combine)
+    return [np.concatenate(chunks) for chunks in end]

@@ -150,8 +150,9 @@ def mixing_matrix(schedule: Schedule) -> np.ndarray:
 
 def _verify_mixing(schedule: Schedule, table: list[list[Round]]) -> Proof:
     for t, rounds in enumerate(table):  # each by itself: a call does one
-        matrix = mixing_matrix(replace(schedule, rounds=lambda rank, rounds=rounds: [rounds[rank]]))  # type:
-        ignore[misc] where = f"{schedule}, round {t}" if not (matrix >= 0).all():
+        matrix = mixing_matrix(replace(schedule, rounds=lambda rank, rounds=rounds: [rounds[rank]]))  # type: ignore[misc]
+        where = f"{schedule}, round {t}"
+        if not (matrix >= 0).all():
             raise ScheduleError(f"{where}: a share of rank {np.argwhere(~(matrix >= 0))[0][1]}'s is negative, or none")
         for axis, side in ((1, "row"), (0, "column")):
             sums = matrix.sum(axis=axis)
