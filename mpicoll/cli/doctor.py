@@ -81,7 +81,7 @@ def before(found: Findings) -> Iterator[str]:
         yield line("" if n else "environment", setting)
     wheels = [f"{name} {number}" for name, number in software["wheels"].items()]
     told = [f"{name}={value}" for name, value in software["told"].items()]
-    finds = f"is reported {', '.join(told)}" if told else "finds MPI by itself (MPI4PY_LIBMPI is not set)"
+    finds = f"uses {', '.join(told)}" if told else "finds MPI by itself (MPI4PY_LIBMPI is not set)"
     yield line("mpi4py", f"{finds}; wheels with an MPI: {', '.join(wheels) or 'none'}")
 
 
