@@ -51,13 +51,7 @@ bench/overhead.py
 bench/pytorch.py
 bench/stragglers.py
 docs/benchmarks.md
-docs/clusters.md
 docs/decisions.md
-docs/gpus.md
-docs/parallel.md
-docs/shared-memory.md
-docs/training.md
-docs/tuning.md
 mpicoll/algorithms/__init__.py
 mpicoll/graphs.py
 mpicoll/mpi/agreement.py
