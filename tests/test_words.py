@@ -50,8 +50,6 @@ bench/network.py
 bench/overhead.py
 bench/pytorch.py
 bench/stragglers.py
-docs/benchmarks.md
-docs/decisions.md
 mpicoll/algorithms/__init__.py
 mpicoll/graphs.py
 mpicoll/mpi/agreement.py
