@@ -23,7 +23,7 @@ KEPT = 64
 """The edges of periods up to this are kept."""
 
 SAMPLE = 256
-"""So many rounds stand for a graph that never repeats."""
+"""The number of rounds that stand for a graph which never repeats."""
 
 MAX_ROUNDS = 1 << 24
 """A graph that has not come to agree by then is said never to; ``MAX_STEPS`` where rounds must be done one by one."""

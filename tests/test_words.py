@@ -39,19 +39,6 @@ HEADLESS = ("Of ", "The same", "The opposite", "See ", "A ``UserError``", "A ``V
 WHERE = ("mpicoll/**/*.py", "bench/*.py", "examples/*.py", "README.md", "docs/*.md")
 
 NOT_YET = """
-bench/allreduce.py
-bench/averaging.py
-bench/butterfly.py
-bench/cluster.py
-bench/common.py
-bench/gpu.py
-bench/grids.py
-bench/network.py
-bench/overhead.py
-bench/pytorch.py
-bench/stragglers.py
-mpicoll/algorithms/__init__.py
-mpicoll/graphs.py
 mpicoll/mpi/agreement.py
 mpicoll/mpi/attach.py
 mpicoll/mpi/buffers.py

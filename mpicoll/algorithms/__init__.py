@@ -364,7 +364,7 @@ def find(collective: str, name: str) -> Algorithm:
     if name not in known:
         names = ", ".join(known)
         raise ValueError(
-            f"unknown {collective} algorithm {name!r}: expected {names}, shared (memory of a node), or native (the MPI "
-            "library's own)"
+            f"unknown {collective} algorithm {name!r}: expected {names}, shared (memory of a node), or native (that of "
+            "the MPI library)"
         )
     return known[name]

@@ -29,7 +29,7 @@ from .readers.raw import Schema
 FORMAT = "mpicoll-checkpoint-1"
 MANIFEST = "manifest.json"
 KEPT = 3
-"""How many of the latest ones are kept: if one turns out to be damaged, there is one before it."""
+"""The number of latest checkpoints that are kept: if one turns out to be damaged, there is one before it."""
 
 NAME = re.compile(r"epoch-\d{8}")
 
