@@ -1,15 +1,15 @@
-"""Our allreduces beside the MPI library's own, a straightforward ring in mpi4py, and gloo where there is PyTorch.
+"""Allreduce by mpicoll beside native, a straightforward ring in mpi4py, and gloo if PyTorch is installed.
 
     python bench/allreduce.py              measures (a few minutes), prints the table, records it in bench/results/
     python bench/allreduce.py --show FILE  prints a recorded one (--only auto circulant: some of its columns)
     python bench/allreduce.py --plot FILES draws recorded ones, a panel for each, in docs/allreduce.png
 
-Each of several launches takes every implementation in turn, in random order, at every repetition, on fresh data
-that differ by rank, and checks every result exactly.  A repetition begins with a barrier and lasts as long as its
-slowest rank.  It is one call, as a program makes it that does something else in between; and, measured by itself, ten
-back to back, as the OSU benchmarks make them.  Compared is the ratio within a repetition: a machine that is slow for a
-while is slow for all.  Our calls are not compared between the ranks (check="off"); bench/overhead.py says what the
-default costs.  No profile is used: these are the defaults.
+There are several launches.  Each repetition runs every implementation once, in random order, on fresh data that differ
+by rank, and checks every result exactly.  A call begins with a barrier, and its time is that of the slowest rank.  One
+call at a time is measured, as in a program that computes in between, and separately ten calls back to back, as the OSU
+benchmarks do.  Ratios are taken within a repetition, so that a machine that is slow for a while is slow for all.  Our
+calls are not compared between ranks (check="off"); bench/overhead.py measures the cost of the default.  No profile is
+used.
 """
 
 import argparse
@@ -46,7 +46,7 @@ DRAWN = {  # name, color, width of the line
 
 
 def plain_ring(comm, x: np.ndarray) -> None:
-    """What one writes after reading about ring allreduce: chunks, Sendrecv, a temporary array."""
+    """A straightforward ring allreduce in mpi4py: chunks, Sendrecv, a temporary array."""
     p, rank = comm.size, comm.rank
     chunks = np.array_split(x, p)
     after, before = (rank + 1) % p, (rank - 1) % p
@@ -138,7 +138,7 @@ def speeds(taken: list[dict[str, list[float]]]) -> dict:
 
 
 def columns(record: dict) -> list[str]:
-    """The names of what was measured beside the MPI library's own."""
+    """The names of the implementations that were measured beside native."""
     return [name for name, value in record["table"][0].items() if isinstance(value, list)]
 
 
@@ -149,7 +149,7 @@ def show(record: dict, only: list[str] | None = None) -> None:
     versions = [f"{name} {m[key]}" for name, key in libraries.items() if key in m]
     print(f"{', '.join([record['mpi'], *versions])}, mpicoll {m['mpicoll']}, {m['date']}")
     print(f"{m['cpu']}, {m['cores']} cores; {record['launches']} launches each; wrong results: {record['wrong']}")
-    print("Speed as a multiple of the MPI library's own (above 1: faster), median of launches (least to most).")
+    print("Speed relative to native (above 1: faster), median of launches (least to most).")
     for ranks, calls in sorted({(row["ranks"], row["calls"]) for row in record["table"]}):
         rows = [row for row in record["table"] if (row["ranks"], row["calls"]) == (ranks, calls)]
         crowded = ", more than cores" if ranks > m["cores"] else ""
@@ -175,7 +175,7 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
     for axis, (calls, record) in zip(axes.flat, product(ways, records), strict=True):
         rows = [row for row in record["table"] if (row["ranks"], row["calls"]) == (ranks, calls)]
         sizes = [row["bytes"] for row in rows]
-        lines["the MPI library's own"] = axis.axhline(1, color="black", lw=1.5)
+        lines["native"] = axis.axhline(1, color="black", lw=1.5)
         for name, (label, color, width) in DRAWN.items():
             if name in rows[0]:
                 middle, low, high = np.array([row[name] for row in rows]).T
@@ -195,7 +195,7 @@ def draw(records: list[dict], path: Path, ranks: int = 2) -> None:
         axis.set_xlabel("size of the array")
     for axis, calls in zip(axes[:, 0], ways, strict=True):
         axis.set_ylabel(HOW[calls > 1])
-    figure.supylabel("speed, the MPI library's own = 1", fontsize=10)
+    figure.supylabel("speed, native = 1", fontsize=10)
     m = records[0]["machine"]
     figure.suptitle(f"Allreduce of float32, {ranks} ranks on {m['cores']} cores ({m['cpu']})", fontsize=12)
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)

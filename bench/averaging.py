@@ -5,16 +5,16 @@
     python bench/averaging.py --show FILE   prints a recorded one
     python bench/averaging.py --plot FILE   draws a recorded one in docs/averaging.png
 
-How often: ranks of this machine agree every 1, 2, 8, 32 or 128 steps, on the mean or by an outer optimizer, at two
-learning rates; beside sync with the same epochs and batches.  Training loss and test accuracy are those of the model
-agreed on at the end.
+How often: ranks on this machine average every 1, 2, 8, 32 or 128 steps, plainly or with an outer optimizer, at two
+learning rates, beside sync with the same epochs and batches.  Training loss and test accuracy are those of the
+consensus model at the end.
 
-How much faster, as Su and Chen measured it (2015, arXiv 1507.01239): every rank has batches as large as one alone has.
-Hosts are emulated (cluster.py), a rank on each, and so is its device: a rank computes its gradients, and then sleeps
-until a sample has taken a given time: it is as fast as that however many share a core, and what ranks need to agree is
-real.  A run ends when the model that they would agree on has the accuracy looked for.  It is looked at every so many
-steps, outside the clock, and then an epoch begins.  Predicted is a step of the device's time, and an H-th of what the
-bytes of an agreement take at the rate of a link; nothing else.  Several seeds; for each, everything in random order.
+How much faster, as Su and Chen measured it (2015, arXiv 1507.01239): every rank has batches as large as one rank alone.
+Hosts are emulated (cluster.py), with one rank each, and so are devices: a rank computes its gradients and then sleeps
+until each sample has taken a given time, so that its speed does not depend on how many ranks share a core, while
+communication is real.  A run ends when the consensus model has the accuracy in question.  It is evaluated at regular
+intervals, outside the clock, and then a new epoch begins.  The prediction is the device's time of a step plus 1/H of
+the time of an average's bytes at the rate of a link.  There are several seeds; for each, everything in random order.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def often(comm: Any, data: Any, model: Any, seed: int, order: random.Random) -> 
 
 
 def faster(world: Any, data: Any, model: Any, seed: int, order: random.Random) -> list[dict]:
-    """Runs until the accuracy is reached: every strategy on the first so many hosts, and one host alone."""
+    """Run until the accuracy is reached: every strategy on the first hosts, by number, and one host alone."""
     runs: list[dict] = [{"ranks": p, "strategy": name} for p in HOSTS for name in SCALED if p > 1 or name == "sync"]
     for run in order.sample(runs, len(runs)):
         comm = world.Split(world.rank < run["ranks"])

@@ -51,7 +51,7 @@ SMALL, LARGE = "powerlaw:20480x2048:50", "powerlaw:20480x47236:75"  # models of 
 DECAY, BATCH = 1e-4, 32  # weight decay, and samples of a rank in a step
 STAYS = 5
 FIRST = 10  # the exponent of the learning rate to begin with, to base 2 ** (1 / 4): 5.7
-EVERY, MOST = 5, 1000  # the loss is looked at every so many steps, and so many are tried
+EVERY, MOST = 5, 1000  # steps between two evaluations of the loss, and the most steps of a run
 TOLERANCE = 1e-3  # of the loss foretold
 ALGORITHMS, TRIAL = ("native", "recursive_doubling", "halving_doubling"), 30  # of allreduce, and steps to try each
 

@@ -89,7 +89,7 @@ ELSEWHERE = "PRTE_MCA_rmaps_default_mapping_policy"  # what one machine needs pu
 
 
 class Skipped(Exception):  # noqa: N818  nobody's error
-    """There can be no cluster here; the text says why."""
+    """No cluster can be emulated here; the text says why."""
 
 
 # ---- from outside
@@ -106,7 +106,7 @@ class Traffic(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a command: its exit status, ``SKIPPED`` where there was no cluster; the traffic by host."""
+    """The outcome of a command: its exit status, or ``SKIPPED`` if there was no cluster; and the traffic by host."""
 
     status: int
     out: str
@@ -138,7 +138,7 @@ def run(
 
 
 def outside(args: argparse.Namespace) -> int:
-    """Go on inside namespaces of this process's own; the exit status of what is run there."""
+    """Continue inside new namespaces of this process, and return the exit status of what runs there."""
     tools = ["ip", "hostname", "mount", "nsenter", "setpriv", "unshare", *(["tc"] if args.rate else []), args.mpirun]
     for tool in tools:
         if not shutil.which(tool):
@@ -188,7 +188,7 @@ def inside(args: argparse.Namespace) -> int:
 
 
 def build(names: list[str], args: argparse.Namespace) -> list[int]:
-    """Hosts, their names, links and the switch; returns the process that holds each host's namespaces."""
+    """Make hosts, names, links and the switch, and return the process that holds each host's namespaces."""
     do("mount", "-t", "tmpfs", "tmpfs", "/run")
     RUN.mkdir()
     addresses = {name: f"10.0.0.{n + 1}" for n, name in enumerate(names)}
@@ -231,7 +231,7 @@ def do(*command: str) -> None:
 
 
 def in_host(pid: int, *more: str) -> list[str]:
-    """What to put before a command that is to run in a host's network, and in more of its namespaces."""
+    """The words before a command that is to run in a host's network, and in more of its namespaces."""
     return ["nsenter", "--target", str(pid), "--net", *more]
 
 
@@ -292,7 +292,7 @@ def switch(ports: list[int], delay: float, rate: float | None) -> NoReturn:
 
 
 def bits(text: str) -> float:
-    """Bits a second, from what tc takes."""
+    """Parse a rate as tc takes it into bits per second."""
     match = RATE.fullmatch(text)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no rate: expected one like 200mbit or 1gbit")
@@ -300,7 +300,7 @@ def bits(text: str) -> float:
 
 
 def milliseconds(text: str) -> float:
-    """A time to wait."""
+    """Parse a delay in milliseconds."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < math.inf:
             return float(text)
@@ -316,7 +316,7 @@ def writable(name: str) -> Path:
 
 
 def library(mpirun: str) -> str:
-    """Whose ``mpirun`` it is, by what it says of itself."""
+    """The MPI library that ``mpirun`` belongs to, by its version text."""
     said = subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
     for sign, mpi in (("Open MPI", "openmpi"), ("Intel", "impi"), ("HYDRA", "mpich")):
         if sign in said:
@@ -325,7 +325,7 @@ def library(mpirun: str) -> str:
 
 
 def main() -> int:
-    """See above."""
+    """Launch a command on an emulated cluster, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, choices=NODES, default=4)
     parser.add_argument("--ranks-per-host", type=int, choices=LAYOUTS, default=2)

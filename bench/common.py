@@ -123,12 +123,12 @@ def look_first(*modules: str, data: Sequence[str] = (), cluster: Sequence[str] =
 
 
 def launched(script: str, ranks: int, *options: str) -> dict:
-    """What one launch of ``script --worker FILE`` on this machine measures: the JSON that rank 0 writes to the file."""
+    """Launch ``script --worker FILE`` on this machine, and return the JSON that rank 0 writes to the file."""
     return written(script, mpirun(ranks), *options, MPICOLL_PROFILE="none")
 
 
 def written(script: str, launcher: Sequence[str], *options: str, **environment: str) -> dict:
-    """What one launch of ``script --worker FILE`` by a launcher measures, with variables for its environment."""
+    """Run ``script --worker FILE`` by a launcher with an environment, and return the JSON that rank 0 writes."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "launch.json")  # of long output some was lost, under MPICH, twice
         worker = [sys.executable, "-m", "mpi4py", script, *options, "--worker", str(found)]  # one rank failing ends it
@@ -138,7 +138,7 @@ def written(script: str, launcher: Sequence[str], *options: str, **environment: 
 
 
 def mpirun(ranks: int) -> list[str]:
-    """The command that launches so many ranks on this machine."""
+    """The command that launches this number of ranks on this machine."""
     beside = Path(sys.prefix, "bin", "mpirun")
     return [str(beside) if beside.exists() else "mpirun", "-n", str(ranks)]
 
@@ -147,7 +147,7 @@ def mpirun(ranks: int) -> list[str]:
 
 
 class Ended:
-    """Why measuring has ended early, if it has, and the exit status of the script."""
+    """The reason why measuring ended early, if it did, and the exit status of the script."""
 
     def __init__(self) -> None:
         self.why, self.status = "", 0
@@ -217,7 +217,7 @@ def _end(ended: Ended, more: str) -> NoReturn:
 
 
 def save(record: dict, name: str) -> None:
-    """Write it to ``RESULTS``, a line for each row of its table."""
+    """Write a record to ``RESULTS``, with a line for each row of its table."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     text = to_json(record, indent=1)

@@ -6,17 +6,18 @@
     python bench/gpu.py --show FILE    prints a recorded one
     python bench/gpu.py --plot FILE    draws a recorded one
 
-Compared are, in turn and as mpicoll bench --device gpu has it, ``ipc``, ``staged`` and what one writes with CuPy and
-mpi4py alone: x.get(), the MPI library's own call on ordinary host memory, x.set().  A call lasts until its stream has
-done it, every result is checked, and the share is that of the least time that the traffic takes: for ``ipc`` every
-array is read once and written once, at the bandwidth of the GPU's own copies; for ``staged`` the slowest of the link to
-the host, each way, and of the host's additions.
+It compares, side by side as mpicoll bench --device gpu does, ``ipc``, ``staged`` and native with copies written by hand
+with CuPy and mpi4py alone: x.get(), the native call on ordinary host memory, x.set().  A call lasts until its stream
+has completed it, and every result is checked.  The share is that of the least time that the traffic takes: for ``ipc``
+every array is read once and written once, at the bandwidth of the GPU's copies; for ``staged`` the slowest of the link
+to the host, in each direction, and the host's additions.
 
-``staged`` goes by boxes of several sizes, in memory that ranks share, and locked there, or each in some of its own.
+``staged`` is measured with staging buffers of several sizes, in page-locked memory that ranks share, or in memory of
+each rank's own.
 
 A step of training is one of mpicoll train --device gpu, of a perceptron with wide layers, in epochs after the first.
-Its share of communication is the time of an allreduce of as many numbers as there are parameters, by itself: the
-host's clock would add what the GPU still computes when the call is made.
+Its share of communication is the time of a separate allreduce of as many numbers as there are parameters: the host's
+clock would include what the GPU still computes when the call is made.
 """
 
 import argparse
@@ -56,8 +57,11 @@ def parameters() -> int:
 
 @contextmanager
 def boxes(size: int, shared: bool) -> Iterator[list[bool]]:
-    """Communicators that first stage something here do so in boxes of this size, in memory that ranks share if it can
-    be locked, or in some of their own; yields whether it was locked."""
+    """Give communicators that first stage something within the block staging buffers of this size.
+
+    If ``shared`` they are in memory that ranks share, if it can be page-locked, otherwise in memory of each rank's own.
+    Yields a list that says whether shared memory was locked.
+    """
     from mpicoll.mpi.gpu import staging
 
     before, register, locked = staging.BUFFER, staging.register, []
@@ -74,7 +78,7 @@ def boxes(size: int, shared: bool) -> Iterator[list[bool]]:
 
 
 def staged(own: Any, size: int, shared: bool) -> Any:
-    """``staged`` by such boxes, on a communicator that has none yet; ``None`` if ranks should share them and cannot."""
+    """Return ``staged`` with such staging buffers on a new communicator; ``None`` if ranks cannot share them."""
     from mpicoll import Comm
     from mpicoll.measure.contestants import implementations_on_gpu
     from mpicoll.mpi.gpu.array import cupy
@@ -140,7 +144,7 @@ def measure(sizes: list[int]) -> dict:
 
 
 def check() -> None:
-    """End with what is against it, in one line, if there is no GPU."""
+    """Exit with the reason, in one line, if there is no GPU."""
     tiny = ["--device", "gpu", "--count", "1", "--algorithm", "auto", "--max-time", "0", "--min-reps", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "mpicoll", "bench", *tiny], capture_output=True, text=True, timeout=300
@@ -217,7 +221,7 @@ def show(record: dict) -> None:
             if (row["ranks"], row["in_place"]) == (ranks, place):
                 cells = [cell for name in COLORS for cell in _cells(row.get(name), name)]
                 print(f"| {pretty(row['bytes'])} | {row['native']['us'][0]:.1f} | {' | '.join(cells)} |")
-    print("\n| staged, by boxes | us | share |\n|---|---:|---|")
+    print("\n| staged, by buffer size | us | share |\n|---|---:|---|")
     for row in [row for row in record["table"] if "box" in row]:
         where = "that ranks share" if row["shared"] else "of each rank's own"
         us, _, share = _cells(row["staged"], "staged")

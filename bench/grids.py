@@ -7,11 +7,11 @@
 
 Every grid of the ranks trains the same perceptron of nine layers with the same batches, in random order, and ends with
 the same loss.  Devices are emulated: a rank computes its part of a layer, and then sleeps until its floating-point
-operations have taken the time that its device would take; so ranks are as fast as that however many share a core, and
-what they tell each other is real.  So are hosts, where there are several (cluster.py).
+operations have taken the time that its device would take.  So its speed does not depend on how many ranks share a core,
+while communication is real.  Several hosts are emulated as well (cluster.py).
 
-Predicted is what the schedule takes by the times of devices (``mpicoll.pipeline.simulate``), and the bytes that a host
-must at least send divided by the rate of its link; on one host nothing but the former.
+The prediction is the time of the schedule by the times of devices (``mpicoll.pipeline.simulate``) and, with several
+hosts, the least bytes that a host must send divided by the rate of its link.
 """
 
 import argparse
@@ -69,12 +69,12 @@ CASES = {
 
 
 def micro_of(case: Case, data: int, pipe: int) -> int:
-    """Four times as many micro-batches as there are stages, if there are so many samples."""
+    """The number of micro-batches: four times that of the stages, but at most one per sample of a group."""
     return min(4 * pipe, case.batch // data) if pipe > 1 else 1
 
 
 def emulated(model: Any, grid: Any, micro: int) -> Any:
-    """A rank's part of the model, on a device that takes its time for every layer."""
+    """Return a rank's part of the model on an emulated device, which takes a given time for every layer."""
     from mpicoll.train import models
     from mpicoll.train import split as split_module
     from mpicoll.train.bubble import sleep_until
@@ -189,7 +189,7 @@ def predicted(case: Case, axes: tuple[int, int, int]) -> dict:
     places = {(d, s, t): (s * data + d) * tensor + t for d in range(data) for s in range(pipe) for t in range(tensor)}
 
     def link(axis: int, nbytes: float) -> float:
-        """Seconds in which all the groups along an axis add up so much each, by the busiest host's link."""
+        """Seconds in which all groups along an axis reduce this number of bytes each, by the busiest host's link."""
         groups: dict[tuple[int, ...], set[int]] = {}
         for at, place in places.items():
             groups.setdefault((*at[:axis], *at[axis + 1 :]), set()).add(place // on_host)

@@ -1,15 +1,15 @@
-"""Allreduce across the hosts of an emulated cluster (cluster.py), beside the MPI library's own, and gloo with PyTorch.
+"""Allreduce across the hosts of an emulated cluster (cluster.py), beside native, and gloo if PyTorch is installed.
 
     python bench/network.py              measures (half an hour), prints tables, records them in bench/results/
     python bench/network.py --show FILE  prints a recorded one
     python bench/network.py --plot FILE  draws a recorded one in docs/network.png
     python bench/network.py --only NAMES only some of the experiments; the record keeps what it has of the others
 
-It is measured as in bench/allreduce.py: implementations take turns, in random order, on fresh data, every result is
-checked, compared is the ratio within a repetition, ours are unchecked calls (check="off"), of several launches.  All
-ranks start at one time by the clock, which is the same on all hosts.  Where links have a rate, the least time is what
-2n(h - 1)/h bytes take on each host's link, for n bytes on h hosts, without any headers: no allreduce sends less.  Given
-is its share of the time taken, and how many bytes the links counted.
+Measuring is as in bench/allreduce.py: implementations run in random order on fresh data, every result is checked,
+ratios are taken within a repetition, our calls are not compared (check="off"), and there are several launches.  All
+ranks start at one time by the clock, which is the same on all hosts.  If links have a rate, the least time is that of
+2n(h - 1)/h bytes on each host's link, for n bytes on h hosts, without headers: no allreduce sends less.  The tables
+show the share of the least time in the time taken, and the bytes that the links counted.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "network.png"
 RATE = "200mbit"
 LARGE = tuple(n << 20 for n in (1, 4, 16))  # bytes of float32
 SMALL = tuple(4**n for n in range(1, 9))
-SECONDS, MINIMUM = 5, 5  # for each size, all implementations together, but at least so many repetitions
+SECONDS, MINIMUM = 5, 5  # seconds for each size, all implementations together, and the least number of repetitions
 
 
 class Experiment(NamedTuple):
@@ -64,7 +64,7 @@ EXPERIMENTS = {
     "4 hosts of 2 ranks, 200 Mbit/s": Experiment(4, LARGE[1:2], (*FULL, "recursive_doubling"), 2, RATE),
 }
 COLORS = {
-    "native": ("the MPI library's own", "black"),
+    "native": ("native", "black"),
     "auto": ("auto", "#1b9e77"),
     "ring": ("ring", "#e6850e"),
     "recursive_doubling": ("recursive doubling", "#54278f"),
@@ -192,7 +192,7 @@ def show(record: dict) -> None:
             print(f"\n{name}: share of the links' rate, median of launches (least to most)\n")
             print(f"| size | native ms | {' | '.join(['native', *names])} |")
         else:
-            print(f"\n{name}: speed as a multiple of the MPI library's own, median of launches (least to most)\n")
+            print(f"\n{name}: speed relative to native, median of launches (least to most)\n")
             print(f"| size | native ms | {' | '.join(names)} |")
         print("|---:|---:|" + "---|" * (len(names) + ("wire" in rows[0])))
         for row in rows:

@@ -1,12 +1,12 @@
-"""What mpicoll costs before the first byte moves.
+"""The overhead of mpicoll before the first byte moves.
 
     python bench/overhead.py               measures (a minute or two), prints, records in bench/results/
     python bench/overhead.py --show FILE   prints a recorded one
 
-Importing it, over mpi4py and NumPy, from bytecode as an installed package is; compiling one rank's plans at 4096 ranks;
-small calls, unchecked but where it says so, beside the MPI library's own, in turn in the same process: the difference
-within a repetition is what is compared; and, by itself, what the flight record costs each call that is recorded.
-Every figure is the median of several processes or launches (least to most of them).
+Measured are: importing it, over mpi4py and NumPy, from bytecode as an installed package is; compiling one rank's plans
+at 4096 ranks; small calls, not compared between ranks unless it says so, as the difference to native calls within a
+repetition in the same process; and the cost of the flight record for each call that is recorded.  Every figure is the
+median of several processes or launches (least to most).
 """
 
 import argparse
@@ -46,7 +46,7 @@ print(json.dumps({
 
 
 def calls() -> dict:
-    """One launch, on all ranks: microseconds of each kind of call, and over the MPI library's own, of four bytes."""
+    """Measure one launch, on all ranks: microseconds of each kind of call of four bytes, and the excess over native."""
     from mpi4py import MPI
 
     import mpicoll

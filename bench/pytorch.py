@@ -1,4 +1,4 @@
-"""Training in step beside PyTorch's: our sync strategy, by itself and in PyTorch, and DistributedDataParallel (gloo).
+"""Synchronous training beside PyTorch: the sync strategy, alone and in PyTorch, and DistributedDataParallel (gloo).
 
     python bench/pytorch.py               measures (six minutes), prints tables, records them in bench/results/, and
                                           draws docs/pytorch.png
@@ -6,11 +6,11 @@
     python bench/pytorch.py --plot FILE   draws a recorded one
 
 Perceptrons in float32, 64 samples a step and one thread a rank, SGD with momentum, from the same parameters and on the
-same samples.  Ours is what ``mpicoll train`` runs; and, as a PyTorch module, a ``mpicoll.torch.Replica``.  Blocks of
-steps take turns in one process, in random order; compared is the time of the slowest rank within a round.  ``tuned``
-shares gradients with PyTorch's buckets and fuses its optimizer.  Beside each the same without anybody to agree with,
-all ranks at once: what is left are NumPy and PyTorch.  After the first block all must hold the same parameters, to
-rounding, and later have about the same loss.
+same samples.  Ours is what ``mpicoll train`` runs and, as a PyTorch module, a ``mpicoll.torch.Replica``.  Blocks of
+steps run in one process, in random order; the times of the slowest rank are compared within a round.  ``tuned`` shares
+gradients with PyTorch's buckets and fuses its optimizer.  Each is also run without communication, on all ranks at once:
+what is left is NumPy and PyTorch.  After the first block all must hold the same parameters, up to rounding, and later
+have about the same loss.
 
 One perceptron has five million parameters and random samples.  The other reads Fashion-MNIST until all have reached an
 accuracy on the test set, at which each is looked at after every block, outside the clock.  A block is the beginning of
@@ -84,7 +84,7 @@ class Ours:
         self.training, self.steps = Training(comm, whole, self.model, settings), subject.steps
 
     def block(self) -> float:
-        """See ``Block``."""
+        """Do a block of steps, and return its seconds."""
         before = self.training.seconds
         self.training.run(max_steps=self.training.step + self.steps)
         return self.training.seconds - before
@@ -95,7 +95,7 @@ class Ours:
 
 
 class Theirs:
-    """The model in PyTorch, beginning at the same parameters, with nobody to agree with."""
+    """The model in PyTorch, from the same initial parameters, without communication."""
 
     def __init__(
         self, comm: Any, whole: Any, subject: Subject, seed: int, start: list[np.ndarray], *, tuned: bool = False
@@ -116,7 +116,7 @@ class Theirs:
         self.x, self.y = torch.from_numpy(whole.train.x), torch.from_numpy(whole.train.y)
 
     def block(self) -> float:
-        """See ``Block``; losses are added up, as ours are."""
+        """Do a block of steps, and return its seconds; losses are summed, as ours are."""
         self.epoch += 1
         total = 0.0
         start = time.perf_counter()
@@ -148,7 +148,7 @@ class Theirs:
 
 
 class Distributed(Theirs):
-    """With ``DistributedDataParallel``."""
+    """The model in PyTorch with ``DistributedDataParallel``."""
 
     def __init__(self, *args: Any, tuned: bool) -> None:
         from torch.nn.parallel import DistributedDataParallel
@@ -158,7 +158,7 @@ class Distributed(Theirs):
 
 
 class Replicated(Theirs):
-    """With ``mpicoll.torch``, as its documentation has it."""
+    """The model in PyTorch with ``mpicoll.torch``, as its documentation shows."""
 
     def __init__(self, *args: Any) -> None:
         from mpicoll.torch import Replica
@@ -168,7 +168,7 @@ class Replicated(Theirs):
         self.step = self.replica.step  # type: ignore[method-assign]
 
     def batches(self) -> Iterator[Any]:
-        """See ``Theirs``."""
+        """The numbers of this rank's samples in each batch, from the replica."""
         return self.replica.batches(len(self.x), BATCH * self.comm.size, self.epoch, seed=self.seed)
 
 

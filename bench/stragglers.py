@@ -4,9 +4,10 @@
                                              and draws docs/stragglers.png
     python bench/stragglers.py --show FILE   prints a recorded table
 
-A rank computes the gradient of its samples and then sleeps, so that a sample takes it 0.2 ms, and the slow one 1 ms:
-ranks are as fast as that however many share a core, and what they need to agree is real.  All do the same number of
-epochs on the same batches, with the same learning rates.  Several seeds; for each, all strategies in random order.
+A rank computes the gradient of its samples and then sleeps, so that a sample takes 0.2 ms, and 1 ms on the slow rank.
+So its speed does not depend on how many ranks share a core, while communication is real.  All strategies do the same
+number of epochs on the same batches, with the same learning rates.  There are several seeds; for each, all strategies
+in random order.
 """
 
 import argparse
@@ -38,7 +39,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 class Emulated:
-    """A model on a device that takes its time for each sample."""
+    """A model on an emulated device, which takes a given time for each sample."""
 
     def __init__(self, model: Any, seconds: float) -> None:
         self._model, self._seconds, self.size = model, seconds, model.size
@@ -47,7 +48,7 @@ class Emulated:
         return getattr(self._model, name)
 
     def loss_and_grad(self, params: np.ndarray, batch: Any, grad: np.ndarray) -> Any:
-        """See ``mpicoll.train.models.Model``."""
+        """Compute the loss and the gradient, then sleep until the emulated device would be done."""
         end = time.perf_counter() + self._seconds * len(batch.y)
         sums = self._model.loss_and_grad(params, batch, grad)
         time.sleep(max(end - time.perf_counter(), 0))

@@ -1,10 +1,10 @@
-"""A model of one's own, trained on all ranks by any strategy:
+"""A user-defined model, trained on all ranks by any strategy:
 
     mpirun -n 4 python -m mpi4py examples/own_model.py gossip
 
-Poisson regression: how many bicycles are hired in an hour, given the weather, is drawn from a Poisson distribution
-whose mean is exp(w x + b).  What training asks of a model is one flat vector of parameters, and the loss and its
-gradient, summed over the samples at hand; ranks, batches and agreement are no concern of the model.
+Poisson regression: the number of bicycles hired in an hour, given the weather x, has a Poisson distribution with mean
+exp(w x + b).  A model provides the size and the initial values of one flat parameter vector, and the loss and its
+gradient, summed over given samples.  It knows nothing of ranks, batches and communication.
 """
 
 import sys

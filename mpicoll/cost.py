@@ -1,4 +1,4 @@
-"""What an algorithm would take on a given network: seconds, from what its row states."""
+"""The cost model: the seconds that an algorithm takes on a given network, from the numbers in its row."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,7 @@ from .algorithms import Algorithm
 
 
 class Network(NamedTuple):
-    """Three numbers stand for it: seconds that a round takes however little it moves, and bytes that a rank sends, and
-    adds up, in a second."""
+    """A network: seconds per round however short the messages, and bytes per second that a rank sends and reduces."""
 
     latency: float
     sends: float
@@ -15,17 +14,17 @@ class Network(NamedTuple):
 
 
 NODE = Network(8e-6, 5e9, 10e9)
-"""Messages between two processes of a node, sent from Python: two thirds of the latency are its own."""
+"""Messages between two processes of a node, sent from Python, which causes two thirds of the latency."""
 
 CLUSTER = Network(30e-6, 1.2e9, 10e9)
 """An ordinary network of 10 Gbit/s."""
 
 
 def seconds(algorithm: Algorithm, p: int, nbytes: float, network: Network, **parameters: int) -> float:
-    """At least that long, for a vector of ``nbytes``; ``parameters`` are the algorithm's.
+    """A lower bound of the seconds that an algorithm takes for a vector of ``nbytes`` on ``p`` ranks.
 
-    A rank takes the time of all its own messages; and the last round ends when a message of at least one chunk has
-    gone before it in each.
+    It is the time of all messages of one rank, and at least the time of one chunk per round.  ``parameters`` are those
+    of the algorithm.
     """
     given = {**algorithm.parameters, **parameters}
     rounds = algorithm.rounds(p, **given)

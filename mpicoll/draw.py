@@ -1,4 +1,4 @@
-"""Schedules as text and as pictures (SVG): ranks across and rounds down; of pipelines, stages down and time across."""
+"""Pictures of schedules, as text and as SVG: ranks across, rounds down; for pipelines, stages down and time across."""
 
 from colorsys import hls_to_rgb
 from fractions import Fraction
@@ -12,7 +12,7 @@ from .verify import own_chunks
 
 
 def text(schedule: Schedule) -> str:
-    """The picture, one line a round; ``legend`` explains the cells.  Scratch buffers are a, b, ..."""
+    """Draw a schedule as text, one line per round; ``legend`` explains the cells.  Scratch buffers are a, b, ..."""
     table = [[_cell(schedule, rank, round_) for rank, round_ in enumerate(rounds)] for rounds in lockstep(schedule)]
     heads = [f"rank {rank}" for rank in range(schedule.p)]
     widths = [max(map(len, column)) for column in zip(heads, *table, strict=True)]
@@ -21,7 +21,7 @@ def text(schedule: Schedule) -> str:
 
 
 def legend(schedule: Schedule) -> str:
-    """What the cells of ``text`` mean."""
+    """Explain the cells of ``text``."""
     if schedule.mixes:
         return "→1 sends its vector to rank 1; 1/3 + 2/3←1 takes a third of its own and two thirds of rank 1's"
     return "[2]→1 sends chunk 2 to rank 1; [2]←1 receives it from rank 1, [2]+←1 and adds it to its own; [4..1] wraps"
@@ -45,13 +45,13 @@ def _buffer(part: Send | Recv) -> str:
 
 
 def share(weight: float) -> str:
-    """A weight as a fraction, where it is a simple one."""
+    """A weight as text: a fraction if it is a simple one."""
     simple = Fraction(weight).limit_denominator(999)
     return str(simple) if abs(simple - weight) < 1e-9 else f"{weight:.3g}"
 
 
 def svg(schedule: Schedule, title: str) -> str:
-    """A picture: what each rank's vector holds before and after every round, and what travels in between.
+    """Draw a schedule as SVG: the contents of each rank's vector before and after every round, and the messages.
 
     A rank is a box with a column for each chunk and a row, and a color, for each rank; a colored cell says that this
     rank's contribution is in that chunk.  Where vectors are mixed, a bar's length is the share of the contribution.
@@ -60,7 +60,7 @@ def svg(schedule: Schedule, title: str) -> str:
 
 
 class _Canvas:
-    """Measures in pixels; x and y of a box are its upper left corner."""
+    """A canvas for SVG elements.  Lengths are in pixels; x and y of a box are its upper left corner."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -77,7 +77,7 @@ class _Canvas:
         )
 
     def document(self, width: float, height: float, title: str, caption: str) -> str:
-        """All of it, on white, wide enough for the title above and the caption below."""
+        """Return the SVG document on white, wide enough for the title above and the caption below."""
         wide = max(width, 7 * max(len(title) * 1.2, len(caption)) + 30)
         self.label(16, 28, title, "#111", size=16)
         self.label(16, height - 14, caption, "#555")
@@ -93,7 +93,7 @@ class _Canvas:
 
 
 class _Picture(_Canvas):
-    """Of the vectors, round by round."""
+    """The picture of a schedule: the vectors of all ranks, round by round."""
 
     gap_x, gap_y = 26, 54
     left, top = 46, 74
@@ -147,7 +147,7 @@ class _Picture(_Canvas):
         self.rectangle(x, y, self.width, self.height, "none", "#888")
 
     def arrows(self, t: int, rank: int, round_: Round) -> None:
-        """To what ``rank`` receives."""
+        """Draw the arrows of the messages that ``rank`` receives."""
         color_of = self.colors
         for recv in round_.recvs:
             if recv.peer == rank:
@@ -175,7 +175,7 @@ def _color(turn: float) -> str:
 
 
 def gantt_text(schedule: PipelineSchedule) -> str:
-    """Who does what when: a line for each stage, a column for each step of a time that all tasks take equally long."""
+    """Draw a pipeline as text: a line for each stage, a column for each task, as if all tasks took equally long."""
     timing = simulate(schedule, [1] * schedule.stages, [1] * schedule.stages)
     table = [["·"] * timing.makespan for _ in schedule.tasks]
     for cells, tasks, starts in zip(table, schedule.tasks, timing.start, strict=True):
@@ -193,7 +193,7 @@ GANTT_LEGEND = "F3 takes micro-batch 3 forward through the stage's layers, B3 ba
 
 
 def gantt_svg(schedule: PipelineSchedule, proof: Proof, timing: Timing, title: str) -> str:
-    """A picture: who does what when, at the times that ``simulate`` has found, or that were measured."""
+    """Draw a pipeline as SVG: the tasks of each stage at the times that ``simulate`` returned or that were measured."""
     return _Gantt(schedule, timing).draw(proof, title)
 
 
@@ -201,7 +201,7 @@ _FILLS = {Kind.FORWARD: "#3a76b8", Kind.BACKWARD: "#d9822b"}
 
 
 class _Gantt(_Canvas):
-    """Of a pipeline: a row for each stage, time across."""
+    """The picture of a pipeline: a row for each stage, time across."""
 
     left, top, row, gap = 76, 78, 30, 8
 
@@ -242,7 +242,7 @@ class _Gantt(_Canvas):
         return self.document(right + 104, bottom + 60, title, caption)
 
     def key(self) -> None:
-        """What the colors mean."""
+        """Draw the legend of the colors."""
         x, y = float(self.left), self.top - 22
         for what, fill in (
             *((kind.name.lower(), color) for kind, color in _FILLS.items()),

@@ -1,11 +1,11 @@
-"""The exceptions whose text is for the person at the keyboard, and pieces of such text."""
+"""The exceptions whose text is written for users, and functions that make such text."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 class UserError(Exception):
-    """One clear line: what is wrong, what was expected, what to do.
+    """An error of the user, in one line: what is wrong, what was expected, what to do.
 
     Every rank of a job raises the same one; the command line prints it once, from rank 0, and exits
     with status 1.
@@ -13,14 +13,14 @@ class UserError(Exception):
 
 
 class MismatchError(RuntimeError):
-    """Ranks do not make the same call; the text is a table of who made which.  All of them raise the same one."""
+    """Ranks did not make the same call.  All of them raise the same error, whose text is a table of the calls."""
 
 
 def reason(error: BaseException) -> str:
-    """The text of an error, or, if it has none, the name of its type."""
+    """Return the text of an error or, if it has none, the name of its type."""
     return str(error) or type(error).__name__
 
 
 def listed(values: Sequence[Any]) -> str:
-    """The first nine values as text, with ``...`` if there are more."""
+    """Return the first nine values as text, with ``...`` if there are more."""
     return ", ".join(map(str, values[:9])) + (", ..." if len(values) > 9 else "")

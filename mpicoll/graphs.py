@@ -1,8 +1,8 @@
-"""Who mixes with whom, and with what weights: gossip graphs, their mixing matrices, and how fast they agree.
+"""Gossip graphs, their mixing matrices, and how fast mixing on them converges.
 
-A round of mixing replaces what rank i holds by the sum over j of W[i, j] times what rank j holds.  If the columns of
-the mixing matrix W add up to 1, the sum over all ranks stays (and push-sum finds the mean); if the rows do too ("doubly
-stochastic"), what all agree on stays as well, and rounds bring the ranks closer to the mean.
+A round of mixing replaces the vector of rank i by the sum over j of W[i, j] times the vector of rank j.  If the columns
+of the mixing matrix W add up to 1, the sum over all ranks does not change (and push-sum finds the mean).  If the rows
+add up to 1 as well ("doubly stochastic"), equal vectors stay equal, and rounds bring the ranks closer to the mean.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ KEPT = 64
 """The edges of periods up to this are kept."""
 
 SAMPLE = 256
-"""So many rounds stand for a graph that never repeats."""
+"""The number of rounds that stand for a graph which never repeats."""
 
 MAX_ROUNDS = 1 << 24
 """A graph that has not come to agree by then is said never to; ``MAX_STEPS`` where rounds must be done one by one."""
@@ -31,7 +31,7 @@ MAX_STEPS = 10_000
 
 
 class Edges(NamedTuple):
-    """One round, as three arrays: ``target`` takes ``weight`` times what ``source`` holds; own shares included."""
+    """The edges of one round: rank ``target`` adds ``weight`` times the vector of rank ``source``, its own included."""
 
     target: np.ndarray
     source: np.ndarray
@@ -40,10 +40,10 @@ class Edges(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """The mixing matrices of ``p`` ranks, round by round; the first comes again after ``period`` rounds, if ever.
+    """A graph: the mixing matrices of ``p`` ranks, round by round, which repeat after ``period`` rounds, if ever.
 
-    Made by ``mpicoll.graph``.  A ``ValueError`` unless all weights are 0 or more, all columns add up to 1, and every
-    rank takes something in every round.
+    ``mpicoll.graph`` makes graphs.  Raises ``ValueError`` unless all weights are 0 or more, all columns add up to 1,
+    and every rank has a weight above 0 in every round.
     """
 
     name: str
@@ -72,26 +72,26 @@ class Graph:
 
     @cached_property
     def doubly(self) -> bool:
-        """Do all rows add up to 1 too?"""
+        """Whether the graph is doubly stochastic: all rows add up to 1, too."""
         rounds = (self.edges(t) for t in range(self.period or 1))
         sums = [np.bincount(edges.target, edges.weight, self.p) for edges in rounds]
         return bool(np.abs(np.array(sums) - 1).max() <= TOLERANCE)
 
     @cached_property
     def symmetric(self) -> bool:
-        """Does every rank take as much of each other as that takes of it, in every round?"""
+        """Whether the mixing matrix of every round is symmetric."""
         rounds = (self.edges(t) for t in range(self.period or 1))
         return all(_by_source(edges) == _by_source(Edges(edges.source, edges.target, edges.weight)) for edges in rounds)
 
     @cached_property
     def connected(self) -> bool:
-        """Does every rank hear of every other in the end, be it by way of others?"""
+        """Whether the graph is strongly connected: every rank's vector reaches every other, maybe through others."""
         rounds = [self.edges(t) for t in range(self.period or SAMPLE)]
         target = np.concatenate([edges.target for edges in rounds])
         source = np.concatenate([edges.source for edges in rounds])
 
         def reaches_all(start: np.ndarray, end: np.ndarray) -> bool:
-            """From rank 0?"""
+            """Whether rank 0 reaches all ranks along these edges."""
             reached = np.arange(self.p) == 0
             while not reached[end[reached[start]]].all():
                 reached[end[reached[start]]] = True
@@ -101,7 +101,7 @@ class Graph:
 
     @cached_property
     def digest(self) -> bytes:
-        """The same for equal matrices, by whatever name."""
+        """A digest of the matrices, equal for equal matrices whatever the name of the graph."""
         from hashlib import sha256  # takes 2 ms to import
 
         found = sha256(f"{self.p} {self.period}".encode())
@@ -111,11 +111,11 @@ class Graph:
         return found.digest()
 
     def round(self, step: int) -> int:
-        """Which of its rounds is that of a step, counted from 0."""
+        """The number of the round of a step, both counted from 0."""
         return step % self.period if self.period else step
 
     def edges(self, t: int) -> Edges:
-        """Round ``t``, by target and then by source."""
+        """The edges of round ``t``, sorted by target and then by source."""
         t = self.round(t)
         if t in self._kept:
             return self._kept[t]
@@ -132,13 +132,13 @@ class Graph:
         return {}
 
     def neighbors(self, rank: int, t: int) -> tuple[list[tuple[int, float]], list[int]]:
-        """From whom ``rank`` takes in round ``t``, and with what weights, itself included; and who takes from it."""
+        """The ranks from which ``rank`` receives in round ``t``, with weights, itself included; and its receivers."""
         target, source, weight = self.edges(t)
         mine = target == rank
         return list(zip(source[mine].tolist(), weight[mine].tolist(), strict=True)), target[source == rank].tolist()
 
     def peers(self, rank: int) -> list[int]:
-        """Whom ``rank`` takes from or gives to in any round; all others, if rounds never come again."""
+        """The ranks that exchange messages with ``rank`` in any round; all others, if rounds never repeat."""
         if self.period is None:
             return [other for other in range(self.p) if other != rank]
         target, source = np.concatenate([self.edges(t)[:2] for t in range(self.period)], axis=1)
@@ -146,14 +146,14 @@ class Graph:
         return [int(other) for other in linked if other != rank]
 
     def matrix(self, t: int) -> np.ndarray:
-        """The p x p matrix of round ``t``; ``matrix(t)[i, j]`` is what rank i takes of what rank j holds."""
+        """The p x p mixing matrix of round ``t``; ``matrix(t)[i, j]`` is the weight that rank i gives to rank j."""
         target, source, weight = self.edges(t)
         matrix = np.zeros((self.p, self.p))
         matrix[target, source] = weight
         return matrix
 
     def product(self) -> np.ndarray:
-        """The matrices of one period, the first rightmost: what a period does; of one round, if there is no period."""
+        """The product of the matrices of one period, the first rightmost; that of one round if there is no period."""
         product = np.eye(self.p)
         for t in range(self.period or 1):
             product = self.matrix(t) @ product
@@ -161,7 +161,7 @@ class Graph:
 
     @cached_property
     def contraction(self) -> float:
-        """By what factor a round brings the ranks closer to agreement, in the long run, on average over a period.
+        """The factor by which a round reduces the distance to the mean, in the long run, on average over a period.
 
         One minus this is the spectral gap.  For a graph that never repeats it is the root of the second eigenvalue of
         the average of W^T W over ``SAMPLE`` rounds: the factor for the root of the mean square distance.
@@ -175,11 +175,11 @@ class Graph:
         return second ** (1 / self.period) if second > 1e-12 else 0.0
 
     def rounds_to(self, distance: float) -> int | None:
-        """After how many rounds the ranks agree but for ``distance`` times what they disagreed by at first, whatever
-        they held; ``None`` if that never is: some ranks hear nothing of others, or only in turns.
+        """The number of rounds after which the distance to the mean is at most ``distance`` times the initial one.
 
-        Disagreement is the root of the sum over ranks of squared distances to the mean, or if only columns add up to 1,
-        of what push-sum estimates.
+        This holds for any initial vectors.  ``None`` if it never does, because the graph is not connected or does not
+        converge.  The distance is the root of the sum over ranks of squared distances to the mean; if only columns add
+        up to 1, that of push-sum's estimates.
         """
 
         def apart(matrix: np.ndarray) -> float:
@@ -213,27 +213,32 @@ def _by_source(edges: Edges) -> list[tuple]:
 
 
 def graph(what: Any, p: int | None = None, **parameters: int) -> Graph:
-    """A graph to mix on, for ``mpicoll.gossip_average`` and ``mpicoll.PushSum``.
+    """Make a graph for ``mpicoll.gossip_average`` and ``mpicoll.PushSum``.
 
     Parameters
     ----------
     what
         A name: ``"butterfly"``, ``"exponential"`` (one peer a round), ``"static_exponential"``, ``"ring"``,
         ``"torus"``, ``"star"``, ``"complete"``, ``"matching"`` (random pairs; ``seed=0``), ``"base"`` (the exact mean
-        after a period, for any number of ranks; ``degree=1`` peers a round).  Or a p x p matrix ``W`` of weights, rank
-        i taking ``W[i, j]`` of what rank j holds; or several, one for each round of a period.  Or a networkx graph
-        on nodes 0 to p - 1, edge u -> v meaning that u sends to v: with weights on all its edges, loops included, they
-        are ``W[v, u]``; without, an undirected graph gets Metropolis weights (doubly stochastic), and on a directed one
-        each rank sends equal shares to its neighbors and itself (column-stochastic: for push-sum).
+        after a period, for any number of ranks; ``degree=1`` peers a round).  Or a p x p mixing matrix ``W``, where
+        ``W[i, j]`` is the weight that rank i gives to the vector of rank j; or several, one for each round of a period.
+        Or a networkx graph on nodes 0 to p - 1, where edge u -> v means that u sends to v.  If all its edges have
+        weights, loops included, they are ``W[v, u]``.  Without weights, an undirected graph gets Metropolis weights
+        (doubly stochastic), and on a directed graph each rank sends equal shares to its neighbors and itself
+        (column-stochastic: for push-sum).
     p
-        The number of ranks; a matrix or a networkx graph has it already.
+        The number of ranks.  It may be left out for a matrix or a networkx graph.
     parameters
-        Those of the named graph.
+        ``seed`` or ``degree``, for the named graphs that have them.
+
+    Returns
+    -------
+    A ``Graph``.
 
     Raises
     ------
     TypeError, ValueError
-        For what is no graph, or does not keep the sum over all ranks.
+        For an argument that is not a graph, or whose columns do not add up to 1.
 
     Sources: Ying et al. 2021 (exponential), Takezawa et al. 2023 (base), Zhao and Canny 2013 (butterfly), Boyd et al.
     2006 (matching), Xiao and Boyd 2004 (Metropolis weights).
@@ -319,7 +324,7 @@ def _static(name: str, p: int, edges: Edges) -> Graph:
 
 
 def _metropolis(name: str, p: int, source: np.ndarray, target: np.ndarray) -> Graph:
-    """Undirected and any: 1 / (1 + the larger of two degrees), and what is left for oneself."""
+    """Metropolis weights of an undirected graph: 1 / (1 + the larger of two degrees), the rest for the rank itself."""
     apart = source != target
     links = np.append(source[apart] * p + target[apart], target[apart] * p + source[apart])
     a, b = np.divmod(np.unique(links), p)
@@ -336,7 +341,7 @@ def _ring(p: int) -> Graph:
 
 
 def _torus(p: int) -> Graph:
-    """As square as p allows; a ring if p is prime."""
+    """The torus graph, as square as p allows; a ring if p is prime."""
     height = max(n for n in range(1, isqrt(p) + 1) if p % n == 0)
     width = p // height
     ranks = np.arange(p)
@@ -354,31 +359,31 @@ def _complete(p: int) -> Graph:
 
 
 def _from_shifts(p: int, offsets: Iterable[int]) -> Edges:
-    """Everybody takes equal shares of itself and of the ranks so far before it."""
+    """Rounds in which every rank takes equal shares of itself and of the ranks at these distances before it."""
     shifts = np.array([0, *offsets])
     target = np.repeat(np.arange(p), len(shifts))
     return Edges(target, (target - np.tile(shifts, p)) % p, np.full(len(target), 1 / len(shifts)))
 
 
 def _exponential(p: int) -> Graph:
-    """One peer a round: 1, 2, 4, ... ranks away."""
+    """The one-peer exponential graph: in each round a peer 1, 2, 4, ... ranks away."""
     return Graph("exponential", p, lambda t: _from_shifts(p, [1 << t] if p > 1 else []), max((p - 1).bit_length(), 1))
 
 
 def _static_exponential(p: int) -> Graph:
-    """All these peers in every round."""
+    """The static exponential graph: the peers 1, 2, 4, ... ranks away in every round."""
     return _static("static_exponential", p, _from_shifts(p, [1 << n for n in range((p - 1).bit_length())]))
 
 
 def _butterfly(p: int) -> Graph:
-    """A stage a round, if p is a power of two; otherwise the exponential graph, which is best there."""
+    """The butterfly graph, one stage per round, if p is a power of two; otherwise the exponential graph."""
     if p & (p - 1):
         return replace(_exponential(p), name="butterfly")
     return Graph("butterfly", p, lambda t: _in_pairs(np.arange(p) ^ (1 << t) % p), max(p.bit_length() - 1, 1))
 
 
 def _matching(p: int, seed: int = 0) -> Graph:
-    """Random pairs; of an odd number of ranks one stays alone."""
+    """The matching graph: random pairs; if the number of ranks is odd, one of them is alone."""
     if seed < 0:
         raise ValueError(f"the seed of a matching graph must be 0 or more, got {seed}")
 
@@ -393,7 +398,7 @@ def _matching(p: int, seed: int = 0) -> Graph:
 
 
 def _in_pairs(partner: np.ndarray) -> Edges:
-    """Half of one's own and half of the partner's; all of one's own without one."""
+    """A round in which each rank takes half of its own vector and half of its peer's; all of its own without a peer."""
     ranks = np.arange(len(partner))
     paired = partner != ranks
     target, source = np.append(ranks, ranks[paired]), np.append(ranks, partner[paired])
@@ -404,7 +409,7 @@ _Links = list[list[tuple[int, int, float]]]  # for each round, who takes how muc
 
 
 def _base(p: int, degree: int = 1) -> Graph:
-    """Takezawa et al.'s base-(degree + 1) graph: whoever can is averaged by cliques, the rest by way of these."""
+    """The base-(degree + 1) graph of Takezawa et al.: most ranks are averaged in cliques, the rest through these."""
     if degree < 1:
         raise ValueError(f"the degree of a base graph must be 1 or more, got {degree}")
     degree = min(degree, max(p - 1, 1))
@@ -426,7 +431,7 @@ def _base(p: int, degree: int = 1) -> Graph:
 
 
 def _is_smooth(n: int, largest: int) -> bool:
-    """Has it no prime factor larger than that?"""
+    """Whether a number has no prime factor above a limit."""
     for factor in range(2, largest + 1):
         while n % factor == 0:
             n //= factor
@@ -435,7 +440,7 @@ def _is_smooth(n: int, largest: int) -> bool:
 
 @lru_cache(maxsize=256)
 def _factors(n: int, largest: int) -> tuple[int, ...]:
-    """The fewest factors of a smooth number, none larger than that."""
+    """The fewest factors of a smooth number, none of them above a limit."""
     if n == 1:
         return ()
     return min(
@@ -445,7 +450,7 @@ def _factors(n: int, largest: int) -> tuple[int, ...]:
 
 
 def _side_by_side(parts: Iterable[_Links]) -> _Links:
-    """Rounds of disjoint groups of ranks, at the same time."""
+    """Merge the rounds of disjoint groups of ranks, which happen at the same time."""
     merged: _Links = []
     for rounds in parts:
         merged += [[] for _ in range(len(rounds) - len(merged))]
@@ -455,7 +460,7 @@ def _side_by_side(parts: Iterable[_Links]) -> _Links:
 
 
 def _hypercube(ranks: range, degree: int) -> _Links:
-    """The mean of all, in as many rounds as their number has factors: cliques along one dimension after another."""
+    """Rounds that reach the mean in as many rounds as p has factors: cliques along one dimension after another."""
     rounds: _Links = []
     stride = 1
     for factor in _factors(len(ranks), degree + 1):
@@ -470,10 +475,10 @@ def _hypercube(ranks: range, degree: int) -> _Links:
 
 
 def _simple_base(ranks: range, degree: int) -> _Links:
-    """Groups as large as the digits of the number of ranks in base degree + 1 say.
+    """The simple base-(degree + 1) graph: groups have the sizes of the digits of p in base degree + 1.
 
-    First each group averages within itself; then, group by group, the ranks of all later groups meet one rank in each
-    block of this one, with weights that leave the later ones with the mean of all; and its blocks average that in.
+    First each group averages within itself.  Then, group by group, the ranks of all later groups exchange with one rank
+    in each block of this group, with weights that leave the later ones with the mean of all; then its blocks average.
     """
     base, p = degree + 1, len(ranks)
     groups: list[tuple[int, range]] = []  # (blocks, ranks), the largest first

@@ -1,6 +1,6 @@
-"""What a schedule means: all ranks in one process, on any values that can be combined.
+"""The interpreter of schedules: it runs all ranks in one process, on any values that can be combined.
 
-On NumPy arrays it is the reference the MPI plan is tested against; on symbols it is half of the proof.
+On NumPy arrays it is the reference for tests of the MPI plan; on symbols it is half of the proof.
 """
 
 from collections import defaultdict, deque
@@ -13,7 +13,7 @@ from .schedule import Recv, Round, Schedule, ScheduleError, Send, Verb, chunk_st
 
 
 def lockstep(schedule: Schedule) -> list[list[Round]]:
-    """The whole schedule, ``[t][rank]``; a ``ScheduleError`` if the ranks disagree on the number of rounds."""
+    """Return the rounds of all ranks, ``[t][rank]``.  Raises ``ScheduleError`` if their numbers of rounds differ."""
     by_rank = [list(schedule.rounds(rank)) for rank in range(schedule.p)]
     for rank, rounds in enumerate(by_rank):
         if len(rounds) != len(by_rank[0]):
@@ -22,7 +22,7 @@ def lockstep(schedule: Schedule) -> list[list[Round]]:
 
 
 def span(schedule: Schedule, part: Send | Recv) -> str:
-    """The chunks of a transfer, for messages and pictures."""
+    """The chunks of a transfer as text, for error messages and pictures."""
     last = (part.hi - 1) % schedule.chunks
     return f"[{part.lo}]" if part.hi == part.lo + 1 else f"[{part.lo}..{last}]"
 
@@ -36,12 +36,12 @@ def interpret(
     combine: Callable[[Any, Any], Any],
     copied: Callable[[int, Any], None] = lambda chunk, value: None,
 ) -> Held:
-    """Run all ranks; ``start[rank][chunk]`` and the result are what the ranks' vectors hold.
+    """Run all ranks; ``start[rank][chunk]`` and the result are the contents of the ranks' vectors.
 
-    ``combine(lower, higher)`` must return a new value, and so must ``*`` and ``+`` of what is mixed; ``copied`` is told
-    of each value that travels as final.  A receive that nothing is sent to, or a send that nobody receives, is a
-    deadlock (sends may be synchronous) and raises ``ScheduleError``; so does sending or reducing with a chunk that
-    holds nothing (``None``).
+    ``combine(lower, higher)`` must return a new value, and so must ``*`` and ``+`` of values that are mixed.
+    ``copied`` is called with each value that travels as final.  A receive without a send, or a send without a receive,
+    is a deadlock (sends may be synchronous) and raises ``ScheduleError``; so does sending or reducing a chunk that is
+    empty (``None``).
     """
     *_, end = interpret_rounds(schedule, start, combine, copied)
     return end
@@ -53,7 +53,7 @@ def interpret_rounds(
     combine: Callable[[Any, Any], Any],
     copied: Callable[[int, Any], None] = lambda chunk, value: None,
 ) -> Iterator[Held]:
-    """``interpret``, round by round: what the vectors hold at first, and after each round."""
+    """Yield the contents of the vectors at the beginning and after each round of ``interpret``."""
     chunks = schedule.chunks
     held = [[list(mine), *([None] * chunks for _ in range(schedule.scratch))] for mine in start]
     yield [list(buffers[0]) for buffers in held]
@@ -70,7 +70,7 @@ def interpret_rounds(
                 arriving = mail[recv.peer, rank]
                 if not arriving:
                     raise ScheduleError(
-                        f"{where} waits for chunks {span(schedule, recv)} from rank {recv.peer} for ever: deadlock"
+                        f"{where} waits for chunks {span(schedule, recv)} from rank {recv.peer} indefinitely: deadlock"
                     )
                 send, values = arriving.popleft()
                 if (send.lo, send.hi) != (recv.lo, recv.hi):
@@ -110,7 +110,7 @@ def interpret_rounds(
 
 
 def interpret_arrays(schedule: Schedule, vectors: Sequence[np.ndarray], combine: np.ufunc) -> list[np.ndarray]:
-    """Run all ranks on one-dimensional arrays of equal length, cut as the MPI plan cuts them; new arrays."""
+    """Run all ranks on one-dimensional arrays of equal length, cut into chunks as the MPI plan does; returns copies."""
     cuts = [chunk_start(len(vectors[0]), chunk, schedule.chunks) for chunk in range(1, schedule.chunks)]
     end = interpret(schedule, [np.split(vector, cuts) for vector in vectors], combine)
     return [np.concatenate(chunks) for chunks in end]

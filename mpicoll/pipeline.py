@@ -1,11 +1,11 @@
-"""Pipelines: which micro-batch a stage works on when, as data; proved and timed without MPI.
+"""Pipelines as data: which micro-batch a stage works on when; proved and timed without MPI.
 
 The layers are cut into stages, one after another; a batch is cut into micro-batches, which go forward through the
 stages and backward again.  A schedule is the order of each stage's tasks.  The rules that ``verify`` proves:
 
 * Every stage does every micro-batch once forward and once backward, forward first.
 * Forwards are in the order of the micro-batches, and so are backwards.  The messages of a kind between two stages then
-  match in order, and gradients are added up in the order of one process, to the same bits.
+  match in order, and gradients are summed in the order of one process, to the same bits.
 * There is no deadlock, even if sends are synchronous.  A stage does its tasks one after another: it takes what the
   neighbor has sent, computes, and sends the result on, which returns once the receive of that very message is posted.
   A stage has at least one receive of each kind posted (activations from the stage before, gradients from the one
@@ -28,7 +28,7 @@ from .schedule import ScheduleError
 
 
 class Kind(StrEnum):
-    """Which way a micro-batch goes through a stage."""
+    """The direction in which a micro-batch passes through a stage."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -99,7 +99,7 @@ class Pipeline:
     idle: Callable[[int, int], Fraction] = lambda stages, micro: Fraction(stages - 1, micro + stages - 1)
 
     def schedule(self, stages: int, micro: int) -> PipelineSchedule:
-        """This pipeline for so many stages and micro-batches; a ``ValueError`` unless there is at least one of each."""
+        """The schedule for these numbers of stages and micro-batches; ``ValueError`` unless both are at least 1."""
         for what, number in (("stages", stages), ("micro-batches", micro)):
             if number < 1:
                 raise ValueError(f"{self.name} pipeline: the number of {what} must be at least 1, got {number}")
@@ -117,7 +117,7 @@ PIPELINES = {row.name: row for row in _ROWS}
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found out on the way."""
+    """The outcome of a proof: the number of micro-batches that each stage holds."""
 
     held: tuple[int, ...]  # of how many micro-batches each stage holds activations, at most
 
@@ -131,7 +131,7 @@ def verify(schedule: PipelineSchedule) -> Proof:
 
 
 def verify_pipeline(pipeline: Pipeline, stages: int, micro: int) -> Proof:
-    """``verify`` for so many stages and micro-batches, and what the table states about the pipeline is so."""
+    """Verify a pipeline for these numbers of stages and micro-batches, and the numbers in its row."""
     schedule = pipeline.schedule(stages, micro)
     proof = verify(schedule)
     stated = tuple(pipeline.held(stage, stages, micro) for stage in range(stages))
@@ -152,7 +152,7 @@ def verify_pipeline(pipeline: Pipeline, stages: int, micro: int) -> Proof:
 
 
 def _check_stage(schedule: PipelineSchedule, stage: int) -> None:
-    """One stage's tasks by themselves: all of them, once, in order, forward first."""
+    """Check one stage's tasks by themselves: each once, in order, forward first."""
     done = dict.fromkeys(Kind, 0)
     for task in schedule.tasks[stage]:
         wrong = None
@@ -173,7 +173,7 @@ def _check_stage(schedule: PipelineSchedule, stage: int) -> None:
 
 
 def _neighbors(schedule: PipelineSchedule, stage: int, kind: Kind) -> tuple[int | None, int | None]:
-    """From which stage a task takes its input, and which takes its result; ``None`` at the ends."""
+    """The stage from which a task gets its input, and the stage that gets its result; ``None`` at the ends."""
     before, behind = (stage - 1 if stage else None), (stage + 1 if stage + 1 < schedule.stages else None)
     return (before, behind) if kind is Kind.FORWARD else (behind, before)
 
@@ -188,7 +188,7 @@ def _check_messages(schedule: PipelineSchedule) -> None:
     sent = {kind: [0] * schedule.stages for kind in Kind}  # or need not be
 
     def obstacle(stage: int, task: Task) -> str | None:
-        """What keeps the stage from computing the task or, where that is done, from sending the result."""
+        """The reason why the stage cannot compute its task or, if it has, send the result."""
         giver, taker = _neighbors(schedule, stage, task.kind)
         if computed[task.kind][stage] == task.micro:
             if giver is not None and computed[task.kind][giver] <= task.micro:
@@ -198,7 +198,7 @@ def _check_messages(schedule: PipelineSchedule) -> None:
         return None
 
     def step(stage: int) -> bool:
-        """Compute or send, if that is possible."""
+        """Compute the task or send its result, if possible; return whether that was done."""
         if at[stage] == len(schedule.tasks[stage]) or obstacle(stage, task := schedule.tasks[stage][at[stage]]):
             return False
         if computed[task.kind][stage] == task.micro:
@@ -217,7 +217,7 @@ def _check_messages(schedule: PipelineSchedule) -> None:
 
 
 def _held(tasks: Sequence[Task]) -> int:
-    """From the forward of a micro-batch to the end of its backward, its activations are held."""
+    """The most micro-batches whose activations a stage holds: from their forward to the end of their backward."""
     return max(accumulate(1 if task.kind is Kind.FORWARD else -1 for task in tasks))
 
 
@@ -230,7 +230,7 @@ class Timing:
 
     @property
     def makespan(self) -> Any:
-        """When all is done."""
+        """The time at which all tasks are done."""
         return max(ends[-1] for ends in self.end)
 
     @property
@@ -241,10 +241,11 @@ class Timing:
 
 
 def simulate(schedule: PipelineSchedule, forward: Sequence[Any], backward: Sequence[Any], message: Any = 0) -> Timing:
-    """When each task starts and ends, if a stage's forward takes ``forward[stage]``, its backward ``backward[stage]``
-    and a message ``message``, during which both stages go on.
+    """Compute when each task starts and ends.
 
-    Any unit, and any numbers from 0 on.  A ``ScheduleError`` unless the schedule is right.
+    A forward takes ``forward[stage]``, a backward ``backward[stage]``, and a message ``message``, during which both
+    stages may compute.  Times are numbers of 0 or more, in any unit.  Raises ``ScheduleError`` if the schedule is
+    wrong.
     """
     verify(schedule)
     costs = {Kind.FORWARD: _numbers(forward), Kind.BACKWARD: _numbers(backward)}
@@ -255,7 +256,7 @@ def simulate(schedule: PipelineSchedule, forward: Sequence[Any], backward: Seque
 
 
 def _simulate(schedule: PipelineSchedule, costs: dict[Kind, list[Any]], message: Any) -> Timing:
-    """Of a schedule that is right."""
+    """Compute when each task starts and ends, for a schedule that was verified."""
     start: list[list[Any]] = [[] for _ in range(schedule.stages)]
     end: list[list[Any]] = [[] for _ in range(schedule.stages)]
     done: dict[Kind, list[list[Any]]] = {kind: [[] for _ in range(schedule.stages)] for kind in Kind}
@@ -273,7 +274,7 @@ def _simulate(schedule: PipelineSchedule, costs: dict[Kind, list[Any]], message:
 
 
 def _numbers(values: Sequence[Any]) -> list[Any]:
-    """As Python's own; a ``ValueError`` unless all are finite and 0 or more."""
+    """Convert numbers to Python's.  Raises ``ValueError`` unless all are finite and 0 or more."""
     numbers = np.asarray(values).tolist()
     for number in numbers:
         if not 0 <= number < inf:
@@ -282,10 +283,10 @@ def _numbers(values: Sequence[Any]) -> list[Any]:
 
 
 def cut(costs: Sequence[Any], stages: int) -> list[range]:
-    """Layers with these costs as stages of neighboring layers, at least one each, the costliest as cheap as can be.
+    """Cut layers with these costs into stages of consecutive layers, at least one each, minimizing the largest cost.
 
-    Of all such, that whose second costliest stage is cheapest, and so on; then the one that cuts earliest.  Costs
-    are any finite numbers from 0 on, and compared exactly.
+    Among equal solutions the second largest cost is minimized, and so on; then the earliest cuts are taken.  Costs are
+    finite numbers of 0 or more, and compared exactly.
     """
     numbers = _numbers(costs)
     if not 1 <= stages <= len(numbers):

@@ -1,4 +1,4 @@
-"""What a schedule is: an algorithm as data, rounds of transfers that know nothing of arrays or MPI.
+"""Schedules: algorithms as data, rounds of transfers that know nothing of arrays or MPI.
 
 The vector is cut into ``chunks``; a chunk keeps its number wherever it goes.  A generator yields the
 rounds of *one* rank, lazily, and nothing here builds the other ranks' unless a reader asks for them.
@@ -30,7 +30,7 @@ class ScheduleError(Exception):
 
 
 class Verb(Enum):
-    """What becomes of the data that arrive."""
+    """What a receive does with the data that arrive."""
 
     COPY = "copy"  # mine = arriving
     REDUCE_BELOW = "reduce below"  # mine = op(arriving, mine): it arrives from the lower group of ranks
@@ -65,7 +65,7 @@ class Recv(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What one rank does in one round: all of it may happen at once."""
+    """The transfers of one rank in one round: all of them may happen at once."""
 
     sends: tuple[Send, ...] = ()
     recvs: tuple[Recv, ...] = ()
@@ -88,18 +88,18 @@ class Schedule:
 
     @property
     def mixes(self) -> bool:
-        """Whether it mixes the vectors of ranks, which is no collective of the table."""
+        """Whether the schedule mixes the vectors of ranks, instead of doing a collective."""
         return self.collective == MIX
 
 
 def reduce(rank: int, peer: int, lo: int, hi: int, buffer: int = 0) -> Recv:
-    """A reducing receive in rank order: the lower rank's data are the lower operand."""
+    """Return a reducing receive in rank order: the lower rank's data are the lower operand."""
     verb = Verb.REDUCE_BELOW if peer < rank else Verb.REDUCE_ABOVE
     return Recv(peer, lo, hi, verb, buffer)
 
 
 def is_final(recv: Recv) -> bool:
-    """Does it take a finished result?  What the peer's ``Send.final`` must say."""
+    """Whether a receive takes a finished result: the value that the peer's ``Send.final`` must have."""
     return recv.verb is Verb.COPY and recv.buffer == 0
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's modules and optimizers on all ranks of an MPI job, by any strategy that goes in step.
+"""The PyTorch adapter: modules and optimizers on all ranks of an MPI job, by any strategy but ``async``.
 
 Three lines of an ordinary training loop change: one makes a ``Replica``, one takes this rank's share of each batch from
 ``batches``, and one calls its ``step`` instead of the optimizer's.
@@ -34,11 +34,11 @@ except ModuleNotFoundError as error:
     raise ImportError("mpicoll.torch needs PyTorch, which is missing: pip install 'mpicoll[torch]'") from error
 
 NOT_HERE = ("momenta", "sync_epochs", "compress")
-"""Settings of strategies that ask for more than torch tells: flat vectors of the state, the length of an epoch, or what
-of the vector is a matrix."""
+"""Settings that need what torch does not provide: the optimizer's state as flat vectors, the length of an epoch, or the
+matrices in the parameter vector."""
 
 MEETING = 64
-"""Steps between meetings of all ranks, to raise errors together, where a strategy itself has none."""
+"""Steps between two calls in which all ranks raise errors together, with strategies that have no collective calls."""
 
 T = TypeVar("T")
 
@@ -46,37 +46,41 @@ AFTERWARDS = "after changing the model or its optimizer, make a new Replica, on 
 
 
 class Replica:
-    """This rank's replica of a model, and how it agrees with those of the other ranks.
+    """This rank's replica of a model, and the strategy by which it is combined with the replicas of other ranks.
 
-    Parameters and gradients become slices of one vector each, which strategies work on; nothing is copied.  All ranks
-    begin with the parameters, buffers and optimizer state of rank 0.  Learning rates are the optimizer's own, and
-    schedulers change them as ever.
+    Parameters and gradients become slices of one vector each, which strategies work on without copies.  All ranks start
+    with the parameters, buffers and optimizer state of rank 0.  Learning rates are the optimizer's, and schedulers
+    change them as usual.
 
-    Parameters that require no gradient when this is made stay as they are, and so does each rank's own copy of the
-    buffers (as of BatchNorm, which normalizes by the rank's own samples).  The others have a gradient in every step,
-    zero if the loss does not depend on them.
+    Frozen parameters (without ``requires_grad``) do not change.  Buffers are each rank's own: ``BatchNorm`` normalizes
+    by this rank's samples.  All other parameters have a gradient in every step, which is zero if the loss does not
+    depend on them.
 
-    Which parameters there are, which of them are frozen, and which the optimizer has, is settled when this is made:
-    after a change, or after moving or converting the model, make a new one.  ``step``, ``batches`` and ``consensus``
-    refuse what has changed, on all ranks: with ``"sync"`` in the same step, else when all ranks meet next, which is
-    every so many steps.  Between steps the optimizer, or another one of the same parameters, refuses to step by itself.
+    The set of parameters, which of them are frozen, and the parameters of the optimizer are fixed when a ``Replica`` is
+    made.  After changing them, or moving or converting the model, make a new one.  ``step``, ``batches`` and
+    ``consensus`` raise ``UserError`` on all ranks if something has changed: with ``"sync"`` in the same step, otherwise
+    at the next collective call, within at most 64 steps.  The optimizer's own ``step()`` raises as well, and that of
+    any other optimizer of the same parameters.
 
     Parameters
     ----------
     model
-        On the CPU, of dense tensors; what is trained is all float32, or all float64.
+        A module on the CPU with dense tensors.  The parameters to train are all float32 or all float64.
     optimizer
-        Of ``torch.optim``, for parameters of ``model``, one that needs no closure and takes dense gradients.
+        An optimizer of ``torch.optim`` for parameters of ``model``, which needs no closure and takes dense gradients.
     comm
-        An intracommunicator; making this is a collective call on it.
-    strategy, settings
-        As for ``mpicoll train``: ``"sync"``, ``"average"``, ``"butterfly"``, ``"gossip"`` or ``"ad-psgd"``, and
-        ``every``, ``outer``, ``outer_lr``, ``outer_momentum``, ``graph``, ``mix_first``, ``delays``; ``clip`` limits
-        the norm of the gradient that ranks agree on or, where they do not, of each rank's own; ``algorithm`` is that of
-        allreduces.
+        An mpi4py intracommunicator; making a ``Replica`` is a collective call on it.
+    strategy
+        ``"sync"``, ``"average"``, ``"butterfly"``, ``"gossip"`` or ``"ad-psgd"``, as for ``mpicoll train``.
+    settings
+        ``every``, ``outer``, ``outer_lr``, ``outer_momentum``, ``graph``, ``mix_first`` and ``delays`` of the strategy,
+        as for ``mpicoll train``; ``clip``, the L2 norm to which the combined gradient is clipped, or with other
+        strategies than ``"sync"`` each rank's own; ``algorithm``, the allreduce algorithm.
 
-    Raises ``UserError`` on all ranks for a model, optimizer or setting that cannot be used, or that differs between
-    ranks.
+    Raises
+    ------
+    UserError
+        On all ranks, for a model, optimizer or setting that cannot be used or that differs between ranks.
     """
 
     def __init__(
@@ -121,28 +125,47 @@ class Replica:
 
     @property
     def model(self) -> torch.nn.Module:
-        """Returns the model that this was made with."""
+        """The model that the ``Replica`` was made with."""
         return self._made.model
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Returns the optimizer that this was made with."""
+        """The optimizer that the ``Replica`` was made with."""
         return self._made.optimizer
 
     def batches(
         self, samples: int, batch_size: int, epoch: int = 0, *, seed: int = 0, sharded: bool = False
     ) -> Iterator[torch.Tensor]:
-        """The batches of an epoch: of each, which samples are this rank's share, a vector of int64.
+        """Yield this rank's share of each batch of an epoch.
 
-        Every sample comes once, in an order drawn from ``seed`` and ``epoch``, 0 or more; ``batch_size`` counts those
-        of all ranks.  The last batch may be shorter, and ranks may have no sample of it: what they compute of none
-        does not matter, nor whether they do.  All ranks hold the same ``samples``; or, if ``sharded``, each its own.
-        The first batch is a collective call.  With ``"ad-psgd"`` a rank gets the next share that nobody has taken, so
-        that ranks may do more or fewer steps in an epoch, and all must do theirs to its end.
+        Every sample comes once, in an order drawn from ``seed`` and ``epoch``.  The last batch may be shorter, so that
+        a rank may have no sample of it; its gradient then counts for nothing.  The first share is a collective call.
+        With ``"ad-psgd"`` a rank gets the next free share, so that ranks do different numbers of steps in an epoch; all
+        must iterate to its end.
 
-        A share has one number more, ``mine.total``: how many samples the batch has on all ranks together.  Where shares
-        are taken ahead of steps, as by a data loader that prefetches, or several for one step, ``step`` is to be told
-        of how many samples the gradient is, and of how many in total.
+        Parameters
+        ----------
+        samples
+            The number of samples: the same on all ranks or, if ``sharded``, that of this rank's own samples.
+        batch_size
+            The number of samples in a batch on all ranks together, at least 1.
+        epoch
+            The number of the epoch, 0 or more.
+        seed
+            The seed of the order of samples, 0 or more.
+        sharded
+            Whether each rank holds samples of its own.
+
+        Yields
+        ------
+        The numbers of this rank's samples, an int64 tensor of shape (samples of this share,).  Its attribute ``total``
+        is the number of samples in the batch on all ranks.  If shares are taken ahead of their steps (by a data loader
+        that prefetches), or several for one step, pass ``len(share)`` and ``share.total`` to ``step``.
+
+        Raises
+        ------
+        UserError
+            On all ranks, for arguments that cannot be used or differ, or if the model has changed.
         """
         self._meet()
         everyones: dict[str, Any] = {
@@ -186,11 +209,22 @@ class Replica:
         )
 
     def step(self, samples: int | None = None, total: int | None = None) -> None:
-        """Step as the strategy has it, from the gradient in ``model``, and set that to zero.
+        """Do one step of the strategy with the gradient in ``model``, and set that gradient to zero.
 
-        It is that of the mean loss over this rank's ``samples`` of a batch of ``total`` on all ranks; by default, over
-        the share that ``batches`` gave last, if that is the only one since the last step.  Ranks without samples call
-        this, too: their gradient counts for nothing.
+        Every rank must call it, also without samples: its gradient then counts for nothing.
+
+        Parameters
+        ----------
+        samples
+            The number of this rank's samples; the gradient is that of the mean loss over them.
+        total
+            The number of samples in the batch on all ranks.  By default both are those of the last share that
+            ``batches`` yielded, which must be the only one since the last step.
+
+        Raises
+        ------
+        UserError
+            On all ranks, if the numbers cannot be used or the model has changed.
         """
         if self._evaluates:
             raise UserError("step() within consensus() would be lost at its end: leave the with block first")
@@ -212,13 +246,13 @@ class Replica:
         finally:
             self._sums[:] = 0
             for times in (self.strategy.seconds, self.strategy.waits or []):
-                times.clear()  # nobody asks for them
+                times.clear()  # nobody reads these times
         self.steps += 1
         self._taken = 0
         self._go_to_point()
 
     def _weights(self, samples: int | None, total: int | None) -> tuple[int, int]:
-        """Returns of how many samples the gradient is, and of how many in total."""
+        """The number of samples of this rank's gradient, and of the batch on all ranks."""
         if self._taken > 1 and (samples is None or total is None):
             raise UserError(
                 f"{self._taken} shares were taken from batches() since the last step: for a step of several, or where "
@@ -239,30 +273,36 @@ class Replica:
         return own, length
 
     def _meets(self) -> bool:
-        """Do all ranks meet in this step, otherwise than in the gradient?"""
+        """Whether ranks exchange errors in this step, other than with the gradient."""
         if self.strategy.replicated or not self.strategy.in_step:
             return False
         step, often = self.steps + 1, min(getattr(self.strategy, "every", MEETING), MEETING)
-        is_early = step < often and step & (step - 1) == 0  # most mistakes are made in all steps: tell them soon
+        is_early = step < often and step & (step - 1) == 0  # most mistakes are made in all steps: report them early
         return is_early or step % often == 0
 
     def _meet(self) -> None:
-        """Raise on all ranks what is wrong on any; a collective call."""
+        """Raise on all ranks if something is wrong on any of them; a collective call."""
         self._verdict.note(self._made.check)
         self._verdict.tell()
 
     def _go_to_point(self) -> None:
-        """Where gradients are to be taken, if the strategy's parameters are not the model's."""
+        """Copy the evaluation point to the model, if the strategy's parameters are not the model's."""
         point = self.strategy.point()
         if point is not self._params:
             self._params[:] = point
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
-        """Within it, the model is the one that all ranks would agree on now, to be evaluated or saved; afterwards it is
-        this rank's own again, to be trained on, with the buffers it had, whatever has become of them meanwhile.
-        Buffers are the mean of all ranks' if they are float32 or float64, each rank's own if not.  A collective call,
-        and with ``"ad-psgd"`` none for the midst of an epoch."""
+        """Hold the consensus model in ``model`` within a ``with`` block, to evaluate or save it; a collective call.
+
+        Buffers of float32 and float64 hold the mean over all ranks meanwhile.  After the block the model is this rank's
+        own again, parameters and buffers.
+
+        Raises
+        ------
+        UserError
+            On all ranks if the model has changed; with ``"ad-psgd"`` also within an epoch.
+        """
         if self._is_epoch and not self.strategy.in_step:
             raise UserError("with ad-psgd ranks agree on a model between epochs only: go on to the end of batches()")
         self._meet()
@@ -283,7 +323,7 @@ _DTYPES = [f"torch.{name}" for name in DTYPES]
 
 
 def _zeros(comm: MPI.Intracomm, size: int, dtype: np.dtype) -> np.ndarray:
-    """Where allreduces of ranks on one node find it, if there is such memory; a collective call."""
+    """Return a vector of zeros, in shared memory if the ranks have any; a collective call."""
     memory = shared(comm)
     own = None if memory is None else memory.empty(size, dtype)
     zeros = np.empty(size, dtype) if own is None else own
@@ -292,7 +332,7 @@ def _zeros(comm: MPI.Intracomm, size: int, dtype: np.dtype) -> np.ndarray:
 
 
 def _share_of(mine: np.ndarray, total: int) -> torch.Tensor:
-    """A rank's share of a batch, which tells how many samples the batch has."""
+    """Return a rank's share of a batch as a tensor, with the length of the batch as its ``total``."""
     given: Any = torch.from_numpy(mine)
     given.total = total
     return given
@@ -303,10 +343,10 @@ def _is_number(x: Any) -> bool:
 
 
 class _Slice:
-    """A trained parameter, and where its values and its gradient are in the vectors."""
+    """A parameter to train, with the slices of the two vectors that hold its values and its gradient."""
 
     def __init__(self, param: torch.nn.Parameter, values: np.ndarray, grad: np.ndarray) -> None:
-        # Each has memory of its own as torch sees it, which is what it writes to files, and not all of the vector.
+        # To torch each slice is a storage of its own, so that torch.save writes the slice and not the whole vector.
         self.param, self.values, self._grad = param, _tensor(values, param.shape), _tensor(grad, param.shape)
         self.at, self._grad_at = self.values.data_ptr(), self._grad.data_ptr()
         self.values.copy_(param.detach())
@@ -314,14 +354,14 @@ class _Slice:
         self._give()
 
     def _give(self) -> None:
-        self.param.grad = self._given = self._grad.detach()  # whose data the program may replace
+        self.param.grad = self._given = self._grad.detach()  # the program may replace its data
 
     def take(self) -> None:
-        """Have the gradient in the vector, wherever it is."""
+        """Copy the gradient to the vector, if it is elsewhere."""
         grad = self.param.grad
         if grad is self._given and grad.data_ptr() == self._grad_at and grad.is_set_to(self._grad):
             return
-        if grad is None:  # zero_grad() took it away
+        if grad is None:  # by zero_grad()
             self._grad.zero_()
         elif grad.shape != self._grad.shape:
             raise UserError(f"a gradient has shape {tuple(grad.shape)}; expected {tuple(self._grad.shape)}")
@@ -331,7 +371,7 @@ class _Slice:
 
 
 def _sliced(trained: list[torch.nn.Parameter], params: np.ndarray, sums: np.ndarray) -> list[_Slice]:
-    """Slices of the vectors, one after the other."""
+    """Cut the two vectors into slices for the parameters, one after another."""
     ends = np.cumsum([param.numel() for param in trained])
     return [
         _Slice(param, params[end - param.numel() : end], sums[end - param.numel() : end])
@@ -344,7 +384,7 @@ def _tensor(array: np.ndarray, shape: torch.Size) -> torch.Tensor:
 
 
 class _Made:
-    """What a Replica was made with, to be compared with what is now: in every step, and so at little cost."""
+    """The model and optimizer of a ``Replica`` as they were when it was made, to find changes in every step cheaply."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, slices: list[_Slice]) -> None:
         self.model, self.optimizer, self._slices = model, optimizer, slices
@@ -367,8 +407,7 @@ class _Made:
         return [[*map(id, group["params"])] for group in self.optimizer.param_groups]
 
     def settings(self) -> str:
-        """The numbers, words and tuples of them that are settings of the optimizer, by group; other things may be the
-        program's own."""
+        """The settings of the optimizer by group: its numbers, texts, and tuples of these."""
         plain = (Number, str, type(None))
 
         def comparable(value: Any) -> bool:
@@ -381,7 +420,7 @@ class _Made:
         return repr([{name: value for name, value in group.items() if comparable(value)} for group in groups])
 
     def check(self) -> None:
-        """Raise a ``UserError`` if it has changed."""
+        """Raise a ``UserError`` if the model or the optimizer has changed."""
         if self._in_modules() != self._ids:
             now = _named(self.model)
             for name in {**self._params, **now}:
@@ -405,7 +444,7 @@ class _Made:
 
 
 def _named(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters by all their names."""
+    """The parameters of the model, each under all its names."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
@@ -415,14 +454,14 @@ def _take_gradients(slices: list[_Slice]) -> None:
 
 
 class _Verdict:
-    """What is wrong on this rank, until all raise it together."""
+    """The error of this rank, kept until all ranks raise it together."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm = comm
         self.error: UserError | None = None
 
     def note(self, action: Callable[[], T]) -> T | None:
-        """Do it, unless something is wrong already; returns what it does, and keeps the ``UserError`` it raises."""
+        """Call a function, unless there is an error already, and return its result; keep its ``UserError``."""
         try:
             return action() if self.error is None else None
         except UserError as error:
@@ -430,7 +469,7 @@ class _Verdict:
             return None
 
     def tell(self) -> None:
-        """Raise on all ranks what is wrong on any; a collective call."""
+        """Raise on all ranks the error of any rank; a collective call."""
         error, self.error = self.error, None
 
         def own() -> None:
@@ -441,11 +480,13 @@ class _Verdict:
 
 
 class _Stepping(Optimizer):
-    """A torch optimizer as strategies know one.  It steps on the model, which may be elsewhere than their parameters,
-    from the gradient that is there, at a learning rate of its own; and not if something is wrong.
+    """A torch optimizer with the interface of ``train.optimizers.Optimizer``.
 
-    If ranks have added up their gradients, then also, in ``sums``, by how much each weighs, and whether something is
-    wrong with it: so that all raise the same error, before anything is changed, without another exchange.
+    It steps on the model, whose parameters may be other arrays than the strategy's, by the gradient of the model and at
+    its own learning rate; and not at all if this rank has an error.
+
+    If ranks have summed their gradients, ``sums`` also holds the sum of their weights and the number of ranks with an
+    error.  So all ranks raise the same error before anything is changed, without another exchange.
     """
 
     in_parts = False
@@ -457,7 +498,7 @@ class _Stepping(Optimizer):
         self._optimizer, self._model, self._verdict, self._sums = optimizer, model, verdict, sums
 
     def step(self, params: np.ndarray, grad: np.ndarray, lr: float) -> None:
-        """See ``Optimizer``."""
+        """Step on the model, or raise on all ranks if one of them has an error."""
         if self._sums is not None:
             self._check(*self._sums[-2:])
         if self._verdict.error is not None:
@@ -477,7 +518,7 @@ class _Stepping(Optimizer):
             self._verdict.tell()
         if abs(weight - 1) > 1e-3:
             raise UserError(
-                f"step(samples, total): the samples of all ranks add up to {weight:.4g} times the total, expected 1: "
+                f"step(samples, total): the samples of all ranks sum to {weight:.4g} times the total, expected 1: "
                 "give each rank's own samples, and the total of all ranks"
             )
 
@@ -488,8 +529,7 @@ _ours: list[torch.optim.Optimizer] = []
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise before a step of any optimizer of the program on parameters of a Replica: the models of ranks would drift
-    apart."""
+    """Raise before an optimizer steps on parameters of a ``Replica`` by itself: ranks would diverge silently."""
     if _ours or not _replicas:
         return
     params = {id(param) for group in optimizer.param_groups for param in group["params"]}
@@ -505,7 +545,7 @@ register_optimizer_step_pre_hook(_refuse_step)
 
 
 class _Buffers:
-    """The buffers of a model as they are now, to be put back."""
+    """The buffers of a model as they are now, to be restored later."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -513,7 +553,7 @@ class _Buffers:
         self._kept = [(kept, kept.detach().clone()) for kept in {id(kept): kept for kept in model.buffers()}.values()]
 
     def means(self, comm: MPI.Intracomm) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Those that have one, with their means over all ranks; a collective call."""
+        """The means over all ranks of the buffers that have one; a collective call."""
         with_mean = {name: one for name, one in self._model.named_buffers() if _is_plain(one)}
         with_mean = {name: one for name, one in with_mean.items() if str(one.dtype) in _DTYPES}
         shapes = {f"shape of buffer {name}": tuple(one.shape) for name, one in with_mean.items()}
@@ -525,7 +565,7 @@ class _Buffers:
         return [(one, torch.from_numpy(mean)) for one, mean in zip(with_mean.values(), means, strict=True)]
 
     def put(self, others: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Have other values in the place of some, in their memory where that can be."""
+        """Replace the values of some buffers, in their memory if possible."""
         with torch.no_grad():
             for one, values in others:
                 if _is_writable(one):
@@ -536,7 +576,7 @@ class _Buffers:
                         module._buffers[name] = values
 
     def restore(self) -> None:
-        """Put them back, where ``forward`` may have assigned others, or written to them."""
+        """Restore the buffers, which ``forward`` may have replaced or written to."""
         for module, name, kept in self._places:
             if name not in module._buffers or module._buffers[name] is not kept:
                 module._buffers[name] = kept
@@ -544,19 +584,19 @@ class _Buffers:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Is there an array of memory with its elements in it?"""
+    """Whether the tensor has an array of memory that holds its elements."""
     return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:
-    """Do several elements surely share memory?"""
+    """Whether several elements of the tensor certainly share memory."""
     sides = [*zip(tensor.shape, tensor.stride(), strict=True)]
     extent = 1 + sum((size - 1) * stride for size, stride in sides)
     return bool(tensor.numel()) and (extent < tensor.numel() or any(size > 1 and not stride for size, stride in sides))
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Will torch write to it, element by element?"""
+    """Whether torch can write to the tensor, element by element."""
     return _is_plain(tensor) and not _is_expanded(tensor) and (not tensor.is_inference() or _in_inference())
 
 
@@ -565,12 +605,12 @@ def _in_inference() -> bool:
 
 
 def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by name, each once."""
+    """The parameters and buffers of the model by name, each once."""
     return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    """The parameters to train, each once; a ``UserError`` if they cannot be."""
+    """The parameters to train, each once.  Raises ``UserError`` if one of them cannot be trained."""
     for name, given, kind in (("model", model, torch.nn.Module), ("optimizer", optimizer, torch.optim.Optimizer)):
         if not isinstance(given, kind):
             raise UserError(
@@ -599,7 +639,7 @@ def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[t
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    """Raise a ``UserError`` unless it can be copied from rank to rank and written to."""
+    """Raise a ``UserError`` unless the tensor can be copied between ranks and written to."""
     if torch.nn.parameter.is_lazy(tensor):
         raise UserError(
             f"{name} has no shape yet, being of a lazy module: have the model compute a batch before making a Replica"
@@ -618,8 +658,10 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_apart(model: torch.nn.Module) -> None:
-    """Raise a ``UserError`` if a parameter to train shares memory with another tensor: it would no longer, since its
-    values move to a vector."""
+    """Raise a ``UserError`` if a parameter to train shares memory with another tensor.
+
+    Its values move to a vector, so that the two would no longer share memory.
+    """
     groups: dict[int, list[tuple[str, torch.Tensor]]] = {}
     for name, tensor in _tensors(model):
         groups.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
@@ -633,12 +675,12 @@ def _check_apart(model: torch.nn.Module) -> None:
 
 
 def _share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Do they, even in part?"""
+    """Whether two tensors overlap in memory."""
     return bool(one.numel() and two.numel() and np.shares_memory(_memory(one), _memory(two)))
 
 
 def _memory(tensor: torch.Tensor) -> np.ndarray:
-    """Where its elements are, of any dtype, also of those that NumPy has not."""
+    """The memory that holds the elements of a tensor, of any dtype, also of those that NumPy does not have."""
     size = tensor.element_size()
     strides = tuple(size * stride for stride in tensor.stride())
     at = {"version": 3, "data": (tensor.data_ptr(), False), "typestr": f"|V{size}", "strides": strides}
@@ -646,7 +688,7 @@ def _memory(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise a ``UserError`` if it cannot step on dense gradients, and by itself."""
+    """Raise a ``UserError`` if the optimizer needs a closure or sparse gradients."""
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise UserError(f"{kind} takes sparse gradients only, and those of a Replica are dense: take Adam")
@@ -659,7 +701,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _chosen(strategy: str, given: dict[str, Any]) -> Settings:
-    """The settings; a ``UserError`` for those that do not count here."""
+    """Return the settings of the strategy.  Raises ``UserError`` for those that a ``Replica`` does not have."""
     usable = {name: one for name, one in STRATEGIES.items() if name != "async"}
     if strategy == "async":
         raise UserError(
@@ -676,7 +718,7 @@ def _chosen(strategy: str, given: dict[str, Any]) -> Settings:
 
 
 def _compare(comm: MPI.Intracomm, facts: dict[str, Any]) -> None:
-    """A ``UserError`` on all ranks if any of these is not the same on all."""
+    """Raise a ``UserError`` on all ranks if one of these values differs between ranks; a collective call."""
     told = comm.allgather(facts)
     for rank, others in enumerate(told):
         for what, fact in others.items():

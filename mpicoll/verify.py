@@ -26,11 +26,11 @@ TOLERANCE = 1e-12  # of the sums and products of mixing weights
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found out on the way: the costs, and how the additions are ordered."""
+    """The outcome of a proof: the costs, and the order of the additions."""
 
     rounds: int
     sent: Fraction  # the most any rank sends, as a fraction of the vector
-    added: Fraction  # the most any rank adds up, likewise
+    added: Fraction  # the most that any rank reduces, likewise
     scratch: Fraction  # the most any rank needs beside the vector
     rank_order: bool  # the operands stand in rank order: the operation need not commute
     canonical: bool  # the additions are those of the canonical tree
@@ -55,8 +55,11 @@ class _Expressions:
         return self._known[lower, higher]
 
     def canonical(self) -> int:
-        """The canonical tree over all ranks: the first 2(p - q) in pairs, q being the largest power of two in p, and
-        then neighbors, pairs of neighbors, and so on."""
+        """The expression of the canonical order over all ranks.
+
+        With q the largest power of two in p, the first 2(p - q) ranks are combined in pairs, then neighbors, pairs of
+        neighbors, and so on.
+        """
         p = len(self.counts[0])
         q = 1 << (p.bit_length() - 1)
         pairs = p - q
@@ -67,7 +70,7 @@ class _Expressions:
 
 
 def verify_schedule(schedule: Schedule) -> Proof:
-    """Prove ``schedule`` does what its collective promises, or raise ``ScheduleError`` saying where it does not."""
+    """Prove that ``schedule`` does what its collective promises; ``ScheduleError`` says where it does not."""
     row = COLLECTIVES.get(schedule.collective)
     if row is None and not schedule.mixes:
         raise ValueError(f"no goal is stated for {schedule.collective!r}: expected mix, {', '.join(COLLECTIVES)}")
@@ -125,7 +128,7 @@ def verify_schedule(schedule: Schedule) -> Proof:
 
 
 def own_chunks(schedule: Schedule, marks: Iterable[Any]) -> list[list[Any]]:
-    """What each rank's chunks hold at first, to run the schedule on: its own mark, or nothing if it brings none."""
+    """The initial chunks of each rank for a symbolic run: the rank's own symbol, or ``None`` if it contributes none."""
     row = COLLECTIVES.get(schedule.collective)
 
     def brings(rank: int, chunk: int) -> bool:
@@ -141,7 +144,7 @@ def _owner(schedule: Schedule, chunk: int) -> int:
 
 
 def mixing_matrix(schedule: Schedule) -> np.ndarray:
-    """What mixing does: ``[i, j]`` is how much of what rank j brings rank i ends with."""
+    """The mixing matrix of a schedule: ``[i, j]`` is the weight of rank j's initial vector in rank i's final one."""
     return np.array([mine[0] for mine in interpret(schedule, own_chunks(schedule, np.eye(schedule.p)), np.add)])
 
 
@@ -161,7 +164,7 @@ def _verify_mixing(schedule: Schedule, table: list[list[Round]]) -> Proof:
 
 
 def verify_algorithm(algorithm: Algorithm, p: int, **parameters: int) -> Proof:
-    """``verify_schedule`` for ``p`` ranks, and what the table states about the algorithm is so."""
+    """Verify an algorithm for ``p`` ranks: its schedule, and the numbers that the table states about it."""
     schedule = algorithm.schedule(p, **parameters)
     proof = verify_schedule(schedule)
     given = {**algorithm.parameters, **parameters}
@@ -171,7 +174,7 @@ def verify_algorithm(algorithm: Algorithm, p: int, **parameters: int) -> Proof:
     if proof.sent != sent:
         raise ScheduleError(f"{schedule}: sends {proof.sent} of the vector, the table states {sent}")
     if proof.added != (added := algorithm.added(p, **given)):
-        raise ScheduleError(f"{schedule}: adds up {proof.added} of the vector, the table states {added}")
+        raise ScheduleError(f"{schedule}: reduces {proof.added} of the vector, the table states {added}")
     if algorithm.rank_order and not proof.rank_order:
         raise ScheduleError(f"{schedule}: operands do not stand in rank order, the table states they do")
     if algorithm.canonical and not proof.canonical:
@@ -182,7 +185,7 @@ def verify_algorithm(algorithm: Algorithm, p: int, **parameters: int) -> Proof:
 
 
 def _check_round(schedule: Schedule, where: str, round_: Round) -> None:
-    """One rank's round by itself: ranges, at most two contiguous messages a peer, no conflicting writes."""
+    """Check one rank's round by itself: ranges, at most two contiguous messages per peer, no conflicting writes."""
     parts: list[Send | Recv] = [*round_.sends, *round_.recvs]
     for part in parts:
         if not 0 <= part.peer < schedule.p:
@@ -218,7 +221,7 @@ def _places(schedule: Schedule, part: Send | Recv) -> list[tuple[int, int]]:
 
 
 def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool, canonical: bool) -> Proof:
-    """Rounds with a message, and the largest chunk counts of any rank; chunks count as equally long."""
+    """Measure the rounds with a message, and the largest chunk counts of any rank; all chunks count as equally long."""
     sent, added, scratch = ([0] * schedule.p for _ in range(3))
     busy = 0
     for rank in range(schedule.p):
@@ -239,10 +242,10 @@ def _measure(schedule: Schedule, table: list[list[Round]], rank_order: bool, can
 
 
 def _landing(rank: int, round_: Round) -> int:
-    """Chunks that arrive to be reduced or mixed: they land beside the vector first."""
+    """The number of chunks that arrive to be reduced or mixed, and are received into scratch."""
     return sum(recv.hi - recv.lo for recv in round_.recvs if recv.verb is not Verb.COPY and not _stays(rank, recv))
 
 
 def _stays(rank: int, recv: Recv) -> bool:
-    """A rank's own share is mixed where it is."""
+    """Whether a receive is a rank's own share in mixing, which is not moved."""
     return recv.verb is Verb.MIX and recv.peer == rank

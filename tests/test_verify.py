@@ -135,7 +135,7 @@ WRONG = {
     "has 3 Sends with rank 1; two are allowed": _schedule(
         2, {0: Round(tuple(Send(1, c, c + 1) for c in range(3)))}, chunks=3
     ),
-    r"rank 1 waits for chunks \[0\] from rank 0 for ever: deadlock": _schedule(2, {1: GIVE[1]}),
+    r"rank 1 waits for chunks \[0\] from rank 0 .*deadlock": _schedule(2, {1: GIVE[1]}),
     r"rank 0 sends chunks \[0\] to rank 1, which does not receive them: deadlock": _schedule(2, {0: GIVE[0]}),
     r"expects chunks \[1\], rank 0 sends \[0\]": _schedule(2, {0: GIVE[0], 1: Round(recvs=(Recv(0, 1, 2),))}, chunks=2),
     r"copies chunks \[0\] onto what it sends": _schedule(2, SWAP),
@@ -203,7 +203,7 @@ def test_a_table_that_promises_too_little_or_too_much_is_refused():
         verify_algorithm(replace(row, rounds=lambda p: 5), 4)
     with pytest.raises(ScheduleError, match="sends 3/2 of the vector, the table states 1"):
         verify_algorithm(replace(row, sent=lambda p: Fraction(1)), 4)
-    with pytest.raises(ScheduleError, match="adds up 3/4 of the vector, the table states 1"):
+    with pytest.raises(ScheduleError, match="3/4 of the vector, the table states 1"):
         verify_algorithm(replace(row, added=lambda p: Fraction(1)), 4)
     with pytest.raises(ScheduleError, match="operands do not stand in rank order, the table states they do"):
         verify_algorithm(replace(row, rank_order=True), 4)

@@ -16,11 +16,11 @@ from .fold import power_below
 class Algorithm:
     """One row: the generator of one rank's rounds, and what it is held to.
 
-    ``rounds(p)``, ``sent(p)`` and ``added(p)`` (the most any rank sends, and adds up, as fractions of the vector) are
-    the textbook's numbers, stated independently of the generator; the verifier compares them with what the generator
-    does, and ``cost`` makes seconds of them.  The verifier proves as well
-    that the operands stand in rank order if ``rank_order`` says so (the operation then need not commute), and that
-    the additions are those of the canonical tree if ``canonical`` does: all such rows give the same bits.
+    ``rounds(p)``, ``sent(p)`` and ``added(p)`` (the most that any rank sends and reduces, as fractions of the vector)
+    are the textbook's numbers, stated independently of the generator.  The verifier compares them with what the
+    generator does, and ``cost`` converts them to seconds.  The verifier also proves that the operands stand in rank
+    order if ``rank_order`` says so (the operation then need not commute), and that the additions are those of the
+    canonical order if ``canonical`` says so: all such rows give the same bits.
 
     Mixing is proved to keep the mean, and to reach it if ``exact(p)`` says so; its rows are a period of a graph.
 
@@ -42,12 +42,12 @@ class Algorithm:
 
     @property
     def reduces(self) -> bool:
-        """Whether it reduces, rather than only moving data or mixing it."""
+        """Whether the algorithm reduces, rather than only moving or mixing data."""
         return not self.mixes and COLLECTIVES[self.collective].reduces
 
     @property
     def mixes(self) -> bool:
-        """Whether it mixes the vectors of ranks, which is no collective of the table."""
+        """Whether the algorithm mixes the vectors of ranks, instead of doing a collective."""
         return self.collective == MIX
 
     def schedule(self, p: int, **parameters: int) -> Schedule:
@@ -80,8 +80,11 @@ def _folded(p: int) -> int:
 
 
 def _double_tree_bcast_sent(p: int, root: int, segments: int) -> Fraction:
-    """Every rank is inside one tree, with two children but for the first and the last rank, and halves go down; the
-    root gives a half to the root of each tree, unless it is that itself."""
+    """The most that a rank sends in a double-tree broadcast.
+
+    Every rank is an inner node of one tree, with two children (the first and the last rank with one), and sends a half
+    to each.  The root sends a half to the root of each tree, unless it is that itself.
+    """
     if p == 1:
         return Fraction(0)
     halves = [1 + (0 < rank < p - 1) for rank in range(p)]
@@ -90,36 +93,36 @@ def _double_tree_bcast_sent(p: int, root: int, segments: int) -> Fraction:
 
 
 def _halving_sent(p: int) -> Fraction:
-    """A rank that is folded sends all; so does, with the hop, one that ends halving with another's chunk."""
+    """The most that a rank sends in halving: a folded rank sends all, and so does one whose chunk needs a hop."""
     return Fraction(1) if p > 2 else Fraction(p - 1, p)
 
 
 def _doubling_sent(p: int) -> Fraction:
-    """The first rank sends most: the chunks of 1, 2, 4, ... members, pairs having two, and all to the one folded."""
+    """The most that a rank sends in doubling: the first rank sends the chunks of 1, 2, 4, ... members, and the fold."""
     pairs = p - power_below(p)
     doubled = sum((1 << n) + min(1 << n, pairs) for n in range(_log(p)))
     return Fraction(doubled + (p if pairs else 0), p)
 
 
 def _halving_added(p: int) -> Fraction:
-    """The first rank keeps most: the chunks of 1, 2, 4, ... members, pairs having two, after all of the one folded."""
+    """The most that a rank reduces in halving: the first rank, chunks of 1, 2, 4, ... members and of the fold."""
     pairs = p - power_below(p)
     return Fraction(sum((1 << n) + min(1 << n, pairs) for n in range(_log(p))), p) + _folded(p)
 
 
 def _double_tree_added(p: int) -> Fraction:
-    """A half from each of two children in the one tree where a rank has any."""
+    """The most that a rank reduces in a double tree: a half from each of two children in one tree."""
     return Fraction(min(p - 1, 2), 2)
 
 
 def _base_rounds(p: int) -> int:
-    """log2 of the power of two in p; and up and down the largest one in the rest, with a meeting between."""
+    """The rounds of the base graph: log2 of the power of two in p, and twice that of the rest plus one in between."""
     odd = p // (p & -p)
     return _log(p // odd) + (2 * _log(odd) + 1 if odd > 1 else 0)
 
 
 def _torus_neighbors(p: int) -> int:
-    """Two along each side, but one if the side is two long."""
+    """The number of neighbors on a torus: two along each side, but one if the side has two ranks."""
     height = max(n for n in range(1, isqrt(p) + 1) if p % n == 0)
     return sum(min(side - 1, 2) for side in (height, p // height))
 
@@ -134,7 +137,7 @@ def _mixing(
     neighbors: Callable[[int], int] = lambda p: 1,
     exact: Callable[[int], bool] = lambda p: p <= 2,
 ) -> Algorithm:
-    """A row: a period of a graph in which some rank always has that many neighbors to send to."""
+    """Return the row of a graph's period, in which some rank always sends to ``neighbors`` ranks."""
     return Algorithm(
         MIX,
         name,
@@ -392,12 +395,12 @@ for _row in _ROWS:
 
 
 def find(collective: str, name: str) -> Algorithm:
-    """The row of that name; a ``ValueError`` that lists the known ones if there is none."""
+    """Return the row of that name.  Raises ``ValueError``, which lists the known names, if there is none."""
     known = ALGORITHMS[collective]
     if name not in known:
         names = ", ".join(known)
         raise ValueError(
-            f"unknown {collective} algorithm {name!r}: expected {names}, shared (memory of a node), or native (the MPI "
-            "library's own)"
+            f"unknown {collective} algorithm {name!r}: expected {names}, shared (memory of a node), or native (that of "
+            "the MPI library)"
         )
     return known[name]

@@ -47,7 +47,7 @@ def _exchange_halves(q: int, member: int) -> Iterator[Round]:
 
 
 def _halves(q: int, member: int) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
-    """(peer, what to keep, what to give) of the q parts of a vector, until one is left."""
+    """Yield (peer, parts to keep, parts to send) of the q parts of a vector, until one part is left."""
     low, high, distance = 0, q, 1
     while distance < q:
         peer, middle = member ^ distance, (low + high) // 2
@@ -58,12 +58,15 @@ def _halves(q: int, member: int) -> Iterator[tuple[int, tuple[int, int], tuple[i
 
 
 def reduce_scatter(p: int, rank: int) -> Iterator[Round]:
-    """Rank r ends with chunk r of p.  After the fold member m holds the part of another member: its chunks go home."""
+    """Reduce-scatter: rank r ends with chunk r of p.
+
+    After halving, member m holds the part of another member; a hop sends its chunks to their owners.
+    """
     q = power_below(p)
     pairs = p - q
 
     def chunks(low: int, high: int) -> tuple[int, int]:
-        """Of parts [low, high): part m is what member m, and the rank folded into it, will own."""
+        """The chunks of parts [low, high), where part m belongs to member m and the rank folded into it."""
         return rank_of(low, pairs), rank_of(high, pairs)
 
     def core(q: int, member: int) -> Iterator[Round]:
@@ -83,12 +86,15 @@ def reduce_scatter(p: int, rank: int) -> Iterator[Round]:
 
 
 def _reversed(member: int, q: int) -> int:
-    """The bits of ``member`` the other way round: which part of q it holds after halving."""
+    """The bits of ``member`` reversed: the part of q that it holds after halving."""
     return int(bin(member + q)[:2:-1], 2) if q > 1 else 0
 
 
 def allgather(p: int, rank: int) -> Iterator[Round]:
-    """Rank r starts with chunk r of p: doubled at every exchange; the folded give theirs first, and get all last."""
+    """Allgather: rank r starts with chunk r of p, and every exchange doubles what members hold.
+
+    The folded ranks send their chunks first, and receive all chunks last.
+    """
     q = power_below(p)
     pairs = p - q
     paired, odd = rank < 2 * pairs, rank % 2

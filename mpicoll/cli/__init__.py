@@ -63,7 +63,7 @@ def _run(args: list[str] | None) -> int:
 
 
 def _warn(message: Warning | str, *where: Any) -> None:
-    """A line for the user, to whom it is the same where in the code it comes from."""
+    """Print a warning as one line, without the place in the code that it comes from."""
     print(f"mpicoll: {message}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""``mpicoll bench``: every algorithm of a collective beside the MPI library's own."""
+"""``mpicoll bench``: every algorithm of a collective beside the native one."""
 
 import signal
 import time
@@ -22,12 +22,12 @@ from .pictures import PICTURES, draw_speeds, new_figure
 
 
 class Bench(click.Command):
-    """``mpicoll bench``, which is another command, with options of its own, where pipeline is what it is to measure."""
+    """``mpicoll bench``; with the argument ``pipeline`` it is another command, with options of its own."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """See ``click.Command``."""
+        """Make the context of this command or, for ``pipeline``, of the other one."""
         place = self._collective(args)
         if place is None or args[place] != PIPELINE:
             return super().make_context(info_name, args, parent, **extra)
@@ -36,7 +36,7 @@ class Bench(click.Command):
         return pipeline.make_context(f"{info_name} {PIPELINE}", args, parent, auto_envvar_prefix=prefix, **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See ``click.Command``."""
+        """Parse the arguments, and say so if an option is for ``pipeline`` only."""
         place = self._collective(args)
         collective = "allreduce" if place is None else args[place]
         try:
@@ -47,7 +47,7 @@ class Bench(click.Command):
             raise click.UsageError(f"{error.option_name} is for pipeline, not for {collective}", ctx) from error
 
     def _collective(self, args: list[str]) -> int | None:
-        """Where the collective is named: at the first argument that is no option, and no option's value."""
+        """The index of the argument that names the collective: the first that is no option nor an option's value."""
         options = [param for param in (*self.params, *pipeline.params) if isinstance(param, click.Option)]
         valued = {name for option in options if not option.is_flag for name in option.opts}
         n = 0
@@ -56,55 +56,55 @@ class Bench(click.Command):
         return n if n < len(args) else None
 
 
-@click.command(cls=Bench, short_help="Measure algorithms beside the MPI library's own.")
+@click.command(cls=Bench, short_help="Measure algorithms beside native collectives.")
 @click.argument("collective", type=click.Choice([*COLLECTIVES, PIPELINE]), default="allreduce")
 @click.option(
     "--algorithm",
     "algorithms",
     envvar="MPICOLL_BENCH_ALGORITHM",
     multiple=True,
-    help="Which: auto, native, ring, ... or several, by commas; also shared_arrays, and shared_result of allreduce; on "
-    "a gpu ipc, nccl, aware, staged.",
+    help="Algorithms to measure, separated by commas: auto, native, ring, ..., shared_arrays, and for allreduce "
+    "shared_result; with --device gpu also ipc, nccl, aware, staged [default: all].",
 )
-@click.option("--sizes", type=Numbers(), help="Bytes of the whole array, as 4,1000,64K:64M or 4:64M:4.")
-@click.option("--count", type=Numbers(), help="The same in elements [default: 1:4M:4].")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
-@click.option("--op", type=click.Choice(["sum", "prod", "max", "min"]), help="If it reduces [default: sum].")
-@click.option("--root", type=click.IntRange(min=0), help="Of reduce and bcast [default: 0].")
-@click.option("--in-place/--out-of-place", default=None, help="Only one of them [default: both].")
+@click.option("--sizes", type=Numbers(), help="Sizes of the whole array in bytes, as 4,1000,64K:64M or 4:64M:4.")
+@click.option("--count", type=Numbers(), help="Sizes of the whole array in elements [default: 1:4M:4].")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the elements.")
+@click.option("--op", type=click.Choice(["sum", "prod", "max", "min"]), help="Operation of a reduction [default: sum].")
+@click.option("--root", type=click.IntRange(min=0), help="Root of reduce and bcast [default: 0].")
+@click.option("--in-place/--out-of-place", default=None, help="Measure only one of the two [default: both].")
 @click.option(
     "--device",
     type=click.Choice(["cpu", "gpu"]),
     default="cpu",
     show_default=True,
-    help="Where the arrays are: on a gpu they are CuPy's, and the ways ipc, nccl, aware and staged compete.",
+    help="Device of the arrays; with gpu they are CuPy arrays, and the paths ipc, nccl, aware and staged are measured.",
 )
-@click.option("--off-cache", is_flag=True, help="Before each call, sweep the data out of the caches.")
-@click.option("--unaligned", is_flag=True, help="Buffers begin one element after the beginning of a page.")
+@click.option("--off-cache", is_flag=True, help="Evict the data from the caches before each call.")
+@click.option("--unaligned", is_flag=True, help="Start buffers one element after the beginning of a page.")
 @click.option(
     "--sync",
     type=click.Choice(["barrier", "dissemination", "none"]),
     default="barrier",
     show_default=True,
-    help="How ranks wait for each other before each call: MPI's barrier, or one of our own.",
+    help="Synchronization before each call: the native barrier, mpicoll's dissemination barrier, or none.",
 )
 @click.option(
     "--check",
     type=click.Choice(["off", "header", "full"]),
     default="off",
     show_default=True,
-    help="Whether our calls are compared between the ranks, as header is the default elsewhere.",
+    help="How mpicoll compares calls between ranks; in programs the default is header.",
 )
 @click.option(
     "--calls",
     type=click.IntRange(1, 10**6),
     default=1,
     show_default=True,
-    help="Calls back to back in a repetition, whose time is their mean.",
+    help="Number of calls back to back in a repetition; its time is their mean.",
 )
 @timing_options
 @output_options
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="File for a plot: .png, .svg or .pdf.")
 def bench(
     collective: str,
     algorithms: tuple[str, ...],
@@ -121,7 +121,7 @@ def bench(
     plot: Path | None,
     **how: Any,
 ) -> None:
-    """Time a collective by every algorithm, beside the MPI library's own: mpirun -n 4 mpicoll bench allreduce
+    """Time every algorithm of a collective beside the native one: mpirun -n 4 mpicoll bench allreduce
 
     Results are checked, element by element: exit status 1 if any is wrong.  What the numbers mean, and how to make a
     claim of them: docs/benchmarks.md.
@@ -181,7 +181,7 @@ def bench(
         settings = Settings((False, True) if in_place is None else (in_place,), **how)
         tasks = [Task(collective, size, kind, op or "sum", root or 0) for size in sorted(elements)]
         for task in tasks:
-            placements(task, comm.size, settings.in_place)  # what cannot be measured is told before the rest is
+            placements(task, comm.size, settings.in_place)  # what cannot be measured is printed before the rest is
         memory, gpus = machine.memory_bandwidth(comm), machine.gpu_bandwidth(comm, gpu) if gpu else None
         config = {"ranks": comm.size, "check": check, **asdict(settings)}
         facts = {
@@ -205,7 +205,7 @@ def bench(
 
 
 def check_results(records: list[Record]) -> None:
-    """A ``UserError`` if a result was wrong."""
+    """Raise a ``UserError`` if a result was wrong."""
     wrong = [one for one in records if one["wrong"]]
     if wrong:
         named = [f"{one['implementation']} of {one['bytes']} bytes, {PLACES[one['in_place']]}" for one in wrong]
@@ -214,7 +214,7 @@ def check_results(records: list[Record]) -> None:
 
 
 def _check_output(out: Path | None, raw: Path | None, plot: Path | None) -> None:
-    """A ``UserError`` if a file cannot be written, or a picture not drawn, before anything is measured."""
+    """Raise a ``UserError`` before anything is measured if a file cannot be written, or a picture cannot be drawn."""
     check_new(out, raw)
     if plot:
         check_folder(plot)

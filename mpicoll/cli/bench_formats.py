@@ -1,4 +1,4 @@
-"""The texts of ``mpicoll bench``: as the OSU benchmarks print them, and JSON with the keys of nccl-tests."""
+"""The output formats of ``mpicoll bench``: text like that of the OSU benchmarks, and JSON by the keys of nccl-tests."""
 
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ SPEED = f"{'speed':>8}  95 % interval"
 
 
 def head(task: "Task", facts: Record) -> str:
-    """What the numbers depend on, as comments."""
+    """Return the facts that the numbers depend on, as comments."""
     config, memory = facts["config"], facts["memory"]
     op = f", {task.op}" if task.row.reduces else ""
     root = f", root {task.root}" if task.row.rooted else ""
@@ -53,13 +53,13 @@ def _on_gpus(facts: Record) -> list[str]:
         f"from there {speed['from_host']:.2f} GB/s",
         f"CuPy {facts['cupy']}, CUDA runtime {facts['cuda_runtime']}, driver {facts['cuda_driver']}; "
         "a call lasts until its stream has done it",
-        "native is the MPI library's own on a copy in ordinary host memory: x.get(), the call, x.set()",
+        "native is the MPI library's collective on a copy in ordinary host memory: x.get(), the call, x.set()",
         *(f"without {way}: {why}" for way, why in facts["refused"].items()),
     ]
 
 
 def body(records: list[Record]) -> str:
-    """A block for each implementation, as the OSU benchmarks print one; then their speeds side by side, as comments."""
+    """Return a block for each implementation, as the OSU benchmarks print it, and a table of speeds as comments."""
     lines = []
     for (place, name), rows in grouped(records, "in_place", "implementation").items():
         if name != "null":
@@ -97,7 +97,7 @@ def _speed(one: Record) -> str:
 
 
 def document(facts: Record, records: list[Record]) -> str:
-    """JSON: for each implementation what nccl-tests writes, by its keys; beside it what all have in common."""
+    """Return JSON: the common facts, and for each implementation what nccl-tests writes, by its keys."""
     made = []
     for (name,), own in grouped(records, "implementation").items():
         results = []

@@ -23,10 +23,10 @@ FIRST = "# Pipeline"
 
 
 class Pipeline(click.Command):
-    """``mpicoll bench pipeline``, which says which options it takes where it is given one of ``mpicoll bench``."""
+    """``mpicoll bench pipeline``, which lists its options if it is given one of ``mpicoll bench``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See ``click.Command``."""
+        """Parse the arguments, and name the options that there are if one is unknown."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -40,16 +40,16 @@ class Pipeline(click.Command):
     "algorithms",
     envvar="MPICOLL_BENCH_ALGORITHM",
     multiple=True,
-    help=f"Which: {', '.join(PIPELINES)}, or several, by commas [default: all].",
+    help=f"Schedules to measure, separated by commas: {', '.join(PIPELINES)} [default: all].",
 )
-@click.option("--sizes", type=Numbers(), help="Bytes of a message, as 4,1000,64K:64M or 4:64M:4 [default: 64K].")
-@click.option("--micro", type=Numbers(), help="Micro-batches of a batch, as 4,8 [default: 1, 2 and 4 a stage].")
+@click.option("--sizes", type=Numbers(), help="Bytes per message, as 4,1000,64K:64M or 4:64M:4 [default: 64K].")
+@click.option("--micro", type=Numbers(), help="Micro-batches per batch, as 4,8 [default: 1, 2 and 4 per stage].")
 @click.option(
     "--forward",
     type=Number(0, 1e6),
     default=FORWARD,
     show_default=True,
-    help="ms that a forward task takes; a backward takes twice as long.",
+    help="Milliseconds of a forward task; a backward task takes twice as long.",
 )
 @timing_options
 @output_options
@@ -63,9 +63,9 @@ def pipeline(
     raw: Path | None,
     **how: Any,
 ) -> None:
-    """Measure how long stages are idle, by each schedule of a pipeline: mpirun -n 4 mpicoll bench pipeline
+    """Measure how long the stages of a pipeline are idle, by each schedule: mpirun -n 4 mpicoll bench pipeline
 
-    Every rank is a stage, and its tasks are to sleep.  What the numbers mean: docs/benchmarks.md.
+    Every rank is a stage, and its tasks are to sleep.  docs/benchmarks.md explains the numbers.
     """
     names = [name for given in algorithms for name in given.split(",")]
     if unknown := [name for name in names if name not in PIPELINES]:
@@ -112,7 +112,7 @@ def pipeline(
 
 
 def check_promises(records: list[Record]) -> None:
-    """A ``UserError`` if a schedule did not do what it says."""
+    """Raise a ``UserError`` if a schedule did not do what its row promises."""
     for one in records:
         case = f"{one['implementation']} of {one['micro']} micro-batches and {one['bytes']} bytes"
         if one["wrong"]:
@@ -126,7 +126,7 @@ def check_promises(records: list[Record]) -> None:
 
 
 def head(facts: Record) -> str:
-    """What the numbers of pipelines depend on, as comments."""
+    """Return the facts that the numbers of pipelines depend on, as comments."""
     config = facts["config"]
     lines = [
         f"mpicoll Pipeline Bubble Test v{facts['mpicoll']}",
@@ -139,7 +139,7 @@ def head(facts: Record) -> str:
 
 
 def body(records: list[Record]) -> str:
-    """A line for each schedule, size of messages and number of micro-batches."""
+    """Return a line for each schedule, size of messages and number of micro-batches."""
     rows = [_cells(one) for one in records]
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
     lines = [
@@ -171,6 +171,6 @@ def _cells(one: Record) -> dict[str, str]:
 
 
 def document(facts: Record, records: list[Record]) -> str:
-    """JSON: the records of each schedule; beside them what all have in common."""
+    """Return JSON: the common facts, and the records of each schedule."""
     made = [{"name": name, "results": own} for (name,), own in grouped(records, "implementation").items()]
     return to_json({"version": 1, **facts, "implementations": made}, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""``mpicoll doctor``: what an expert would ask first."""
+"""``mpicoll doctor``: the facts that an expert would ask for first."""
 
 import time
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def doctor(context: click.Context, as_json: bool, timeout: float) -> int:
 
 
 def options(root: click.Context) -> list[str]:
-    """The environment variables that are options of commands."""
+    """The names of the environment variables that are options of commands."""
     assert isinstance(root.command, click.Group)
     return [
         option.envvar if isinstance(option.envvar, str) else f"{root.auto_envvar_prefix}_{name}_{option.name}".upper()
@@ -61,12 +61,12 @@ def options(root: click.Context) -> list[str]:
 
 
 def line(label: str, text: str) -> str:
-    """A fact."""
+    """Return a fact as a line."""
     return f"{label:{WIDTH}} {text}"
 
 
 def before(found: Findings) -> Iterator[str]:
-    """What is known without an MPI."""
+    """Return the facts that are known without MPI."""
     software, launcher, variables = (found.facts[key] for key in ("software", "launcher", "variables"))
     versions = f"Python {software['python']}, NumPy {software['numpy']}, mpi4py {software['mpi4py'] or 'missing'}"
     yield line("mpicoll", f"{software['mpicoll']}, {versions}")
@@ -81,12 +81,12 @@ def before(found: Findings) -> Iterator[str]:
         yield line("" if n else "environment", setting)
     wheels = [f"{name} {number}" for name, number in software["wheels"].items()]
     told = [f"{name}={value}" for name, value in software["told"].items()]
-    finds = f"is told {', '.join(told)}" if told else "finds MPI by itself (MPI4PY_LIBMPI is not set)"
+    finds = f"uses {', '.join(told)}" if told else "finds MPI by itself (MPI4PY_LIBMPI is not set)"
     yield line("mpi4py", f"{finds}; wheels with an MPI: {', '.join(wheels) or 'none'}")
 
 
 def after(found: Findings) -> Iterator[str]:
-    """What is known once MPI was started, or could not be."""
+    """Return the facts that are known once MPI was started, or could not be."""
     yield from _mpi(found.facts["mpi"])
     yield from _nodes(found.facts["nodes"])
     if "profile" in found.facts:
@@ -102,7 +102,7 @@ def after(found: Findings) -> Iterator[str]:
 
 
 def end(found: Findings) -> Iterator[str]:
-    """What is wrong, or that nothing is."""
+    """Return what is wrong, or that nothing is."""
     yield ""
     if not found.wrong and not found.doubtful:
         yield "all is well"

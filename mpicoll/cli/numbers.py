@@ -13,7 +13,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32",
 
 
 class Numbers(click.ParamType):
-    """A list of whole numbers, as 4,1000,64K:64M or 1K:1M:4: from, to and by which factor.  It is sorted."""
+    """A sorted list of whole numbers, as 4,1000,64K:64M or 1K:1M:4 (from, to, factor)."""
 
     name = "list"
 
@@ -41,7 +41,7 @@ def _number(text: str) -> int:
 
 
 class Number(click.FloatRange):
-    """A number in a range, which nan is not."""
+    """A number in a range; nan is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number; see ``click.ParamType.convert``."""
@@ -63,7 +63,7 @@ def dtype_named(name: str) -> np.dtype:
 
 
 def pretty(size: float) -> str:
-    """A number of bytes, in powers of two."""
+    """A number of bytes as text, in units of powers of two."""
     for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size >= 1 << shift:
             return f"{size / (1 << shift):.4g} {unit}"
@@ -71,7 +71,7 @@ def pretty(size: float) -> str:
 
 
 def ranges(numbers: list[int]) -> str:
-    """Sorted whole numbers as 0-3,8."""
+    """Sorted whole numbers as text, such as 0-3,8."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     return ",".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))

@@ -1,4 +1,4 @@
-"""What the commands that measure print and write: records of plain values, in several formats."""
+"""The output of the commands that measure: records of plain values, printed and written in several formats."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ C = TypeVar("C", bound=Callable[..., Any] | click.Command)
 
 
 class Files(NamedTuple):
-    """What to write, and where: a format, a file for it, and a file for every repetition."""
+    """The files to write: a format, a file for it, and a file for the times of every repetition."""
 
     form: str
     out: Path | None
@@ -30,9 +30,10 @@ class Files(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """The texts of a measurement: ``head``, of the facts, can be printed before anything is measured.
+    """The functions that make the texts of a measurement.
 
-    ``body`` is made of the records, and ``document``, JSON, of the facts and the records.
+    ``head`` is made of the facts, and printed before anything is measured; ``body`` is made of the records, and
+    ``document``, which is JSON, of both.
     """
 
     head: Callable[[Record], str]
@@ -44,29 +45,41 @@ class Texts(NamedTuple):
 
 
 def timing_options(command: C) -> C:
-    """How long to measure, as options of a command."""
+    """Add the options that say how long to measure to a command."""
     options = [
-        click.option("--max-time", type=Number(0, 1e6), default=60, show_default=True, help="Seconds to measure."),
         click.option(
-            "--min-reps", type=click.IntRange(1, 10**6), default=10, show_default=True, help="At least, of a size."
+            "--max-time", type=Number(0, 1e6), default=60, show_default=True, help="Seconds to measure in all."
         ),
         click.option(
-            "--warmup", type=click.IntRange(0, 10**6), default=2, show_default=True, help="More, not counted."
+            "--min-reps",
+            type=click.IntRange(1, 10**6),
+            default=10,
+            show_default=True,
+            help="Least number of repetitions of a size.",
+        ),
+        click.option(
+            "--warmup",
+            type=click.IntRange(0, 10**6),
+            default=2,
+            show_default=True,
+            help="Repetitions of a size that are made first and not counted.",
         ),
         click.option(
             "--precision",
             type=Number(0, 1),
             default=0.02,
             show_default=True,
-            help="A size is done early when 95 % intervals of all medians reach no further than this share.",
+            help="End a size early when the 95 % interval of each median is within this share of it.",
         ),
-        click.option("--seed", type=click.IntRange(0, 2**63), help="Of the data and the order [default: the time]."),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**63), help="Seed of the data and the order [default: the time]."
+        ),
     ]
     return _all(options, command)
 
 
 def output_options(command: C) -> C:
-    """``Files`` as options of a command."""
+    """Add the options of ``Files`` to a command."""
     options = [
         click.option(
             "--format",
@@ -75,13 +88,17 @@ def output_options(command: C) -> C:
             default="osu",
             show_default=True,
             envvar="MPICOLL_BENCH_FORMAT",
-            help="The text of the OSU benchmarks, a table, or what nccl-tests writes.",
+            help="Format: text like that of the OSU benchmarks, a csv table, or JSON like that of nccl-tests.",
         ),
         click.option(
-            "--out", type=click.Path(path_type=Path, dir_okay=False), help="A new file for it; text is printed."
+            "--out",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="New file for the result; text is then printed as well.",
         ),
         click.option(
-            "--raw", type=click.Path(path_type=Path, dir_okay=False), help="A new csv file: every repetition."
+            "--raw",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="New csv file for the time of every repetition.",
         ),
     ]
     return _all(options, command)
@@ -97,7 +114,7 @@ def _all(options: Sequence[Callable[[Any], Any]], command: C) -> C:
 
 
 def check_new(*paths: Path | None) -> None:
-    """A ``UserError`` if one of the files exists, or two are the same: data are not overwritten."""
+    """Raise a ``UserError`` if one of the files exists, or two are the same: no data are overwritten."""
     given = [path for path in paths if path]
     for path in given:
         if path.exists() or given.count(path) > 1:
@@ -106,13 +123,13 @@ def check_new(*paths: Path | None) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """A ``UserError`` unless the folder of the file ``path`` exists and can be written to."""
+    """Raise a ``UserError`` unless the folder of the file ``path`` exists and can be written to."""
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r} to write to")
 
 
 def publish(comm: Any, facts: Record, texts: Texts, measured: Callable[[], list[Record]], files: Files) -> list[Record]:
-    """Print what the numbers depend on, find them, print them, and write them.  A collective call."""
+    """Print the facts, measure the records, print and write them, and return them; a collective call."""
     from ..measure.machine import TIME
     from ..mpi.together import on_root
 
@@ -135,7 +152,7 @@ def publish(comm: Any, facts: Record, texts: Texts, measured: Callable[[], list[
 
 
 def _say(text: str) -> None:
-    """Print, unless nobody reads any more."""
+    """Print a text, unless nobody reads the output any more."""
     with suppress(OSError):
         click.echo(text, nl=False)
 
@@ -151,7 +168,7 @@ def _write(texts: dict[Path | None, Callable[[], str]]) -> None:
 
 
 def where(facts: Record) -> list[str]:
-    """Lines that say where it was measured: hosts, cores, versions."""
+    """Lines that say where records were measured: hosts, cores, versions."""
     nodes: dict[str, list[str]] = {}
     for device in facts["devices"]:
         nodes.setdefault(device["hostname"], []).append(ranges(device["cpus"]))
@@ -163,7 +180,7 @@ def where(facts: Record) -> list[str]:
 
 
 def grouped(records: list[Record], *keys: str) -> dict[tuple, list[Record]]:
-    """Records by their values of ``keys``."""
+    """Group records by their values of ``keys``."""
     found: dict[tuple, list[Record]] = {}
     for one in records:
         found.setdefault(tuple(one[key] for key in keys), []).append(one)
@@ -171,7 +188,7 @@ def grouped(records: list[Record], *keys: str) -> dict[tuple, list[Record]]:
 
 
 def table(facts: Record, records: list[Record], raw: bool = False) -> str:
-    """The records as CSV: a row for each, or if ``raw`` for each repetition."""
+    """Return the records as CSV: a row for each or, if ``raw``, for each repetition."""
     common = {key: facts[key] for key in ("start_time", "mpi")}
     rows = [{**common, **{key: value for key, value in one.items() if key != "us"}} for one in records]
     if raw:
@@ -189,7 +206,7 @@ def table(facts: Record, records: list[Record], raw: bool = False) -> str:
 
 
 def warnings(facts: Record, records: list[Record]) -> Iterator[str]:
-    """What makes the numbers worth less than they look, in lines."""
+    """Lines on what makes the numbers less reliable than they look."""
     if facts["config"]["ranks"] == 1:
         yield "one rank: use more with mpirun -n N mpicoll bench"
     coarse = {one["implementation"] for one in records if facts["resolution"] > one["median"] / 10} - {"null"}

@@ -13,7 +13,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches; a ``UserError`` if Matplotlib is missing."""
+    """Return an empty figure of this size in inches.  Raises ``UserError`` if Matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -22,13 +22,13 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
-    """Write a figure; a ``UserError`` if that cannot be."""
+    """Write a figure to a file.  Raises ``UserError`` if that is impossible."""
     with writing(repr(str(path))):
         figure.savefig(path, dpi=dpi)
 
 
 def draw_speeds(facts: Record, records: list[Record], path: Path) -> None:
-    """Draw the time and the speed of a collective against size, in log scales: out of place, if that was measured."""
+    """Draw time and speed of a collective against size, on log scales: out of place, if that was measured."""
     place = min(one["in_place"] for one in records)
     shown = [one for one in records if one["in_place"] == place and one["bytes"] and one["implementation"] != "null"]
     sizes = sorted({one["bytes"] for one in shown})

@@ -73,7 +73,7 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
 
 
 def names(settings: list[dict[str, Any]], runs: tuple[Path, ...]) -> list[str]:
-    """What tells each run from the others: its settings that are not the same in all, or its folder's name."""
+    """A name for each run: its settings that are not the same in all runs, or the name of its folder."""
     different = [key for key in _keys(settings) if len({str(one.get(key)) for one in settings}) > 1]
     found = []
     for one in settings:
@@ -85,7 +85,7 @@ def names(settings: list[dict[str, Any]], runs: tuple[Path, ...]) -> list[str]:
 
 
 def _keys(settings: list[dict[str, Any]]) -> list[str]:
-    """The strategy first."""
+    """Return the settings that name runs, the strategy first."""
     return list(dict.fromkeys(["strategy", *(key for one in settings for key in one)]))
 
 

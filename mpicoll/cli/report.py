@@ -1,4 +1,4 @@
-"""``mpicoll report``: what the ranks of a job that was ended have written."""
+"""``mpicoll report``: a comparison of the reports that the ranks of a job wrote when it was ended."""
 
 from pathlib import Path
 

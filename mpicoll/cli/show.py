@@ -1,4 +1,4 @@
-"""``mpicoll show``: what an algorithm or a pipeline looks like, and how fast gossip spreads."""
+"""``mpicoll show``: pictures of algorithms and pipelines, and a table of gossip graphs."""
 
 from pathlib import Path
 
@@ -21,17 +21,21 @@ LARGEST = 200_000  # cells of a picture: a few MB
 @click.command(short_help="Draw an algorithm.")
 @click.argument("name", type=click.Choice(NAMES), metavar="ALGORITHM|gossip")
 @click.option(
-    "--collective", type=click.Choice(list(ALGORITHMS)), help="By default the first of these that has the algorithm."
+    "--collective",
+    type=click.Choice(list(ALGORITHMS)),
+    help="Collective to draw [default: the first of these that has the algorithm].",
 )
-@click.option("--ranks", type=click.IntRange(1, 256), default=4, show_default=True)
-@click.option("--root", type=click.IntRange(min=0), help="Where it begins or ends, if it has a root.")
-@click.option("--segments", type=click.IntRange(1, 64), help="Into how many pieces a pipelining algorithm cuts.")
+@click.option("--ranks", type=click.IntRange(1, 256), default=4, show_default=True, help="Number of ranks, or stages.")
+@click.option("--root", type=click.IntRange(min=0), help="Root, of an algorithm that has one.")
+@click.option("--segments", type=click.IntRange(1, 64), help="Number of segments of a pipelining algorithm.")
 @click.option(
     "--micro",
     type=click.IntRange(1, 1024),
-    help=f"Into how many micro-batches a pipeline cuts a batch.  [default: {MICRO}]",
+    help=f"Number of micro-batches of a pipeline [default: {MICRO}].",
 )
-@click.option("--svg", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it into this file.")
+@click.option(
+    "--svg", "picture", type=click.Path(path_type=Path, dir_okay=False), help="SVG file to write instead of text."
+)
 def show(
     name: str,
     collective: str | None,

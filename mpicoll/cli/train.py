@@ -1,4 +1,4 @@
-"""``mpicoll train``: the main job."""
+"""``mpicoll train``: the command that trains a model, its options and what it prints."""
 
 import math
 import re
@@ -28,8 +28,8 @@ from ..tuning.rules import GPU_PATHS, NATIVE
 if TYPE_CHECKING:
     from ..train.loop import Epoch
 
-LINES = 10  # of progress where there is no terminal
-ROWS = 8  # of ranks, in the account
+LINES = 10  # at most about this many lines of progress where there is no terminal
+ROWS = 8  # with more ranks, the table at the end shows the slowest and the fastest only
 
 
 class _Number(click.FloatRange):
@@ -71,117 +71,132 @@ _OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             "digits (handwritten, from scikit-learn), fashion-mnist, powerlaw[:SAMPLESxFEATURES], an .npz, .csv or "
             "LIBSVM file, or a folder of .npy or IDX files.",
         ),
-        "test": (str, "A test set of the same kind [default: the data's own, else a share of the samples]."),
+        "test": (str, "Test set, a file of the same kind [default: the data's own, else a share of the samples]."),
         "test_share": (
             _Number(0, 1, max_open=True),
-            "The share of the samples to hold out for testing [default: 0.2].",
+            "Share of the samples to hold out for testing [default: 0.2].",
         ),
         "validation": (_Number(0, 1, max_open=True), "Share of the training samples to hold out for validation."),
-        "shards": (bool, "Every rank reads and keeps a part of the data, instead of all."),
-        "model": (click.Choice(list(MODELS)), "What to train."),
-        "hidden": (_Widths(), "mlp: widths of the hidden layers, as 256,128 [default: 256]."),
+        "shards": (bool, "Each rank reads and keeps its own part of the data instead of all of it."),
+        "model": (click.Choice(list(MODELS)), "Model."),
+        "hidden": (_Widths(), "mlp: widths of the hidden layers, for example 256,128 [default: 256]."),
     },
     "How the model is split": {
         "grid": (
             str,
-            "Ranks as a grid, as data=2,pipe=2,tensor=2: shares of each batch, stages of layers, and shards of layers "
-            "[default: all data].",
+            "Grid of ranks, for example data=2,pipe=2,tensor=2: data splits each batch, pipe splits the model into "
+            "stages, tensor splits each layer [default: all ranks along data].",
         ),
-        "cut": (_Layers(), "pipe: the first layer of each stage but the first, as 1,3 [default: as even as can be]."),
-        "micro": (
-            _whole("micro"),
-            "pipe: into how many parts a group's share of a batch is cut [default: as there are stages].",
+        "cut": (
+            _Layers(),
+            "pipe: first layer of each stage after the first, for example 1,3 [default: stages of about equal cost].",
         ),
-        "pipeline": (click.Choice(list(PIPELINES)), "pipe: the order of their tasks [default: 1f1b]."),
-        "recompute": (bool, "pipe: stages keep their inputs only, and compute the rest again when they need it."),
+        "micro": (_whole("micro"), "pipe: micro-batches per batch [default: the number of stages]."),
+        "pipeline": (click.Choice(list(PIPELINES)), "pipe: schedule of the stages' tasks [default: 1f1b]."),
+        "recompute": (bool, "pipe: store only the inputs of a stage, and recompute its activations when needed."),
     },
-    "How ranks agree": {
+    "Strategy": {
         "strategy": (
             click.Choice(list(STRATEGIES)),
-            "On gradients in every step (sync), on a mean of models now and then (average), in every step with one "
-            "peer or a few (butterfly, gossip), with one and without waiting for others (ad-psgd), or by a parameter "
-            "server that does not wait for all (async).",
+            "How ranks combine their work: gradients in every step (sync); models every few steps (average); models "
+            "in every step with one or a few peers (butterfly, gossip); with one peer, asynchronously (ad-psgd); "
+            "gradients through a parameter server with bounded staleness (async).",
         ),
         "algorithm": (
             click.Choice(["auto", *ALGORITHMS["allreduce"], NATIVE, *GPU_PATHS]),
-            "The allreduce that adds up; auto adds in the canonical order. The last four are for --device gpu.",
+            "Allreduce algorithm; auto sums in the canonical order. The last four are for --device gpu.",
         ),
         "balance": (
             str,
-            "Shares of each batch: auto, by measured speed, or a weight for each rank, as 2,1,1 [default: even].",
+            "Shares of each batch: auto (by measured speed), or a weight for each rank, for example 2,1,1 "
+            "[default: equal shares].",
         ),
-        "every": (_whole("every"), "average: steps from one mean to the next [default: 8]."),
-        "sync_epochs": (
-            _whole("sync_epochs"),
-            "average: epochs to be synchronous first [default: 0].",
+        "every": (_whole("every"), "average: steps between two averages of the models [default: 8]."),
+        "sync_epochs": (_whole("sync_epochs"), "average: number of synchronous epochs at the start [default: 0]."),
+        "outer": (click.Choice(list(OUTER)), "average: outer optimizer, which applies the mean [default: mean]."),
+        "outer_lr": (
+            _Number(min=0, min_open=True),
+            "average: learning rate of the outer optimizer [default: depends on --outer].",
         ),
-        "outer": (click.Choice(list(OUTER)), "average: what becomes of the mean [default: mean]."),
-        "outer_lr": (_Number(min=0, min_open=True), "average: how far towards the mean [default: as --outer has it]."),
         "outer_momentum": (
             _Number(0, 1, max_open=True),
-            "average: momentum of the mean [default: as --outer has it].",
+            "average: momentum of the outer optimizer [default: depends on --outer].",
         ),
         "graph": (
             str,
-            "gossip, ad-psgd: of mpicoll show gossip, or an .npy file of matrices [default: exponential; complete].",
+            "gossip, ad-psgd: graph that mpicoll show gossip lists, or an .npy file of mixing matrices "
+            "[default: exponential for gossip, complete for ad-psgd].",
         ),
-        "mix_first": (bool, "gossip: before the optimizer's step, not after it."),
+        "mix_first": (bool, "gossip: mix before the optimizer's step, not after it."),
         "momenta": (
             click.Choice(MOMENTA),
-            "average, butterfly, gossip: what becomes of the optimizer's state at an agreement [default: keep].",
+            "average, butterfly, gossip: optimizer state when models are combined: keep each rank's own, average it, "
+            "or reset it (average only) [default: keep].",
         ),
         "compress": (
             str,
-            "All but ad-psgd: send less, and the rest later: 16bit, sign, topk:0.01 (of all elements the largest, such "
-            "a share) or, sync and average only, powersgd:2 (matrices as a product, of that rank) [default: all].",
+            "All but ad-psgd: compress what is sent, with error feedback: 16bit, sign, topk:0.01 (the largest 1 % of "
+            "the elements), or, for sync and average, powersgd:2 (matrices of rank 2) [default: no compression].",
         ),
     },
-    "How far ranks may run apart": {
-        "staleness": (str, "async: steps, at most, of one rank before another; inf for any number [default: 4]."),
+    "Asynchronous strategies": {
+        "staleness": (
+            str,
+            "async: number of steps that one rank may be ahead of another; inf for no bound [default: 4].",
+        ),
         "backups": (
             _whole("backups"),
-            "async, --staleness 0: gradients of a step that need not be waited for [default: 0].",
+            "async, --staleness 0: number of slowest gradients that a step does not wait for [default: 0].",
         ),
-        "compensate": (_Number(min=0), "async: correct stale gradients by so much, as DC-ASGD does [default: 0]."),
-        "slow_down": (bool, "async: the staler a gradient, the smaller its learning rate."),
+        "compensate": (
+            _Number(min=0),
+            "async: factor of the delay compensation of stale gradients (DC-ASGD) [default: 0].",
+        ),
+        "slow_down": (bool, "async: divide the learning rate of a gradient by 1 + its staleness."),
         "delays": (
             _whole("delays"),
-            "async, ad-psgd: simulate, with delays drawn from this seed, to have the same run again.",
+            "async, ad-psgd: seed of a reproducible simulation, in which delays are drawn at random.",
         ),
-        "workers": (_whole("workers"), "async, --delays: so many [default: as there are ranks]."),
+        "workers": (
+            _whole("workers"),
+            "async, --delays: number of simulated workers [default: the number of ranks].",
+        ),
     },
-    "How a rank steps": {
-        "optimizer": (click.Choice(list(OPTIMIZERS)), "The rule."),
+    "Optimizer": {
+        "optimizer": (click.Choice(list(OPTIMIZERS)), "Optimizer."),
         "lr": (_Number(min=0, min_open=True), "Learning rate."),
-        "momentum": (_Number(0, 1, max_open=True), "Of sgd, nesterov and rmsprop; the first beta of adam and adamw."),
-        "beta2": (_Number(0, 1, max_open=True), "Of rmsprop, adam and adamw: how slowly squares are forgotten."),
-        "weight_decay": (_Number(min=0), "Shrinks parameters by this times the learning rate in every step."),
-        "clip": (_Number(min=0, min_open=True), "Longest gradient, by its Euclidean norm [default: any]."),
-        "schedule": (click.Choice(list(SCHEDULES)), "Of the learning rate, over the whole run."),
-        "warmup": (_whole("warmup"), "Steps in which the learning rate grows to its full value."),
+        "momentum": (
+            _Number(0, 1, max_open=True),
+            "Momentum of sgd, nesterov and rmsprop; beta1 of adam and adamw.",
+        ),
+        "beta2": (
+            _Number(0, 1, max_open=True),
+            "Decay of the mean squared gradient in rmsprop, adam and adamw.",
+        ),
+        "weight_decay": (_Number(min=0), "Weight decay, a factor of the learning rate."),
+        "clip": (_Number(min=0, min_open=True), "Clip gradients to this L2 norm [default: off]."),
+        "schedule": (click.Choice(list(SCHEDULES)), "Learning-rate schedule over the whole run."),
+        "warmup": (_whole("warmup"), "Steps in which the learning rate grows linearly to its full value."),
     },
-    "For how long, and what else": {
+    "Length of the run, and the rest": {
         "epochs": (_whole("epochs"), "Passes over the training set."),
-        "batch_size": (_whole("batch_size"), "Samples a step, of all ranks together."),
+        "batch_size": (_whole("batch_size"), "Samples per step, on all ranks together."),
         "patience": (
             _whole("patience"),
-            "Stop after so many epochs without a better validation loss, and take the best model.",
+            "Stop after this many epochs without a better validation loss, and keep the best model.",
         ),
-        "checkpoint": (_whole("checkpoint"), "Epochs from one checkpoint to the next; 0 for none."),
-        "seed": (_whole("seed"), "Of the initial parameters, the order of samples, and which are held out."),
-        "dtype": (click.Choice(DTYPES), "Of parameters and data."),
-        "device": (
-            click.Choice(DEVICES),
-            "Where parameters and data are, and are computed with; gpu needs CuPy.",
-        ),
-        "threads": (click.IntRange(1, 4096), "BLAS threads a rank [default: its share of the node's cores]."),
-        "out": (str, "New folder for model and metrics [default: one under runs/]."),
+        "checkpoint": (_whole("checkpoint"), "Epochs between checkpoints; 0 for no checkpoints."),
+        "seed": (_whole("seed"), "Seed of the initial parameters, the order of samples, and the sets held out."),
+        "dtype": (click.Choice(DTYPES), "Type of parameters and data."),
+        "device": (click.Choice(DEVICES), "Device that holds parameters and data and computes; gpu needs CuPy."),
+        "threads": (click.IntRange(1, 4096), "BLAS threads per rank [default: its share of the node's cores]."),
+        "out": (str, "New folder for the model and the metrics [default: one under runs/]."),
     },
 }
 
 
 def _with_options(command: Any) -> Any:
-    """An option for each field of ``Settings``."""
+    """Add an option for each field of ``Settings`` to a command."""
     described = {name: option for group in _OPTIONS.values() for name, option in group.items()}
     for field in reversed(fields(Settings)):
         kind, text = described[field.name]
@@ -193,7 +208,7 @@ def _with_options(command: Any) -> Any:
 
 
 class _Grouped(click.Command):
-    """Its help lists options in groups."""
+    """A command whose help lists options in groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = {param.name: param.get_help_record(ctx) for param in self.get_params(ctx)}
@@ -204,7 +219,7 @@ class _Grouped(click.Command):
 
 
 def _configure(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """The settings in a file, or of the run to resume, are defaults: options and the environment go before them."""
+    """Make the settings of a file, or of the run to resume, the defaults; options and the environment override them."""
     if value is None:
         return None
     if ctx.default_map:
@@ -228,7 +243,7 @@ def _configure(ctx: click.Context, param: click.Parameter, value: Path | None) -
     callback=_configure,
     expose_value=False,
     envvar="MPICOLL_TRAIN_CONFIG",
-    help="A TOML file with any of the options above: epochs = 5.",
+    help="TOML file with any of the options above, for example epochs = 5.",
 )
 @click.option(
     "--resume",
@@ -236,7 +251,7 @@ def _configure(ctx: click.Context, param: click.Parameter, value: Path | None) -
     is_eager=True,
     callback=_configure,
     envvar="MPICOLL_TRAIN_RESUME",
-    help="Go on with the run in this folder, from its latest checkpoint; or from the checkpoint in this folder.",
+    help="Folder of a run to continue from its latest checkpoint, or of the checkpoint to continue from.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, envvar="MPICOLL_TRAIN_JSON", help="End with the summary as one line of JSON."
@@ -247,13 +262,13 @@ def _configure(ctx: click.Context, param: click.Parameter, value: Path | None) -
     default=600,
     show_default=True,
     envvar=["MPICOLL_TRAIN_TIMEOUT", "MPICOLL_TIMEOUT"],
-    help="Seconds that a rank may wait for the others in a collective; 0 for no limit.",
+    help="Seconds that a collective may wait for other ranks before the job is ended; 0 for no limit.",
 )
 @click.option(
     "--report",
     type=click.Path(path_type=Path, file_okay=False),
     envvar=["MPICOLL_TRAIN_REPORT", "MPICOLL_REPORT"],
-    help="Where to leave stacks and calls if the job is ended for that: see mpicoll report.",
+    help="Folder for the stacks and the last calls of every rank if the job is ended; mpicoll report compares them.",
 )
 def train(resume: Path | None, as_json: bool, timeout: float, report: Path | None, **options: Any) -> None:
     """Train a model on all ranks: mpirun -n 4 mpicoll train"""
@@ -275,20 +290,20 @@ def train(resume: Path | None, as_json: bool, timeout: float, report: Path | Non
 
 
 def _say(line: str, nl: bool = True) -> None:
-    """Print, unless nobody reads any more: training goes on, and its files are what counts."""
+    """Print a line.  If nobody reads the output any more, training continues without it."""
     with suppress(OSError):
         click.echo(line, nl=nl)
 
 
 class _Progress:
-    """A bar on a terminal, plain lines elsewhere; then the account."""
+    """What ``mpicoll train`` prints: a bar on a terminal, plain lines elsewhere, and a summary at the end."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         # Launchers pass lines on, not cursor movements; Open MPI's gives ranks a terminal of its own all the same.
         self._bar_fits = sys.stdout.isatty() and launched_ranks() == 0
         self._bar: Any = None
-        self._kept: Epoch | None = None  # the latest, if it was not shown
+        self._kept: Epoch | None = None  # the latest epoch, if it was not shown
         self._folder: Path | None = None
         self._first = 0
         self._columns: dict[str, tuple[str, str]] = {
@@ -307,7 +322,7 @@ class _Progress:
         if settings.strategy == "async":
             self._columns |= {"staleness": ("stale", "6.2f")}
         elif settings.strategy != "sync":
-            self._columns |= {"consensus": ("apart", "9.2g")}
+            self._columns |= {"consensus": ("consensus", "9.2g")}
 
     def start(self, facts: dict[str, Any]) -> None:
         s = self._settings
@@ -345,7 +360,7 @@ class _Progress:
             self._bar = tqdm(total=s.epochs, initial=self._first, unit="epoch", leave=False)
 
     def open(self, folder: Path) -> None:
-        """There is a folder: say where, and what it is good for, since a job that is killed has no last words."""
+        """Print the run's folder, and how to resume from it: a job that is killed cannot do so at its end."""
         self._folder = folder
         resume = f"; if it is killed: mpicoll train --resume {quote(str(folder))}" if self._settings.checkpoint else ""
         told = f"writes to {folder}{resume}"
@@ -357,7 +372,7 @@ class _Progress:
             _say(" ".join(f"{head:>{self._width(spec)}}" for head, spec in self._columns.values()))
 
     def advice(self) -> str:
-        """How to go on if the job ends now, for the end of a line."""
+        """Return how to resume if the job ends now, as the end of a line."""
         from ..train.checkpoint import going_on
 
         return going_on(self._folder) if self._folder else ""
@@ -412,19 +427,19 @@ def _mean(histogram: list[int]) -> float:
 
 
 def _table(ranks: list[dict[str, Any]]) -> list[str]:
-    """A line for each rank, or, of many, for the slowest and the fastest."""
+    """The lines of a table with a row for each rank or, if there are many ranks, for the slowest and the fastest."""
     rows = list(enumerate(ranks))
     slowest = min(rows, key=lambda row: row[1]["waiting"])[0]
     if len(rows) > ROWS:
         fastest = max(rows, key=lambda row: row[1]["waiting"])[0]
         rows = [(rank, ranks[rank]) for rank in sorted({slowest, fastest})]
-    lines = [f"{'rank':>14}  {'sent':>10} {'messages':>9} {'computing':>9} {'moving':>7} {'waiting':>8}"]
+    lines = [f"{'rank':>14}  {'sent':>10} {'messages':>9} {'computing':>9} {'transfer':>8} {'waiting':>8}"]
     for rank, row in rows:
         sent = "unknown" if row["bytes_sent"] is None else f"{row['bytes_sent'] / 1e6:.1f} MB"
         messages = "unknown" if row["messages"] is None else str(row["messages"])
         seconds = row["seconds"] or 1.0
         shares = [(row["seconds"] - row["agreeing"]), (row["agreeing"] - row["waiting"]), row["waiting"]]
-        computing, moving, waiting = (f"{share / seconds:.0%}" for share in shares)
+        computing, transfer, waiting = (f"{share / seconds:.0%}" for share in shares)
         note = "  the slowest" if rank == slowest and len(ranks) > 1 else ""
-        lines.append(f"{rank:>14}  {sent:>10} {messages:>9} {computing:>9} {moving:>7} {waiting:>8}{note}")
+        lines.append(f"{rank:>14}  {sent:>10} {messages:>9} {computing:>9} {transfer:>8} {waiting:>8}{note}")
     return lines

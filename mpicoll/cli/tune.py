@@ -1,4 +1,4 @@
-"""``mpicoll tune``: measure, make rules of it, and say what they are worth."""
+"""``mpicoll tune``: measure collectives, make rules for ``auto``, and report what they are worth."""
 
 import os
 import signal
@@ -31,26 +31,33 @@ DTYPE = "float32"
 ITEM = 4  # bytes
 
 
-@click.command(short_help="Find out what auto does best here.")
-@click.option("--collective", help=f"Which, by commas [default: {','.join(COLLECTIVES)}].")
-@click.option("--sizes", type=Numbers(), help="Bytes of the whole array to make rules of [default: 4:4M:4].")
+@click.command(short_help="Measure which algorithms auto should choose here.")
+@click.option("--collective", help=f"Collectives, separated by commas [default: {','.join(COLLECTIVES)}].")
+@click.option("--sizes", type=Numbers(), help="Sizes of the whole array in bytes to make rules for [default: 4:4M:4].")
 @click.option("--budget", type=click.FloatRange(0, 1e6), help=f"Seconds to measure [default: {BUDGET:g}].")
-@click.option("--seed", type=click.IntRange(0, 2**63), help="Of the data and the order [default: the time].")
+@click.option("--seed", type=click.IntRange(0, 2**63), help="Seed of the data and the order [default: the time].")
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="The profile [default: where it is found]."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of the profile [default: the place where mpicoll looks for it].",
 )
 @click.option(
-    "--data", type=click.Path(path_type=Path, dir_okay=False), help="The measurements [default: beside the profile]."
+    "--data",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of the measurements [default: beside the profile].",
 )
 @click.option(
-    "--fit", "source", type=click.Path(path_type=Path), help="Measure nothing, but make rules of these measurements."
+    "--fit",
+    "source",
+    type=click.Path(path_type=Path),
+    help="Make rules from this file of measurements; measure nothing.",
 )
 @click.option(
     "--score",
     is_flag=False,
     flag_value="",
     metavar="[PROFILE]",
-    help="Only measure what a profile is worth [default: the one in use], at sizes between those of --sizes.",
+    help="Measure what a profile is worth at sizes between those of --sizes; write nothing [default: the one in use].",
 )
 def tune(
     collective: str | None,
@@ -62,10 +69,10 @@ def tune(
     source: Path | None,
     score: str | None,
 ) -> None:
-    """Measure collectives and make a profile, which auto then goes by: mpirun -n 4 mpicoll tune
+    """Measure collectives and make a profile that auto uses from then on: mpirun -n 4 mpicoll tune
 
-    The profile is for this MPI, machine and layout of ranks on nodes, and found by itself, or by MPICOLL_PROFILE.  The
-    format, and how rules are made: docs/tuning.md.
+    The profile is for this MPI, machine and layout of ranks on nodes.  It is found by its name, or through
+    MPICOLL_PROFILE.  docs/tuning.md describes its format, and how rules are made.
     """
     if budget != budget:
         raise click.UsageError("--budget nan is no number of seconds")
@@ -118,7 +125,7 @@ def tune(
 
 
 def _made(facts: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of the facts that measurements depend on."""
+    """The facts that a file of measurements keeps."""
     kept = ("mpicoll", "git", "mpi4py", "numpy", "python", "kernel", "seconds", "budget", "seed")
     hosts = [*dict.fromkeys(one["hostname"] for one in facts["devices"])]
     return {"date": facts["start_time"], **{key: facts[key] for key in kept}, "dtype": DTYPE, "hosts": hosts}
@@ -130,9 +137,9 @@ def _leave_out(command: str, **options: Any) -> None:
 
 
 def _tasks(collectives: list[str], sizes: list[int], p: int, scored: Rules | None) -> list[tuple["Task", bool]]:
-    """What to measure, and whether it is to be fitted: the sizes, and one between any two of them, which is not.
+    """The tasks to measure, and whether rules are fitted to each: the sizes, and one size between any two, not fitted.
 
-    If rules are scored only the latter, of collectives that they are for.
+    If a profile is scored, only the latter, for the collectives that it has rules for.
     """
     from ..measure.task import Task
 
@@ -150,7 +157,7 @@ def _tasks(collectives: list[str], sizes: list[int], p: int, scored: Rules | Non
 
 
 def _profile(name: str, here: Fingerprint) -> Profile:
-    """The one to be scored: that of this name, or if there is none the one in use."""
+    """Return the profile to score: the one of this name or, if no name is given, the one in use."""
     place = (Path(name), True) if name else profile_path(here)
     if place is None:
         raise UserError(f"{VARIABLE} says that no profile is wanted: name one, --score PROFILE")
@@ -161,7 +168,7 @@ def _profile(name: str, here: Fingerprint) -> Profile:
 
 
 def _outputs(here: Fingerprint, out: Path | None, data: Path | None) -> tuple[Path, Path]:
-    """Where to write, found out before anything is measured."""
+    """Return the files to write, after checking them before anything is measured."""
     if out is None:
         place = profile_path(here)
         out = place[0] if place else default_path(here)
@@ -189,7 +196,7 @@ def _fit(source: Path, out: Path | None) -> None:
 
 
 def _write(measured: Measurements, out: Path, data: Path | None) -> None:
-    """The measurements, if they are new, and the rules that they make; and tell of both."""
+    """Write the measurements, if they are new, and the profile made from them; print where they are."""
     profile = fitted_profile(measured)
     if data:
         write_measurements(measured, data)
@@ -202,7 +209,7 @@ def _write(measured: Measurements, out: Path, data: Path | None) -> None:
 
 
 def table(rules: Rules) -> str:
-    """The rules, a line each."""
+    """Return the rules, one line each."""
     lines = []
     for collective, own in rules.items():
         for n, rule in enumerate(own):
@@ -212,7 +219,7 @@ def table(rules: Rules) -> str:
 
 
 def report(rules: Rules, rows: Mapping[str, Sequence[Row]]) -> str:
-    """What the rules are worth at the sizes that were not fitted: for each collective, and in all."""
+    """Return what the rules are worth at the sizes that were not fitted: for each collective, and overall."""
     trials = {name: [trial(rules[name], row) for row in own if not row.fitted] for name, own in rows.items()}
     trials = {name: own for name, own in trials.items() if own}
     if not trials:

@@ -1,4 +1,4 @@
-"""``mpicoll verify``: the proofs."""
+"""``mpicoll verify``: proofs that algorithms and pipelines are right."""
 
 from collections.abc import Iterator
 
@@ -76,7 +76,7 @@ def _pipelines(rows: list[Pipeline], max_stages: int) -> None:
 
 
 def variants(row: Algorithm, p: int) -> Iterator[dict[str, int]]:
-    """The parameters to prove it for; the defaults last."""
+    """The parameters for which an algorithm is proved; the defaults come last."""
     yield from ({"segments": segments} for segments in range(1, row.parameters.get("segments", 0)))
     yield from ({"root": root} for root in sorted({1 % p, p // 2, p - 1} - {0}) if "root" in row.parameters)
     yield {}

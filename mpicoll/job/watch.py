@@ -55,7 +55,7 @@ class Clock(Protocol):
         """Return the time now, in seconds."""
 
     def sleep(self, seconds: float, /) -> None:
-        """Wait for so many seconds."""
+        """Wait for ``seconds``."""
 
 
 class Page:
@@ -123,7 +123,7 @@ class Page:
 
 
 def page_bytes(ranks: int) -> int:
-    """Return the size of the page of so many ranks."""
+    """Return the bytes that the page of ``ranks`` takes."""
     return _HEAD + _SLOT * ranks
 
 

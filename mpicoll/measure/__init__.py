@@ -1,1 +1,1 @@
-"""Collectives timed side by side: what is measured, on which data, by whom, and what the numbers are worth."""
+"""Timing of collectives side by side: tasks, test data, contestants, timing, the machine, and metrics."""

@@ -1,4 +1,4 @@
-"""What takes part: ``auto``, the MPI library's own, shared memory, and every algorithm of the table."""
+"""The implementations that are compared: ``auto``, native, shared memory, and every algorithm of the table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class WithMemory:
     empty: Memory
 
     def __call__(self, task: Task, send: Any, recv: Any) -> Callable[[], object]:
-        """See ``Implementation``."""
+        """Make the call with the buffers of this turn."""
         return self.prepare(task, send, recv)
 
 
@@ -50,15 +50,16 @@ class WithPath:
     latest_path: Callable[[], str]
 
     def __call__(self, task: Task, send: Any, recv: Any) -> Callable[[], object]:
-        """See ``Implementation``."""
+        """Make the call with the buffers of this turn."""
         return self.prepare(task, send, recv)
 
 
 def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check: str) -> dict[str, Implementation]:
-    """``auto``, the MPI library's own (which cannot add 16-bit floats as we do), and every algorithm of the table.
+    """Return the implementations of a task: ``auto``, native, and every algorithm of the table.
 
-    Where all ranks share memory also what a ``Comm`` does there with ordinary arrays (in an allreduce also where those
-    of each node do), with arrays that lie in it, and in an allreduce with one result for all.
+    Native is left out for 16-bit floats, which it does not sum as float32.  If all ranks share memory (for an
+    allreduce, those of each node), also ``shared`` on ordinary arrays, ``shared_arrays`` and, for an allreduce,
+    ``shared_result``.
     """
     ours = Comm(comm, check=check)
     state = state_of(ours)
@@ -77,11 +78,10 @@ def implementations(comm: MPI.Intracomm, collective: str, dtype: np.dtype, check
 def implementations_on_gpu(
     comm: MPI.Intracomm, collective: str, dtype: np.dtype, check: str, op: str = "sum", named: Sequence[str] = ()
 ) -> tuple[dict[str, Implementation], dict[str, str]]:
-    """What takes part with arrays on the current GPU; and the paths that do not, each with the reason.
+    """Return the implementations for arrays on the current GPU, and the reasons why other paths are not available.
 
-    ``auto``, what one writes by hand in place of the MPI library's own, every path that is available here, and every
-    algorithm of the table on what is staged in host memory.  A ``UserError`` if a path that is ``named`` is not
-    available.
+    They are ``auto``, native with copies written by hand, every path that is available here, and every algorithm of the
+    table on data staged in host memory.  Raises ``UserError`` if a path that is ``named`` is not available.
     """
     ours = Comm(comm, check=check)
     devices = state_of(ours).join_devices(cupy().cuda.Device().id)
@@ -115,7 +115,7 @@ def implementations_on_gpu(
 
 
 def call_of(comm: MPI.Intracomm, task: Task, send: Any, recv: Any, **options: str) -> Callable[[], object]:
-    """The call of mpi4py's method for the task; where all parts are equal, the method for equal parts."""
+    """Return a call of mpi4py's method for the task; if all parts are equal, of the method for equal parts."""
     lengths = lengths_of(cuts_of(None, task.count, comm.size))
     counts = lengths if len({*lengths}) > 1 else None
     call = task.row.native(_WithOptions(comm, options), getattr(MPI, task.op.upper()), task.root, counts)
@@ -138,7 +138,7 @@ def _shared_result(comm: Comm, task: Task, send: Any, recv: Any) -> Callable[[],
 
 
 def _by_hand(comm: MPI.Intracomm, task: Task, send: Any, recv: Any) -> Callable[[], object]:
-    """What one writes with CuPy and mpi4py alone: a copy in host memory by ``get``, the call, and a copy back."""
+    """Return a call as one writes it with CuPy and mpi4py alone: a copy by ``get``, the native call, a copy back."""
     at_root = task.row.from_root and comm.rank == task.root
     fetched = send is MPI.IN_PLACE and (at_root or not task.row.from_root)
 

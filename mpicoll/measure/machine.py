@@ -1,4 +1,4 @@
-"""The machine that is measured: its memory, its GPUs, its clock, and what else the numbers depend on."""
+"""The machine that is measured: its memory, its GPUs, its clock, and other facts that the numbers depend on."""
 
 import os
 import platform
@@ -53,7 +53,7 @@ def fingerprint(comm: MPI.Intracomm) -> Fingerprint:
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level cache, as the kernel tells; 32 MiB if it does not."""
+    """Bytes of the last-level cache, as the kernel reports them; 32 MiB if it does not."""
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) << 10 for size in sizes if size[:-1].isdigit() and size.endswith("K")), default=32 << 20)
 
@@ -108,7 +108,7 @@ def gpu_bandwidth(comm: MPI.Intracomm, mine: Gpu) -> GpuMemory:
 
 
 def check_memory(comm: MPI.Intracomm, needed: int) -> None:
-    """A ``UserError`` if the memory of a node is less than ``needed`` bytes for each of its ranks."""
+    """Raise a ``UserError`` if the memory of a node is less than ``needed`` bytes for each of its ranks."""
     node = node_of(comm)
     total, ranks = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), node.size
     node.Free()
@@ -124,7 +124,7 @@ def check_memory(comm: MPI.Intracomm, needed: int) -> None:
 
 
 def check_gpu_memory(comm: MPI.Intracomm, mine: Gpu, needed: int) -> None:
-    """A ``UserError`` if a GPU has less than ``needed`` bytes free for each of its ranks."""
+    """Raise a ``UserError`` if a GPU has less than ``needed`` bytes free for each of its ranks."""
     free = cupy().cuda.runtime.memGetInfo()[0]
 
     def check() -> None:
@@ -138,13 +138,13 @@ def check_gpu_memory(comm: MPI.Intracomm, mine: Gpu, needed: int) -> None:
 
 
 def timer_resolution() -> float:
-    """Microseconds: the least that two readings of the clock differ by, if they do."""
+    """The resolution of the clock in microseconds: the smallest difference above 0 of two readings."""
     readings = [time.perf_counter_ns() for _ in range(1000)]
     return min(after - before for before, after in pairwise(readings) if after > before) / 1e3
 
 
 def environment(comm: MPI.Intracomm) -> dict[str, Any]:
-    """What the numbers depend on; on rank 0, of all ranks.  A collective call."""
+    """Return the facts that the numbers depend on; on rank 0, those of all ranks.  A collective call."""
     own = {"rank": comm.rank, "hostname": socket.gethostname(), "pid": os.getpid(), "cpus": cores()}
     devices = comm.gather(own)
     if devices is None:
@@ -166,7 +166,7 @@ def environment(comm: MPI.Intracomm) -> dict[str, Any]:
 
 
 def gpu_environment(comm: MPI.Intracomm, mine: Gpu) -> dict[str, Any]:
-    """What the numbers depend on about GPUs; on rank 0, of all ranks.  A collective call."""
+    """Return the facts about GPUs that the numbers depend on; on rank 0, those of all ranks.  A collective call."""
     gpus = comm.gather({"rank": comm.rank, **mine._asdict()})
     if gpus is None:
         return {}

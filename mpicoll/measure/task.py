@@ -1,4 +1,4 @@
-"""What is measured: a collective of so many elements, in place or not."""
+"""The tasks to measure: a collective, its number of elements, in place or not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

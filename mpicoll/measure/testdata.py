@@ -1,4 +1,4 @@
-"""Data whose results are known: other at every call, on every rank, and exact in every type.
+"""Test data whose results are known exactly: different at every call and on every rank, and exact in every type.
 
 A rank's elements are made from what is common to all ranks and from a small number of its own, its share, which changes
 from turn to turn; so the result of any collective can be computed from the common elements and the shares.
@@ -93,7 +93,7 @@ class Buffers:
         self._pass(self._sent, self._memory)
 
     def _pass(self, sent: Any, memory: Any) -> None:
-        """Make these what the call gets."""
+        """Pass these arrays to the call."""
         moved = is_half(self._task.dtype) and not self._task.row.reduces
         if moved:  # the MPI library need not know what they are
             sent, memory = sent.view(np.int16), memory.view(np.int16)
@@ -101,7 +101,7 @@ class Buffers:
         self.recv: Any = memory if self._receives else None
 
     def completed(self, call: Callable[[], object]) -> Callable[[], object]:
-        """The call, until its result is there."""
+        """Make the call, and wait until its result is complete."""
         return call
 
     def fill(self, order: np.ndarray, turn: int) -> None:
@@ -112,9 +112,9 @@ class Buffers:
             self._sent[here] = self._expected_sent(there)
 
     def wrong(self, returned: object) -> int:
-        """How many elements are wrong in the result, an array that was ``returned`` or what was received.
+        """Count the wrong elements in the result, which is the array ``returned`` or the receive buffer.
 
-        Elements that were only to be read, and have changed, count too.
+        Elements of read-only buffers that have changed count too.
         """
         result = returned if isinstance(returned, np.ndarray) else self._received
         if result.shape != self._received.shape:
@@ -165,7 +165,7 @@ class GpuBuffers(Buffers):
         self._pass(sent, memory)
 
     def completed(self, call: Callable[[], object]) -> Callable[[], object]:
-        """The call, until the current stream has done all of it."""
+        """Make the call, and wait until the current stream has completed it."""
         stream = cupy().cuda.get_current_stream()
 
         def awaited() -> None:
@@ -175,14 +175,14 @@ class GpuBuffers(Buffers):
         return awaited
 
     def fill(self, order: np.ndarray, turn: int) -> None:
-        """See ``Buffers``."""
+        """Overwrite everything with the data of this turn, and copy it to the GPU."""
         super().fill(order, turn)
         for array, host in self._hosts:
             array.store(host)
             array.stream.synchronize()
 
     def wrong(self, returned: object) -> int:
-        """See ``Buffers``; calls on a GPU return nothing."""
+        """Count the wrong elements in the result, after copying it to host memory."""
         for array, host in self._hosts:
             array.load(host)
             array.stream.synchronize()

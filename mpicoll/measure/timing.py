@@ -54,13 +54,13 @@ class Result:
     in_place: bool
     task: Task
     us: np.ndarray
-    native: np.ndarray | None  # of the MPI library's own, in the same repetitions
+    native: np.ndarray | None  # microseconds of native, in the same repetitions
     wrong: int  # elements, on all ranks and in all repetitions, warm-up included
     way: str = ""  # the path that it has taken, on a GPU
 
 
 def dissemination(comm: MPI.Intracomm) -> Callable[[], None]:
-    """A barrier of ceil(log2 p) rounds of empty messages: the same with any MPI library."""
+    """The dissemination barrier, ceil(log2 p) rounds of empty messages, which is equal with any MPI library."""
     p, rank, empty = comm.size, comm.rank, bytearray()
     peers = [((rank + (1 << k)) % p, (rank - (1 << k)) % p) for k in range((p - 1).bit_length())]
 

@@ -1,4 +1,4 @@
-"""Mixing as functions: a round of a graph a call.  Unlike the collectives it leaves every rank with its own values."""
+"""Mixing: functions that do one round on a graph.  Unlike after a collective, every rank ends with its own values."""
 
 from functools import partial
 from operator import index
@@ -18,38 +18,39 @@ from .state import MIXING_TAGS, state_of
 
 
 def butterfly_mix(x: Any, comm: MPI.Intracomm, *, step: int, stream: Any = None) -> Any:
-    """One stage of butterfly mixing, in place: ``x`` becomes the mean of a rank's own array and one peer's.
+    """Do one stage of butterfly mixing, in place: ``x`` becomes the mean of this rank's array and one peer's.
 
-    If p is a power of two, the peer of rank r at step t is r XOR 2^(t mod log2 p), and log2 p calls with consecutive
-    steps, from any step on, leave every rank with the mean of all, exactly but for rounding.  At any other p it is the
-    exponential graph of ``gossip_average``, which comes close to the mean and reaches it never.
+    If p is a power of two, the peer of rank r at step t is r XOR 2^(t mod log2 p).  Then log2 p calls with consecutive
+    steps, from any step on, leave every rank with the mean of all arrays, up to rounding.  At any other p this is the
+    exponential graph of ``gossip_average``, which approaches the mean but never reaches it.
 
-    Arguments, return value and errors are those of ``gossip_average``.  Source: Zhao and Canny 2013.
+    Parameters, return value and errors are those of ``gossip_average``.  Source: Zhao and Canny 2013.
     """
     return gossip_average(x, comm, "butterfly", step=step, stream=stream)
 
 
 def gossip_average(x: Any, comm: MPI.Intracomm, graph: Any = "exponential", *, step: int, stream: Any = None) -> Any:
-    """One round of gossip averaging, in place: ``x`` becomes a weighted mean of a rank's own array and its neighbors'.
+    """Do one gossip round in place: ``x`` becomes a weighted mean of this rank's array and its neighbors'.
 
-    The mean over all ranks stays, and every round brings them closer to it; ``mpicoll show gossip`` says how fast.
-    Each rank sends ``x`` to its neighbors, and to nobody else.
+    The mean over all ranks does not change, and every round brings the ranks closer to it; ``mpicoll show gossip`` says
+    how fast.  Each rank sends ``x`` to its neighbors only.
 
     Parameters
     ----------
     x
         An array of floats or complex numbers, as for ``allreduce``, or a list of arrays: the same shapes and dtypes on
-        all ranks.  It is computed in float64 at least, or in the precision of ``x`` where weights are exact in it.
+        all ranks.  The mean is computed in float64 or higher precision, or in the precision of ``x`` if that represents
+        the weights exactly.
     comm
-        An mpi4py intracommunicator.  If it is no ``mpicoll.Comm``, the first call on it duplicates it.
+        An mpi4py intracommunicator.  If it is not a ``mpicoll.Comm``, the first call on it duplicates it.
     graph
-        What ``mpicoll.graph`` takes or has made (which is faster, for a matrix), doubly stochastic.  The first call
-        with it on a communicator compares it between all ranks.
+        A doubly stochastic graph: an argument of ``mpicoll.graph`` or, which is faster for matrices, its result.  The
+        first call with a graph on a communicator compares the graph between all ranks.
     step
-        The number of the call, the same on all ranks: graphs that change use another round each time.  Count on from
-        epoch to epoch; do not start again at 0.
+        The number of the call, 0 or more, the same on all ranks: it selects the round of a graph that changes.  Do not
+        start again at 0 in every epoch.
     stream
-        As for ``allreduce``: of arrays in the memory of a GPU, which go by way of host memory.
+        The CuPy stream of arrays on a GPU, as for ``allreduce``.  Such arrays are sent through host memory.
 
     Returns
     -------
@@ -58,27 +59,53 @@ def gossip_average(x: Any, comm: MPI.Intracomm, graph: Any = "exponential", *, s
     Raises
     ------
     TypeError, ValueError
-        For what cannot be used, before anything is sent; if graphs differ, on all ranks.
+        For arguments that cannot be used, before anything is sent.
+    MismatchError
+        On all ranks, if they passed different graphs.
     """
     made = _agreed(graph, comm)
     if not made.doubly:
         raise ValueError(
-            "averaging needs a doubly stochastic graph, got one of which only columns add up to 1: use mpicoll.PushSum"
+            "gossip_average: graph must be doubly stochastic, got one of which only columns add up to 1: "
+            "use mpicoll.PushSum"
         )
     return _mix(x, comm, made, step, stream)
 
 
 class PushSum:
-    """Averaging on directed graphs, of which only the columns add up to 1: what a rank sends, to itself included.
+    """Push-sum: averaging on directed graphs, where only the columns of the mixing matrix need to add up to 1.
 
-    ``mix(x)`` keeps the sum of ``x`` over all ranks, but not what single ranks weigh in it, so that each has a
-    ``weight`` too, which is mixed likewise: ``estimate(x)``, ``x / weight``, goes to the mean of what all began with.
-    In SGD, take gradients at the estimate and step on ``x``.  Every rank must hear of every other in the end; otherwise
-    it estimates the mean of those it hears of, or nothing.  The weights follow from the graph, so every rank computes
-    them, and none is sent.  Sources: Kempe et al. 2003; Assran et al. 2019 (with SGD).
+    Column j of the matrix holds the weights that rank j sends, to itself included.  ``mix(x)`` keeps the sum of ``x``
+    over all ranks, but the ranks come to weigh differently in it.  So each rank has a ``weight`` as well, which is
+    mixed in the same way, and ``estimate(x)``, which is ``x / weight``, converges to the mean of the initial arrays.
+    In SGD, compute gradients at the estimate and apply them to ``x``.
 
-    Making one is a collective call, which compares the graph between all ranks; ``comm`` and ``graph`` are those of
-    ``gossip_average``.
+    The graph must be strongly connected.  Otherwise a rank estimates the mean of those ranks only whose arrays reach
+    it.  The weights depend on the graph alone, so every rank computes all of them and none is sent.
+
+    Sources: Kempe, Dobra and Gehrke 2003; Assran et al. 2019 (with SGD).
+
+    Parameters
+    ----------
+    comm
+        An mpi4py intracommunicator of p ranks.  Making a ``PushSum`` is a collective call on it, which compares the
+        graph between all ranks.
+    graph
+        A graph of p ranks: an argument of ``mpicoll.graph``, or its result.
+
+    Attributes
+    ----------
+    step
+        The number of rounds done, which selects the round of a graph that changes.
+    weights
+        The weights of all ranks, a float64 array of shape (p,) whose elements sum to p; at first all are 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that cannot be used, before anything is sent.
+    MismatchError
+        On all ranks, if they passed different graphs.
     """
 
     def __init__(self, comm: MPI.Intracomm, graph: Any) -> None:
@@ -92,11 +119,29 @@ class PushSum:
 
     @property
     def weight(self) -> float:
-        """This rank's; over all ranks they add up to p."""
+        """The weight of this rank, by which ``estimate`` divides; the weights of all ranks sum to p."""
         return float(self.weights[self._rank])
 
     def mix(self, x: Any, *, stream: Any = None) -> Any:
-        """One round, in place; returns ``x``, an array or a list of arrays as for ``gossip_average``."""
+        """Do one round, in place.
+
+        Parameters
+        ----------
+        x
+            An array of floats or complex numbers, or a list of arrays, as for ``gossip_average``.  Arrays that belong
+            together must be passed in one call, since every call is a round.
+        stream
+            The CuPy stream of arrays on a GPU.
+
+        Returns
+        -------
+        ``x`` itself.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arrays that cannot be mixed, before anything is sent; ``step`` and ``weights`` do not change.
+        """
         target, source, weight = self.graph.edges(self.step)
         with np.errstate(all="ignore"):
             weights = np.bincount(target, weight * self.weights[source], self.graph.p)
@@ -105,7 +150,14 @@ class PushSum:
         return x
 
     def estimate(self, x: Any) -> Any:
-        """The mean as far as it is known here: a new array, or a list of them."""
+        """Return this rank's estimate of the mean, ``x / weight``: a new array, or for a list of arrays a list of them.
+
+        Parameters
+        ----------
+        x
+            The arrays that ``mix`` has mixed.  NumPy arrays are divided in float64 or higher precision, and the result
+            has the dtype of ``x``.
+        """
         if isinstance(x, (list, tuple)):
             return [self.estimate(array) for array in x]
         if not isinstance(x, np.ndarray):
@@ -115,10 +167,10 @@ class PushSum:
 
 
 def exchange(messages: dict[int, np.ndarray], comm: MPI.Intracomm, graph: Graph, step: int) -> dict[int, np.ndarray]:
-    """Instead of one array for all neighbors, some bytes for each; returns as many from each, by rank.
+    """Send each neighbor an array of bytes of its own, and return the arrays received, of equal length, by rank.
 
-    ``graph`` is symmetric, and ``messages`` are for all neighbors in the round of ``step``.  What is in the memory of a
-    GPU goes by way of host memory.
+    ``graph`` must be symmetric, and ``messages`` hold an array for each neighbor in the round of ``step``.  Arrays on a
+    GPU are sent through host memory.
     """
     _agreed(graph, comm)
     with whole(comm):
@@ -146,7 +198,7 @@ def _tag(graph: Graph, t: int) -> int:
 
 
 def _agreed(what: Any, comm: MPI.Intracomm) -> Graph:
-    """The graph, the same on all ranks."""
+    """Return the graph, after comparing it between all ranks."""
     check_comm(comm)
     made = what if isinstance(what, Graph) else graph(what, comm.size)
     if made.p != comm.size:

@@ -1,8 +1,8 @@
-"""Messages of our algorithms, at once or step by step: handles, and what drives them.
+"""Blocking exchanges, handles of nonblocking and persistent collectives, and the progress of all pending handles.
 
 Progress is made by calls: every wait or poll of a handle, and every blocking collective called through mpicoll, drives
-all handles that are under way, on whatever communicator, so that ranks may complete them in any order.  MPI's own
-calls do not drive ours.
+all pending handles, on all communicators, so that ranks may complete them in any order.  Calls of MPI alone do not
+drive them.
 """
 
 import time
@@ -28,26 +28,26 @@ class Owner(Protocol):
     comm: MPI.Intracomm
 
     def check(self) -> None:
-        """Raise if nothing may be started."""
+        """Raise if the communicator is unusable or was freed, so that nothing may be started."""
 
     def interrupt(self) -> None:
-        """Nothing may be started any more."""
+        """Mark the communicator unusable: nothing may be started on it any more."""
 
     def started(self, handle: "Handle", tag: int) -> None:
-        """A handle is under way."""
+        """Note that a handle was started, with this tag."""
 
     def completed(self, tag: int) -> None:
-        """It is complete."""
+        """Note that the handle with this tag is complete."""
 
     def retain(self) -> None:
-        """There is one more user of the private communicator."""
+        """Add a user of the private communicator."""
 
     def release(self) -> None:
-        """There is one less."""
+        """Remove a user of the private communicator."""
 
 
 under_way: list["Handle"] = []
-"""Handles of ours started and not complete, oldest first, of all communicators."""
+"""The pending handles of our algorithms on all communicators, oldest first."""
 
 _native_under_way: list["NativeHandle"] = []
 _native_abandoned: list["NativeHandle"] = []
@@ -71,11 +71,22 @@ def _post(comm: MPI.Comm, bound: Bound, tag: int) -> list[MPI.Request]:
 
 
 class Handle:
-    """A nonblocking collective: ``poll()`` until it is ``True``, or ``wait()``.  It is not an ``MPI.Request``.
+    """A nonblocking collective by one of our algorithms, as ``mpicoll.iallreduce`` returns it.
 
-    Nothing moves but in calls to mpicoll: ``poll`` and ``wait`` of any handle, and blocking collectives.  A rank that
-    waits in one of MPI's own blocking calls meanwhile keeps the others waiting.  The arrays must be left alone until it
-    is complete.
+    Call ``poll()`` until it returns ``True``, or ``wait()``.  Do not read or write the arrays before.  A handle is not
+    an ``MPI.Request``: progress is made in calls to mpicoll only, that is in ``poll`` and ``wait`` of any handle and in
+    blocking collectives.  A rank that waits in a blocking call of MPI (``comm.Barrier()``) keeps the others waiting.
+
+    Handles are made by ``mpicoll.iallreduce``, which is where arguments are described and checked.  If an exception or
+    Ctrl-C aborts a pending handle, the communicator is unusable from then on.
+
+    Raises
+    ------
+    RuntimeError
+        When it is made, if MPI was initialised with less than ``MPI_THREAD_MULTIPLE``.  In ``poll`` and ``wait``, if
+        the collective was aborted, or MPI does not take calls from this thread.
+    MismatchError
+        In ``poll`` and ``wait`` on all ranks, if they did not make the same call.
     """
 
     def __init__(
@@ -95,14 +106,24 @@ class Handle:
             )
         self._state, self._tag = state, tag
         self._result, self._deliver = result, tuple(deliver)
-        self._lock = Lock()  # of the thread that makes progress
+        self._lock = Lock()  # held by the thread that makes progress
         self._bound: Bound | Comparison | None = None
         self._requests: list[Any] = []
         self._error: BaseException | None = None
         self._begin(bounds, comparison)
 
     def poll(self) -> bool:
-        """Make what progress is possible without waiting; is it complete?"""
+        """Make progress without waiting, and return whether the collective is complete.
+
+        Returns
+        -------
+        ``True`` if the result is in the arrays, which may then be used again.
+
+        Raises
+        ------
+        RuntimeError, MismatchError
+            As for the class.
+        """
         check_thread()
         with _all_or_none():
             advance_all()
@@ -110,7 +131,17 @@ class Handle:
         return self._bound is None
 
     def wait(self) -> Any:
-        """Wait until it is complete, and return the array (or list) that holds the result."""
+        """Wait until the collective is complete.
+
+        Returns
+        -------
+        The array, or list of arrays, that was passed to the call and now holds the result.
+
+        Raises
+        ------
+        RuntimeError, MismatchError
+            If the collective was aborted, or ranks did not make the same call.
+        """
         check_thread()
         with _all_or_none(), record.during("waiting for a handle of ours", self._state):
             while self._bound is not None:
@@ -123,7 +154,7 @@ class Handle:
         return self._result
 
     def abandon(self, error: BaseException) -> None:
-        """Give up: what is under way stays so, and the communicator is of no use any more."""
+        """Abort the handle because of ``error``: its messages stay in flight, and the communicator becomes unusable."""
         self._error = error
         self._state.interrupt()
         if self in under_way:
@@ -145,9 +176,9 @@ class Handle:
                 self._bound, self._requests = comparison, [comparison.request]
 
     def _advance(self, wait: bool = False) -> bool:
-        """Go on with what has arrived, or ``wait`` for all of it.  Was there any progress?"""
+        """Start the next rounds whose messages have arrived, or ``wait`` for all; return whether there was progress."""
         if not self._lock.acquire(blocking=wait):
-            return False  # another thread is at it
+            return False  # another thread drives this handle
         progressed = False
         try:
             inside(True)
@@ -191,7 +222,7 @@ def _raise_interrupted(error: BaseException) -> NoReturn:
 
 @contextmanager
 def _all_or_none() -> Iterator[None]:
-    """Ctrl-C may come between any two steps, of any handle: none of them goes on after it."""
+    """Abort all pending handles on Ctrl-C, which may come between any two steps of any of them."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
@@ -202,7 +233,7 @@ def _all_or_none() -> Iterator[None]:
 
 @contextmanager
 def _guarding(handle: Handle) -> Iterator[None]:
-    """Floating-point conditions are results, not errors; any exception spoils the communicator."""
+    """Ignore floating-point conditions, which are results, and abort the handle on any exception."""
     try:
         with np.errstate(all="ignore"):
             yield
@@ -212,9 +243,10 @@ def _guarding(handle: Handle) -> Iterator[None]:
 
 
 class PersistentHandle(Handle):
-    """A collective set up once for one array: ``start()``, then as any handle, as often as wanted; at last ``free()``.
+    """A persistent collective, as ``mpicoll.allreduce_init`` returns it: set up once for one array, started many times.
 
-    It keeps its memory and its MPI requests, so that starting it allocates nothing.
+    Call ``start()`` and then ``wait()`` (or ``poll()`` until it returns ``True``), any number of times, and ``free()``
+    at the end.  It keeps its memory and its MPI requests, so that starting it allocates nothing.
     """
 
     def __init__(self, state: Owner, bounds: Iterator[Bound], tag: int, result: Any) -> None:
@@ -225,12 +257,24 @@ class PersistentHandle(Handle):
         state.retain()
 
     def start(self) -> "PersistentHandle":
-        """Begin, with what the array holds now.  All ranks start theirs in the same order."""
+        """Start the collective with what the array holds now.
+
+        All ranks must start their persistent collectives on a communicator in the same order.
+
+        Returns
+        -------
+        The handle itself.
+
+        Raises
+        ------
+        RuntimeError
+            If it is pending or was freed, or the communicator is unusable.
+        """
         if self._rounds is None:
             raise RuntimeError("this persistent collective was freed")
         super()._raise_if_abandoned()
         if self._bound is not None:
-            raise RuntimeError("this persistent collective is under way: wait for it first")
+            raise RuntimeError("this persistent collective is pending: wait for it first")
         self._state.check()
         self._started = True
         self._requests_of = iter(self._made)
@@ -243,11 +287,17 @@ class PersistentHandle(Handle):
         super()._raise_if_abandoned()
 
     def free(self) -> None:
-        """Give its requests and its memory back."""
+        """Free its requests and its memory.
+
+        Raises
+        ------
+        RuntimeError
+            If it is pending.
+        """
         if self._error is not None:
-            return  # MPI may still be using them
+            return  # MPI may still be using the requests
         if self._bound is not None:
-            raise RuntimeError("this persistent collective is under way: wait for it first")
+            raise RuntimeError("this persistent collective is pending: wait for it first")
         if self._rounds is not None:
             for requests in self._made:
                 for request in requests:
@@ -267,7 +317,7 @@ class PersistentHandle(Handle):
 
 
 class NativeHandle:
-    """The same face for nonblocking collectives of the MPI library, which any of its calls drives."""
+    """A nonblocking collective of the MPI library, with the methods of ``Handle``; any MPI call drives it."""
 
     def __init__(
         self,
@@ -282,20 +332,36 @@ class NativeHandle:
         self._keep = keep  # mpi4py's nonblocking reductions let go of their buffers and operation
         self._lock = Lock()
         self._error: BaseException | None = None
-        for other in list(_native_under_way):  # those that nobody waits for
-            with suppress(Exception):  # their own affair
+        for other in list(_native_under_way):  # complete handles that nobody waits for
+            with suppress(Exception):  # raised again by their own poll and wait
                 other._test()
         _native_under_way.append(self)
 
     def poll(self) -> bool:
-        """Is it complete?"""
+        """Return whether the collective is complete: the result is then in the arrays.
+
+        Raises
+        ------
+        RuntimeError, MismatchError
+            If the collective was aborted, or ranks did not make the same call.
+        """
         check_thread()
         with _all_or_none():
             advance_all()
         return self._test()
 
     def wait(self) -> Any:
-        """Wait until it is complete, and return the array (or list) that holds the result."""
+        """Wait until the collective is complete.
+
+        Returns
+        -------
+        The array, or list of arrays, that was passed to the call and now holds the result.
+
+        Raises
+        ------
+        RuntimeError, MismatchError
+            If the collective was aborted, or ranks did not make the same call.
+        """
         check_thread()
         with record.during("waiting for a handle of the MPI library"):
             while not self._test(wait=not under_way):
@@ -310,7 +376,7 @@ class NativeHandle:
         if self not in _native_under_way:
             return True
         if not self._lock.acquire(blocking=False):
-            return False  # another thread is at it
+            return False  # another thread drives this handle
         try:
             if self not in _native_under_way:
                 return True
@@ -325,7 +391,7 @@ class NativeHandle:
                 MPI.Request.Waitall(self._requests)
             elif not MPI.Request.Testall(self._requests):
                 return False
-            _native_under_way.remove(self)  # first: what follows is done once
+            _native_under_way.remove(self)  # first, so that what follows is done once
             for deliver in self._deliver:
                 deliver()
             self._keep = None
@@ -342,8 +408,10 @@ class NativeHandle:
 
 @contextmanager
 def driving(comm: MPI.Comm) -> Iterator[None]:
-    """Around a blocking call of the MPI library on ``comm``: it is refused if one there was broken off, and meanwhile a
-    thread drives what is under way."""
+    """Guard a blocking call of the MPI library on ``comm``: a thread drives the pending handles meanwhile.
+
+    Raises ``RuntimeError`` if a collective on ``comm`` was aborted.
+    """
     if interrupted:
         check(comm)
     if under_way:
@@ -367,7 +435,10 @@ def driving(comm: MPI.Comm) -> Iterator[None]:
 
 
 def advance_all() -> bool:
-    """All of them, once; was there any progress?  An exception is its own handle's: its ``poll`` and ``wait`` raise."""
+    """Drive all pending handles once, and return whether there was progress.
+
+    An exception is kept by the handle that it belongs to, and raised by its ``poll`` and ``wait``.
+    """
     progressed = False
     for handle in list(under_way):
         with suppress(Exception):
@@ -375,14 +446,14 @@ def advance_all() -> bool:
     return progressed
 
 
-# Threads: MPI says what it takes, once and for all.
+# Threads: MPI says once which calls it takes from which thread.
 
 _thread_level: int | None = None
 _thread_inside: int | None = None
 
 
 def check_thread() -> None:
-    """Raise if the MPI library does not take calls from this thread, or not while another one is in a call of ours."""
+    """Raise ``RuntimeError`` if MPI does not take calls from this thread, or not while another thread is in a call."""
     global _thread_level
     if _thread_level is None:
         _thread_level = MPI.Query_thread()
@@ -399,6 +470,6 @@ def check_thread() -> None:
 
 
 def inside(entering: bool) -> None:
-    """This thread enters, or leaves, a call that makes messages of ours."""
+    """Note that this thread enters or leaves a call that sends messages of our algorithms."""
     global _thread_inside
     _thread_inside = get_ident() if entering else None

@@ -1,1 +1,1 @@
-"""Distributed SGD: data, models, optimizers, strategies (how ranks agree), the loop, and the files they leave."""
+"""Distributed SGD: data, models, optimizers, strategies, the loop, and the files of a run."""

@@ -1,4 +1,4 @@
-"""The steps of an epoch: which rank has which samples in each, and how shares follow the speeds of ranks."""
+"""The steps of an epoch: which rank has which samples in each step, and how shares follow the speeds of ranks."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -16,14 +16,15 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 class Batches:
-    """The steps of an epoch, and which rank has which samples in them.
+    """The steps of an epoch, and the share of each rank in their batches.
 
-    Every sample comes once, in an order drawn anew from ``seed`` and ``epoch``; the last batch may be shorter.
+    Every sample comes once, in an order drawn from ``seed`` and ``epoch``; the last batch may be shorter.
 
-    Where every rank holds all samples, ranks take slices of batches that do not depend on their number: even ones, or
-    by ``weights``, one for each rank, within less than a sample, and over many steps exactly.  A rank with a shard of
-    its own deals it out, shuffled, to all the steps in turn, the first to the step after the one where the rank below
-    it ended: steps are those of unsharded data, and their batches as large as each other but for one sample.
+    If every rank holds all samples, batches do not depend on the number of ranks, and each rank takes a slice of each
+    batch: equal slices, or slices in proportion to ``weights``, one for each rank, which holds to within one sample in
+    each step and exactly over many steps.  If data are sharded, each rank shuffles its shard and deals it out to the
+    steps in turn, starting after the step at which the previous rank ended: the number of steps is that of unsharded
+    data, and batches differ by at most one sample.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Batches:
         self._seed = [seed, epoch]
 
     def share(self, step: int, rank: int) -> tuple[np.ndarray, int]:
-        """The samples of ``data.train`` that are the share of a rank in a step, counted from 0, and the length of the
-        batch on all ranks together.  Of sharded data a rank knows its own share only."""
+        """The samples of ``data.train`` in a rank's share of a step, and the length of the batch on all ranks.
+
+        Steps are counted from 0.  If data are sharded, a rank knows its own shares only.
+        """
         total = self._data.train.total
         if not self._data.sharded:
             if not self._order:
@@ -66,12 +69,12 @@ class Batches:
 
 
 def rebalanced(weights: Sequence[float], measured: Sequence[tuple[int, float]], total: int) -> list[float]:
-    """The weights of ranks in the next epoch of ``total`` samples, which add up to 1 as those of the last did.
+    """The weights of ranks in the next epoch of ``total`` samples, which add up to 1.
 
-    ``measured`` are, for each rank, its samples in the last epoch and the seconds that it spent on them.  Weights go
-    half of the way to the ranks' speeds.  Weights that stay as they are give all ranks the same time a step, even if
-    some of it does not depend on the number of samples.  A rank that has done too few samples to tell keeps its weight,
-    and none falls so low that it would have too few.
+    ``measured`` holds, for each rank, its samples in the last epoch and the seconds that it spent on them.  Weights
+    move half of the way towards the ranks' speeds.  At the fixed point all ranks take the same time for a step, even if
+    some of it does not depend on the number of samples.  A rank with too few samples for a measurement keeps its
+    weight, and no weight becomes so small that the rank would have too few.
     """
     known = [rank for rank, (samples, seconds) in enumerate(measured) if samples >= MEASURED and seconds > 0]
     speeds = {rank: measured[rank][0] / measured[rank][1] for rank in known}
@@ -82,7 +85,7 @@ def rebalanced(weights: Sequence[float], measured: Sequence[tuple[int, float]], 
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
-    """Weights in the same proportions that add up to 1."""
+    """Return the weights divided by their sum."""
     largest = max(weights)
     scaled = [weight / largest for weight in weights]  # of which the sum is finite
     return [weight / sum(scaled) for weight in scaled]

@@ -1,12 +1,12 @@
-"""The bubble of a pipeline, measured: stages that sleep, and tell each other as much as if they trained.
+"""The bubble of a pipeline, measured with stages that sleep and exchange the messages of training.
 
-Every rank is a stage.  It does the tasks of a schedule in its order, and takes and sends messages as a stage in
-training does, by the same code; but a task is to sleep, so that a few cores can show many stages of equal cost.
+Every rank is a stage.  It does the tasks of a schedule in order, and receives and sends messages by the code that
+stages in training use; but its tasks are to sleep, so that a few cores can show many stages of equal cost.
 
-The time of a batch is that from the beginning of the first stage's first task to the end of its last, which no task of
-another stage outlasts; so it is read from one clock, wherever stages are.  A stage is busy for as long as its tasks are
-meant to take, and idle for the rest.  What a task sleeps longer, because the core was not there when it was over, is no
-work, and makes the bubble larger than it would be, as does the time of calls: both are told apart.
+The time of a batch lasts from the beginning of the first stage's first task to the end of its last task.  No task of
+another stage ends later, so one clock measures it, wherever stages are.  A stage is busy for as long as its tasks are
+meant to take, and idle otherwise.  If a task sleeps longer because its core is busy, the excess counts as idle, as does
+the time of calls; both are reported separately.
 """
 
 import gc
@@ -35,7 +35,7 @@ PAGE = 4096  # bytes, of which one is written and looked at: all of them would t
 
 
 class Case(NamedTuple):
-    """What is measured: a row of ``PIPELINES``, micro-batches of a batch, and bytes of each message."""
+    """A case to measure: a row of ``PIPELINES``, micro-batches per batch, and bytes per message."""
 
     pipeline: str
     micro: int
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a case has shown; seconds are of each repetition, one after another."""
+    """The result of a case, with the seconds of each repetition."""
 
     case: Case
     seconds: np.ndarray  # of a batch
@@ -55,10 +55,11 @@ class Result(NamedTuple):
 
 
 def measure(comm: MPI.Intracomm, cases: Sequence[Case], forward: float, settings: Settings) -> list[Result]:
-    """Every case, where a forward task takes so many seconds; the same on all ranks, a collective call.
+    """Measure every case, with forward tasks of the given seconds; a collective call, with equal results on all ranks.
 
-    A repetition is a round in which every case has its turn, in random order, and each size of messages a batch of one
-    micro-batch: that is a chain of tasks, of which each waits for the one before, and tells how long a handoff takes.
+    In a repetition every case runs one batch, in random order, and every message size one batch of a single
+    micro-batch.  The latter is a chain of tasks, each of which waits for the one before: it shows the time of a
+    handoff.
     """
     settings = comm.bcast(settings)
     sizes = sorted({case.nbytes for case in cases})
@@ -110,12 +111,12 @@ def measure(comm: MPI.Intracomm, cases: Sequence[Case], forward: float, settings
 
 
 class _Stage:
-    """A case on this rank; ``wrong`` and ``held`` are of all its batches."""
+    """A case on this rank; ``wrong`` and ``held`` cover all its batches."""
 
     def __init__(self, comm: Comm, case: Case, forward: float) -> None:
         self._comm, self._case = comm, case
         schedule = PIPELINES[case.pipeline].schedule(comm.size, case.micro)
-        verify(schedule)  # or stages might wait for each other for ever
+        verify(schedule)  # or stages might deadlock
         self._tasks = schedule.tasks[comm.rank]
         self._seconds = {kind: cost * forward for kind, cost in COST.items()}
         giver = {Kind.FORWARD: comm.rank - 1, Kind.BACKWARD: comm.rank + 1}
@@ -124,7 +125,7 @@ class _Stage:
         self.wrong, self.held = 0, 0
 
     def batch(self) -> tuple[float, float, float]:
-        """Seconds that it took, on the first stage, and that this one was late, and was in calls."""
+        """Run a batch; return its seconds (on the first stage), and this stage's seconds late and in calls."""
         comm, nbytes = self._comm, self._case.nbytes
         shapes = {kind: [(1, nbytes)] * self._case.micro for kind in self._giver}
         spent, held, late = Spent(), {}, 0.0
@@ -154,10 +155,10 @@ class _Stage:
 
 
 def record(result: Result, forward: float) -> dict[str, Any]:
-    """All that is to be said of a result, in plain numbers and texts.
+    """Return a result as plain numbers and texts.
 
-    ``idle`` is the share of the time that a stage is not busy, ``textbook`` what it is if nothing but tasks takes time,
-    and ``model`` what it is if tasks, calls and handoffs take as long as they have taken here.
+    ``idle`` is the share of the time for which a stage is not busy; ``textbook`` is that share if only tasks take time,
+    and ``model`` if tasks, calls and handoffs take as long as measured.
     """
     case, stages, row = result.case, len(result.held), PIPELINES[result.case.pipeline]
     busy = sum(COST.values()) * forward * case.micro
@@ -192,19 +193,19 @@ def record(result: Result, forward: float) -> dict[str, Any]:
 
 
 def _code(kind: Kind, micro: int, rank: int) -> int:
-    """What a message holds in each page: others than those that could be taken for it hold something else."""
+    """The code that a message holds in each page, different from those of messages that it could be confused with."""
     return (2 * micro + (kind is Kind.BACKWARD) + 7 * rank) % CODES
 
 
 def _meet(comm: MPI.Intracomm) -> None:
-    """A barrier that leaves the core to those who are late, as MPI's own does not."""
+    """A barrier that yields the core to ranks that are late, which that of MPI does not."""
     request = comm.Ibarrier()
     while not request.Test():
         os.sched_yield()
 
 
 def sleep_until(moment: float) -> None:
-    """Sleep, and near the end only yield the core, until this moment of ``perf_counter``."""
+    """Sleep until ``perf_counter`` reaches a time; near the end only yield the core."""
     time.sleep(max(moment - NEAR - perf_counter(), 0))
     while perf_counter() < moment:
         os.sched_yield()

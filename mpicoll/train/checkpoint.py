@@ -1,9 +1,9 @@
 """Checkpoints: folders that appear whole or not at all, in formats that hold data and no code.
 
 ``checkpoints/epoch-00000012/`` holds ``manifest.json`` (where training was, what its bits depend on, and the SHA-256 of
-every file) and ``rank-N.safetensors`` for every rank, or of rank 0 only where all ranks hold the same; of ranks that
-hold a model together, one file, with all of it.  It is written under another name, synchronised to disk, and renamed
-once every rank has written its part.
+every file) and ``rank-N.safetensors`` for every rank, or for rank 0 only if all ranks hold the same.  Ranks that hold a
+model together write one file with the whole model.  A checkpoint is written under another name, synchronised to disk,
+and renamed once every rank has written its part.
 """
 
 import json
@@ -29,7 +29,7 @@ from .readers.raw import Schema
 FORMAT = "mpicoll-checkpoint-1"
 MANIFEST = "manifest.json"
 KEPT = 3
-"""So many of the latest ones are kept: if one turns out to be damaged, there is one before it."""
+"""The number of latest checkpoints that are kept: if one turns out to be damaged, there is one before it."""
 
 NAME = re.compile(r"epoch-\d{8}")
 
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 
 class Checkpoint(NamedTuple):
-    """One that was found and looks whole; ``tensors(rank)`` reads and checks a rank's part."""
+    """A checkpoint that was found and looks complete; ``tensors(rank)`` reads and checks a rank's part."""
 
     path: Path
     facts: dict[str, Any]
@@ -62,11 +62,11 @@ class Checkpoint(NamedTuple):
 
     @property
     def ranks(self) -> int:
-        """How many wrote it, or groups of them that held a model together."""
+        """The number of ranks that wrote it, or of groups of ranks that held a model together."""
         return int(self.facts["ranks"])
 
     def tensors(self, rank: int) -> dict[str, np.ndarray]:
-        """The tensors of a rank, or those of rank 0 if all ranks held equal ones."""
+        """Read the tensors of a rank, or those of rank 0 if all ranks held equal ones."""
         from safetensors.numpy import load_file
 
         name = _file(rank) if _file(rank) in self.files else _file(0)
@@ -82,10 +82,10 @@ class Checkpoint(NamedTuple):
 def save(
     folder: Path, comm: MPI.Intracomm, facts: dict[str, Any], tensors: dict[str, np.ndarray], number: int | None
 ) -> Path:
-    """Write a checkpoint into ``folder``; a collective call.  Returns where it is.
+    """Write a checkpoint into ``folder``, and return its path; a collective call.
 
-    A rank writes the file of this ``number``, or none; 0 is rank 0's.
-    If any rank cannot write its part, nothing is left and all raise the same ``UserError``.
+    A rank writes the file with this ``number``, or none if it is ``None``; rank 0 writes number 0.  If any rank cannot
+    write its part, nothing is left and all ranks raise the same ``UserError``.
     """
     from safetensors.numpy import save_file
 
@@ -131,9 +131,10 @@ def save(
 
 
 def latest(run: Path) -> Checkpoint:
-    """The latest checkpoint of a run's folder, or the one that ``run`` is itself.
+    """Return the latest checkpoint in a run's folder, or ``run`` itself if that is the folder of a checkpoint.
 
-    A ``UserError`` if there is none, or it is damaged, foreign or of another version; it names the one before.
+    Raises ``UserError`` if there is none, or it is damaged or of another format or version; the error names the
+    checkpoint before it.
     """
     if not (run / "checkpoints").is_dir() and NAME.fullmatch(run.resolve().name):
         return _open(run.resolve())
@@ -144,12 +145,12 @@ def latest(run: Path) -> Checkpoint:
 
 
 def going_on(run: Path) -> str:
-    """How to go on with the run in a folder, for the end of a line; nothing if it has no checkpoint."""
+    """How to resume the run in a folder, as the end of a line; empty if it has no checkpoint."""
     return f"; go on with mpicoll train --resume {quote(str(run))}" if _listed(run / "checkpoints") else ""
 
 
 def drop_after(checkpoint: Checkpoint) -> None:
-    """Remove those that came later: a run that goes on from this one is another one from here on."""
+    """Remove later checkpoints: a run that is resumed from this one no longer continues to them."""
     folder = checkpoint.path.parent
     for left in folder.glob(".epoch-*"):  # by jobs that were killed
         shutil.rmtree(left, ignore_errors=True)
@@ -158,7 +159,7 @@ def drop_after(checkpoint: Checkpoint) -> None:
 
 
 def umask() -> int:
-    """The file mode mask of this process: permissions that its files do not get."""
+    """The file mode mask of this process: the permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -169,7 +170,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _set_aside(paths: list[Path]) -> None:
-    """Remove folders at once: a job that is killed meanwhile leaves no half of one under its name."""
+    """Remove folders by renaming them first, so that a job that is killed leaves no part of one under its name."""
     aside = [path.rename(path.with_name(f".{path.name}.old")) for path in paths]
     for path in aside:
         shutil.rmtree(path, ignore_errors=True)
@@ -198,7 +199,7 @@ def _open(path: Path) -> Checkpoint:
 
 @contextmanager
 def _readable(path: Path, part: str) -> Iterator[None]:
-    """Around reading a part of the checkpoint ``path``: errors become a ``UserError`` that offers the one before."""
+    """Turn errors while a part of the checkpoint ``path`` is read into a ``UserError`` that offers the one before."""
     from safetensors import SafetensorError
 
     try:

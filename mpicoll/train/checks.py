@@ -1,4 +1,4 @@
-"""Checks of settings: each in its range, and all fit for each other, the data and the ranks."""
+"""Checks of settings: each is in its range, and all are compatible with each other, the data and the ranks."""
 
 from collections.abc import Collection
 from dataclasses import asdict
@@ -27,7 +27,7 @@ CHOICES: dict[str, Collection[str]] = {
 
 
 def check(settings: Settings) -> None:
-    """A ``UserError`` for a setting that is out of range, or belongs to another strategy than the chosen one."""
+    """Raise a ``UserError`` for a setting that is out of range or belongs to another strategy than the chosen one."""
     for name, value in asdict(settings).items():
         if value is not None and (wanted := expected(name, value)) is not None:
             raise UserError(f"{flag(name)} must be {wanted}, got {shown(value)}")
@@ -44,14 +44,14 @@ def check(settings: Settings) -> None:
 
 
 def check_split(settings: Settings) -> None:
-    """A ``UserError`` for a setting that is not for a split model."""
+    """Raise a ``UserError`` for a setting that cannot be used with a split model."""
     if not STRATEGIES[settings.strategy].in_step:  # they do not see the same samples in the same step
         others = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.in_step)
         raise UserError(f"--grid with pipe or tensor is not for the {settings.strategy} strategy, but for {others}")
 
 
 def weights_of(settings: Settings, p: int, sharded: bool) -> list[float] | None:
-    """The initial weights of the ``p`` ranks' shares of each batch, which add up to 1; ``None`` if shares stay even."""
+    """The initial weights of the ``p`` ranks' shares of each batch, which add up to 1; ``None`` for equal shares."""
     given = settings.balance
     if given is None:
         return None

@@ -1,17 +1,14 @@
-"""Compression with error feedback: ranks send little of a vector, and keep the rest for the next time.
+"""Compression with error feedback: ranks send a short code of a vector, and keep the residual for the next vector.
 
-What a rank does not send of a vector is its residual, and is added to its next one (Seide et al. 2014, Stich et al.
-2018): so nothing is lost, it only comes later, and the sum of all that was sent stays within a residual of the sum of
-all that there was.  That holds for vectors which mean the same each time: means, not sums over ever other numbers of
-samples.
+The residual is what the code leaves out of a vector; it is added to the next vector (Seide et al. 2014, Stich et al.
+2018).  So nothing is lost, only delayed: the sum of all that was sent differs from the sum of all vectors by one
+residual.  This requires vectors that mean the same each time: means, not sums over different numbers of samples.
 
-Nothing here communicates.  All ranks decode the same numbers and add them up in the same order, elementwise and without
-BLAS (see ``optimizers``), and so end with the same bits.  So they do on GPUs that are of one kind: there sums, of which
-only PowerSGD has some that ranks must agree in, are CuPy's, of new arrays, since the order of additions may depend on
-where one begins in memory.
+Nothing here communicates.  All ranks decode the same numbers and sum them in the same order, elementwise and without
+BLAS (see ``optimizers``), so they end with the same bits.  On GPUs this holds for GPUs of one kind: the sums inside
+PowerSGD are CuPy's there, over newly allocated arrays, since their order may depend on the alignment.
 
-Arrays are where the vector is, and nothing is read back from a GPU but by TopK, which has to know how many elements it
-has found.
+Arrays are on the device of the vector.  Only TopK reads from a GPU: the number of elements that it has found.
 """
 
 import math
@@ -31,7 +28,7 @@ BYTE = np.dtype(np.uint8)
 
 
 class Ranks(Protocol):
-    """The collective calls that compressors make."""
+    """The collective calls that a compressor needs."""
 
     def allreduce(self, arrays: Sequence[np.ndarray], op: str) -> None:
         """Combine, in place, with the same bits on all ranks."""
@@ -41,13 +38,13 @@ class Ranks(Protocol):
 
 
 class Fields:
-    """Arrays, by name, side by side in a vector of bytes: as a structured dtype would have it, but CuPy knows none.
+    """Named arrays side by side in a vector of bytes, like a structured dtype, which CuPy does not have.
 
-    Each begins at a multiple of 8 bytes, since a GPU reads no number elsewhere, and so does the next such vector.
+    Each array begins at a multiple of 8 bytes, since a GPU reads aligned numbers only, and so does the next vector.
     """
 
     def __init__(self, **arrays: tuple[np.dtype, int]) -> None:
-        """Lay out ``arrays``: for each name its dtype and number of elements."""
+        """Lay out ``arrays``, which holds for each name a dtype and a number of elements."""
         self.nbytes = 0
         self._places: dict[str, tuple[slice, np.dtype]] = {}
         for name, (dtype, count) in arrays.items():
@@ -56,15 +53,15 @@ class Fields:
             self.nbytes = -(-end // 8) * 8
 
     def of(self, memory: np.ndarray) -> dict[str, np.ndarray]:
-        """Views of such a vector."""
+        """The named arrays as views of a vector of bytes."""
         return {name: memory[place].view(dtype) for name, (place, dtype) in self._places.items()}
 
 
 class Compressor:
-    """For vectors of ``size`` elements, at least one, of float32 or float64, in host memory or where ``like`` is.
+    """A compressor of vectors with ``size`` (at least 1) float32 or float64 elements, on the device of ``like``.
 
-    ``state`` holds what it keeps from one vector to the next, written in place: the ``residual``, which is this rank's
-    own, and what all ranks hold alike.
+    ``state`` holds the arrays that it keeps from one vector to the next and writes in place: the ``residual``, which is
+    this rank's own, and arrays that are equal on all ranks.
     """
 
     def __init__(self, size: int, dtype: np.dtype, like: np.ndarray | None = None) -> None:
@@ -72,28 +69,36 @@ class Compressor:
         self.state = {"residual": self.residual}
 
     def add_up(self, vector: np.ndarray, exact: np.ndarray, ranks: Ranks) -> None:
-        """Put into ``vector``, shape (size,), the sum of what all ranks send of theirs, and into ``exact``, of the same
-        dtype and few elements, the sum of all of theirs; a collective call.
+        """Replace ``vector`` by the sum of all ranks' codes, and ``exact`` by its exact sum; a collective call.
 
-        Of each rank, what it sends and its new residual add up to ``vector`` and the old one.  Where a number is not
-        finite, so are some of the sum.
+        Parameters
+        ----------
+        vector
+            Shape (size,).  On each rank, the code that it sends and its new residual add up to ``vector`` and the old
+            residual.
+        exact
+            A few more numbers of the same dtype, which are not compressed.
+        ranks
+            The collective calls to use.
+
+        If a number is not finite, neither is the sum.
         """
         raise NotImplementedError
 
 
 class Code(Compressor):
-    """A code of fixed length for each vector, which ranks gather: these need not be linear.
+    """A code of fixed length for each vector.  Ranks gather the codes of all ranks, so it need not be linear.
 
-    ``pace`` is how fast models may approach each other by ``Differences`` in it, as found by simulation.
+    ``pace`` is the step size of ``Differences`` with this code, as found by simulation.
     """
 
     pace = 1.0
 
     fields: Fields
-    """Of what it sends, which is ``fields.nbytes`` bytes, and given to its methods as views."""
+    """The fields of a code, which is ``fields.nbytes`` bytes long and passed to the methods as views."""
 
     def add_up(self, vector: np.ndarray, exact: np.ndarray, ranks: Ranks) -> None:
-        """See ``Compressor``."""
+        """Gather the codes of all ranks, and sum the vectors that they stand for (see ``Compressor.add_up``)."""
         message = Fields(exact=(exact.dtype, exact.size), code=(BYTE, self.fields.nbytes))
         memory = np.zeros(message.nbytes, np.uint8, like=vector)
         sent = message.of(memory)
@@ -108,32 +113,32 @@ class Code(Compressor):
             self.decode(self.fields.of(came["code"]), vector, 1)
 
     def resized(self, size: int) -> "Code":
-        """Another of its kind."""
+        """Return a code of this kind for vectors of another size."""
         return type(self)(size, self.residual.dtype, self.residual)
 
     def send(self, vector: np.ndarray, code: Views) -> None:
-        """Fill ``code`` with what is to be sent, and keep the rest."""
+        """Fill ``code`` with the code of ``vector`` plus the residual, and update the residual."""
         self.residual += vector
         self.encode(self.residual, code)
         self.decode(code, self.residual, -1)
 
     def encode(self, vector: np.ndarray, code: Views) -> None:
-        """Fill the fields of ``code``."""
+        """Fill the fields of ``code`` from a vector."""
         raise NotImplementedError
 
     def decode(self, code: Views, into: np.ndarray, times: int) -> None:
-        """Add what it stands for, ``times`` 1 or -1."""
+        """Add the vector that ``code`` stands for, ``times`` 1 or -1."""
         raise NotImplementedError
 
 
 class Differences:
-    """Codes of how models differ from what neighbors know of them (CHOCO-SGD: Koloskova et al. 2019).
+    """Codes of the difference between a model and what neighbors know of it (CHOCO-SGD: Koloskova et al. 2019).
 
-    Of each neighbor two vectors are ``known``: what it has heard of this rank's model, and what was heard of its own;
-    both have the same bits at its end.  A rank sends a code of what its model is beyond the first, and then moves by
-    the way from the first to the second, times the weight of the neighbor: where weights are symmetric, that takes from
-    one model what it adds to the other, whatever codes leave out.  It moves by ``code.pace`` of it only, since what has
-    been left out would else add up.
+    For each neighbor two vectors are ``known``: what the neighbor knows of this rank's model, and what this rank knows
+    of the neighbor's model.  Both ranks hold the same bits.  A rank sends a code of the difference between its model
+    and the first vector.  Then it moves by the difference of the second and the first vector, times the weight of the
+    neighbor and ``code.pace``.  If weights are symmetric, this adds to one model what it takes from the other, whatever
+    codes leave out.  The pace limits the error of what is left out, which would accumulate otherwise.
     """
 
     def __init__(self, code: Code, params: np.ndarray, peers: list[int]) -> None:
@@ -142,11 +147,11 @@ class Differences:
         self.begin(params)
 
     def begin(self, params: np.ndarray) -> None:
-        """From a model that all ranks have."""
+        """Start from a model that all ranks hold."""
         self.known[:] = params
 
     def encode(self, params: np.ndarray, peer: int) -> np.ndarray:
-        """What to send to it, bytes."""
+        """Return the bytes to send to a neighbor."""
         own = self.known[self._at[peer], 0]
         message = np.zeros(self.code.fields.nbytes, np.uint8, like=params)
         code = self.code.fields.of(message)
@@ -155,7 +160,7 @@ class Differences:
         return message
 
     def mix(self, params: np.ndarray, came: dict[int, np.ndarray], weights: dict[int, float]) -> None:
-        """Go towards what is known of those from whom codes came, in place."""
+        """Move the model, in place, towards the neighbors from which codes have arrived."""
         way = self.code.residual
         for peer, message in sorted(came.items()):
             own, other = self.known[self._at[peer]]
@@ -166,9 +171,9 @@ class Differences:
 
 
 class Half(Code):
-    """float16, of the vector over a power of two that is its largest magnitude's, so that nothing overflows.
+    """float16 of the vector, divided by the power of two of its largest magnitude, so that nothing overflows.
 
-    Off by at most 2^-11 of an element, or 2^-25 of the largest if that is more; the residual is exact.
+    The error of an element is at most 2^-11 of it, or 2^-25 of the largest element; the residual is exact.
     """
 
     def __init__(self, size: int, dtype: np.dtype, like: np.ndarray | None = None) -> None:
@@ -176,21 +181,21 @@ class Half(Code):
         self.fields = Fields(scale=(dtype, 1), halves=(np.dtype(np.float16), size))
 
     def encode(self, vector: np.ndarray, code: Views) -> None:
-        """See ``Code``."""
+        """Divide by the power of two, and round to float16."""
         largest = np.maximum(np.max(vector), -np.min(vector))
-        _, exponent = np.frexp(largest)  # what is not finite is so in any units
+        _, exponent = np.frexp(largest)  # a number that is not finite stays so in any units
         code["scale"][:] = np.ldexp(np.ones_like(largest), exponent - 1)
         for block in _blocks(vector):
             code["halves"][block] = vector[block] / code["scale"]
 
     def decode(self, code: Views, into: np.ndarray, times: int) -> None:
-        """See ``Code``."""
+        """Add the float16 numbers times the power of two."""
         for block in _blocks(into):
             into[block] += code["halves"][block].astype(into.dtype) * (times * code["scale"])
 
 
 class Sign(Code):
-    """A bit for each element, its sign, and their mean magnitude (EF-signSGD: Karimireddy et al. 2019)."""
+    """The sign of each element, one bit, and the mean magnitude (EF-signSGD: Karimireddy et al. 2019)."""
 
     def __init__(self, size: int, dtype: np.dtype, like: np.ndarray | None = None) -> None:
         super().__init__(size, dtype, like)
@@ -198,12 +203,12 @@ class Sign(Code):
         self.pace = 0.6
 
     def encode(self, vector: np.ndarray, code: Views) -> None:
-        """See ``Code``."""
+        """Store the signs, eight in a byte, and the mean magnitude."""
         code["scale"][:] = np.mean(np.abs(vector), dtype=np.float64)
         code["bits"][:] = np.packbits(vector >= 0)
 
     def decode(self, code: Views, into: np.ndarray, times: int) -> None:
-        """See ``Code``."""
+        """Add the mean magnitude with the stored signs."""
         scale = times * code["scale"]
         for block in _blocks(into):
             part = into[block]
@@ -212,9 +217,9 @@ class Sign(Code):
 
 
 class TopK(Code):
-    """The ``share`` of all elements that has the largest magnitudes, at least one; of equals the first.
+    """The ``share`` of the elements with the largest magnitudes, at least one element; among equals, the first.
 
-    They are sent as they are, and the others are the residual.
+    These elements are sent exactly; the others are the residual.
     """
 
     def __init__(self, size: int, dtype: np.dtype, share: float, like: np.ndarray | None = None) -> None:
@@ -224,13 +229,13 @@ class TopK(Code):
         self.fields = Fields(values=(dtype, self.k), places=(np.min_scalar_type(size - 1), self.k))
 
     def resized(self, size: int) -> "TopK":
-        """See ``Code``."""
+        """Return a code with this share for vectors of another size."""
         return TopK(size, self.residual.dtype, self.share, self.residual)
 
     def encode(self, vector: np.ndarray, code: Views) -> None:
-        """See ``Code``."""
+        """Store the largest elements and their places."""
         magnitude = np.abs(vector)
-        magnitude[np.isnan(magnitude)] = np.inf  # it must not stay behind
+        magnitude[np.isnan(magnitude)] = np.inf  # a nan must be sent
         least = np.partition(magnitude, -self.k)[-self.k]
         places = np.flatnonzero(magnitude >= least)
         if len(places) > self.k:
@@ -240,18 +245,19 @@ class TopK(Code):
         code["values"][:] = vector[places]
 
     def decode(self, code: Views, into: np.ndarray, times: int) -> None:
-        """See ``Code``."""
-        into[code["places"].astype(np.int64)] += times * code["values"]  # no place is there twice
+        """Add the stored elements at their places."""
+        into[code["places"].astype(np.int64)] += times * code["values"]  # places are distinct
 
 
 class PowerSGD(Compressor):
-    """Matrices M as a product of two factors of ``rank`` rows, P^T Q (Vogels et al. 2019): a step of power iteration,
-    which begins with the Q of the time before.
+    """PowerSGD: a matrix M is sent as a product P^T Q of two factors of ``rank`` rows (Vogels et al. 2019).
+
+    Each vector is one step of power iteration, which starts from the previous Q:
 
         P = orthonormal rows of the sum of all ranks' Q M^T;  Q = the sum of all ranks' P M
 
-    Both are linear in M, so that ranks add them up, however many there are.  A rank sends P^T (P M) of its own M, and
-    keeps what is left.  What is no matrix, or one that factors would not make smaller, travels as it is.
+    Both are linear in M, so that an allreduce sums them for any number of ranks.  A rank has then sent P^T (P M) of its
+    own M; the rest is its residual.  Vectors, and matrices that factors would not make smaller, are sent exactly.
     """
 
     def __init__(
@@ -292,11 +298,11 @@ class PowerSGD(Compressor):
         return [views[name] for name in self._names]
 
     def _factors(self, vector: np.ndarray, ends: list[int]) -> list[np.ndarray]:
-        """That are in a vector, shape (rank, rows or columns of the matrix) each."""
+        """The factors in a vector, each of shape (rank, rows or columns of the matrix)."""
         return [factor.reshape(self.rank, -1) for factor in np.split(vector, ends)[: len(ends)]]
 
     def add_up(self, vector: np.ndarray, exact: np.ndarray, ranks: Ranks) -> None:
-        """See ``Compressor``."""
+        """Sum the factors of all ranks by two allreduces (see ``Compressor.add_up``)."""
         self.residual += vector
         matrices, qs = self._matrices, self._factors(self.state["q"], self._qs)
         projected = [(q @ matrix.T).ravel() for q, matrix in zip(qs, matrices, strict=True)]
@@ -316,12 +322,12 @@ class PowerSGD(Compressor):
             _add_product(p, q, view)
             lengths = _norms(q)
             none = lengths == 0
-            scaled = q / np.where(none, 1, lengths)  # or it would grow and vanish as gradients do
-            kept[:] = np.where(none, kept, scaled)  # or it would find nothing ever again
+            scaled = q / np.where(none, 1, lengths)  # or factors would grow and vanish with the gradients
+            kept[:] = np.where(none, kept, scaled)  # or the iteration would stay at zero
 
 
 def _add_product(p: np.ndarray, q: np.ndarray, into: np.ndarray) -> None:
-    """Add p^T q, for p of shape (rank, rows) and q (rank, columns); without BLAS."""
+    """Add p^T q to a matrix, for p of shape (rank, rows) and q of shape (rank, columns), without BLAS."""
     step = max(at_once(into.size, into) // into.shape[1], 1)
     for start in range(0, into.shape[0], step):
         block = into[start : start + step]
@@ -330,7 +336,7 @@ def _add_product(p: np.ndarray, q: np.ndarray, into: np.ndarray) -> None:
 
 
 def _orthonormal(p: np.ndarray) -> np.ndarray:
-    """Its rows made so, by Gram and Schmidt in float64; those that add nothing to the ones before become zero."""
+    """Make the rows orthonormal, by Gram-Schmidt in float64; rows that depend on earlier ones become zero."""
     rows, before = p.astype(np.float64), _norms(p)
     for n, row in enumerate(rows):
         for _ in range(2):  # twice is enough (Giraud et al. 2005)
@@ -343,7 +349,7 @@ def _orthonormal(p: np.ndarray) -> np.ndarray:
 
 
 def _norms(rows: np.ndarray) -> np.ndarray:
-    """The norm of each row, shape (rows, 1), or of a single one, shape (1,)."""
+    """The norm of each row, shape (rows, 1), or of a single row, shape (1,)."""
     return np.sqrt(np.sum(np.square(rows, dtype=np.float64), axis=-1, keepdims=True))
 
 
@@ -355,9 +361,10 @@ def _blocks(vector: np.ndarray) -> list[slice]:
 def compressor(
     text: str, size: int, dtype: np.dtype, tensors: Tensors | None, seed: int, like: np.ndarray | None = None
 ) -> Compressor:
-    """The one that ``text`` describes, as ``--compress`` has it; a ``UserError`` if there is none.
+    """Return the compressor that ``text``, a value of ``--compress``, describes.
 
-    ``tensors`` are the model's, if it has any, and ``seed`` is that of random numbers all ranks have in common.
+    ``tensors`` are the tensors of the model, which PowerSGD needs; ``seed`` must be the same on all ranks.  Raises
+    ``UserError`` if the text describes no compressor, or none that can be used here.
     """
     kind, _, number = text.partition(":")
     if text == "16bit":

@@ -1,4 +1,4 @@
-"""Data sets: what a rank holds of each set of samples, what all ranks know, and how they are loaded."""
+"""Data sets: the samples that a rank holds, the facts that all ranks know, and how they are loaded."""
 
 import warnings
 import zlib
@@ -150,7 +150,7 @@ def load(
 
 
 def fingerprint(data: Dataset, comm: MPI.Intracomm) -> str:
-    """A checksum of the training samples, which depends on how they are sharded; a collective call."""
+    """Return a checksum of the training samples, which depends on how they are sharded; a collective call."""
     found = 0
     held = (data.train.x, data.train.y) if data.sharded or comm.rank == 0 else ()  # else it is what rank 0 holds
     for array in held:
@@ -161,7 +161,7 @@ def fingerprint(data: Dataset, comm: MPI.Intracomm) -> str:
 
 
 def untrained(data: Dataset, comm: MPI.Intracomm) -> list[Any]:
-    """The labels of classes without a training sample; a collective call."""
+    """Return the labels of classes without a training sample; a collective call."""
     found = np.bincount(data.train.y, minlength=data.classes)
     return data.labels[(comm.allreduce(found) if data.sharded else found) == 0].tolist()
 
@@ -169,10 +169,11 @@ def untrained(data: Dataset, comm: MPI.Intracomm) -> list[Any]:
 def from_arrays(
     x: "np.ndarray | csr_array", y: np.ndarray, comm: MPI.Intracomm | None = None, *, test: int = 0
 ) -> Dataset:
-    """A data set of arrays at hand, taken as they are, with the last ``test`` samples for testing.
+    """Make a data set of arrays, without copying or scaling them; the last ``test`` samples are the test set.
 
-    ``x`` is (samples, features), ``y`` (samples,): the same on all ranks; or, with ``comm``, each rank's own, as many
-    features on all, and the call is a collective one.  What ``y`` means is the model's affair.
+    ``x`` has shape (samples, features) and ``y`` shape (samples,).  Without ``comm`` they are the same on all ranks.
+    With ``comm`` each rank has samples of its own, with the same number of features, and the call is collective.  The
+    meaning of ``y`` is up to the model.
     """
     train, features, classes = len(y) - test, x.shape[1], int(y.max(initial=-1)) + 1
     shares = [(train, test)] if comm is None else comm.allgather((train, test))
@@ -252,7 +253,10 @@ def _assemble(
     known: Schema | None,
     scaling: Scaling | None,
 ) -> Dataset:
-    """The data set whose shares the ranks of ``comm`` bring, for so many ``ranks`` to train with; a collective call."""
+    """Make the data set of the shares that the ranks of ``comm`` have read; a collective call.
+
+    ``ranks`` is the number of ranks that train with it.
+    """
 
     columns = known or _columns_of(raw)
 

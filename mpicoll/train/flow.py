@@ -1,4 +1,4 @@
-"""Messages between the stages of a pipeline: outputs go ahead, errors come back."""
+"""Messages between the stages of a pipeline: outputs forward, errors backward."""
 
 import os
 from time import perf_counter
@@ -19,15 +19,14 @@ NAMES = {Kind.FORWARD: "outputs", Kind.BACKWARD: "errors"}
 
 
 class Flow:
-    """Messages between a stage and its neighbors in ``comm``: outputs come from the stage before and go to the next,
-    errors the other way.
+    """Messages between a stage and its neighbors in ``comm``: outputs to the next stage, errors to the one before.
 
-    ``shapes`` are those of the arrays to receive, by kind, in the order of micro-batches; they are received where
-    ``like`` is, in its dtype.  A receive is always posted for the next array of each kind, and sends are waited for at
-    the ``end`` only, so that no stage waits for another to receive.
+    ``shapes`` are the shapes of the arrays to receive, by kind, in the order of micro-batches.  They are received on
+    the device of ``like``, in its dtype.  A receive is always posted for the next array of each kind, and sends are
+    waited for in ``end`` only, so that no stage waits for another to receive.
 
-    To and from a GPU messages go through page-locked memory, which CuPy keeps for the next ones.  A send waits for its
-    copy, since MPI reads it; a received array is copied on the current stream, without waiting.
+    Arrays on a GPU are sent and received through page-locked memory, which CuPy reuses.  A send waits for the copy that
+    MPI reads; a received array is copied on the current stream, without waiting.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Flow:
             self._coming[kind] = array, self._comm.Irecv(array, self._from[kind], TAGS[kind])
 
     def _memory(self, shape: tuple[int, int]) -> np.ndarray:
-        """Host memory to receive into; page-locked if it is to go on to a GPU."""
+        """Host memory to receive into, page-locked if the array is copied to a GPU afterwards."""
         dtype = self._like.dtype
         if self._on_host:
             return np.empty(shape, dtype)
@@ -69,7 +68,7 @@ class Flow:
         return there
 
     def send(self, kind: Kind, array: np.ndarray) -> None:
-        """Send an array of a kind to the neighbor that receives it; nobody may write to the array any more."""
+        """Send an array of a kind to the neighbor that receives it; the array must not be written to any more."""
         self._forget()
         if not array.flags.c_contiguous:  # as a sparse matrix times a dense one is on a GPU, where it comes by columns
             array = array.copy(order="C")

@@ -1,4 +1,4 @@
-"""A grid of ranks, and how a user describes one."""
+"""Grids of ranks: data, pipe and tensor axes, and the text by which a user describes them."""
 
 from math import gcd
 from typing import Any, NamedTuple
@@ -30,10 +30,10 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(text: str | None, ranks: int) -> Sizes:
-    """The sizes of the grid that ``text`` describes, such as ``data=2,pipe=2,tensor=2``, in any order.
+    """Return the sizes of the grid that ``text`` describes, such as ``data=2,pipe=2,tensor=2``, in any order.
 
-    An axis that is left out has one rank, ``data`` as many as remain; without ``text`` all ranks are ``data``.  A
-    ``UserError`` unless the grid has exactly ``ranks`` ranks.
+    An axis that is left out has one rank, except ``data``, which has the remaining ranks; without ``text`` all ranks
+    are along ``data``.  Raises ``UserError`` unless the grid has exactly ``ranks`` ranks.
     """
     given: dict[str, int] = {}
     for part in (f"data={ranks}" if text is None else text).split(","):
@@ -59,10 +59,10 @@ def sizes_of(text: str | None, ranks: int) -> Sizes:
 class Grid:
     """The ranks of ``world`` as a grid of these ``sizes``; making it is a collective call.
 
-    ``at`` is where this rank is.  ``data``, ``pipe`` and ``tensor`` are the ranks beside it along each axis, and
-    ``group`` those that hold a model together, stage by stage; each a communicator of its own.  Neighbors along
-    ``tensor``, which exchange most, are side by side in a node as far as there is room; then come those along ``data``,
-    then those along ``pipe``.
+    ``at`` is the place of this rank.  ``data``, ``pipe`` and ``tensor`` are communicators of the ranks along each axis,
+    and ``group`` is a communicator of the ranks that hold a model together, stage by stage.  Ranks along ``tensor``,
+    which exchange most, are consecutive, so that they are on one node if possible; then come those along ``data``, then
+    those along ``pipe``.
     """
 
     def __init__(self, world: MPI.Intracomm, sizes: Sizes) -> None:
@@ -86,7 +86,7 @@ class Grid:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one that writes and speaks for its group."""
+        """Whether this rank writes files and reports for its group."""
         return self.at.pipe == self.at.tensor == 0
 
     def free(self) -> None:

@@ -1,4 +1,4 @@
-"""Collectives of the ranks that hold a model together, and what they cost."""
+"""Collectives of the ranks that hold a model together, and their cost."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -13,8 +13,10 @@ from .transfer import synchronize
 
 
 class Spent(Traffic):
-    """Communication of a rank with others that hold the same model: seconds of it, seconds of waiting for messages of
-    another stage among them, and what was sent."""
+    """The cost of communication within a group that holds a model: seconds, seconds of waiting, bytes and messages.
+
+    Waiting is that for messages of another stage, and is part of the seconds of communication.
+    """
 
     def __init__(self) -> None:
         super().__init__()

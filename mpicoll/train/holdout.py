@@ -1,4 +1,4 @@
-"""Samples that are drawn to be held out, the same ones however they are spread over ranks."""
+"""Random choice of the samples to hold out, independent of how samples are spread over ranks."""
 
 from fractions import Fraction
 
@@ -7,11 +7,11 @@ from mpi4py import MPI
 
 
 def held_out(y: np.ndarray, classes: int, share: float, seed: list[int], comm: MPI.Intracomm) -> np.ndarray:
-    """Which of this rank's samples are held out, given their classes ``y``; a collective call.
+    """Return which of this rank's samples are held out, given their classes ``y``; a collective call.
 
-    All samples are thought of as one row, class after class, and in each class in their order.  It is cut into pieces
-    of 1 / ``share`` samples, and one is drawn from each piece that is whole.  A class of which all were drawn gets its
-    first one back.
+    The samples of all ranks are ordered by class, and within a class by their numbers.  The sequence is cut into pieces
+    of 1 / ``share`` samples, and one sample is drawn from each complete piece.  If all samples of a class were drawn,
+    its first one is not held out.
     """
     above, below = Fraction(share).limit_denominator(10**6).as_integer_ratio()
     own = np.bincount(y, minlength=classes)
@@ -30,8 +30,10 @@ def held_out(y: np.ndarray, classes: int, share: float, seed: list[int], comm: M
 
 
 def _random(seed: list[int], places: np.ndarray) -> np.ndarray:
-    """Numbers of 63 bits, those at these places of the sequence splitmix64 (Steele et al., 2014), of which any rank can
-    compute each without those before it."""
+    """The 63-bit numbers at these places of the sequence splitmix64 (Steele et al., 2014).
+
+    Any rank can compute each of them without those before it.
+    """
     word = np.uint64
     z = np.random.SeedSequence(seed).generate_state(1, word) + (places.astype(word) + word(1)) * word(
         0x9E3779B97F4A7C15

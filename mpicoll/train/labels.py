@@ -1,4 +1,4 @@
-"""Labels of classes: their order, their text, and what is no class."""
+"""Labels of classes: their order, their text, and labels that are measurements."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ MANY = 20
 
 
 def classes_by_label(found: np.ndarray, labels: np.ndarray, as_numbers: bool = False) -> np.ndarray:
-    """The class of each label that was found, by its text, or by the number that it looks like; -1 if it has none."""
+    """The class of each label, by its text or by the number that it looks like; -1 for an unknown label."""
     known = {text: n for n, text in enumerate(label_texts(labels))}
     values, inverse = np.unique(found, return_inverse=True)
     texts = label_texts(values)
@@ -21,15 +21,15 @@ def classes_by_label(found: np.ndarray, labels: np.ndarray, as_numbers: bool = F
 
 
 def label_texts(labels: np.ndarray) -> list[str]:
-    """The text of labels, as in a csv file: numbers as Python writes them, whole ones without ``.0``."""
+    """The text of labels in a csv file: numbers as Python writes them, whole numbers without ``.0``."""
     return [str(int(n)) if isinstance(n, float) and n.is_integer() else str(n) for n in labels.tolist()]
 
 
 def ordered_labels(source: str, labels: np.ndarray) -> np.ndarray:
-    """Distinct labels in the order of their classes; measurements are a ``UserError``.
+    """Return the distinct labels in the order of their classes.  Raises ``UserError`` if they are measurements.
 
-    Text stays as it is, so that different texts are different labels, but becomes integers if all of it is what Python
-    writes for one.  It is sorted as numbers if all of it looks like numbers.
+    Labels stay text, so that different texts are different labels, unless every label is the text that Python writes
+    for an integer.  They are sorted as numbers if all of them look like numbers.
     """
     texts = labels.dtype.kind == "U"
     if texts and not all(map(DECIMAL.fullmatch, labels)):

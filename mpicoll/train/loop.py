@@ -32,7 +32,7 @@ BLOCK = 1024
 
 
 class Epoch(NamedTuple):
-    """Measures of an epoch; ``seconds`` are those of training since it began, without evaluation and checkpoints.
+    """Measures of an epoch.  ``seconds`` are those of training since its beginning, without evaluation and checkpoints.
 
     ``train_loss`` and ``train_accuracy`` are means over its samples, as they were seen; ``validation_loss`` and
     ``validation_accuracy`` those of the model that ranks agree on.  ``consensus`` is the consensus distance: the root
@@ -73,8 +73,10 @@ class Rank(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The outcome of a run, the same on all ranks: the model that they agree on at the end, or, with patience, the one
-    that was best on the validation set; and what each rank did."""
+    """The outcome of a run, the same on all ranks.
+
+    The model is the consensus model at the end or, with patience, the best one on the validation set.
+    """
 
     params: np.ndarray
     epochs: list[Epoch]
@@ -87,11 +89,11 @@ class Result(NamedTuple):
 class Training:
     """A training run, which ``run()`` carries out; making it is a collective call.
 
-    The ranks of ``comm`` share each global batch of ``settings.batch_size`` samples; how they agree is up to the
-    strategy.  Every epoch visits all samples in a new order drawn from ``settings.seed``.  With a ``Split`` model
-    ``comm`` are the ranks that have the same part of it, and all of its grid make this together.  With device ``gpu``
-    each rank takes a GPU, which ``gpu`` describes, and parameters, data and all else are in its memory; ``arrays`` is
-    the library of the arrays, NumPy or CuPy.
+    The ranks of ``comm`` share each global batch of ``settings.batch_size`` samples; the strategy combines their
+    gradients or models.  Every epoch visits all samples in a new order drawn from ``settings.seed``.  With a ``Split``
+    model ``comm`` holds the ranks that have the same part of the model, and all ranks of the grid make the run
+    together.  With device ``gpu`` each rank uses a GPU, which ``gpu`` describes, and everything is in its memory;
+    ``arrays`` is the array library, NumPy or CuPy.
     """
 
     def __init__(self, comm: MPI.Intracomm, data: Dataset, model: Model, settings: Settings) -> None:
@@ -120,7 +122,7 @@ class Training:
         params = model.initial(np.random.default_rng(s.seed), dtype)
         comm.Bcast(params, root=0)
         self.params = self.arrays.asarray(params)
-        # Gradient, loss, correct predictions: what ranks may add up.
+        # Gradient, loss, correct predictions: the numbers that ranks may sum.
         self.sums = np.empty(model.size + 2, dtype, like=self.params)
         self.optimizer = OPTIMIZERS[s.optimizer](
             model.size,
@@ -142,7 +144,7 @@ class Training:
         self.best_params: np.ndarray | None = None
 
     def _try_algorithm(self) -> None:
-        """A ``UserError``, on all ranks that have the same part, unless the algorithm of the settings works here."""
+        """Raise a ``UserError`` on all ranks of the same part unless the algorithm of the settings works here."""
         one = self.arrays.zeros(1, self.settings.dtype)
         try:
             allreduce(one, self.comm, algorithm=self.settings.algorithm)
@@ -158,10 +160,10 @@ class Training:
         checkpoint: Callable[["Training"], Any] = lambda training: None,
         max_steps: int | None = None,
     ) -> Result:
-        """Train to the end; ``report`` and ``checkpoint`` are called after each epoch, ``max_steps`` ends it early, and
-        then there is no checkpoint.
+        """Train to the end, and return the result.
 
-        A loss or parameters that are not finite raise ``UserError`` on all ranks.
+        ``report`` and ``checkpoint`` are called after each epoch.  ``max_steps`` ends training early, without a
+        checkpoint.  Raises ``UserError`` on all ranks if the loss or the parameters are not finite.
         """
         s, history = self.settings, []
         while self.epoch < s.epochs and self.step != max_steps and not self._is_done():
@@ -238,8 +240,10 @@ class Training:
         )
 
     def _account(self, took: float) -> float:
-        """Add up the times of the epoch's communication, that of ranks which hold a model together included; returns
-        this rank's seconds of it, of those that the epoch ``took``."""
+        """Return this rank's seconds of communication in an epoch that took ``took`` seconds, and account for them.
+
+        Communication between ranks that hold a model together is included.
+        """
         strategy, seconds = self.strategy, np.array(self.strategy.seconds)
         if strategy.waits is None:
             fastest = seconds.copy()
@@ -264,7 +268,7 @@ class Training:
         return added(self.comm.allgather(self.strategy.histogram))
 
     def _evaluated(self, epoch: Epoch) -> Epoch:
-        """The epoch with loss and accuracy of the model that ranks agree on; the best such model is kept."""
+        """Add loss and accuracy of the consensus model to an epoch, and keep the best such model."""
         if self.strategy.replicated and not self.data.validation.total:
             return epoch
         model = self.strategy.consensus()
@@ -298,16 +302,16 @@ class Training:
         return [Rank(*rank) for rank in self.world.allgather(tuple(own))]
 
     def whole(self, array: np.ndarray) -> np.ndarray:
-        """The array of the whole model, of which this rank may have a part in the last axis; a collective call."""
+        """Return the array of the whole model; this rank may hold a part of its last axis.  A collective call."""
         return self.split.whole(array) if self.split else array
 
     def begin_patience(self) -> None:
-        """Forget the best model of earlier epochs, which other data may have been the measure of."""
+        """Forget the best model of earlier epochs, which may have been measured on other data."""
         self.best, self.best_params = (np.inf, self.epoch), None
 
 
 def added(histograms: Iterable[list[int]]) -> list[int]:
-    """The sum of histograms, which may differ in length."""
+    """Return the sum of histograms, which may differ in length."""
     return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
 
 
@@ -315,7 +319,7 @@ def added(histograms: Iterable[list[int]]) -> list[int]:
 def evaluate(
     comm: MPI.Intracomm, model: Model, params: np.ndarray, part: Part, sharded: bool
 ) -> tuple[float, float] | tuple[None, None]:
-    """Mean loss and accuracy on a set of samples, of which each rank takes its part; ``None`` if there are none."""
+    """Return mean loss and accuracy on a set of samples, which ranks share out; ``None`` if there are none."""
     if not part.total:
         return None, None
     mine = len(part.y) if sharded else part.total

@@ -1,4 +1,4 @@
-"""What the shares of all ranks mean together: the same columns, the same classes, and what must be assumed of them."""
+"""The common meaning of the shares of all ranks: columns, classes, and what must be assumed about them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from .readers.texts import is_number
 
 
 def common_features(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None, test: str | None = None) -> Raw:
-    """A rank's share with the features that all shares have together, which must be those of ``known``."""
+    """Return a rank's share with the features of all shares together, which must be those of ``known``."""
     sets = [x for x in (raw.x, raw.x_test) if x is not None]
     dense = isinstance(raw.x, np.ndarray)
     fixed = [x.shape[1] for x in sets] if dense else None
@@ -43,8 +43,7 @@ def _described(facts: tuple[int, bool, int, list[int] | None, tuple[str, ...] | 
 
 
 def _common_columns(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None, test: str | None) -> Raw:
-    """A share of sparse samples, training and test, with the columns of all shares: as many as the largest number
-    needs, and at least those of ``known``.
+    """Return a share of sparse samples, training and test, with as many columns as all shares and ``known`` need.
 
     Files number columns from 1, unless ``known`` says otherwise or the training set has a column 0; a ``test`` set must
     not contradict.
@@ -74,8 +73,10 @@ def _common_columns(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | 
 
 
 def common_classes(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | None) -> tuple[Raw, np.ndarray]:
-    """A share with classes in ``y`` and ``y_test``, and the labels that these stand for: those of ``known``, or else
-    sorted, as numbers or as text."""
+    """Return a share with classes in ``y`` and ``y_test``, and the labels of these classes.
+
+    Labels are those of ``known``, or else all labels that occur, sorted as numbers or as text.
+    """
     y, y_test = raw.y, raw.y_test
     assert y is not None
     samples = comm.allreduce(len(y))
@@ -112,7 +113,7 @@ def common_classes(source: str, raw: Raw, comm: MPI.Intracomm, known: Schema | N
 
 
 def assumptions(source: str, raw: Raw, known: Schema) -> Iterator[str]:
-    """Lines on what is assumed about columns, where the training set, ``known``, or the source does not say."""
+    """Lines that say what is assumed about columns which the training set, ``known`` or the source does not name."""
     if raw.base is not None and known.base is None:
         yield f"the model does not say how columns are numbered: those of {source!r} are counted from {raw.base}"
     if raw.columns is not None and raw.label is None and all(map(is_number, raw.columns)):

@@ -1,4 +1,4 @@
-"""Models on one flat parameter vector, with explicit gradients; what a model of one's own must offer."""
+"""Models on one flat parameter vector, with explicit gradients, and the interface of a user's own model."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """Samples, or none: ``x`` (samples, features), dense or CSR, and ``y`` (samples,), their classes, int64 from 0."""
+    """A batch of samples, maybe empty: ``x`` (samples, features), dense or CSR, and their classes ``y`` (samples,).
+
+    Classes are int64, counted from 0."""
 
     x: "np.ndarray | csr_array"
     y: np.ndarray
 
 
 class Sums(NamedTuple):
-    """Sums over the samples of a batch; sums, not means, so that those of several ranks add up.
+    """Sums over the samples of a batch.  They are sums and not means, so that ranks can sum them.
 
-    Arrays of no dimension will do: on a GPU numbers stay there, until somebody has to know them.
+    They may be arrays of no dimension: on a GPU numbers stay there until they are needed.
     """
 
     loss: float
@@ -30,36 +32,37 @@ class Sums(NamedTuple):
 
 
 class Model(Protocol):
-    """What training asks of a model; any object with these four members can be trained.
+    """The interface of a model: any object with these four members can be trained.
 
-    All parameters are one vector, of float32 or float64: ranks add up and average vectors, optimizers step on them and
-    checkpoints hold them, and none needs to know what is in them.  Inside, a model works on views, such as
-    ``params[:n].reshape(rows, columns)``.
+    All parameters are one float32 or float64 vector, which ranks reduce and average, optimizers step on and checkpoints
+    hold, without knowing its contents.  A model works on views of it, such as ``params[:n].reshape(rows, columns)``.
 
-    On a GPU all arrays are CuPy's, but for the initial ones, and NumPy's functions leave it to CuPy to compute with
-    them; sparse samples are a ``cupyx.scipy.sparse.csr_matrix``.
+    On a GPU all arrays are CuPy's except the initial parameters.  NumPy's functions dispatch to CuPy.  Sparse samples
+    are a ``cupyx.scipy.sparse.csr_matrix``.
 
-    Nothing here communicates: each rank calls these methods on its own samples, and not always equally often.  So a
-    method must depend on its arguments alone, neither change nor keep them (``grad`` is there to be written), and
-    divide by no number of samples.
+    Nothing here communicates: each rank calls these methods on its own samples, and not always equally often.  So the
+    result of a method must depend on its arguments alone; a method must not change or keep its arguments (except
+    ``grad``, which is to be written), nor divide by a number of samples.
     """
 
     size: int
     """The number of parameters."""
 
     def initial(self, rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
-        """A new vector of initial parameters, shape (size,), drawn from ``rng``, in host memory; all ranks start from
-        rank 0's."""
+        """Return initial parameters, a new vector of shape (size,) in host memory, drawn from ``rng``.
+
+        All ranks start with those of rank 0.
+        """
 
     def loss_and_grad(self, params: np.ndarray, batch: Batch, grad: np.ndarray) -> Sums:
-        """The loss on the batch and the correct predictions in it, summed over its samples.
+        """Return the loss on the batch and the number of correct predictions, both summed over its samples.
 
-        Writes the gradient of this summed loss into all of ``grad``, shape (size,), which arrives with anything in it.
-        A batch without samples has loss 0 and gradient 0.  A loss that is not finite ends the training.
+        Writes the gradient of this summed loss to all of ``grad``, shape (size,), whose contents are undefined before.
+        A batch without samples has loss 0 and gradient 0.  A loss that is not finite ends training.
         """
 
     def predict(self, params: np.ndarray, x: "np.ndarray | csr_array") -> np.ndarray:
-        """The most likely class of each sample, integers of shape (samples,)."""
+        """Return the most likely class of each sample, integers of shape (samples,)."""
 
 
 Loss = Callable[[np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
@@ -68,7 +71,7 @@ which may be overwritten."""
 
 
 def cross_entropy(logits: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Cross-entropy of the softmax of ``logits``, one for each class; the gradient is probabilities minus truth."""
+    """Cross-entropy of the softmax of ``logits``, one per class; its gradient is the probabilities minus the truth."""
     samples = np.arange(len(y), like=y)
     logits -= logits.max(axis=1, keepdims=True)  # exp cannot overflow, and the normalizer is at least 1
     error = np.exp(logits)
@@ -80,7 +83,7 @@ def cross_entropy(logits: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
 
 
 def log_loss(scores: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
-    """log(1 + exp(-t s)) for score s and truth t of 1 or -1; its derivative by s is -t / (1 + exp(t s))."""
+    """Logistic loss log(1 + exp(-t s)) for score s and truth t = 1 or -1; its derivative is -t / (1 + exp(t s))."""
     truth = _signs(scores, y)
     margin = truth * scores
     loss = np.sum(np.logaddexp(0, -margin), dtype=np.float64)
@@ -88,7 +91,7 @@ def log_loss(scores: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
 
 
 def hinge(scores: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
-    """max(0, 1 - t s) for score s and truth t of 1 or -1; its derivative by s is -t where t s < 1, and 0 elsewhere.
+    """Hinge loss max(0, 1 - t s) for score s and truth t = 1 or -1; its derivative is -t where t s < 1, else 0.
 
     The subgradient at the kink, t s = 1, is 0 as in Pegasos (Shalev-Shwartz et al., 2011).
     """
@@ -99,7 +102,7 @@ def hinge(scores: np.ndarray, y: np.ndarray) -> tuple[Any, np.ndarray]:
 
 
 def _signs(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which scores should be positive, 1, and which negative, -1: see ``Layered`` for what an output stands for."""
+    """The truth for each score: 1 where it should be positive, -1 where negative (``Layered`` defines the outputs)."""
     outputs = scores.shape[1]
     positive = np.arange(outputs, like=y) if outputs > 1 else 1
     return np.where(y[:, np.newaxis] == positive, 1, -1).astype(scores.dtype)
@@ -119,10 +122,10 @@ def forward(
     first: int = 0,
     complete: Callable[[int, np.ndarray], None] = nothing,
 ) -> list[Any]:
-    """The input of each layer, and the outputs of the last.
+    """Return the input of each layer, and the outputs of the last.
 
-    Layers are numbered from ``first``.  All but number 0 begin with ReLU, in place.  ``complete`` gets what comes out
-    of each, in case that others have a part of its sums, to complete it in place.
+    Layers are numbered from ``first``.  All but number 0 begin with ReLU, in place.  ``complete`` is called with the
+    outputs of each layer, to add in place the parts of sums that other ranks have.
     """
     values: list[Any] = [x]
     for n, (weight, bias) in enumerate(layers, first):
@@ -143,9 +146,9 @@ def backward(
     first: int = 0,
     complete: Callable[[int, np.ndarray], None] = nothing,
 ) -> np.ndarray:
-    """Write all of ``grads``, from the inputs that ``forward`` found and the loss's gradient by the last outputs.
+    """Write all of ``grads``, from the inputs that ``forward`` returned and the gradient by the last outputs.
 
-    Returns its gradient by the input of the first of these layers, unless that is number 0.  The derivative of ReLU at
+    Returns the gradient of the loss by the input of the first layer, unless that is layer 0.  The derivative of ReLU at
     0 is 0.
     """
     for n in reversed(range(len(layers))):
@@ -164,11 +167,12 @@ def backward(
 
 
 class Layered:
-    """Fully connected layers, ReLU between them, and a loss at the end; with one layer, a linear model.
+    """Fully connected layers with ReLU between them and a loss at the end; with one layer, a linear model.
 
-    ``sizes`` are features, hidden widths, outputs.  There is an output for each class, and the largest one wins (the
-    first of equals); or a single one for two classes, and class 1 wins where it is positive.  The vector holds weight
-    (inputs x outputs) and bias of each layer in turn.  Samples may be sparse, and are never made dense.
+    ``sizes`` are the number of features, the hidden widths, and the number of outputs.  There is one output per class,
+    and the largest wins (among equals, the first); or one output for two classes, and class 1 wins if it is positive.
+    The vector holds weight (inputs x outputs) and bias of each layer in turn.  Samples may be sparse, and are never
+    made dense.
     """
 
     def __init__(self, sizes: Sequence[int], loss: Loss) -> None:
@@ -191,15 +195,17 @@ class Layered:
         return list(zip(views[::2], views[1::2], strict=True))
 
     def initial(self, rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
-        """He's initialization (2015): weights of variance 2 / inputs, biases zero.  Drawn in float64, so that both
-        precisions start from the same point."""
+        """Return He's initialization (2015): weights of variance 2 / inputs, biases zero.
+
+        Weights are drawn in float64, so that both precisions start from the same point.
+        """
         params = np.zeros(self.size, dtype)
         for weight, _ in self._layers(params):
             weight[:] = rng.normal(scale=np.sqrt(2 / weight.shape[0]), size=weight.shape)
         return params
 
     def loss_and_grad(self, params: np.ndarray, batch: Batch, grad: np.ndarray) -> Sums:
-        """See ``Model``."""
+        """Return the summed loss and the correct predictions, and write the gradient, as ``Model`` defines it."""
         layers = self._layers(params)
         inputs = forward(layers, batch.x)
         outputs = inputs.pop()
@@ -210,12 +216,12 @@ class Layered:
 
     @np.errstate(all="ignore")  # an overflow is an infinite output
     def predict(self, params: np.ndarray, x: "np.ndarray | csr_array") -> np.ndarray:
-        """See ``Model``."""
+        """Return the predicted class of each sample."""
         return classes_of(forward(self._layers(params), x)[-1])
 
 
 def classes_of(outputs: np.ndarray) -> np.ndarray:
-    """The class that wins, for each sample."""
+    """Return the predicted class of each sample from the outputs."""
     return outputs.argmax(axis=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).astype(np.int64)
 
 
@@ -226,7 +232,7 @@ def softmax(features: int, classes: int, hidden: tuple[int, ...]) -> Layered:
 
 
 def mlp(features: int, classes: int, hidden: tuple[int, ...]) -> Layered:
-    """A multilayer perceptron, softmax cross-entropy at the end; one hidden layer of 256 unless widths are given."""
+    """A multilayer perceptron with softmax cross-entropy; by default with one hidden layer of 256 units."""
     if any(width < 1 for width in hidden):
         raise UserError(f"model 'mlp' got hidden widths {', '.join(map(str, hidden))}; expected at least 1 each")
     return Layered((features, *(hidden or (256,)), max(classes, 2)), cross_entropy)
@@ -241,10 +247,10 @@ def logistic(features: int, classes: int, hidden: tuple[int, ...]) -> Layered:
 
 
 def svm(features: int, classes: int, hidden: tuple[int, ...]) -> Layered:
-    """A linear support vector machine: hinge loss; what makes its margin wide is the optimizer's weight decay.
+    """A linear support vector machine with hinge loss; the optimizer's weight decay determines the margin.
 
-    Two classes share one score.  More are one-vs-rest, LIBLINEAR's and scikit-learn's default: a score for each class
-    against all others, their losses added up.
+    Two classes share one score.  More classes are one-vs-rest, the default of LIBLINEAR and scikit-learn: a score for
+    each class against all others, and the sum of their losses.
     """
     _refuse_hidden("svm", hidden)
     return Layered((features, classes if classes > 2 else 1), hinge)

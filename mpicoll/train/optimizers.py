@@ -1,6 +1,6 @@
 """Optimizers on the flat parameter vector, learning-rate schedules and gradient clipping.
 
-All ranks must get the same bits from the same numbers, wherever these lie in memory.  So there is no BLAS here, whose
+All ranks must get the same bits from the same numbers, wherever arrays are in memory.  So no BLAS is used here, whose
 order of additions may depend on alignment: only elementwise operations, and NumPy's sums.
 """
 
@@ -17,21 +17,22 @@ BLOCK = 2**16  # elements; vectors are worked through in blocks that stay in the
 
 
 def at_once(size: int, like: Array | None) -> int:
-    """Elements of a vector that are worked through at once: on a GPU, where each operation is a launch, all of them."""
+    """The number of elements in a block: all of a vector on a GPU, where each operation costs a kernel launch."""
     return min(size, BLOCK) if like is None or isinstance(like, np.ndarray) else size
 
 
 class Optimizer:
-    """What all rules share.  They compute what those of ``torch.optim`` do, to rounding; not all defaults are the same.
+    """The base of all optimizers, which compute what those of ``torch.optim`` do, up to rounding.
 
-    ``state`` holds the flat vectors that a rule keeps, of the parameters' shape and dtype, written in place; ``steps``
-    counts the steps taken.  Both together are what a checkpoint must keep: a new optimizer, with these put back, goes
-    on to the same bits.  ``part`` is what it updates: all, unless other ranks see to the rest.  ``like`` is an array
-    where these are, if that is not host memory.
+    ``state`` holds the vectors that an optimizer keeps, with the shape and dtype of the parameters, written in place;
+    ``steps`` counts the steps.  A checkpoint must keep both: a new optimizer that has them continues with the same
+    bits.  ``part`` is the slice of the parameters that it updates: all of them, unless other ranks update the rest.
+    ``like`` is an array on the device of the parameters, if they are not in host memory.
 
-    ``momentum`` (beta1 of Adam) and ``beta2`` (alpha of RMSprop) are in [0, 1), ``epsilon`` above 0, all of them read
-    only by the rules that name them.  ``weight_decay`` is at least 0 and shrinks all parameters, biases too: it adds
-    ``weight_decay * params`` to the gradient (an L2 penalty), except in AdamW.
+    ``momentum`` (beta1 of Adam) and ``beta2`` (alpha of RMSprop) are in [0, 1), ``epsilon`` is above 0; an optimizer
+    reads those that its formula names.  ``weight_decay`` is at least 0 and applies to all parameters, biases included:
+    it adds ``weight_decay * params`` to the gradient (an L2 penalty), except in AdamW.  Not all defaults are those of
+    PyTorch.
     """
 
     vectors: tuple[str, ...] = ()  # names of the state; a velocity is kept only if there is momentum
@@ -63,7 +64,7 @@ class Optimizer:
         self._scratch = np.empty(at_once(size, like), dtype, like=like)
 
     def step(self, params: np.ndarray, grad: np.ndarray, lr: float) -> None:
-        """Update its part of ``params`` in place; that of ``grad`` may be overwritten."""
+        """Update ``params[part]`` in place; ``grad[part]`` may be overwritten."""
         self.steps += 1
         lr = float(lr)  # a NumPy scalar of float64 would have float32 vectors computed in float64
         length = max(len(self._scratch), 1)
@@ -97,8 +98,7 @@ class SGD(Optimizer):
 
 
 class Nesterov(Optimizer):
-    """Nesterov's momentum as Sutskever et al. (2013) have it, at the point where gradients are taken:
-    v = momentum v + g, x = x - lr (g + momentum v).
+    """SGD with Nesterov's momentum (Sutskever et al., 2013): v = momentum v + g, x = x - lr (g + momentum v).
 
     Without momentum x = x - lr g.
     """
@@ -112,7 +112,7 @@ class Nesterov(Optimizer):
 
 
 class Adagrad(Optimizer):
-    """s = s + g^2, x = x - lr g / (sqrt(s) + epsilon) (Duchi et al., 2011); momentum has no part in it."""
+    """Adagrad: s = s + g^2, x = x - lr g / (sqrt(s) + epsilon) (Duchi et al., 2011); momentum is not used."""
 
     vectors = ("sum_square",)
 
@@ -124,8 +124,9 @@ class Adagrad(Optimizer):
 
 
 class RMSProp(Optimizer):
-    """s = beta2 s + (1 - beta2) g^2, v = momentum v + g / (sqrt(s) + epsilon), x = x - lr v (Tieleman & Hinton, 2012).
+    """RMSProp (Tieleman & Hinton, 2012).
 
+    s = beta2 s + (1 - beta2) g^2, v = momentum v + g / (sqrt(s) + epsilon), x = x - lr v.
     Without momentum x = x - lr g / (sqrt(s) + epsilon).
     """
 
@@ -141,8 +142,10 @@ class RMSProp(Optimizer):
 
 
 class Adam(Optimizer):
-    """m = beta1 m + (1 - beta1) g, s = beta2 s + (1 - beta2) g^2, and at step t, counted from 1,
-    x = x - lr m / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + epsilon) (Kingma & Ba, 2015); beta1 is ``momentum``.
+    """Adam (Kingma & Ba, 2015); beta1 is ``momentum``.
+
+    m = beta1 m + (1 - beta1) g, s = beta2 s + (1 - beta2) g^2, and at step t, counted from 1,
+    x = x - lr m / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + epsilon).
     """
 
     vectors = ("first_moment", "second_moment")
@@ -158,28 +161,30 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019): x = x - lr ``weight_decay`` x before each step,
-    and nothing of it in the moments."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019): x = x - lr ``weight_decay`` x before each step.
+
+    Weight decay is not part of the moments.
+    """
 
     decoupled = True
 
 
 def _accumulate(velocity: np.ndarray, g: np.ndarray, momentum: float) -> np.ndarray:
-    """velocity = momentum velocity + g, in place; returned."""
+    """Return velocity = momentum velocity + g, computed in place."""
     velocity *= momentum
     velocity += g
     return velocity
 
 
 def _average(mean: np.ndarray, values: np.ndarray, beta: float) -> None:
-    """mean = beta mean + (1 - beta) values, in place; leaves (1 - beta) values in ``values``."""
+    """Compute mean = beta mean + (1 - beta) values in place; leaves (1 - beta) values in ``values``."""
     values *= 1 - beta
     mean *= beta
     mean += values
 
 
 def _root(squares: np.ndarray, divisor: float, epsilon: float, out: np.ndarray) -> np.ndarray:
-    """sqrt(squares) / divisor + epsilon."""
+    """Return sqrt(squares) / divisor + epsilon."""
     np.sqrt(squares, out=out)
     out /= divisor
     out += epsilon
@@ -207,9 +212,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def learning_rate(schedule: str, lr: float, step: int, total: int, warmup: int) -> float:
     """The learning rate for the step that follows ``step`` others, in a run of ``total`` steps.
 
-    The first ``warmup`` steps use lr / warmup, 2 lr / warmup, ..., lr (Goyal et al., 2017); over those that remain the
-    schedule runs from its beginning to its end, which it would reach in the step after the last.  Later steps stay
-    there.
+    The first ``warmup`` steps use lr / warmup, 2 lr / warmup, ..., lr (Goyal et al., 2017).  The schedule runs over the
+    remaining steps, and would reach its end in the step after the last; later steps use the value at the end.
     """
     if schedule not in SCHEDULES:
         raise UserError(f"learning-rate schedule {schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}")

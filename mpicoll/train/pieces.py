@@ -21,13 +21,13 @@ class Piece(NamedTuple):
     bias: slice
 
     def of(self, tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Views of this part of weight and bias, from the tensors of the whole model."""
+        """Return views of this part of weight and bias, given the tensors of the whole model."""
         weight, bias = tensors[f"layer{self.layer}.weight"], tensors[f"layer{self.layer}.bias"]
         return [weight[self.rows, self.columns], bias[self.bias]]
 
 
 def stages_of(model: Layered, stages: int, cuts: Sequence[int] | None) -> list[range]:
-    """The layers of each stage, with as equal numbers of weights as can be, unless ``cuts`` say where stages begin."""
+    """The layers of each stage: about equal numbers of weights, unless ``cuts`` names the first layers of stages."""
     layers = len(model.sizes) - 1
     if stages > layers:
         raise UserError(
@@ -51,7 +51,7 @@ def is_cut_by_inputs(model: Layered, layer: int) -> bool:
 
 
 def check_shards(model: Layered, shards: int) -> None:
-    """A ``UserError`` unless every one of so many ``shards`` gets something of every layer."""
+    """Raise a ``UserError`` unless each of the ``shards`` gets a part of every layer."""
     for layer, (inputs, outputs) in enumerate(pairwise(model.sizes)):
         by_inputs = is_cut_by_inputs(model, layer)
         there, what = (inputs, "inputs") if by_inputs else (outputs, "outputs")
@@ -61,7 +61,7 @@ def check_shards(model: Layered, shards: int) -> None:
 
 
 def piece_of(model: Layered, layer: int, shard: int, shards: int) -> Piece:
-    """The part of a layer that a shard has; the bias of a layer that is cut by inputs is the first shard's."""
+    """The part of a layer in a shard; the first shard holds the bias of a layer that is cut by inputs."""
     inputs, outputs = model.sizes[layer : layer + 2]
 
     def mine(width: int) -> slice:

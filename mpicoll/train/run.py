@@ -61,11 +61,24 @@ def run(
     opened: Callable[[Path], None] = lambda folder: None,
     report: Callable[[Epoch], None] = lambda epoch: None,
 ) -> dict[str, Any]:
-    """Train as ``settings`` say and write the output folder; a collective call.  Returns the summary.
+    """Train by ``settings``, write the output folder, and return the summary; a collective call.
 
-    ``resume`` is the folder of a run to go on with, from its latest checkpoint, or that of a checkpoint.  ``started``
-    gets what is known once the data are there, ``opened`` the folder once it is, ``report`` each epoch.  Bad input
-    raises ``UserError`` on all ranks, and leaves nothing written.
+    Parameters
+    ----------
+    comm
+        A ``mpicoll.Comm``.
+    settings
+        The same on all ranks.
+    resume
+        The folder of a run to continue from its latest checkpoint, or the folder of a checkpoint.
+    started, opened, report
+        Called on every rank: with the facts of the run once the data are loaded, with the output folder once it exists,
+        and with each epoch.
+
+    Raises
+    ------
+    UserError
+        On all ranks, for input that cannot be used; nothing is written then.
     """
     _check_same(comm, settings, resume)
     check(settings)
@@ -143,7 +156,7 @@ def run(
     with ExitStack() as held:
 
         def begin() -> Path:
-            """The folder, once there is something to put into it."""
+            """Make the folder, once there is something to put into it."""
             now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             environment = {**facts, "hosts": hosts, "command": sys.argv, "started": now}
             for folder in [out] if settings.out is not None else _numbered(out):
@@ -156,7 +169,7 @@ def run(
             raise UserError(f"output folder {str(out)!r} was filled by another program; nothing was written")
 
         def go_on() -> Path:
-            """The folder of a run that is resumed, as it was at the checkpoint."""
+            """Make the folder of a resumed run what it was at the checkpoint."""
             assert checkpoint is not None
             held.enter_context(run_folder.locked(out))
             run_folder.resume(out, settings, checkpoint)
@@ -237,7 +250,7 @@ def run(
 
 
 def _check_pipeline(settings: Settings, stages: int, checkpoint: Checkpoint | None) -> None:
-    """A resumed run may have no stages any more, and then those of its settings for them mean nothing."""
+    """Raise a ``UserError`` for pipeline settings of a run without stages, unless a resumed run had them before."""
     before = checkpoint.facts["settings"] if checkpoint else {}
     for name in OF_PIPELINES if stages == 1 else ():
         if getattr(settings, name) not in (None, False, before.get(name)):
@@ -245,7 +258,7 @@ def _check_pipeline(settings: Settings, stages: int, checkpoint: Checkpoint | No
 
 
 def _split(model: Layered, grid: Grid, settings: Settings) -> Split:
-    """This rank's part."""
+    """Return this rank's part of the model."""
     return Split(
         model,
         grid,
@@ -257,13 +270,13 @@ def _split(model: Layered, grid: Grid, settings: Settings) -> Split:
 
 
 def gpus(mine: Gpu, comm: MPI.Intracomm) -> list[dict[str, Any]]:
-    """The GPUs of all ranks, in their order, each with its ``name`` and ``ranks``; a collective call."""
+    """Return the GPUs of all ranks, in the order of ranks, each with its ``name`` and ``ranks``; a collective call."""
     everyones = comm.allgather((str(mine), mine.ranks))
     return [{"name": name, "ranks": list(ranks)} for name, ranks in dict.fromkeys(everyones)]
 
 
 def _check_same(comm: MPI.Intracomm, settings: Settings, resume: Path | None) -> None:
-    """A launcher may give ranks options of their own; here they must not have any."""
+    """Raise a ``UserError`` on all ranks unless all have the same settings; a launcher may give them different ones."""
     told = comm.allgather({**asdict(settings), "resume": str(resume)})
     for rank, other in enumerate(told):
         for name, value in other.items():
@@ -299,13 +312,13 @@ def _checkpoint(run: Path, settings: Settings) -> Checkpoint:
 
 
 def _other_data(checkpoint: Checkpoint, crc: str) -> bool:
-    """Whether the training samples have changed, which can be told only if they are in as many shards as before."""
+    """Whether the training samples have changed, which is known only if the number of shards is as before."""
     before = str(checkpoint.facts["environment"].get("data_crc32", crc))
     return before != crc and before.count(".") == crc.count(".")
 
 
 def _drawn_anew(data: Dataset) -> list[str]:
-    """What is to be said of sets that were drawn from other data than before."""
+    """Lines that say which sets were drawn from other data than before."""
     names = ["test"] * bool(data.drawn and data.test.total) + ["validation"] * bool(data.validation.total)
     advice = "name a test set with --test FILE, or train anew" if "test" in names else "train anew"
     line = (
@@ -316,8 +329,11 @@ def _drawn_anew(data: Dataset) -> list[str]:
 
 
 def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, models: int, own: bool) -> list[str]:
-    """What bits depend on, and is not as it was; of a run where so many ranks, or groups, have a model each, and go on
-    with what was their ``own``, or not."""
+    """Lines that name what bits depend on and has changed since the checkpoint.
+
+    ``ranks`` is the number of ranks, or groups, that hold a model each; ``own`` says whether they continue with their
+    own models.
+    """
     before, ranks = checkpoint.facts["environment"], checkpoint.ranks
     names = [name for name in DEPENDS if ranks == models or name not in OF_RANKS]
     changes = [f"{name} {before.get(name)} -> {facts[name]}" for name in names if before.get(name) != facts[name]]
@@ -333,12 +349,12 @@ def _changed(checkpoint: Checkpoint, facts: dict[str, Any], settings: Settings, 
     if not own and len(checkpoint.files) > 1:
         changes.append(f"the models and momenta of {ranks} ranks are averaged")
     if not own and settings.compress is not None:
-        changes.append(f"what {ranks} rank(s) had kept back for --compress is dropped")
+        changes.append(f"the residuals of --compress on {ranks} rank(s) are dropped")
     return changes
 
 
 def _output(settings: Settings, ranks: int) -> Path:
-    """The output folder, checked; a new one under runs/ if none is named."""
+    """Return the output folder after checking it; a new one under runs/ if none is named."""
     if settings.out is not None:
         out = Path(settings.out)
     else:

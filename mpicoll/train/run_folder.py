@@ -33,9 +33,9 @@ MODEL, SUMMARY = "model.safetensors", "summary.json"
 
 
 def check_output(folder: Path) -> None:
-    """A ``UserError`` unless a run can be written to ``folder``, which must not exist or be empty.
+    """Raise a ``UserError`` unless a run can be written to ``folder``, which must not exist or be empty.
 
-    Leaves nothing behind.
+    Nothing is left in it.
     """
     with _writable(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -47,9 +47,9 @@ def check_output(folder: Path) -> None:
 
 
 def begin(folder: Path, settings: Settings, environment: dict[str, Any]) -> None:
-    """Make the folder of a run: a new one appears complete.
+    """Make the folder of a run; a new one appears complete.
 
-    ``FileExistsError`` if somebody else has written there since it was checked.
+    Raises ``FileExistsError`` if another program has written to it since it was checked.
     """
     texts = {CONFIG: written(settings), ENVIRONMENT: to_json(environment, indent=1) + "\n", METRICS: ""}
     with _writable(folder):
@@ -76,13 +76,13 @@ def begin(folder: Path, settings: Settings, environment: dict[str, Any]) -> None
 
 
 def add_metrics(folder: Path, epoch: dict[str, Any]) -> None:
-    """Add the line of an epoch."""
+    """Append the line of an epoch to the metrics."""
     with _writable(folder), (folder / METRICS).open("a") as file:
         file.write(to_json(epoch) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines; a ``UserError`` if they cannot be read.  A last one that is not complete does not count."""
+    """Return all lines of the metrics but an incomplete last one.  Raises ``UserError`` if they cannot be read."""
     path = folder / METRICS
     try:
         whole = path.read_text().rpartition("\n")[0]
@@ -97,7 +97,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def resume(folder: Path, settings: Settings, checkpoint: Checkpoint) -> None:
-    """Make the folder what it was when that checkpoint was written, but for settings that may change."""
+    """Restore the folder to what it was when a checkpoint was written, except for settings that may change."""
     drop_after(checkpoint)
     kept = [line for line in read_metrics(folder) if line["epoch"] <= checkpoint.facts["epoch"]]
     with _writable(folder):
@@ -109,7 +109,7 @@ def resume(folder: Path, settings: Settings, checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """No other job may write into the folder; a ``UserError`` if one does.  Some network file systems cannot tell."""
+    """Lock the folder against other jobs.  Raises ``UserError`` if one holds it, where the file system has locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -145,8 +145,7 @@ def finish(
 
 
 def read_model(path: Path) -> tuple[Layered, np.ndarray, Scaling, Schema]:
-    """The model, its parameters, the scaling its inputs need, and what they and its classes are called, from a run's
-    folder or its model file."""
+    """Read the model from a run's folder or its model file: model, parameters, scaling of its inputs, and schema."""
     from safetensors import safe_open
 
     if path.is_dir():

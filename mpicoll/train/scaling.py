@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 
 class Scaling(NamedTuple):
-    """Features become (x - center) / spread; ``fit`` makes the training set span 2 in each, with mean zero."""
+    """The scaling (x - center) / spread of features; ``fit`` gives the training set mean 0 and range 2."""
 
     center: np.ndarray
     spread: np.ndarray
 
     @classmethod
     def fit(cls, x: "np.ndarray | csr_array", comm: MPI.Intracomm = MPI.COMM_SELF) -> "Scaling":
-        """The scaling for the samples of all ranks; a constant feature becomes zero; a collective call.
+        """Return the scaling for the samples of all ranks; a collective call.  A constant feature becomes zero.
 
-        Sparse samples are not scaled: they would not be sparse any more.
+        Sparse samples are not scaled, since they would not stay sparse.
         """
         samples, features = x.shape
         if not isinstance(x, np.ndarray):
@@ -37,11 +37,11 @@ class Scaling(NamedTuple):
 
     @classmethod
     def none(cls, features: int) -> "Scaling":
-        """The scaling that changes nothing."""
+        """Return the scaling that changes nothing."""
         return cls(np.zeros(features), np.ones(features))
 
     def apply(self, x: "np.ndarray | csr_array", dtype: np.dtype) -> Any:
-        """Scaled samples, a new array; sparse ones stay so if they need not be centred."""
+        """Return scaled samples, a new array; sparse samples stay sparse if they need not be centred."""
         if not isinstance(x, np.ndarray):
             if not self.center.any():
                 return type(x)(x.multiply(1 / self.spread), dtype=dtype)

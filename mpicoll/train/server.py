@@ -1,6 +1,6 @@
-"""A parameter server, as far as it is arithmetic: what becomes of gradients in the order in which they arrive.
+"""The arithmetic of a parameter server: what it does with gradients in the order in which they arrive.
 
-No messages are sent here; who carries gradients in and answers out is ``strategies.asynchronous``.
+No messages are sent here; ``strategies.asynchronous`` sends and receives them.
 """
 
 import math
@@ -17,15 +17,15 @@ HEAD = ("step", "samples", "length", "lr", "clock", "number", "share")
 
 
 class Packet:
-    """A message: numbers, and a vector behind them.
+    """A message: a head of numbers, and a vector.
 
-    With a gradient, summed over ``samples``: the ``step``, whose batch has the ``length`` on all ranks together, its
-    learning rate, and the ``number`` of the answer at which it was taken.  No samples at all, -1, says that the worker
-    has finished.  With an answer, which holds parameters: its ``number``, from 1; the ``clock``, of how many steps they
-    have all gradients; the ``step`` that synchronous workers do next; and the ``share`` to take after the next, where
-    workers take what is left.
+    A gradient is summed over ``samples``; its head has the ``step``, the ``length`` of that step's batch on all ranks,
+    the learning rate, and the ``number`` of the answer at which it was taken.  With ``samples`` = -1 the worker has
+    finished.  An answer holds parameters; its head has its ``number``, from 1; the ``clock``, the number of steps of
+    which the parameters contain all gradients; the ``step`` that synchronous workers do next; and the ``share`` after
+    the next, where workers take the next free share.
 
-    It is in the host memory that ``memory`` gives.
+    It is in host memory allocated by ``memory``.
     """
 
     def __init__(self, count: int, dtype: np.dtype, memory: Callable[[int], np.ndarray] = ordinary) -> None:
@@ -34,11 +34,11 @@ class Packet:
         self._head, self.body = self.raw[:size].view(np.float64), self.raw[size:].view(dtype)
 
     def copy_head(self, other: "Packet") -> None:
-        """Take the numbers of another."""
+        """Copy the head of another packet."""
         self._head[:] = other._head
 
     def say(self, **numbers: float) -> None:
-        """Set some of the numbers."""
+        """Set some numbers of the head."""
         for name, number in numbers.items():
             self._head[HEAD.index(name)] = number
 
@@ -49,20 +49,21 @@ class Packet:
 
 
 class Server:
-    """A part of the parameters, ``params[optimizer.part]``, and ``workers`` who send gradients of it.  All of it is in
-    host memory, and answers in what ``memory`` gives.
+    """The server of a part of the parameters, ``params[optimizer.part]``, to which ``workers`` send gradients.
 
-    With a finite ``staleness`` s, a worker that has sent c gradients is answered when every other has sent c - s
-    (stale-synchronous: Ho et al. 2013); one that has ``finish``-ed is not waited for.  With 0 all gradients of a step
-    are added up, in the canonical order, and the optimizer steps once: synchronous SGD.  It waits for all but
-    ``backups`` of them, the first to arrive, and drops those that come later (Chen et al. 2016).
+    Everything is in host memory; ``memory`` allocates the answers.
 
-    Otherwise each gradient is a step of its own when it arrives, and as large as its share of a synchronous one: with p
+    With a finite ``staleness`` s, a worker that has sent c gradients is answered once every other worker has sent c - s
+    (stale-synchronous: Ho et al. 2013) or has finished.  With s = 0 all gradients of a step are summed in the canonical
+    order and the optimizer steps once: synchronous SGD.  The server waits for all but ``backups`` of them, and drops
+    those that arrive later (Chen et al. 2016).
+
+    Otherwise each gradient is a step of its own when it arrives, as large as its share of a synchronous step: with p
     workers, the gradient is p times the sum over the worker's samples, divided by the length of the batch, and the
-    learning rate a p-th.  So p of them make a synchronous step, if there is no momentum, but for the points at which
-    they were taken.  If others came in between, ``delay`` p of them, ``slow_down`` divides the learning rate by
-    1 + delay (as in Zhang et al. 2016), and ``compensate`` times g g (w - v) is added to the gradient g, elementwise,
-    where w are the parameters now and v those at which it was taken (DC-ASGD: Zheng et al. 2017).
+    learning rate is divided by p.  So without momentum p of them make a synchronous step, apart from the evaluation
+    points.  If delay * p other gradients arrived in between, ``slow_down`` divides the learning rate by 1 + delay (as
+    Zhang et al. 2016), and ``compensate`` times g g (w - v) is added to the gradient g, elementwise, where w are the
+    current parameters and v those at which g was taken (DC-ASGD: Zheng et al. 2017).
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Server:
         self.begin(0)
 
     def begin(self, step: int, share: float = math.inf) -> None:
-        """From now on gradients come that were taken at ``params``, for steps from this one on."""
+        """Begin an epoch: the gradients that follow were taken at ``params``, in ``step`` and later steps."""
         self.step, self.share = step, share
         self._first = step
         self.updates = 0
@@ -132,7 +133,7 @@ class Server:
         return self._due()
 
     def answer(self, worker: int) -> Packet:
-        """The parameters as they are now, and good until the next answer but one to this worker."""
+        """The current parameters for a worker, valid until the next answer but one to this worker."""
         number = self._numbers[worker] = self._numbers[worker] + 1
         self._seen[worker][number % 2] = self.updates
         packet = self._answers[worker][number % 2]

@@ -1,4 +1,4 @@
-"""Settings of a run: the options of the command line and keys of configuration files, and their defaults."""
+"""The settings of a run: options of the command line, keys of configuration files, and their defaults."""
 
 from dataclasses import dataclass, fields
 from functools import cache
@@ -13,7 +13,106 @@ from ..files import to_json
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run.  ``None`` means: choose, or what the strategy has as its default."""
+    """The settings of one training run: the options of ``mpicoll train``, and the keys of its configuration file.
+
+    ``None`` means that the option was not given: mpicoll chooses, or the strategy's default applies.  Settings that
+    belong to one strategy only are refused with another one.
+
+    Parameters
+    ----------
+    data
+        Source of the samples: ``"digits"``, ``"fashion-mnist"``, ``"powerlaw[:SAMPLESxFEATURES[:NONZEROS]]"``, or the
+        path of an .npz, csv or svmlight file, or of a folder of .npy or IDX files.
+    test
+        Path of a file with the test set.  By default the test set that the data bring, else ``test_share``.
+    test_share
+        Share of the samples to hold out as the test set, from 0 to below 1; 0.2 by default.
+    validation
+        Share of the training samples to hold out as the validation set, from 0 to below 1.
+    shards
+        Whether each rank reads and holds its own part of the data only.
+    model
+        Name of a row of ``models.MODELS``.
+    hidden
+        Widths of the hidden layers of ``"mlp"``, separated by commas; ``"256"`` by default.
+    grid
+        Sizes of the grid of ranks, for example ``"data=2,pipe=2,tensor=2"``; by default all ranks are along ``data``.
+    cut
+        First layer, counted from 0, of each stage after the first, separated by commas; by default stages are of about
+        equal cost.
+    micro
+        Micro-batches per batch of a group, at least 1; by default the number of stages.
+    pipeline
+        Name of a row of ``pipeline.PIPELINES``; ``"1f1b"`` by default.
+    recompute
+        Whether stages store their inputs only and recompute activations.
+    strategy
+        Name of a row of ``strategies.STRATEGIES``: how ranks combine gradients or models.
+    algorithm
+        Allreduce algorithm, or a path for arrays on GPUs; ``"auto"`` sums in the canonical order.
+    balance
+        ``"auto"`` for shares of batches by measured speed, or a positive weight for each rank, separated by commas; by
+        default shares are equal.
+    every
+        ``average``: steps between two averages of the models, at least 1; 8 by default.
+    sync_epochs
+        ``average``: number of synchronous epochs at the start.
+    outer, outer_lr, outer_momentum
+        ``average``: the outer optimizer, a row of ``average.OUTER``, its learning rate (above 0) and its momentum (from
+        0 to below 1).
+    graph
+        ``gossip``, ``ad-psgd``: name of a graph (see ``mpicoll.graph``), or path of an .npy file with mixing matrices.
+    mix_first
+        ``gossip``: whether to mix before the optimizer's step.
+    momenta
+        ``average``, ``butterfly``, ``gossip``: what happens to the optimizer's state when models are combined, one of
+        ``MOMENTA``.
+    compress
+        Compression of what is sent: ``"16bit"``, ``"sign"``, ``"topk:SHARE"`` or ``"powersgd:RANK"``; not with
+        ``ad-psgd``.
+    staleness
+        ``async``: number of steps that a rank may be ahead of another, or ``"inf"``; 4 by default.
+    backups
+        ``async`` with staleness 0: number of gradients of a step that are not waited for.
+    compensate
+        ``async``: factor of the delay compensation (DC-ASGD), 0 or more.
+    slow_down
+        ``async``: whether to divide the learning rate of a gradient by 1 + its staleness.
+    delays
+        ``async``, ``ad-psgd``: seed of a simulation with delays drawn at random, which is reproducible.
+    workers
+        ``async`` with ``delays``: number of simulated workers; by default the number of ranks.
+    optimizer
+        Name of a row of ``optimizers.OPTIMIZERS``.
+    lr, momentum, beta2, weight_decay
+        The learning rate (above 0) and the other numbers of the optimizer, as PyTorch defines them.
+    clip
+        L2 norm to which gradients are clipped, above 0; by default they are not.
+    schedule
+        Name of a row of ``optimizers.SCHEDULES``: the learning rate over the whole run.
+    warmup
+        Steps in which the learning rate grows linearly to its full value.
+    epochs
+        Passes over the training set, at least 1.
+    batch_size
+        Samples of a step on all ranks together, at least 1.
+    patience
+        Epochs without a better validation loss after which training stops; by default it does not.
+    checkpoint
+        Epochs between two checkpoints; 0 for none.
+    seed
+        Seed of the initial parameters, the order of samples, and the sets held out, below 2^64.
+    dtype
+        Type of parameters and data, one of ``DTYPES``.
+    device
+        Where parameters and data are and are computed with, one of ``DEVICES``.
+    threads
+        BLAS threads per rank; by default its share of the node's cores.
+    out
+        Output folder, which must be new or empty; by default a new one under ``runs/``.
+
+    Nothing is checked when settings are made: ``checks.check`` raises ``UserError`` for those that cannot be used.
+    """
 
     # what is learned
     data: str = "digits"
@@ -29,7 +128,7 @@ class Settings:
     micro: int | None = None
     pipeline: str | None = None
     recompute: bool = False
-    # how ranks agree; those of one strategy only are in its ``options``
+    # the strategy; settings of one strategy only are in its ``options``
     strategy: str = "sync"
     algorithm: str = "auto"
     balance: str | None = None
@@ -70,12 +169,12 @@ class Settings:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The widths of hidden layers; none for the model's own choice."""
+        """The widths of the hidden layers; empty if the model is to choose them."""
         return _numbers(self.hidden)
 
     @property
     def cuts(self) -> tuple[int, ...] | None:
-        """The first layers of stages; none to cut by cost."""
+        """The first layer of each stage after the first; ``None`` if stages are to be of about equal cost."""
         return None if self.cut is None else _numbers(self.cut)
 
 
@@ -99,20 +198,20 @@ LEAST = {
     "checkpoint": 0,
     "seed": 0,
 }
-"""The smallest values of numbers."""
+"""The smallest allowed value of each setting that is a whole number."""
 
 MOMENTA = ("keep", "average", "reset")
 DTYPES = ("float32", "float64")
 DEVICES = ("cpu", "gpu")
 
 NOT_SAVED = ("out",)
-"""Settings that a run does not write to its configuration file: another run is not to go to the same folder."""
+"""Settings that a run does not write to its configuration file: another run must not use the same folder."""
 
 OF_PIPELINES = ("cut", "micro", "pipeline", "recompute")
 """Settings that are for grids with stages only."""
 
 MAY_CHANGE = ("epochs", "patience", "checkpoint", "threads", "data", "test", "graph", "balance", "grid", *OF_PIPELINES)
-"""Settings that may change when a run is resumed: how long it is, where data are, and which rank has how much."""
+"""Settings that may change when a run is resumed: its length, the places of data, and what each rank holds."""
 
 LARGE = 2**64
 """Whole numbers are below this, so that a configuration file that holds them can be read again."""
@@ -122,13 +221,13 @@ NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 
 @cache
 def kind_of(name: str) -> type:
-    """The type of a setting, if it is given."""
+    """The type of a setting's value, ``None`` aside."""
     hint = get_type_hints(Settings)[name]
     return (get_args(hint) or (hint,))[0]
 
 
 def expected(name: str, value: Any) -> str | None:
-    """What a setting must be, if ``value`` is not that; ``None`` if it will do.  Its type, and how large a number."""
+    """What a setting must be, for an error text; ``None`` if ``value`` has the right type and, if a number, range."""
     kind, least = kind_of(name), LEAST.get(name)
     accepted: Any = {int: Integral, float: Real}.get(kind, kind)
     if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool) or (kind is str and "\0" in value):
@@ -141,7 +240,7 @@ def expected(name: str, value: Any) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value in an error, cut short."""
+    """A value for an error text, at most 40 characters."""
     try:
         return repr(value)[:40]
     except ValueError:  # Python does not print these
@@ -154,7 +253,10 @@ def flag(name: str) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The keys and values of a TOML file; a ``UserError`` if it cannot be read, or names what there is not."""
+    """Read the settings in a TOML file.
+
+    Raises ``UserError`` if the file cannot be read, is not TOML, or has an unknown key, a key twice, or a wrong value.
+    """
     import tomllib
     from difflib import get_close_matches
 
@@ -183,7 +285,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def written(settings: Settings) -> str:
-    """The text of a TOML file from which ``read_settings`` reads these settings."""
+    """Return these settings as the text of a TOML file, which ``read_settings`` can read."""
     named = [(field.name, getattr(settings, field.name)) for field in fields(Settings) if field.name not in NOT_SAVED]
     # Of a text, a finite number or a truth value JSON is TOML too, but for one character.
     lines = (f"{name} = {to_json(value, ensure_ascii=False)}\n" for name, value in named if value is not None)

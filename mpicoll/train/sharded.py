@@ -11,10 +11,10 @@ from .models import Loss, cross_entropy, hinge, log_loss
 
 
 class Shard:
-    """This rank's columns ``shard`` of the last layer's outputs, the others being on other ranks.
+    """This rank's columns ``shard`` of the last layer's outputs; the other columns are on other ranks.
 
-    Making it is a collective call of these.  For each sample ``highest`` is the highest of all outputs, and ``classes``
-    the first output that reaches it.
+    Making it is a collective call of the ranks with the other columns.  For each sample ``highest`` is the highest of
+    all outputs, and ``classes`` the first output that reaches it.
     """
 
     def __init__(self, outputs: np.ndarray, shard: slice, ranks: Collectives) -> None:
@@ -41,7 +41,7 @@ def _cross_entropy(shard: Shard, y: np.ndarray) -> tuple[Any, np.ndarray]:
 
 
 def _separate(loss: Loss, shard: Shard, y: np.ndarray) -> tuple[Any, np.ndarray]:
-    """A ``loss`` that is a sum over outputs, each for a class of its own."""
+    """Compute a ``loss`` that is a sum over outputs, one for each class."""
     own = y - shard.shard.start
     if shard.outputs.shape[1] == 1:  # which a loss would take for the one that stands for class 1 of two
         own = (own == 0).astype(y.dtype)

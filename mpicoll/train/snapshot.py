@@ -48,7 +48,7 @@ def save(training: Training, folder: Path, facts: dict[str, Any]) -> Path:
 
 
 def is_own(training: Training, checkpoint: Checkpoint) -> bool:
-    """Whether ranks go on with their own arrays: they are as many as before, and arrays have the same ``meaning``."""
+    """Whether ranks continue with their own arrays: their number and the ``meaning`` of arrays are as before."""
     facts, strategy = checkpoint.facts, training.strategy
     same = facts.get("meaning") == strategy.meaning
     if "meaning" not in facts:  # it is older, and what it means may depend on the graph
@@ -57,9 +57,9 @@ def is_own(training: Training, checkpoint: Checkpoint) -> bool:
 
 
 def restore(training: Training, checkpoint: Checkpoint) -> None:
-    """Go on from a checkpoint, a collective call.
+    """Continue from a checkpoint; a collective call.
 
-    Each rank takes the arrays that it had; or, unless they are its own still (``is_own``), all take their mean.
+    Each rank takes its own arrays if it can continue with them (``is_own``); otherwise all ranks take the mean.
     """
     facts, own, split, strategy = checkpoint.facts, is_own(training, checkpoint), training.split, training.strategy
     tensors = _read(training, checkpoint, own)
@@ -89,7 +89,7 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
 
 
 def _read(training: Training, checkpoint: Checkpoint, own: bool) -> dict[str, np.ndarray]:
-    """The tensors of this rank, if they are its ``own``, or else the mean of all ranks'; a collective call."""
+    """Read the tensors of this rank if ``own``, otherwise the mean of those of all ranks; a collective call."""
     world, split = training.world, training.split
     size = (split.model if split else training.model).size
     vectors = ["params", *(f"optimizer.{name}" for name in training.optimizer.state)]
@@ -126,7 +126,7 @@ def _read(training: Training, checkpoint: Checkpoint, own: bool) -> dict[str, np
 
 
 def _is_long(training: Training, name: str) -> bool:
-    """Whether that tensor is as long as the parameters in its last axis."""
+    """Whether the last axis of a tensor is as long as the parameters."""
     return not name.startswith("strategy.") or name.removeprefix("strategy.") in training.strategy.vectors
 
 

@@ -1,13 +1,15 @@
 """Models that are split over ranks: layers in shards, stages of a pipeline.
 
-Each parameter is on one rank of the group that holds a model, and all of the group see the same samples.  Groups
-differ in theirs: how ranks that hold the same part agree, be it by gradients or by models, is a strategy's affair.
+A group of ranks holds a model: each parameter is on one of its ranks, and all of them see the same samples.  Different
+groups see different samples; a strategy combines the gradients or models of ranks that hold the same part.
 
-* Along ``tensor``, layers are cut (Shoeybi et al. 2019, Megatron): by outputs, which leaves each rank with some of
-  them, and the next one by inputs, so that a rank needs those which it has.  Ranks add up what comes out of a layer cut
-  by inputs, and on the way back the gradient by the inputs of a layer cut by outputs.
-* Along ``pipe``, each rank has a stage: layers that follow one another.  Batches are cut into micro-batches, so that
-  stages need not wait for each other all the time; in which order they do them is a schedule (see ``pipeline``).
+* Along ``tensor``, layers are cut (Megatron: Shoeybi et al. 2019).  A layer is cut by outputs, so that each rank
+computes
+  some of them; the next layer is cut by inputs, so that a rank needs only the inputs that it has.  The outputs of a
+  layer cut by inputs are summed over ranks, and in the backward pass the gradient by the inputs of a layer cut by
+  outputs.
+* Along ``pipe``, each rank has a stage: consecutive layers.  Batches are cut into micro-batches, so that stages work at
+  the same time; the order of their tasks is a schedule (see ``pipeline``).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,23 +37,24 @@ if TYPE_CHECKING:
 
 
 class Split:
-    """A rank's part of a model, which is a ``Model`` itself: of the parameters that it has.
+    """A rank's part of a model, which is a ``Model`` itself with the parameters of that part.
 
     All ranks of a group call ``loss_and_grad``, ``predict``, ``norm``, ``clip`` and ``whole`` together, the first two
-    with the same samples, of which each needs no more than ``own_features``.  Losses are those of the whole model, the
+    with the same samples, of which a rank needs ``own_features`` only.  Losses are those of the whole model, with the
     same bits on all ranks of the group.
 
-    Layers, numbered from 0, are cut along ``tensor`` by outputs if their number is even, else by inputs; a model of one
-    layer by inputs, that is, by features.  Along ``pipe`` stages are as even as can be, counting inputs times outputs,
-    unless ``cuts`` name the first layer of each but the first.  Gradients of ``micro`` micro-batches, which differ by
-    a sample at most, by default as many as there are stages, are added up in their order.  ``pipeline`` names a row of
-    ``PIPELINES``.  With ``recompute`` a stage keeps only its input of each until it needs the rest.
+    Along ``tensor``, layers 0, 2, 4, ... are cut by outputs and layers 1, 3, 5, ... by inputs; a model of one layer is
+    cut by inputs, that is, by features.  Along ``pipe``, stages have about equal numbers of weights unless ``cuts``
+    names the first layer of each stage after the first.  A batch is cut into ``micro`` micro-batches (by default the
+    number of stages), which differ by at most one sample; their gradients are summed in order.  ``pipeline`` names a
+    row of ``PIPELINES``.  With ``recompute`` a stage stores only the input of each micro-batch, and recomputes the
+    rest.
 
     ``first`` is this rank's first layer; ``held`` the largest number of micro-batches whose activations it has held;
     ``spent`` the cost of communication about layers, losses and norms.  ``layout`` says how layers are cut: equal texts
     mean equal parts.
 
-    On a GPU all arrays are CuPy's, but for whole vectors, which are in host memory, as are parts of these.
+    On a GPU all arrays are CuPy's, except whole vectors and their parts, which are in host memory.
     """
 
     def __init__(
@@ -93,11 +96,11 @@ class Split:
     # What a model must offer.
 
     def initial(self, rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
-        """See ``Model``: this rank's part of the whole model's initial parameters."""
+        """Return this rank's part of the whole model's initial parameters."""
         return self.part(self.model.initial(rng, dtype))
 
     def loss_and_grad(self, params: np.ndarray, batch: Batch, grad: np.ndarray) -> Sums:
-        """See ``Model``; collective in the group."""
+        """Return the summed loss and correct predictions, and write this part's gradient; collective in the group."""
         parts = micro_batches(len(batch.y), self.micro)
         work = _Work(self, params, batch, grad, parts)
         for kind, m in self._tasks(len(parts)):
@@ -113,7 +116,7 @@ class Split:
 
     @np.errstate(all="ignore")  # an overflow is an infinite output
     def predict(self, params: np.ndarray, x: "np.ndarray | csr_array") -> np.ndarray:
-        """See ``Model``; collective in the group."""
+        """Return the predicted class of each sample; collective in the group."""
         parts, layers = micro_batches(x.shape[0], self.micro), self.layers(params)
         flow = self.flow(parts, params, [Kind.FORWARD])
         classes = np.zeros(x.shape[0], np.int64, like=params)
@@ -136,7 +139,7 @@ class Split:
     # From this rank's part of a vector to the whole, and back.
 
     def own_features(self, x: "np.ndarray | csr_array") -> Any:
-        """The features of samples that this rank needs: its own, all, or none in later stages."""
+        """The features of samples that this rank needs: its shard, all, or none in later stages."""
         wanted = self._pieces[0].rows if self.is_first else slice(0, 0)
         if wanted == slice(0, x.shape[1]):
             return x
@@ -229,8 +232,11 @@ class Split:
 
 
 class _Work:
-    """One batch in this stage, cut into ``parts``: the activations ``held`` of each until its error comes back, and, in
-    the last stage, ``sums``, the loss and the correct predictions.  ``grad`` is written."""
+    """One batch in this stage, cut into ``parts``; ``grad`` is written.
+
+    ``held`` holds the activations of each micro-batch until its error arrives; ``sums`` of the last stage are the loss
+    and the correct predictions.
+    """
 
     def __init__(
         self, split: Split, params: np.ndarray, batch: Batch, grad: np.ndarray, parts: Sequence[slice]
@@ -244,7 +250,7 @@ class _Work:
             grad[:] = 0
 
     def forward(self, m: int) -> None:
-        """Micro-batch ``m`` comes from the stage before, and goes to the next."""
+        """Compute micro-batch ``m`` forward: receive it from the stage before, and send it to the next."""
         split = self.split
         x = self.batch.x[self.parts[m]] if split.is_first else self.flow.take(Kind.FORWARD)
         self.held[m] = [x], None
@@ -257,7 +263,7 @@ class _Work:
             self.held[m] = inputs, result if split.is_last else None
 
     def backward(self, m: int) -> None:
-        """The error of micro-batch ``m`` comes from the next stage, and goes to the one before."""
+        """Compute micro-batch ``m`` backward: receive its error from the next stage, and send it to the one before."""
         split, (inputs, error) = self.split, self.held.pop(m)
         if split.recompute:
             inputs, error = self._ahead(m, inputs[0])
@@ -271,8 +277,7 @@ class _Work:
             self.flow.send(Kind.BACKWARD, error)
 
     def _ahead(self, m: int, x: Any) -> tuple[list[Any], np.ndarray]:
-        """The inputs of layers, and the outputs; in the last stage their error instead, the gradient of the loss by
-        them."""
+        """Return the inputs of layers and the outputs; in the last stage, not the outputs but their error."""
         values = forward(self.layers, x, self.split.first, self.split.complete_outputs)
         outputs = values.pop()
         if not self.split.is_last:
@@ -294,7 +299,7 @@ def micro_batches(samples: int, micro: int) -> list[slice]:
 
 
 def _by_rows(array: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarray:
-    """A new array, of which ``convert`` makes each vector along the last axis, of that size."""
+    """Return a new array by applying ``convert`` to each vector along the last axis; the vectors get that size."""
     rows = array.reshape(-1, array.shape[-1])
     found = np.empty((len(rows), size), array.dtype)
     for row, into in zip(rows, found, strict=True):

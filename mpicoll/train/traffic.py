@@ -11,20 +11,19 @@ one, its traffic is known."""
 
 
 class Traffic:
-    """Bytes and messages that a rank has sent since it began; ``None`` once something was sent natively, by the MPI
-    library, which does not tell."""
+    """The bytes and messages that a rank has sent; ``None`` after a native call, whose traffic is not known."""
 
     def __init__(self) -> None:
         self.bytes_sent: int | None = 0
         self.messages: int | None = 0
 
     def count(self, bytes_sent: int | None, messages: int | None) -> None:
-        """Add what was sent; ``None`` if that cannot be known."""
+        """Add bytes and messages; ``None`` if they cannot be known."""
         if bytes_sent is None or messages is None or self.bytes_sent is None or self.messages is None:
             self.bytes_sent = self.messages = None
         else:
             self.bytes_sent, self.messages = self.bytes_sent + bytes_sent, self.messages + messages
 
     def count_call(self, account: "Account") -> None:
-        """Add what a collective call sent."""
+        """Add the bytes and messages of a collective call."""
         self.count(account.bytes_sent, account.messages)

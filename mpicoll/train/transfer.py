@@ -1,4 +1,4 @@
-"""Copies between host memory and a GPU, where arrays may be in either, and waiting for them."""
+"""Copies between host memory and a GPU, for arrays that may be in either."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ def synchronize(x: Any) -> None:
 
 
 def ordinary(nbytes: int) -> np.ndarray:
-    """Host memory, all zero."""
+    """Return zeroed host memory of this number of bytes."""
     return np.zeros(nbytes, np.uint8)
 
 
@@ -59,7 +59,7 @@ def store(x: Any, host: np.ndarray) -> None:
 
 
 def fetched(x: Any) -> np.ndarray:
-    """The array itself if it is in host memory, else a complete copy there."""
+    """Return the array itself if it is in host memory, otherwise a complete copy there."""
     if isinstance(x, np.ndarray):
         return x
     from ..mpi.gpu import staging
@@ -69,10 +69,10 @@ def fetched(x: Any) -> np.ndarray:
 
 
 def on_gpu(data: "Dataset", dtype: np.dtype, arrays: Any, own_features: Callable[[Any], Any]) -> "Dataset":
-    """The data set in the memory of the GPU, which is tried first: can it multiply matrices?
+    """Copy the data set to the GPU, after a test that the GPU can multiply matrices.
 
-    Of each set only ``own_features`` of the samples are copied; where that takes a copy in host memory, there is one at
-    a time.  ``arrays`` is CuPy.
+    Only ``own_features`` of the samples are copied; if that needs a copy in host memory, there is one at a time.
+    ``arrays`` is CuPy.
     """
     from ..mpi.gpu import sparse
 

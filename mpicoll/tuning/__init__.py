@@ -1,1 +1,1 @@
-"""What ``algorithm="auto"`` goes by: rules, the profiles that keep them in files, and how measurements make them."""
+"""The rules of ``algorithm="auto"``, the profiles that hold them, and how rules are made from measurements."""

@@ -33,7 +33,7 @@ def machine() -> str:
 
 
 def nodes(layout: tuple[int, ...]) -> str:
-    """A layout for people: 4 node(s) x 2 rank(s)."""
+    """A layout as text for users: 4 node(s) x 2 rank(s)."""
     parts = [(len([*same]), ranks) for ranks, same in groupby(layout)]
     if len(parts) > 3:
         return f"{len(layout)} node(s), {sum(layout)} ranks in no order"

@@ -1,4 +1,4 @@
-"""From measurements to rules, and what rules are worth at sizes to which nothing was fitted."""
+"""How rules are fitted to measurements, and what they are worth at sizes that were not fitted."""
 
 from collections.abc import Sequence
 from math import isqrt
@@ -15,7 +15,7 @@ from .rules import NATIVE, SHARED, Rule, preferred
 
 
 def fitted_profile(measured: Measurements) -> Profile:
-    """The profile of the rules that are fitted to measurements, for where these were made."""
+    """Return the profile of the rules fitted to measurements, for the machine and layout of these."""
     rules = {name: fit(name, [row for row in rows if row.fitted]) for name, rows in measured.rows.items()}
     counts = [len(times) for rows in measured.rows.values() for row in rows if row.fitted for times in row.us.values()]
     made = {**measured.made, "repetitions": [min(counts), max(counts)]}
@@ -23,11 +23,11 @@ def fitted_profile(measured: Measurements) -> Profile:
 
 
 def fit(collective: str, rows: Sequence[Row]) -> tuple[Rule, ...]:
-    """The rules for a collective, from rows of growing size.
+    """Return the rules for a collective, from rows of growing size.
 
-    For each kind of call that not every algorithm can do there is a race among those that can.  A rule names who wins
-    them, the widest first, but none of a race in which somebody takes part who is named before: he does that call.
-    Between two sizes at which the names differ the bound is the geometric mean.
+    For each kind of call that only some algorithms can do, there is a race among these algorithms.  A rule names the
+    winners, that of the widest race first.  It leaves out the winner of a race in which an algorithm named before takes
+    part, since that one does the call.  The bound between two sizes with different names is their geometric mean.
     """
     races = _races(collective)
     winners = zip(*(_winners(rows, names) for names in races), strict=True)
@@ -42,11 +42,10 @@ def fit(collective: str, rows: Sequence[Row]) -> tuple[Rule, ...]:
 
 
 def _races(collective: str) -> list[set[str]]:
-    """The algorithms that may take part in each race, from the widest to the narrowest.
+    """The algorithms of each race, from the widest to the narrowest.
 
-    A call may go to the MPI library, but not if it is to add 16-bit floats as we do, or to be deterministic; to shared
-    memory, but not if it does not wait, or the operation is the program's own; and to all rows of the table, or those
-    that add in the order of ranks, or in the canonical one.
+    Native cannot sum 16-bit floats as float32, nor be deterministic.  Shared memory is for blocking calls and
+    predefined operations.  Some calls need rows of the table that reduce in rank order, or in the canonical order.
     """
     table = ALGORITHMS[collective]
     ordered = {name for name, row in table.items() if row.rank_order}
@@ -57,7 +56,9 @@ def _races(collective: str) -> list[set[str]]:
 
 
 def _winners(rows: Sequence[Row], names: set[str]) -> list[str | None]:
-    """The fastest for each size; or that of the size below, at first the default, if it is not slower beyond noise."""
+    """The winner at each size: that of the size below (at first the default), unless the fastest is faster beyond
+    noise.
+    """
     held: str | None = rows[0].default if rows[0].default in names else None
     found = []
     for row in rows:
@@ -80,9 +81,10 @@ def _named(races: Sequence[set[str]], winners: Sequence[str | None]) -> tuple[st
 
 
 class Trial(NamedTuple):
-    """What rules choose at a size, and how it compares: it takes ``penalty`` longer than the best, as a share of that.
+    """The algorithm that rules choose at a size, and its time relative to others.
 
-    ``over_default`` and ``over_native`` are how many times as fast the choice is as these.
+    ``penalty`` is the share by which it takes longer than the best; ``over_default`` and ``over_native`` are its speeds
+    relative to the default and to native.
     """
 
     nbytes: int
@@ -95,9 +97,9 @@ class Trial(NamedTuple):
 
 
 class Worth(NamedTuple):
-    """What rules are worth in several trials: ``worst`` has the greatest penalty, ``least`` gains least over native.
+    """The worth of rules in several trials: ``worst`` has the greatest penalty, ``least`` the least speed over native.
 
-    Penalties are averaged as they are, gains as ratios are, by the geometric mean.
+    The mean of penalties is arithmetic, that of speeds geometric.
     """
 
     penalty: float
@@ -108,15 +110,15 @@ class Worth(NamedTuple):
 
 
 def choice(rules: Sequence[Rule], row: Row) -> str:
-    """What the rules choose for a call that every algorithm can do: the first of the preferred that was measured."""
+    """The algorithm that the rules choose for a call that all can do: the first preferred one that was measured."""
     return next(name for name in preferred(rules, row.nbytes) if name in row.us)
 
 
 def trial(rules: Sequence[Rule], row: Row) -> Trial:
-    """A trial of rules at the size of a row.
+    """Try rules at the size of a row.
 
-    Of several that are alike one is always the luckiest: which is the best is found in every other repetition, and by
-    how much in the rest, in turn.
+    Among algorithms of equal speed the best is a matter of chance.  So the best is determined from every other
+    repetition, and the penalty from the rest, and the other way round.
     """
     name = choice(rules, row)
     halves = [row._replace(us={of: times[first::2] for of, times in row.us.items()}) for first in (0, 1)]
@@ -129,7 +131,7 @@ def trial(rules: Sequence[Rule], row: Row) -> Trial:
 
 
 def worth(trials: Sequence[Trial]) -> Worth:
-    """What rules are worth in at least one trial."""
+    """Return the worth of rules in one trial or more."""
     penalty = float(np.mean([one.penalty for one in trials]))
     over_default, over_native = (
         float(np.exp(np.mean(np.log([getattr(one, of) for one in trials])))) for of in ("over_default", "over_native")

@@ -1,4 +1,4 @@
-"""Rules that ``algorithm="auto"`` goes by: which algorithms to prefer for an array of a given length."""
+"""The rules of ``algorithm="auto"``: which algorithms to prefer for an array of a given length."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,8 +34,8 @@ def preferred(rules: Sequence[Rule], nbytes: int) -> tuple[str, ...]:
 def can_do_all(collective: str, algorithm: str) -> bool:
     """Whether the algorithm can do every call of the collective.
 
-    The MPI library's own is never deterministic, and memory may not be shared.  All rows of the table that add in the
-    canonical order keep the order of ranks too.
+    Native is never deterministic, and memory may not be shared.  All rows of the table that reduce in the canonical
+    order keep the order of ranks too.
     """
     row = ALGORITHMS[collective].get(algorithm)
     return row is not None and (row.canonical or not row.reduces)

@@ -239,7 +239,7 @@ def test_persistent_nonblocking_and_blocking_calls_do_not_meet(ours):
     first.start()
     if P > 1:
         for forbidden in (first.start, first.free):
-            with pytest.raises(RuntimeError, match="is under way: wait for it first"):
+            with pytest.raises(RuntimeError, match="pending: wait"):
                 forbidden()
     first.wait()
     first.free()

@@ -917,9 +917,9 @@ def test_pairs_take_no_share_ahead(comm, delays):
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        (lambda rank: (2, 2), f"add up to {P:.4g} times the total"),
-        (lambda rank: (2, 3 * P), "add up to 0.6667 times the total"),
-        (lambda rank: (rank == 0, 2 * P), f"add up to {1 / (2 * P):.4g} times"),
+        (lambda rank: (2, 2), f"{P:.4g} times the total"),
+        (lambda rank: (2, 3 * P), "0.6667 times the total"),
+        (lambda rank: (rank == 0, 2 * P), f"{1 / (2 * P):.4g} times"),
         (lambda rank: (2, 1 if rank == P - 1 else 2 * P), "step of 2 samples in a batch of 1"),
         (lambda rank: (0, 0), "step of 0 samples in a batch of 0"),
         (lambda rank: (lambda: 0,), "takes two numbers of samples, got function"),

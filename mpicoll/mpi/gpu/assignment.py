@@ -53,8 +53,8 @@ def _chosen(local: int) -> Gpu:
         import cupy as module
     except ImportError as error:
         raise UserError(
-            f"a GPU needs CuPy, which cannot be imported ({error}): pip install 'mpicoll[cuda13]', or cuda12, as the "
-            "driver has it (nvidia-smi)"
+            f"a GPU needs CuPy, which cannot be imported ({error}): pip install 'mpicoll[cuda13]', or cuda12, for the "
+            "driver that nvidia-smi shows"
         ) from None
     runtime = module.cuda.runtime
     try:

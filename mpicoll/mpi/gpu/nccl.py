@@ -113,6 +113,6 @@ class Nccl:
     def release(self) -> None:
         """Free the communicator."""
         if self._communicator is not None:
-            with suppress(Exception):  # at the end of the program CUDA may be gone before MPI
+            with suppress(Exception):  # at the end of the program CUDA may have ended before MPI
                 self._communicator.destroy()
             self._communicator = None

@@ -165,7 +165,7 @@ class StagingBuffers:
         """Wait for pending copies, and unlock the memory."""
         runtime = cupy().cuda.runtime
         for stream in (self._out, self._back):
-            with suppress(runtime.CUDARuntimeError):  # at the end of the program CUDA may be gone before MPI
+            with suppress(runtime.CUDARuntimeError):  # at the end of the program CUDA may have ended before MPI
                 stream.synchronize()
         with suppress(runtime.CUDARuntimeError):
             if self._registered:

@@ -1,4 +1,4 @@
-"""Readers of data: a file for each kind of source, each checked, whole or one rank's share of it, without MPI."""
+"""Readers of data, one file for each kind of source: they read and check the whole or one rank's share, without MPI."""
 
 import re
 from pathlib import Path

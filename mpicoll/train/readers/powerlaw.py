@@ -41,7 +41,7 @@ def read_powerlaw(source: str, rank: int, ranks: int) -> Raw:
     columns = rng.permutation(features)
     rule = np.zeros(features)
     rule[columns[:256]] = rng.normal(size=min(256, features))
-    # How many words a story needs so that so many of them are different.
+    # The number of words that a story needs to have that number of different ones.
     words = np.geomspace(1, 1000 * features, 60)
     different = np.array([_at_least_one(share_of_words, n).sum() for n in words])
     weights = np.empty(features)

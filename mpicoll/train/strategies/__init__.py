@@ -1,4 +1,4 @@
-"""How ranks agree, and nothing else: a file and a row for each strategy."""
+"""The strategies: how ranks combine gradients or models.  Each strategy is a file and a row of a table."""
 
 from .asynchronous import Async
 from .average import Average

@@ -1,9 +1,8 @@
-"""Asynchronous SGD with a bound on how far ranks run apart.
+"""Asynchronous SGD with bounded staleness.
 
-Every rank trains, and every rank is the parameter server of a part of the parameters.  A step's gradient goes to all of
-them, and what comes back is used from the next step on, or from the one after: so messages are on their way while ranks
-compute.  All messages are ordinary ones between two ranks; those for the server are answered by a thread while its rank
-computes.
+Every rank trains, and every rank is the parameter server of a part of the parameters.  The gradient of a step is sent
+to all servers, and their answers are used from the next step on, or from the one after, so that messages travel while
+ranks compute.  All messages are point to point; a thread answers those for the server while its rank computes.
 """
 
 import itertools
@@ -31,22 +30,26 @@ if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
 
 
 class Async(Strategy):
-    """No rank runs more than ``staleness`` steps ahead of any other, and all of their gradients up to then are in the
-    parameters at which it takes its own; with ``inf`` there is no bound.  ``server.Server`` says what becomes of them.
+    """Asynchronous SGD through parameter servers, with bounded staleness (stale-synchronous: Ho et al. 2013).
 
-    With ``compress`` a rank sends each server something shorter than its gradient, and keeps the rest.  Answers are as
-    they are.
+    No rank is more than ``staleness`` steps ahead of another: the parameters at which it takes a gradient contain all
+    gradients of all ranks up to that many steps before.  With ``inf`` there is no bound.  ``server.Server`` describes
+    what servers do with gradients.
 
-    Servers, and what ranks keep, are in host memory.  If gradients are taken on a GPU they come from there in every
-    step, and the point for the next one goes there.
+    With staleness 0 it is synchronous SGD, with the same bits unless gradients are clipped (here each rank clips its
+    own); ``backups`` is the number of gradients of a step that are not waited for.  With ``inf`` ranks take the next
+    free share of a batch when they are ready, unless data are sharded: a faster rank takes more shares.  All ranks wait
+    for each other at the end of an epoch.
 
-    With 0 it is synchronous, bit for bit but for clipping, which here is of each rank's own gradient; ``backups`` are
-    how many gradients of a step need not be waited for.  With ``inf`` ranks take shares of batches as they are ready
-    for them, unless data are sharded: a faster one takes more.  All wait for each other at the end of an epoch.
+    With ``compress`` a rank sends each server a code of its gradient, and keeps the residual.  Answers are not
+    compressed.
 
-    ``delays`` is the seed of a simulation, in which ``workers``, of which each rank plays some, take times that are
-    drawn, messages none, and everything happens in the order that follows: the same bits on any number of ranks, if
-    they compute the same gradients.
+    Servers and residuals are in host memory.  If gradients are computed on a GPU, they are copied from there in every
+    step, and the next evaluation point is copied back.
+
+    ``delays`` is the seed of a simulation, in which each rank plays some of the ``workers``.  The times of steps are
+    drawn at random, messages take no time, and events happen in that order: the run has the same bits on any number of
+    ranks, if they compute the same gradients.
     """
 
     options: ClassVar = {
@@ -125,7 +128,7 @@ class Async(Strategy):
             raise UserError(f"--shards gives each of {self.p} rank(s) data of its own: --workers must be as many")
 
     def _codes(self) -> list[Code]:
-        """A code for each server's part, with that part of the whole residual; none without compression."""
+        """A code for the part of each server, which shares that part of the residual; empty without compression."""
         if not self.compressor:
             return []
         residual, codes = self.code().residual, []
@@ -135,11 +138,11 @@ class Async(Strategy):
         return codes
 
     def point(self) -> np.ndarray:
-        """See ``Strategy``."""
+        """The evaluation point of the next gradient."""
         return self._run.point
 
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """See ``Strategy``."""
+        """Yield this rank's shares of the steps, and gather the parameters from all servers at the end."""
         load(self._held, self.params)
         synchronize(self.params)
         self.staleness.histogram.clear()
@@ -161,7 +164,7 @@ class Async(Strategy):
         self.algorithm = name  # not that of the allgather
 
     def step(self, now: Now, samples: int, length: int) -> None:
-        """See ``Strategy``."""
+        """Send this rank's own gradient to the servers, and take new parameters."""
         grad = self.sums[:-2]
         if self.settings.clip is not None and samples:
             clip(grad, self.settings.clip * samples)
@@ -173,9 +176,9 @@ class Async(Strategy):
 
 
 class _Simulation:
-    """A simulation on any number of ranks: all are the server of all parameters, and each plays some of the workers.
+    """A simulation on any number of ranks: every rank is a server of all parameters, and plays some of the workers.
 
-    A step takes a worker as long as is ``drawn`` from ``seed``; messages take no time.
+    The seconds of a worker's step are ``drawn`` from ``seed``; messages take no time.
     """
 
     def __init__(
@@ -199,12 +202,12 @@ class _Simulation:
         self._packets = [Packet(len(params), params.dtype, memory) for _ in range(server.workers)]
 
     def shares(self, steps: range) -> Iterator[tuple[int, int]]:
-        """See ``Strategy``."""
+        """Yield this rank's shares of the steps, in the order of the simulated events."""
         server, workers, first = self._server, self._server.workers, steps.start
         times = drawn(self._seed, first, workers)
         views, numbers, clocks = [server.params.copy() for _ in times], [0] * workers, [0.0] * workers
         pool, done = itertools.count(), [0] * workers
-        running: list[tuple[float, int, tuple[int, int]]] = []  # a heap: when who is done with which share
+        running: list[tuple[float, int, tuple[int, int]]] = []  # a heap of (end, worker, share)
 
         def begin(now: float, worker: int, step: int) -> None:
             own = (step, worker) if step < steps.stop else None
@@ -237,7 +240,7 @@ class _Simulation:
             answer(now, server.take(worker, packet))
 
     def step(self, grad: np.ndarray, now: Now, samples: float, length: float) -> None:
-        """Give a gradient to all ranks."""
+        """Send this rank's gradient to all ranks."""
         packet = self._packets[self._worker]
         load(packet.body, grad)
         synchronize(grad)
@@ -245,7 +248,7 @@ class _Simulation:
         self._exchange()
 
     def _go_to(self, view: np.ndarray) -> None:
-        """Take the next gradient there."""
+        """Make ``view`` the evaluation point of the next gradient."""
         if isinstance(self._params, np.ndarray):
             self.point = view
         else:

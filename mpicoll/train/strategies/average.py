@@ -1,16 +1,16 @@
-"""Model averaging: every rank steps by itself, and now and then they agree on a mean.
+"""Model averaging: every rank steps by itself, and every few steps the models are averaged.
 
-Plain averaging (local SGD: McDonald et al. 2010, Stich 2019) puts the mean in the place of every rank's parameters.
-The others take the mean as a step from where the ranks last agreed, the anchor, and give that step to an optimizer of
-its own:
+Plain averaging (local SGD: McDonald et al. 2010, Stich 2019) replaces the parameters of every rank by the mean.  The
+other outer optimizers treat the difference between the mean and the anchor, the last common model, as a step:
 
     change = momentum * change + lr * (mean - anchor)
     anchor = anchor + change                                        bmuf-classical (Chen and Huo 2016), slowmo
     anchor = anchor + lr * (mean - anchor) + momentum * change      bmuf, with Nesterov's momentum; diloco
 
-SlowMo (Wang et al. 2020) measures steps in learning rates, so its ``change`` is rescaled when that changes; DiLoCo
-(Douillard et al. 2023) is meant for AdamW inside.  In EASGD (Zhang et al. 2015) ranks only move towards the anchor, by
-lr/p of the way to where it was before, while it moves towards their mean by lr: the sum of all of them stays.
+SlowMo (Wang et al. 2020) measures steps in units of the learning rate, so its ``change`` is rescaled when the learning
+rate changes.  DiLoCo (Douillard et al. 2023) is meant for AdamW as the inner optimizer.  In EASGD (Zhang et al. 2015)
+each rank only moves towards the previous anchor, by lr/p of the difference, while the anchor moves towards the mean of
+the ranks by lr: the sum of the models and the anchor does not change.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Outer(NamedTuple):
-    """How the anchor moves; ``momentum`` may depend on the number of ranks."""
+    """An outer optimizer: how the anchor moves.  ``momentum`` is a function of the number of ranks."""
 
     lr: float = 1.0
     momentum: "Callable[[int], float]" = lambda p: 0.0
@@ -45,12 +45,12 @@ OUTER = {
 
 
 class Average(Strategy):
-    """Local SGD: ``every`` so many steps, the mean of all ranks' parameters, or a step towards it.
+    """Local SGD: after every ``every`` steps, ranks take the mean of their parameters, or a step towards it.
 
-    For the first ``sync_epochs`` epochs ranks are synchronous (a warm-up, or post-local SGD: Lin et al. 2020).
-    ``momenta`` says what becomes of the optimizer's state at an agreement: ``keep`` each rank's own, ``average`` it
-    likewise, or ``reset`` it to zero, as after the first step.  With ``compress`` each rank sends something shorter
-    than the way from where they last agreed to its model, and keeps the rest.
+    The first ``sync_epochs`` epochs are synchronous (a warm-up, or post-local SGD: Lin et al. 2020).  ``momenta`` says
+    what happens to the optimizer's state when models are averaged: ``keep`` each rank's own, ``average`` it as well, or
+    ``reset`` it to zero.  With ``compress`` each rank sends a code of the difference between its model and the anchor,
+    and keeps the residual.
     """
 
     options: ClassVar = {
@@ -79,17 +79,19 @@ class Average(Strategy):
         elif self.compressor:
             self._state = {"anchor": self.params.copy()}
         if self.compressor and not self.plain:
-            raise UserError("--compress is for --outer mean as it is: leave out other outers, their lr and momentum")
+            raise UserError(
+                "--compress is for plain --outer mean: leave out any other --outer, --outer-lr and --outer-momentum"
+            )
 
     def agree_on_gradient(self, now: Now) -> int:
-        """See ``Strategy``: only while synchronous."""
+        """Sum the gradients of all ranks while training is synchronous; afterwards keep each rank's own."""
         if now.step < self.switch:
             self.allreduce([self.sums], "sum")
             return 1
         return self.p
 
     def agree_on_parameters(self, now: Now) -> None:
-        """See ``Strategy``: every so many steps."""
+        """Average the models, if this is one of every ``every`` steps."""
         local = now.step + 1 - self.switch
         if local <= 0 and self._state:
             self._state["anchor"][:] = self.params
@@ -141,15 +143,15 @@ class Average(Strategy):
             self.params[:] = anchor
 
     def consensus(self) -> np.ndarray:
-        """See ``Strategy``: in EASGD the anchor."""
+        """The consensus model: in EASGD the anchor, otherwise the mean."""
         return self._state["anchor"].copy() if self.outer.elastic else super().consensus()
 
     def state(self) -> dict[str, np.ndarray]:
-        """See ``Strategy``: the anchor, the last change of it, and the learning rate then; the same on all ranks."""
+        """The anchor, its last change, and the learning rate of that step; the same on all ranks."""
         return {**self._state, **super().state()}
 
     def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
-        """See ``Strategy``."""
+        """Continue from a checkpoint: copy the arrays of ``state``."""
         super().restore(state, own)
         for name, array in self._state.items():
             array[:] = np.asarray(state[name], like=array)

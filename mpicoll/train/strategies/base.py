@@ -1,4 +1,4 @@
-"""What the training loop asks of a strategy, and what strategies have in common."""
+"""The interface between the training loop and a strategy, and what strategies have in common."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
 
 
 class Now(NamedTuple):
-    """Where training is: the epoch, from 1; the steps done before this one; and its learning rate."""
+    """The position in training: the epoch, from 1; the number of steps done; the learning rate of this step."""
 
     epoch: int
     step: int
@@ -31,41 +31,41 @@ class Now(NamedTuple):
 
 
 class Strategy(Traffic):
-    """How ranks agree: on what, when, and with whom.
+    """A strategy: how ranks combine gradients or models, when, and with which peers.
 
-    For every step the loop takes the gradient at ``point()`` and calls ``step``, which lets ranks agree on it, has the
-    optimizer change ``params``, and lets them agree on those.  ``sums`` is what it finds there: the gradient, summed
-    over this rank's samples, and two numbers more, which add up likewise: the loss, and the correct predictions.
+    In every step the loop evaluates the gradient at ``point()`` and calls ``step``, which lets ranks combine gradients,
+    lets the optimizer change ``params``, and lets ranks combine these.  ``sums`` holds the gradient, summed over this
+    rank's samples, and after it two more sums: the loss, and the number of correct predictions.
 
-    ``seconds`` holds the time of each agreement of this rank, waiting for others included, until the loop takes them
-    out; ``waits`` those parts of it that are nothing but waiting, where a rank can tell them by itself, which it must
-    if not all ranks agree equally often; what it has sent counts up.  ``digest`` stands for what bits depend on beside
-    settings.  ``workers`` have a share of each batch: as many as there are ranks, unless some are simulated.
-    ``compressor`` is there if ranks are to send less than they have; it may need ``tensors``, the model's.  ``clip`` is
-    another one where ranks have a part of the gradient only.
+    ``seconds`` holds the time of each communication of this rank, waiting included, until the loop removes it;
+    ``waits`` holds the part of each that is waiting, if a rank can measure it alone, which it must if ranks do not
+    communicate equally often.  ``digest`` stands for all that bits depend on beside the settings.  Each batch has
+    ``workers`` shares: as many as ranks, unless workers are simulated.  ``compressor`` is set if messages are
+    compressed; it may need ``tensors``, those of the model.  ``clip`` is another function where ranks hold a part of
+    the gradient only.
 
-    ``meaning`` is what a rank's parameters and state stand for, if that follows from a setting that may change when a
-    run is resumed.  Where it is not that of the checkpoint, or the number of ranks is not, nobody goes on with what was
-    its own: all ranks begin with the mean of the models.
+    ``meaning`` says what a rank's parameters and state stand for, if that depends on a setting that may change when a
+    run is resumed.  If it differs from that of the checkpoint, or the number of ranks does, no rank continues with its
+    own model: all ranks start from the mean of the models.
     """
 
     options: ClassVar[dict[str, Any]] = {}
-    """Settings that are this strategy's, and what they are by default."""
+    """The settings that belong to this strategy, and their defaults."""
 
     on_gpu = True
-    """Where parameters are on a GPU, are the optimizer's state and residuals, too?  Else they are in host memory."""
+    """Whether the optimizer's state and residuals are on the GPU if the parameters are; otherwise in host memory."""
 
     replicated = False
-    """Do all ranks hold the same parameters, and optimizers, at the end of an epoch?"""
+    """Whether all ranks hold the same parameters and optimizer state at the end of an epoch."""
 
     in_step = True
-    """Do all ranks take part in every step, and have nothing to do with each other in between?"""
+    """Whether all ranks take part in every step and do not communicate in between."""
 
     vectors = ("anchor", "change", "residual", "known")
-    """Of its state, what is as long as the parameters in the last axis."""
+    """The names of arrays in the state whose last axis is as long as the parameters."""
 
     histogram: list[int] | None = None
-    """Of this rank's gradients in an epoch, where they may be stale: how many were so by 0, 1, ... steps."""
+    """The number of this rank's gradients in an epoch that were 0, 1, ... steps stale; ``None`` if none can be."""
 
     def __init__(
         self,
@@ -93,32 +93,38 @@ class Strategy(Traffic):
             self.compressor = compressor(settings.compress, params.size, params.dtype, tensors, settings.seed, like)
 
     def code(self, size: int | None = None) -> Code:
-        """The compressor, which has to be one that works for each rank by itself; or another such, for that size."""
+        """The compressor, which must be a ``Code``, for vectors of this size (by default its own).
+
+        Raises ``UserError`` for a compressor that needs sums over all ranks.
+        """
         found, s = self.compressor, self.settings
         if not isinstance(found, Code):
             raise UserError(
-                f"--compress {s.compress} adds up over all ranks, which {s.strategy} does not: take 16bit, sign or topk"
+                f"--compress {s.compress} needs sums over all ranks, which {s.strategy} does not have: take 16bit, "
+                "sign or topk"
             )
         return found if size is None else found.resized(size)
 
     def option(self, name: str) -> Any:
-        """A setting of this strategy's own, or its default."""
+        """The value of a setting that belongs to this strategy, or its default."""
         given = getattr(self.settings, name)
         return self.options[name] if given is None else given
 
     def shares(self, first: int, last: int) -> Iterable[tuple[int, int]]:
-        """Of the steps from ``first`` to before ``last``, all in one epoch: those in which this rank takes a share of
-        the batch, and whose it is.  There are ``workers`` shares of each."""
+        """The shares that this rank takes in the steps ``first`` to ``last - 1``, all in one epoch.
+
+        A share is a step and the number of a worker; each step has ``workers`` of them.
+        """
         return ((step, self.comm.rank) for step in range(first, last))
 
     def point(self) -> np.ndarray:
-        """Where to take the gradient, shape (size,)."""
+        """The evaluation point of the next gradient, shape (size,)."""
         return self.params
 
     def step(self, now: Now, samples: int, length: int) -> None:
-        """A step of training, from the sums over this rank's ``samples`` of a batch of ``length`` on all ranks.
+        """Do a step of training, from the sums over this rank's ``samples`` of a batch of ``length`` on all ranks.
 
-        A loss on a GPU is not looked at, which would be to wait for it.
+        Whether the loss is finite is not checked on a GPU, since that would wait for the GPU.
         """
         grad = self.sums[:-2]
         factor = self.agree_on_gradient(now) / length
@@ -133,41 +139,41 @@ class Strategy(Traffic):
         self.agree_on_parameters(now)
 
     def diverged(self, what: str, epoch: int, step: int) -> UserError:
-        """The error that ends training when numbers are not finite."""
+        """Return the error that ends training when numbers are not finite."""
         lr = self.settings.lr
         return UserError(f"{what} at step {step} (epoch {epoch}): try a smaller learning rate than {lr}")
 
     def agree_on_gradient(self, now: Now) -> int:
-        """Returns by what to multiply the sums, beside dividing them by the length of the whole batch, to have a mean:
-        1 if they are those of all ranks now, p if they are this rank's, on average a p-th.
+        """Combine the gradients of ranks, and return the factor that, over the batch length, makes ``sums`` a mean.
 
-        With p, every sample counts the same however unevenly a batch is shared out: in the mean of what ranks do with
-        their gradients, as long as that is linear in them, as SGD's step is.  Adaptive rules and clipping are not; for
-        them it matters that no rank always has more samples than others, nor always none.
+        The factor is 1 if ``sums`` now are those of all ranks, and p if they are this rank's own.  With p, every sample
+        counts the same in the mean over ranks, however unevenly a batch is shared out, as long as the step is linear in
+        the gradient, as that of SGD is.  Adaptive optimizers and clipping are not linear: for these no rank should
+        always have more samples than the others, or none.
         """
         return self.p
 
     def agree_on_parameters(self, now: Now) -> None:
-        """After the optimizer's step."""
+        """Combine the parameters of ranks, after the optimizer's step."""
 
     def consensus(self) -> np.ndarray:
-        """The model that all ranks would agree on now, the same bits on all of them; a new array, a collective call."""
+        """The consensus model, a new array with the same bits on all ranks; a collective call."""
         return self.params.copy() if self.replicated else mean_of(self.comm, self.params)
 
     @property
     def one_file(self) -> bool:
-        """Does what rank 0 holds do for a checkpoint?  Residuals are each rank's own, be the models the same."""
+        """Whether a checkpoint needs the file of rank 0 only: residuals differ between ranks even if models do not."""
         return self.replicated and not self.compressor
 
     def state(self) -> dict[str, np.ndarray]:
-        """What a checkpoint keeps of it, beside parameters and the optimizer's state."""
+        """The arrays that a checkpoint keeps of the strategy, beside parameters and optimizer state."""
         return self.compressor.state if self.compressor else {}
 
     def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
-        """Go on from what ``state`` was, when ``params`` are there.
+        """Continue from the ``state`` of a checkpoint, after ``params`` have been set.
 
-        It is this rank's ``own``; or else rank 0's, and ``params`` are the mean of all ranks' (see ``meaning``): what
-        each rank has for itself, as residuals, then begins anew.
+        If ``own``, the state is this rank's.  Otherwise it is that of rank 0, and ``params`` are the mean over all
+        ranks (see ``meaning``): arrays that differ between ranks, such as residuals, then start anew.
         """
         if self.compressor:
             for name, array in self.compressor.state.items():
@@ -177,19 +183,21 @@ class Strategy(Traffic):
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """Around an agreement; on a GPU it begins when what is to be agreed on is there."""
+        """Time a communication.  On a GPU, first wait until the arrays to send are complete."""
         if self.p > 1:
             synchronize(self.params)
         with timed(self.seconds):
             yield
 
     def allreduce(self, arrays: Sequence[np.ndarray], op: str) -> None:
-        """All of them at once, in place, by the algorithm that the settings name; by default in the canonical order,
-        by whatever algorithm that takes, whose name is ``algorithm`` then."""
+        """Allreduce all the arrays in one message, in place, by the algorithm that the settings name.
+
+        By default sums are in the canonical order.  ``algorithm`` becomes the name of the algorithm that was used.
+        """
         from ...mpi.collectives import allreduce
         from ...mpi.engine import last
 
-        if len(arrays) > 1 and self.settings.device == "gpu":  # a list would go by way of the host
+        if len(arrays) > 1 and self.settings.device == "gpu":  # a list would be copied to host memory
             for array in arrays:
                 self.allreduce([array], op)
             return
@@ -203,8 +211,11 @@ class Strategy(Traffic):
         self.algorithm = done.algorithm
 
     def allgather(self, array: np.ndarray) -> np.ndarray:
-        """The arrays of all ranks, shape (p, *array.shape), by the algorithm that the settings name, if there is one
-        of that name; else by ``COUNTED``, or on GPUs by the path that is best."""
+        """Return the arrays of all ranks, shape (p, *array.shape); a collective call.
+
+        The algorithm is the one that the settings name, if it is an allgather algorithm too.  Otherwise it is
+        ``COUNTED`` for host arrays, whose traffic is known, and ``"auto"`` for arrays on GPUs.
+        """
         from ...mpi.collectives import allgather
         from ...mpi.engine import last
 
@@ -221,29 +232,29 @@ class Strategy(Traffic):
 
 @contextmanager
 def timed(into: list[float]) -> Iterator[None]:
-    """Put the seconds that it takes into a list: of what is timed within another one, never more than of that."""
+    """Append the seconds that the block takes to a list."""
     start = perf_counter()
     yield
     into.append(perf_counter() - start)
 
 
 def mean_of(comm: "MPI.Intracomm", array: np.ndarray) -> np.ndarray:
-    """The mean over all ranks, a new array with the same bits on all of them."""
+    """Return the mean over all ranks, a new array with the same bits on all of them; a collective call."""
     from ...mpi.collectives import allreduce
 
     return allreduce(array.copy(), comm, "mean", deterministic=True)
 
 
 def share_of(number: int, steps: range, workers: int) -> tuple[int, int] | None:
-    """Where workers take what is left: the step and the rank of a share, by its number; none if all are taken."""
+    """The step and the worker of the share with this number; ``None`` if all shares of the steps are taken."""
     step, rank = divmod(number, workers)
     return (steps[step], rank) if step < len(steps) else None
 
 
 def drawn(seed: int, step: int, workers: int) -> list[Iterator[float]]:
-    """In simulations: how long a step takes each worker, from this step on.
+    """The seconds that each simulated worker takes for each step, from ``step`` on.
 
-    Half a second, and half a second more on average, exponentially distributed.
+    They are 0.5 plus an exponentially distributed number with mean 0.5.
     """
 
     def times(random: np.random.Generator) -> Iterator[float]:

@@ -1,4 +1,4 @@
-"""Gradients to the servers of all parts of the parameters, and parameters back, as messages between ranks."""
+"""The messages of ``async``: gradients to the servers of all parts of the parameters, and parameters back."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -20,16 +20,16 @@ if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
 
 
 class Exchange:
-    """What a rank of ``comm`` sends to the servers of all parts, and they to it.
+    """The messages between a rank of ``comm`` and the servers of all parts.
 
-    Server r is on rank r, this rank's is ``server``; it has the parameters from ``cuts[r]`` to ``cuts[r + 1]``.  A rank
-    has at most one gradient pending to each server, and sends the next when that has been answered; so there is a
-    buffer for each, allocated by ``memory``.  Answers come at any time, but the parameters at ``point`` change in
-    ``step`` only.
+    Server r is on rank r, and holds the parameters ``cuts[r]`` to ``cuts[r + 1] - 1``; ``server`` is that of this rank.
+    A rank has at most one gradient pending at each server, and sends the next when that has been answered; so there is
+    one buffer for each server, allocated by ``memory``.  Answers may arrive at any time, but the parameters at the
+    evaluation point ``point`` change in ``step`` only.
 
-    ``codes``, one for each server, encode gradients; without any they are sent as they are.  If ``pooled``, ranks take
-    shares of batches as they are ready for them.  Each gradient is recorded in ``staleness``; ``agreeing`` is around
-    communication, and ``count`` gets the bytes and messages of what is sent.
+    ``codes``, one for each server, encode gradients; if there are none, gradients are sent uncompressed.  If
+    ``pooled``, ranks take the next free share of a batch when they are ready.  Each gradient is recorded in
+    ``staleness``; ``agreeing`` times communication, and ``count`` gets the bytes and messages that are sent.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Exchange:
         self._tags = self.transport.tags(2)  # of gradients, of answers
 
     def shares(self, steps: range) -> Iterator[tuple[int, int]]:
-        """See ``Strategy``; takes part in the epoch's messages until all ranks have finished it."""
+        """Yield this rank's shares of the steps, and exchange messages until all ranks have finished the epoch."""
         self._steps = steps
         self._pushed, self._answered = 0, [0] * self._p  # gradients, and how many of them by each server
         self._fresh: dict[int, Packet] = {}  # answers that are not read yet, by server
@@ -86,7 +86,7 @@ class Exchange:
                 self._finish()
 
     def step(self, grad: np.ndarray, now: Now, samples: float, length: float) -> None:
-        """Send a gradient, and go on to parameters that are new enough."""
+        """Send a gradient, and wait for parameters that are new enough for the next one."""
         transport, server = self.transport, self._server
         with self._agreeing(), transport.lock:
             taken_at = list(self._number)
@@ -110,7 +110,7 @@ class Exchange:
             self._step = max(self._step + 1, self._ahead)
 
     def _fill(self, grad: np.ndarray, any_samples: bool) -> None:
-        """Put a gradient, or codes of it, into what is sent; then the GPU has read the answers that came, too."""
+        """Copy a gradient, or codes of it, to the send buffers, and wait for the GPU."""
         if self._codes:
             grad = fetched(grad)
         for rank, (packet, part) in enumerate(zip(self._out, self._parts, strict=True)):
@@ -123,7 +123,7 @@ class Exchange:
         synchronize(grad)
 
     def _decoded(self, rank: int, came: "Packet") -> "Packet":
-        """The gradient in a message from a rank."""
+        """Return the gradient in a message from a rank."""
         if not self._codes:
             return came
         code, gradient = self._codes[self._rank], self._gradients[rank]
@@ -140,7 +140,7 @@ class Exchange:
         return min(self._clock) >= self._pushed - self._server.staleness
 
     def _handle(self, index: int) -> None:
-        """A gradient has come to this rank's server, or an answer to this rank; see ``Transport``."""
+        """Handle a gradient for this rank's server, or an answer for this rank, as ``Transport`` asks."""
         if index < self._p:
             server, came = self._server, self._in[index]
             self._answer(server.finish(index) if came.samples < 0 else server.take(index, self._decoded(index, came)))
@@ -162,7 +162,7 @@ class Exchange:
         self._fresh[server] = answer
 
     def _read(self) -> None:
-        """Go on to the parameters that have come."""
+        """Copy the parameters that have arrived to the evaluation point."""
         for server, answer in self._fresh.items():
             store(self.point[self._parts[server]], answer.body)
             self._clock[server], self._number[server] = answer.clock, answer.number
@@ -172,7 +172,7 @@ class Exchange:
         self._fresh.clear()
 
     def _finish(self) -> None:
-        """End an epoch: when all have, no message is pending."""
+        """End an epoch: once all ranks have ended it, no message is pending."""
         transport, server = self.transport, self._server
         transport.until("all servers to answer", self._is_answered)
         for rank in self._others:

@@ -1,7 +1,7 @@
-"""Decentralised SGD: in every step a rank mixes its parameters with those of a few others, and nobody waits for all.
+"""Decentralised SGD: in every step a rank mixes its parameters with those of a few peers, without waiting for all.
 
-Butterfly mixing: Zhao and Canny 2013.  D-PSGD: Lian et al. 2017.  On a directed graph of which only columns add up to 1
-the parameters are mixed by push-sum, and gradients taken at the estimates (SGP: Assran et al. 2019).
+Butterfly mixing: Zhao and Canny 2013.  D-PSGD: Lian et al. 2017.  On a directed graph whose mixing matrix is only
+column-stochastic, parameters are mixed by push-sum, and gradients taken at the estimates (SGP: Assran et al. 2019).
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
 
 
 def _read(path: str, p: int) -> Any:
-    """The matrices in a file, of which a graph can be made that brings all ranks together."""
+    """Read the mixing matrices in a file, and check that mixing by them brings all ranks together."""
     try:
         matrices = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -28,7 +28,7 @@ def _read(path: str, p: int) -> Any:
         raise UserError(f"graph {path!r} holds several arrays: expected an .npy file of one")
     made = _made(path, matrices, p)
     if not made.connected:
-        raise UserError(f"graph {path!r} is not connected: some ranks never hear of others, not even by way of others")
+        raise UserError(f"graph {path!r} is not connected: some ranks never hear of others, not even through others")
     if p > 1 and made.contraction > 1 - 1e-12:
         raise UserError(f"graph {path!r} does not bring ranks closer to each other: let them keep a part of their own")
     return matrices
@@ -42,7 +42,10 @@ def _made(name: str, what: Any, p: int) -> Graph:
 
 
 def graph_of(comm: "MPI.Intracomm", what: str) -> Graph:
-    """By its name, or from a file that rank 0 reads; a ``UserError`` on all ranks if there is no such graph."""
+    """Return the graph of that name, or from the .npy file that rank 0 reads; a collective call.
+
+    Raises ``UserError`` on all ranks if there is no such graph.
+    """
     from ...mpi.together import on_root
 
     if Path(what).suffix != ".npy":
@@ -52,14 +55,14 @@ def graph_of(comm: "MPI.Intracomm", what: str) -> Graph:
 
 
 class Gossip(Strategy):
-    """A round of gossip averaging a step, on any graph of ``mpicoll.graph`` or the matrices in an ``.npy`` file.
+    """Gossip: one round of gossip averaging per step, on a graph of ``mpicoll.graph`` or matrices of an ``.npy`` file.
 
-    After the optimizer's step (adapt, then combine), or with ``mix_first`` before it, with gradients taken before
-    either (combine, then adapt).  ``momenta`` says what becomes of the optimizer's state: ``keep`` each rank's own, or
-    ``average`` it by the same round.  The round is that of the step, counted from the beginning of training.
+    Ranks mix after the optimizer's step (adapt, then combine) or, with ``mix_first``, before it, with gradients taken
+    before either (combine, then adapt).  ``momenta`` says what happens to the optimizer's state: ``keep`` each rank's
+    own, or ``average`` it in the same round.  The round is that of the step, counted from the beginning of training.
 
-    With ``compress``, on a symmetric graph, ranks send each neighbor something shorter: how their model differs from
-    what that knows of it (see ``compress.Differences``).
+    With ``compress``, on a symmetric graph, ranks send each neighbor a code of how their model differs from what the
+    neighbor knows of it (see ``compress.Differences``).
     """
 
     options: ClassVar = {"graph": "exponential", "mix_first": False, "momenta": "keep", "compress": None}
@@ -73,10 +76,12 @@ class Gossip(Strategy):
         if self.momenta == "reset":
             raise UserError(f"momenta reset is for averaging: {self.settings.strategy} mixes in every step")
         self.digest = self.graph.digest.hex()[:8]
-        self.meaning = "" if self.graph.doubly else "push-sum"  # whose models are quotients
+        self.meaning = "" if self.graph.doubly else "push-sum"  # the models of push-sum are quotients
         self.push = None if self.graph.doubly else PushSum(self.comm, self.graph)
         if self.push and self.momenta == "average":
-            raise UserError(f"momenta average needs a doubly stochastic graph; only columns of the {self.graph} add up")
+            raise UserError(
+                f"momenta average needs a doubly stochastic graph; only the columns of the {self.graph} add up to 1"
+            )
         self._point = self.params.copy() if self.push else self.params
         self.differences = self._differences() if self.compressor else None
         self.algorithm = f"{'push-sum' if self.push else 'mixing'} on {self.graph.name}"
@@ -88,23 +93,23 @@ class Gossip(Strategy):
                 f"--compress needs a symmetric graph, and the {self.graph} is none: take gossip on ring, torus, star, "
                 "complete, matching or base"
             )
-        self.meaning = f"differences on {self.digest}"  # of which ranks know those of their neighbors
+        self.meaning = f"differences on {self.digest}"  # neighbors know each other's
         return Differences(code, self.params, self.graph.peers(self.comm.rank))
 
     def point(self) -> np.ndarray:
-        """See ``Strategy``: with push-sum the estimate of the mean."""
+        """The evaluation point: the parameters or, with push-sum, the estimate of the mean."""
         if self.push:
             np.divide(self.params, self.push.weight, out=self._point)
         return self._point
 
     def agree_on_gradient(self, now: Now) -> int:
-        """See ``Strategy``."""
+        """Keep each rank's own gradient; with ``mix_first`` mix the parameters now."""
         if self.mix_first:
             self._mix(now.step)
         return self.p
 
     def agree_on_parameters(self, now: Now) -> None:
-        """See ``Strategy``."""
+        """Mix the parameters, unless ``mix_first``."""
         if not self.mix_first:
             self._mix(now.step)
 
@@ -140,13 +145,13 @@ class Gossip(Strategy):
         self.count(sum(message.nbytes for message in messages.values()), len(messages))
 
     def state(self) -> dict[str, np.ndarray]:
-        """See ``Strategy``: the weights of push-sum, the same on all ranks; or what neighbors know of each other."""
+        """The weights of push-sum, the same on all ranks; or what neighbors know of each other's models."""
         if self.differences:
             return {"known": self.differences.known}
         return {"weights": self.push.weights} if self.push else {}
 
     def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
-        """See ``Strategy``: where all have the mean, weights are 1, and it is what they know of each other."""
+        """Continue from a checkpoint; if all ranks start from the mean, weights are 1 and neighbors know the mean."""
         if self.push:
             self.push.weights = state["weights"] if own else np.ones(self.p)
         if self.differences and not own:
@@ -157,14 +162,14 @@ class Gossip(Strategy):
 
 
 class Butterfly(Gossip):
-    """One stage of butterfly mixing a step: the mean of a rank's own parameters and one peer's.
+    """Butterfly mixing: one stage per step, after which a rank holds the mean of its own parameters and one peer's.
 
-    At p that is no power of two the one-peer exponential graph (see ``mpicoll.butterfly_mix``).
+    If p is no power of two, the graph is the one-peer exponential graph (see ``mpicoll.butterfly_mix``).
     """
 
     options: ClassVar = {"momenta": "keep", "compress": None}
 
     def option(self, name: str) -> Any:
-        """See ``Strategy``; what is not its own is as the method has it."""
+        """A setting, or its default; graph and ``mix_first`` are fixed."""
         fixed = {"graph": "butterfly", "mix_first": False}
         return fixed[name] if name in fixed else super().option(name)

@@ -1,4 +1,4 @@
-"""AD-PSGD (Lian et al. 2018): ranks average in pairs, each when it is ready to, and nobody waits for all."""
+"""AD-PSGD (Lian et al. 2018): ranks average their models in pairs, each when it is ready, without waiting for all."""
 
 from collections.abc import Iterator
 from heapq import heappop, heappush
@@ -15,18 +15,20 @@ from .transport import Transport
 
 
 class ADPSGD(Strategy):
-    """In every step a rank averages its model with that of a neighbor in the graph, drawn at random, which computes
-    meanwhile; and so does the rank itself, its next gradient, at a copy from before.
+    """AD-PSGD: after every step a rank averages its model with that of a random neighbor in the graph.
 
-    In the paper two ranks meet, with both models locked, and graphs must be bipartite lest ranks wait in a circle.
-    Here the one sends its model x; the other, whose model is y by then, answers d = (x - y)/2 and takes y + d; and the
-    first takes d off its model, whatever that has become.  Where nothing happened in between both have the mean, the
-    sum of all models stays in any case, and as every rank always answers, no wait goes on for ever on any graph.  A
-    rank whose own model is under way answers (x - y)/4: two that had sent theirs to each other would else swap them.
+    Neither rank stops computing: each takes its next gradient at a copy of its model from before the averaging.
 
-    Ranks take shares of batches as they are ready for them, unless data are sharded: a faster one takes more.  All wait
-    for each other at the end of an epoch.  With ``delays``, the seed of a simulation, steps take times that are drawn,
-    messages none, and everything happens in the order that follows: the same bits whenever as many ranks do it.
+    In the paper the models of both ranks are locked, and the graph must be bipartite to exclude deadlock.  Here one
+    rank sends its model x.  The other rank, whose model is y at that moment, answers d = (x - y)/2 and changes its
+    model to y + d; then the first rank subtracts d from its model, which may have changed meanwhile.  If nothing
+    happened in between, both hold the mean.  The sum of all models never changes, and since every rank always answers,
+    there is no deadlock on any graph.  A rank whose own model is in flight answers (x - y)/4: otherwise two ranks that
+    had sent their models to each other would swap them.
+
+    Ranks take the next free share of a batch when they are ready, unless data are sharded: a faster rank takes more
+    shares.  All ranks wait for each other at the end of an epoch.  With ``delays``, the seed of a simulation, the times
+    of steps are drawn at random and messages take no time; the run has the same bits for the same number of ranks.
     """
 
     options: ClassVar = {"graph": "complete", "delays": None}
@@ -46,27 +48,27 @@ class ADPSGD(Strategy):
 
     @property
     def model(self) -> np.ndarray:
-        """Between steps, when others change it: in host memory."""
+        """The model between steps, in host memory, where averaging with neighbors changes it."""
         return self.params if self._host is None else self._host
 
     def point(self) -> np.ndarray:
-        """See ``Strategy``: the model as it was after the last step."""
+        """The evaluation point: a copy of the model after the last step."""
         return self._point
 
     def go_to_model(self) -> None:
-        """Take the next gradient where the model is now, whatever becomes of that meanwhile."""
+        """Make the current model the evaluation point of the next gradient."""
         store(self._point, self.model)
         synchronize(self._point)
 
     def shares(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """See ``Strategy``."""
+        """Yield the shares that this rank takes, as ``Strategy.shares`` defines them."""
         load(self.model, self.params)
         self.go_to_model()
         yield from self._run.shares(range(first, last))
         self.go_to_model()
 
     def step(self, now: Now, samples: int, length: int) -> None:
-        """See ``Strategy``."""
+        """Step by this rank's own gradient, then average with a neighbor."""
         grad = self.sums[:-2]
         grad *= self.p / length  # as in agree_on_gradient
         if self.settings.clip is not None:
@@ -74,23 +76,26 @@ class ADPSGD(Strategy):
         self._run.step(grad, now, samples, length)
 
     def optimize(self, grad: np.ndarray, lr: float) -> None:
-        """Have the optimizer change the model, which is in host memory again when an agreement begins."""
+        """Let the optimizer change the model, and load the result to host memory."""
         store(self.params, self.model)
         self.optimizer.step(self.params, grad, lr)
         load(self.model, self.params)
 
     def state(self) -> dict[str, np.ndarray]:
-        """See ``Strategy``: how many steps this rank has taken, since not all take as many."""
+        """The number of steps that this rank has taken, which differs between ranks."""
         return {"steps": np.array([self.optimizer.steps])}
 
     def restore(self, state: dict[str, np.ndarray], own: bool) -> None:
-        """See ``Strategy``.  Checkpoints of before have rank 0's steps only."""
+        """Continue from a checkpoint; checkpoints of earlier versions hold the steps of rank 0 only."""
         self._point[:] = self.params
         if "steps" in state:
             self.optimizer.steps = int(state["steps"][0])
 
     def neighbors(self, rank: int, step: int) -> Iterator[int]:
-        """Of a rank, from this step on: drawn from all that it has in any round; none if it is alone."""
+        """Yield random neighbors of a rank, from this step on; nothing if the rank is alone.
+
+        They are drawn from all neighbors that the rank has in any round of the graph.
+        """
         peers = self.graph.peers(rank)
         random = np.random.default_rng([self.settings.seed, step, rank, 1])  # other numbers than ``drawn`` has
         while peers:
@@ -98,17 +103,16 @@ class ADPSGD(Strategy):
 
 
 CAME, SENT, ANSWER, SHARE = range(4)
-"""Requests: for what comes from any rank; for the answer to a model as it leaves; for an answer, and a share's number,
-as they come."""
+"""Requests: a message from any rank, an answer being sent, an answer being received, the number of a share."""
 
 FINISHED, ASKS, MODEL = -1.0, 0.0, 1.0
-"""What comes, as the ``samples`` of a packet: nothing more in this epoch; for the number of a share; a model."""
+"""Kinds of messages, as the ``samples`` of a packet: end of the epoch, request for a share's number, model."""
 
 
 class _Messages:
-    """Between ranks: models and answers; and which share of a batch is to be taken next, which rank 0 knows.
+    """AD-PSGD by messages: models, answers, and the numbers of shares, which rank 0 hands out.
 
-    A rank has at most one model under way, and asks for one share, the one after the next.
+    A rank has at most one model in flight, and requests one share ahead.
     """
 
     def __init__(self, strategy: ADPSGD) -> None:
@@ -120,19 +124,19 @@ class _Messages:
         size, dtype = len(strategy.model), strategy.model.dtype
         self._in, self._out, self._word = (Packet(count, dtype) for count in (size, size, 0))
         self._answer = np.empty(size, dtype)
-        self._numbers = np.zeros(self.p, np.int64)  # of shares; a rank reads its own, rank 0 writes all
-        self._tags = self.transport.tags(3)  # of what comes, of answers, of shares
+        self._numbers = np.zeros(self.p, np.int64)  # numbers of shares; a rank reads its own, rank 0 writes all
+        self._tags = self.transport.tags(3)  # of messages from any rank, of answers, of numbers of shares
 
     def shares(self, steps: range) -> Iterator[tuple[int, int]]:
-        """See ``Strategy``."""
+        """Yield this rank's shares of the steps, and exchange messages until all ranks have finished the epoch."""
         from mpi4py import MPI
 
         s = self.strategy
-        self._peers, self._peer = s.neighbors(self.rank, steps.start), -1  # whose answer is still to come
+        self._peers, self._peer = s.neighbors(self.rank, steps.start), -1  # the peer whose answer is pending
         self._pool, self._asked, self._next = [self.rank, self.p + self.rank], False, 2 * self.p
         self._running = len(self.transport.others)
         if self.transport.others:
-            # Nothing of the next epoch comes before this one has ended here, since between them all ranks add up.
+            # No message of the next epoch arrives before this epoch has ended here: all ranks reduce in between.
             self.transport.requests[CAME] = self.transport.wire.Recv_init(self._in.raw, MPI.ANY_SOURCE, self._tags[0])
             self.transport.requests[CAME].Start()
         with self.transport.attended():
@@ -145,9 +149,9 @@ class _Messages:
                 self._finish()
 
     def step(self, grad: np.ndarray, now: Now, samples: float, length: float) -> None:
-        """Step, and send the model to a neighbor when the last one has answered."""
+        """Step, and send the model to a neighbor once the last neighbor has answered."""
         s = self.strategy
-        synchronize(grad)  # or others would wait for it
+        synchronize(grad)  # before taking the lock, or other ranks would wait for this GPU
         with self.transport.lock:
             s.optimize(grad, now.lr)
             with s.agreeing():
@@ -170,7 +174,7 @@ class _Messages:
         return self._peer < 0
 
     def _ask(self) -> None:
-        """For the number of the share after the next, when that of the next is there."""
+        """Request the number of the share after the next one, once that of the next one has arrived."""
         if self.rank == 0:
             self._pool.append(self._take())
             return
@@ -189,7 +193,7 @@ class _Messages:
             self.transport.send(("word", rank), self._word.raw, rank, self._tags[0])
 
     def _handle(self, index: int) -> None:
-        """See ``Transport``."""
+        """Handle a completed request, as ``Transport`` asks."""
         if index == CAME:
             self._came(int(self._in.number), self._in.samples)
         elif index == SENT:
@@ -205,7 +209,7 @@ class _Messages:
             self._pool.append(int(self._numbers[self.rank]))
 
     def _came(self, rank: int, what: float) -> None:
-        if what == MODEL:  # go some of the way to it, and have it go as far
+        if what == MODEL:  # move towards it, and answer by how much
             model, way = self.strategy.model, self._in.body
             way -= model
             way *= 0.5 if self._is_answered() else 0.25
@@ -223,7 +227,7 @@ class _Messages:
             self.transport.requests[CAME].Start()
 
     def _finish(self) -> None:
-        """End an epoch: when all have, no message is pending."""
+        """End an epoch: once all ranks have ended it, no message is pending."""
         self.transport.until("a neighbor to answer", self._is_answered)
         self.transport.until("the number of a share", lambda: not self._asked)
         self._say(self.transport.others, FINISHED)
@@ -233,7 +237,7 @@ class _Messages:
 
 
 class _Simulated:
-    """Every rank goes through all that happens, and takes part where it is concerned."""
+    """AD-PSGD simulated: every rank replays the events of all ranks, and takes part in its own."""
 
     def __init__(self, strategy: ADPSGD) -> None:
         from ...mpi.state import state_of
@@ -243,12 +247,12 @@ class _Simulated:
         self._tag, self._other = self._state.persistent_tag(), np.empty_like(strategy.model)
 
     def shares(self, steps: range) -> Iterator[tuple[int, int]]:
-        """See ``Strategy``."""
+        """Yield this rank's shares, in the order of the simulated events."""
         s, rank = self.strategy, self.strategy.comm.rank
         times, pool = drawn(s.option("delays"), steps.start, s.p), count()
         own = [((step, worker) for step in steps) for worker in range(s.p)]
         peers = [s.neighbors(worker, steps.start) for worker in range(s.p)]
-        running: list[tuple[float, int, tuple[int, int]]] = []  # a heap: when who is done with which share
+        running: list[tuple[float, int, tuple[int, int]]] = []  # a heap of (end, worker, share)
 
         def begin(now: float, worker: int) -> None:
             share = share_of(next(pool), steps, s.p) if s.pooled else next(own[worker], None)
@@ -268,7 +272,7 @@ class _Simulated:
             begin(now, worker)
 
     def step(self, grad: np.ndarray, now: Now, samples: float, length: float) -> None:
-        """Step, and take the mean with a neighbor."""
+        """Step, and average the model with that of a neighbor."""
         s = self.strategy
         s.optimize(grad, now.lr)
         if self._peer != s.comm.rank:

@@ -1,11 +1,11 @@
-"""How old the parameters are at which gradients are taken."""
+"""Staleness: how many steps old the parameters are at which gradients are taken."""
 
 
 class Staleness:
-    """Counts gradients by how many steps behind the parameters were at which they were taken, at most ``bound``.
+    """A histogram of the staleness of this rank's gradients, in steps, which must not exceed ``bound``.
 
-    ``histogram[n]`` is the number of gradients, of this rank and epoch, that were n steps stale.  Where servers drop
-    gradients (``dropping``) those of two parts may drop different ones, and so a step more is allowed.
+    ``histogram[n]`` is the number of gradients in this epoch that were n steps stale.  If servers drop gradients
+    (``dropping``), the servers of two parts may drop different ones, so one step more is allowed.
     """
 
     def __init__(self, bound: float, dropping: bool) -> None:
@@ -13,7 +13,7 @@ class Staleness:
         self.histogram: list[int] = []
 
     def record(self, steps: int, clock: float) -> None:
-        """Count a gradient after so many ``steps`` of its worker, at parameters with all gradients up to ``clock``."""
+        """Count a gradient of step ``steps``, taken at parameters that contain all gradients of ``clock`` steps."""
         staleness = max(steps - clock, 0)
         if staleness > self._bound + self._dropping:
             raise RuntimeError(f"a gradient is {staleness:g} steps stale, and the bound is {self._bound:g}")

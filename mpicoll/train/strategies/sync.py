@@ -9,13 +9,13 @@ if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
 
 
 class Sync(Strategy):
-    """Every step uses the gradient of the whole batch: ranks add up their sums over samples.
+    """Synchronous SGD: every step uses the gradient of the global batch, the sum over all ranks.
 
-    Where all ranks share memory there is one copy of the parameters, and of the optimizer's state, for all of them:
-    each rank adds up its part of the gradient, and takes the step on that part (Rajbhandari et al. 2020, ZeRO).  The
-    bits are those of every other way.  Not on GPUs.
+    If all ranks share memory, there is one copy of the parameters and of the optimizer's state for all of them: each
+    rank reduces its part of the gradient, and takes the step on that part (ZeRO: Rajbhandari et al. 2020).  The results
+    have the same bits as without shared memory.  This is not done on GPUs.
 
-    With ``compress`` each rank sends something shorter than its gradient, and keeps the rest.
+    With ``compress`` each rank sends a code of its gradient, and keeps the residual.
     """
 
     options: ClassVar = {"compress": None}
@@ -26,7 +26,7 @@ class Sync(Strategy):
 
         super().__init__(*args, **kwargs)
         self._memory: SharedMemory | None = None
-        in_parts = self.settings.clip is None and not self.compressor  # a norm is one of all parts, a code likewise
+        in_parts = self.settings.clip is None and not self.compressor  # a norm and a code need the whole gradient
         in_parts = in_parts and self.optimizer.in_parts and self.algorithm in ("auto", "shared")
         in_parts = in_parts and self.settings.device == "cpu"
         memory = shared(self.comm) if in_parts and self.p > 1 else None
@@ -34,7 +34,7 @@ class Sync(Strategy):
             self._share(memory)
 
     def _share(self, memory: "SharedMemory") -> None:
-        """Move everything to memory that all ranks share, if there is enough."""
+        """Move parameters, gradients and optimizer state to memory that all ranks share, if there is enough."""
         from ...mpi.request import cuts_of
 
         vectors = {"": self.params, **self.optimizer.state}
@@ -55,14 +55,14 @@ class Sync(Strategy):
         self.optimizer.part = slice(*self._cuts[self.comm.rank :][:2])
 
     def step(self, now: Now, samples: int, length: int) -> None:
-        """See ``Strategy``: what is kept back from one batch is to count as much in the next, however short."""
+        """Do one step; with compression, divide by the batch length first, since the residual is part of a mean."""
         if self.compressor:
             self.sums[:-2] /= length
             length = 1
         super().step(now, samples, length)
 
     def agree_on_gradient(self, now: Now) -> int:
-        """See ``Strategy``."""
+        """Sum the gradients, losses and correct predictions of all ranks."""
         if self.compressor:
             self.compressor.add_up(self.sums[:-2], self.sums[-2:], self)
             return 1
@@ -75,7 +75,7 @@ class Sync(Strategy):
         return 1
 
     def agree_on_parameters(self, now: Now) -> None:
-        """See ``Strategy``: nobody goes on before all parts are as they must be."""
+        """With shared parameters, wait until all ranks have stepped on their parts."""
         if self._memory is not None:
             with self.agreeing():
                 self._memory.barrier("waiting for all parts of the parameters")

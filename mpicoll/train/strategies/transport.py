@@ -1,4 +1,4 @@
-"""Messages that come at any time, and a thread that looks after them while its rank computes."""
+"""Messages that arrive at any time, and a thread that handles them while its rank computes."""
 
 import os
 import time
@@ -15,23 +15,24 @@ if TYPE_CHECKING:  # the command line lists the strategies without starting MPI
     from mpi4py import MPI
 
 POLL = 1e-3
-"""Seconds from one look for messages to the next while a rank computes."""
+"""Seconds between two tests for messages while a rank computes."""
 
 AT_ONCE = 8
-"""Looks at a time, as long as messages come: what becomes of one may be another one to look after."""
+"""The most tests in a row while messages arrive: handling one may complete another."""
 
 LOOKS, PAUSE = 1000, 5e-5
-"""Looks in a row of a rank that waits; after so many it pauses for some seconds before each."""
+"""The number of tests that a waiting rank makes in a row, and the seconds it sleeps before each test after that."""
 
 
 class Transport:
-    """Messages between pairs of ranks of ``comm``, of which nobody knows when they come.  They are in host memory, and
-    so is all that the thread works on, which never has to wait for a GPU.
+    """Messages between pairs of ranks of ``comm`` that may arrive at any time.
 
-    ``requests``, of the given number, are those that may complete at any time: ``handle`` is called with the index of
-    each that has, by the thread or by a rank that waits, and must not wait itself.  ``lock`` is held then, and protects
-    whatever it changes.  What is sent is counted by ``count``, in bytes and messages; ``waits`` are the seconds of each
-    wait.
+    They are in host memory, as is everything that the thread works on, so that it never waits for a GPU.
+
+    ``requests`` is the number of requests that may complete at any time.  ``handle`` is called with the index of each
+    request that has completed, by the thread or by a rank that waits, and must not wait itself.  ``lock`` is held then,
+    and protects whatever ``handle`` changes.  ``count`` gets the bytes and the number of messages sent; ``waits`` holds
+    the seconds of each wait.
     """
 
     def __init__(
@@ -58,18 +59,18 @@ class Transport:
         self._failed: BaseException | None = None
 
     def tags(self, number: int) -> tuple[int, ...]:
-        """Tags for so many kinds of messages, which no other call has; all ranks ask for them in the same order."""
+        """Reserve ``number`` message tags that no other call uses; all ranks must do so in the same order."""
         return tuple(self.state.persistent_tag() for _ in range(number))
 
     def look(self) -> bool:
-        """Handle the messages that have come, without waiting; returns whether there were any."""
+        """Handle the messages that have arrived, without waiting; return whether there were any."""
         came = self._some(self.requests)
         for index in came or ():
             self.handle(index)
         return bool(came)
 
     def until(self, what: str, done: Callable[[], bool]) -> None:
-        """Wait for ``what``, until ``done``, and handle messages meanwhile."""
+        """Handle messages until ``done`` returns true; ``what`` names the wait in reports."""
         from ...mpi import record
 
         if self._failed is not None:
@@ -87,12 +88,12 @@ class Transport:
                     time.sleep(PAUSE)
 
     def send(self, what: Any, message: np.ndarray, rank: int, tag: int) -> None:
-        """Send a message under the name ``what``; it must stay as it is until it is settled."""
+        """Send a message under the name ``what``; it must not change until ``settle`` is called with that name."""
         self._sending[what] = self.wire.Isend(message, rank, tag)
         self.count(message.nbytes, 1)
 
     def settle(self, what: Any) -> None:
-        """The message of that name may change: a rank has sent something upon it, so that this does not wait."""
+        """Complete the message of that name, which may then change.  This does not wait: its receiver has answered."""
         if request := self._sending.pop(what, None):
             request.Wait()
 
@@ -107,7 +108,7 @@ class Transport:
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """With a thread that looks for messages while this rank computes, where MPI allows it."""
+        """Run a thread that handles messages while this rank computes, if the thread level of MPI allows it."""
         self._stop.clear()
         thread = Thread(target=self._attend, name="mpicoll messages", daemon=True)
         if self.threads and self.others:
