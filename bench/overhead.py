@@ -1,6 +1,7 @@
 """The overhead of mpicoll before the first byte moves.
 
     python bench/overhead.py               measures (a minute or two), prints, records in bench/results/
+    python bench/overhead.py --against DIR beside another checkout of mpicoll, by launches in turn
     python bench/overhead.py --show FILE   prints a recorded one
 
 Measured are: importing it, over mpi4py and NumPy, from bytecode as an installed package is; compiling one rank's plans
@@ -10,15 +11,17 @@ median of several processes or launches (least to most).
 """
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
-from common import command, finish, launched, library, look_first, machine, measuring, spread
+from common import command, finish, launched, library, look_first, machine, measuring, mpirun, spread, written
 
 PROCESSES, LAUNCHES, REPETITIONS, CALLS = 15, 5, 40, 200
 START = """
@@ -57,7 +60,7 @@ def calls() -> dict:
 
     comm = MPI.COMM_WORLD
     ours = mpicoll.Comm(comm, check="off")
-    x, y = np.zeros(1, "f4"), np.zeros(1, "f4")
+    x, y, gathered = np.zeros(1, "f4"), np.zeros(1, "f4"), np.zeros(comm.size, "f4")
     persistent = mpicoll.allreduce_init(x, ours, algorithm="recursive_doubling")
     kinds = {
         "native": lambda: comm.Allreduce(y, x),
@@ -71,7 +74,24 @@ def calls() -> dict:
         "native Iallreduce().Wait()": lambda: comm.Iallreduce(y, x).Wait(),
         "native Bcast": lambda: comm.Bcast(x),
         "Comm.Bcast, check=header": lambda: ours.Bcast(x, check="header"),
+        "mpicoll.allreduce, check=header": lambda: mpicoll.allreduce(x, ours, check="header"),
+        "mpicoll.allreduce, MPI.SUM, check=header": lambda: mpicoll.allreduce(x, ours, MPI.SUM, check="header"),
+        "Comm.Reduce, check=header": lambda: ours.Reduce(y, x, check="header"),
+        "Comm.Allgather, check=header": lambda: ours.Allgather(y, gathered, check="header"),
+        "Comm.Reduce_scatter_block, check=header": lambda: ours.Reduce_scatter_block(gathered, x, check="header"),
+        "mpicoll.bcast, check=header": lambda: mpicoll.bcast(x, ours, check="header"),
+        "mpicoll.allgather, check=header": lambda: mpicoll.allgather(x, ours, check="header"),
+        "mpicoll.allreduce, ring, check=header": lambda: mpicoll.allreduce(x, ours, "sum", "ring", check="header"),
+        "mpicoll.allreduce of a list, check=header": lambda: mpicoll.allreduce([x, y], ours, check="header"),
     }
+    if ours.size > 1:
+        there = ours.zeros(1024, "f4")
+        kinds["Comm.Allreduce of 4 KiB in shared memory, check=header"] = lambda: ours.Allreduce(
+            MPI.IN_PLACE, there, algorithm="shared", check="header"
+        )
+        kinds["Comm.Allreduce of 4 KiB in shared memory"] = lambda: ours.Allreduce(
+            MPI.IN_PLACE, there, algorithm="shared"
+        )
     headers = (header_of("allreduce", "sum", "float32", 1),)
 
     def recorded() -> None:
@@ -113,19 +133,40 @@ def starts() -> list[dict]:
     return [json.loads(found) for found in prints[1:]]
 
 
+def launched_there(folder: Path, ranks: int) -> dict:
+    """Launch ``calls`` with the mpicoll of another folder, of which nothing else is needed."""
+    head = f"import json, sys, time\nimport numpy as np\nREPETITIONS, CALLS = {REPETITIONS}, {CALLS}\n"
+    end = "found = calls()\nif found.pop('rank') == 0:\n    open(sys.argv[-1], 'w').write(json.dumps(found))\n"
+    with tempfile.TemporaryDirectory() as temporary:
+        script = Path(temporary, "calls.py")
+        script.write_text(head + inspect.getsource(calls) + end)
+        return written(str(script), mpirun(ranks), MPICOLL_PROFILE="none", PYTHONPATH=str(folder))
+
+
+def checkout(name: str) -> Path:
+    """The folder of another checkout: the type of an argument."""
+    if not Path(name, "mpicoll", "__init__.py").is_file():
+        raise argparse.ArgumentTypeError(f"{name!r} is no checkout of mpicoll: name the folder that has mpicoll/ in it")
+    return Path(name).resolve()
+
+
 def main() -> None:
     """Measure in fresh processes and launches, print a table, record it."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--against", type=checkout, metavar="DIR")
     args = command(parser, calls, show)
     if args is None:
         return
     look_first()
     found: dict[int, list[dict]] = {0: [], 1: [], 2: []}
+    before: dict[int, list[dict]] = {1: [], 2: []}
     with measuring(found) as ended:
         found[0] += starts()
         for ranks in (1, 2):
             for _ in range(LAUNCHES):
                 found[ranks].append(launched(__file__, ranks))
+                if args.against:
+                    before[ranks].append(launched_there(args.against, ranks))
     mpi = next((launch["mpi"] for launch in found[1]), "unknown MPI")
 
     def record() -> dict:
@@ -133,9 +174,13 @@ def main() -> None:
         for ranks in (1, 2):
             rows = summarize([launch["rows"] for launch in found[ranks]]) if found[ranks] else {}
             table.update({f"{ranks} rank(s): {name}": values for name, values in rows.items()})
+        for ranks, launches in before.items():
+            rows = summarize([launch["rows"] for launch in launches]) if launches else {}
+            table.update({f"before, {ranks} rank(s): {name}": values for name, values in rows.items()})
         return {"mpi": mpi, "machine": machine(), "table": table}
 
-    finish(f"overhead-{library(mpi)}", found, ended, record, show)
+    name = "overhead-against" if args.against else "overhead"
+    finish(f"{name}-{library(mpi)}", found, ended, record, show)
 
 
 def summarize(runs: list[dict]) -> dict:
@@ -149,7 +194,7 @@ def show(record: dict) -> None:
     print(f"{record['mpi']}, mpi4py {m['mpi4py']}, NumPy {m['numpy']}, Python {m['python']}")
     print(f"{m['cpu']}, {m['cores']} cores")
     for name, values in record["table"].items():
-        print("{:62} {:8.2f} ({:.2f} to {:.2f})".format(name, *values))
+        print("{:84} {:8.2f} ({:.2f} to {:.2f})".format(name, *values))
 
 
 if __name__ == "__main__":

@@ -135,6 +135,8 @@ FIRST = [
     "mpicoll.reduce(x, W)",
     "mpicoll.bcast(x, W)",
     "mpicoll.allgather(x, W)",
+    "mpicoll.gather(x, W)",
+    "mpicoll.scatter(x, W)",
     "mpicoll.reduce_scatter(x, W)",
     "mpicoll.iallreduce(x, W)",
     "mpicoll.allreduce_init(x, W)",
