@@ -18,7 +18,7 @@ from ..collective import ALLREDUCE, Collective
 from ..errors import MismatchError
 from ..tuning.rules import NATIVE
 from . import record
-from .agreement import Headers, check_level, digest_of, level_of
+from .agreement import LEVELS, Headers, check_level, digest_of, level_of
 from .attach import attached, check_comm, interrupted, whole
 from .buffers import is_half, order_of
 from .paths import Account, Path, decide, native_first
@@ -111,7 +111,7 @@ def execute(
                 key = None
     if (
         found is None
-        or (check != "off" and check != "header")
+        or check not in LEVELS
         or (found.users and not op)  # freed meanwhile
         or (recv is NEW and (recv := _room(found.room, dtype)) is NEW)
     ):
@@ -123,13 +123,14 @@ def execute(
         if native is not None and found.brief and (check == "off" or state.p == 1):
             native(send, recv)
             return recv
-        compares = check == "header" and state.p > 1
+        compares = check != "off" and state.p > 1
+        detail = ("",) if check == "full" else None  # arrays of these forms lie row by row
         (path,), headers = found.paths, found.headers
         record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
         try:
             if native is not None:
                 if compares:
-                    state.agree(headers, None, (), found.digest)
+                    state.agree(headers, detail, (), 0 if detail else found.digest)
                 native(send, recv)
                 return recv
             given, taken, places = send, recv, None
@@ -137,7 +138,7 @@ def execute(
                 mine = ()
                 if path.places is not None:
                     mine, given, taken = path.places(send, recv)
-                places = state.agree(headers, None, mine, found.digest)
+                places = state.agree(headers, detail, mine, 0 if detail else found.digest)
             result = path.run(given, taken, places)
             return result if recv is ONE else recv
         finally:

@@ -17,7 +17,7 @@ MAX_COUNT = 2**30
 """Elements handed to the MPI library at once: past 2^31 some fail, and some return the input unreduced."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """``combine(lower, higher, out=out)`` reduces two arrays into ``out``, which may be one of them.
 

@@ -74,6 +74,8 @@ class State:
         """What ``"auto"`` goes by, for each collective."""
         self.decided: dict[tuple[Any, ...], Any] = {}
         """What was decided for calls like the latest ones (``mpi.engine``)."""
+        self.paths: dict[Any, Any] = {}
+        """The paths of requests like the latest ones (``mpi.paths``)."""
         self.last: tuple[Any, ...] = ()
         """The paths that the latest call took."""
         try:
@@ -181,6 +183,7 @@ class State:
     def follow(self, measured: Rules) -> None:
         """From now on these are the rules, and for collectives that have none the defaults; the same on all ranks."""
         self.decided.clear()
+        self.paths.clear()
         for collective in COLLECTIVES:
             own = measured.get(collective)
             self.rules[collective] = tuned(collective, own, self.shares) if own else self.defaults(collective)
@@ -379,6 +382,7 @@ class State:
     def disown(self) -> None:
         """The communicator is being freed, by all ranks."""
         self.decided.clear()  # so that a call on a handle of it that is left is looked at closely
+        self.paths.clear()
         self.last = ()
         self.node.disown()
 
