@@ -16,7 +16,7 @@ from mpi4py import MPI
 import mpicoll
 from contract import assert_untouched, composition, guarded, maps, own_data
 from mpicoll.collective import Collective
-from mpicoll.mpi import memory, select, shared
+from mpicoll.mpi import memory, select, shared, sharing
 from mpicoll.mpi.memory import place_of
 from mpicoll.mpi.shared import Node
 from mpicoll.mpi.state import State, state_of
@@ -747,3 +747,34 @@ def test_arrays_outlive_the_communicator(ours):
     assert (x == 2 * P).all()
     ours.Allreduce(MPI.IN_PLACE, x[3:-3])
     assert (x[3:-3] == 2 * P * P).all()
+
+
+@several
+def test_a_call_has_two_barriers_and_a_step_of_training_three(ours, monkeypatch):
+    """The comparison carries the places of arrays, and the numbers that a step has beside its gradient."""
+    barriers, sync = [], Node.sync
+
+    def counted(self: Node) -> None:
+        barriers.append(self)
+        sync(self)
+
+    x, rank, there = ours.full(1000 * P, ours.rank + 1.0), ours.rank, sharing.shared(ours)
+    assert there is not None
+    cuts = [1000 * rank for rank in range(P + 1)]
+    monkeypatch.setattr(Node, "sync", counted)
+    for call in (
+        lambda: ours.Allreduce(MPI.IN_PLACE, x, algorithm="shared"),
+        lambda: mpicoll.allreduce(x, ours, algorithm="shared"),
+        lambda: ours.Bcast(x, P - 1, algorithm="shared"),
+    ):
+        for _ in range(2):
+            barriers.clear()
+            call()
+            assert len(barriers) == 2
+    x[:] = rank
+    barriers.clear()
+    sums = there.reduce_scatter(x, x[cuts[rank] : cuts[rank + 1]], cuts, [0.5, rank])
+    there.barrier("the parameters")
+    assert len(barriers) == 3
+    assert sums == [0.5 * P, P * (P - 1) / 2]
+    assert (x[cuts[rank] : cuts[rank + 1]] == P * (P - 1) / 2).all()
