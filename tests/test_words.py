@@ -38,26 +38,6 @@ HEADLESS = ("Of ", "The same", "The opposite", "See ", "A ``UserError``", "A ``V
 
 WHERE = ("mpicoll/**/*.py", "bench/*.py", "examples/*.py", "README.md", "docs/*.md")
 
-NOT_YET = """
-mpicoll/job/doctor.py
-mpicoll/mpi/agreement.py
-mpicoll/mpi/attach.py
-mpicoll/mpi/buffers.py
-mpicoll/mpi/collectives.py
-mpicoll/mpi/comm.py
-mpicoll/mpi/engine.py
-mpicoll/mpi/launch.py
-mpicoll/mpi/memory.py
-mpicoll/mpi/nonblocking.py
-mpicoll/mpi/operations.py
-mpicoll/mpi/paths.py
-mpicoll/mpi/request.py
-mpicoll/mpi/select.py
-mpicoll/mpi/shared.py
-mpicoll/mpi/state.py
-"""
-"""Files that still have such words.  This list only shrinks: a file that has none any more must be taken out."""
-
 
 def prose(path: Path, text: str) -> Iterator[tuple[int, str]]:
     """The first line and the text of what people read: of Python its strings and comments, of a page all but itself."""
@@ -100,13 +80,8 @@ FILES = sorted({path.relative_to(REPOSITORY) for pattern in WHERE for path in RE
 
 
 def test_words_that_were_given_up_stay_given_up():
-    left = set(NOT_YET.split())
-    assert left <= {str(path) for path in FILES}, "NOT_YET names files that do not exist"
-    found = {str(path): given_up(path, (REPOSITORY / path).read_text()) for path in FILES}
-    bad = [line for path, lines in found.items() if path not in left for line in lines]
-    assert not bad, "docs/words.md has better words:\n" + "\n".join(bad)
-    clean = sorted(path for path in left if not found[path])
-    assert not clean, f"these are clean: take them out of NOT_YET: {' '.join(clean)}"
+    found = [line for path in FILES for line in given_up(path, (REPOSITORY / path).read_text())]
+    assert not found, "docs/words.md has better words:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def _or_none(ask: Callable[[], Any]) -> Any:
 def together(found: Findings, seconds: float) -> bool:
     """Start MPI and complete what was found ``alone``; return true on the rank that has it all, and is to print it.
 
-    A collective call.  A process that has not come through in so many seconds ends, and prints on standard error where
+    A collective call.  A process that has not come through in time ends, and prints on standard error where
     it was.
     """
     with _limit(seconds) as doing:
@@ -234,7 +234,7 @@ def _tell_of_failure(found: Findings, error: str) -> None:
     """Add the error, and the facts of this process only: there is no MPI, or no job."""
     own, told = _own(), found.facts["software"]["told"]
     if own["mpi"] is None and told:
-        error += f"; or unset {' and '.join(told)}, by which mpi4py is told what to load"
+        error += f"; or unset {' and '.join(told)}, by which mpi4py finds what to load"
     found.wrong.append(error)
     found.facts["mpi"] = own["mpi"]
     found.facts["nodes"] = _nodes([{**own, "first": own["rank"], "shared": None}])
@@ -246,7 +246,7 @@ def _ask_all(comm: "MPI.Intracomm", found: Findings, doing: Callable[[str], None
 
     own = {**_own(), "rank": comm.rank}
     doing("making a communicator of mpicoll's")
-    state = State(comm, {})  # no rules: a profile that is wrong is to be told of, not raised
+    state = State(comm, {})  # no rules: a profile that is wrong is reported, not raised
     doing("sharing memory")
     own["first"], own["shared"] = state.node.comm.bcast(comm.rank), _shared_by(state)
     doing("looking for GPUs and paths")
@@ -336,7 +336,7 @@ def _profile(found: Findings, state: "State") -> Facts:
     if not needed and not os.path.exists(path):
         facts["why"] = f"there is none: mpirun -n {max(state.p, 2)} mpicoll tune makes it"
         if not _can_be_made(place[0]):
-            facts["why"] += " if it is told where, --out FILE: nothing can be written there"
+            facts["why"] += " if --out FILE names a place: nothing can be written there"
         return facts
     try:
         refused = refusal(read_profile(path), here)
@@ -395,7 +395,7 @@ def _cupy(module: Any) -> Facts:
 
 
 def _paths(state: "State", taken: Facts | None, lacking: str | None) -> dict[str, str]:
-    """By which arrays in the memory of GPUs go here: for each an empty text, or why it cannot be gone.  A collective
+    """Return for each path of arrays in the memory of GPUs an empty text, or why it is not available.  A collective
     call."""
 
     why = dict.fromkeys(GPU_PATHS, str(lacking)) if taken is None else state.join_devices(taken["number"]).why
@@ -464,7 +464,7 @@ if os.getppid() == process:
 
 @contextmanager
 def _limit(seconds: float) -> Iterator[Callable[[str], None]]:
-    """Yield the function to be called with each thing that is done, in words; end this process after so many seconds.
+    """Yield the function to be called with each thing that is done, in words; end this process after ``seconds``.
 
     Another process watches this one, and waits for others to print their line too before it ends it: launchers end the
     job when the first process fails.

@@ -1,7 +1,7 @@
 """Do all ranks make the same call?  A small exchange before each one, so that a mistake raises on every rank.
 
 Otherwise a rank that calls something else, or with another length, gets wrong numbers, an error of the MPI library, or
-waits for ever, depending on what the others happen to do.
+waits indefinitely, depending on what the others happen to do.
 """
 
 import os
@@ -91,7 +91,7 @@ def header_of(
     root: int | None = None,
     algorithm: str = "native",
 ) -> Header:
-    """The header of a call, at the least cost; of one of the MPI library's own, unless an algorithm is named."""
+    """Return the header of a call, native unless ``algorithm`` says otherwise; calls that are alike share one."""
     return Header(
         collective,
         algorithm,
@@ -103,7 +103,7 @@ def header_of(
 
 
 class Agreement:
-    """The ranks of one communicator, compared by way of a private one."""
+    """Compares the calls that the ranks of a communicator make, through a private duplicate of it."""
 
     def __init__(self, comm: MPI.Comm, node: Node | None = None) -> None:
         self._comm, self._p = comm, comm.size
@@ -164,7 +164,7 @@ class Agreement:
 
 
 class Comparison(NamedTuple):
-    """One under way."""
+    """A comparison of a nonblocking call that is pending."""
 
     request: MPI.Request
     mine: bytes
@@ -218,7 +218,7 @@ def digest_of(headers: Headers, detail: tuple[str, ...] | None = None) -> int:
 
 
 def _digest(what: Hashable) -> int:
-    """The same in all processes, which Python's own hash is not."""
+    """Return a 64-bit hash that is equal in all processes, as Python's own is not."""
     from hashlib import sha256  # takes 2 ms to import
 
     return int.from_bytes(sha256(repr(what).encode()).digest()[:8], "little")

@@ -17,7 +17,7 @@ class Attached(Protocol):
         """Raise if no call may be started on it."""
 
     def interrupt(self) -> None:
-        """A call on it was broken off: it is the last."""
+        """A call on it was aborted: no other may be started."""
 
     def disown(self) -> None:
         """The communicator is being freed, by all ranks."""
@@ -27,12 +27,12 @@ class Attached(Protocol):
 
 
 INTERRUPTED = (
-    "an earlier call on this communicator was interrupted by an exception, and its messages may still be under way: "
+    "an earlier call on this communicator was interrupted by an exception, and its messages may still be in flight: "
     "go on with a new communicator (comm.Dup())"
 )
 
 interrupted: set[Attached] = set()
-"""Of communicators on which a call was broken off, until they are freed: while there is none, small calls need not
+"""What hangs on communicators on which a call was aborted, until they are freed: while there is none, calls need not
 look."""
 
 _keyval = MPI.KEYVAL_INVALID
@@ -53,7 +53,7 @@ def _create_keyval() -> None:
 
 
 class _Broken:
-    """In place of the state of a communicator that had none when a call on it was broken off."""
+    """Stands in for the state of a communicator that had none when a call on it was aborted."""
 
     def check(self) -> None:
         raise RuntimeError(INTERRUPTED)
@@ -92,7 +92,7 @@ def check_comm(comm: Any) -> None:
 
 
 def check(comm: MPI.Comm) -> None:
-    """Raise if a call on it was broken off: the other ranks may still be in that."""
+    """Raise if a call on the communicator was aborted: the other ranks may still be in it."""
     if _keyval != MPI.KEYVAL_INVALID:
         found = attached(comm)
         if found is not None:
@@ -101,7 +101,7 @@ def check(comm: MPI.Comm) -> None:
 
 @contextmanager
 def whole(comm: MPI.Intracomm) -> Iterator[None]:
-    """A call on ``comm``: broken off by Ctrl-C, it is the last one, by our algorithms or natively."""
+    """Guard one call on ``comm``: after Ctrl-C in it no other call may be started there; close the flight record."""
     check(comm)
     try:
         yield

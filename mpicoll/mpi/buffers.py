@@ -1,6 +1,6 @@
 """What may be reduced: whatever a user passes, as one flat NumPy array on the same memory.
 
-Arrays in the memory of a GPU are told from all others here, and what is done with them is in ``mpi.gpu``.
+Arrays in the memory of a GPU are recognised here, and what is done with them is in ``mpi.gpu``.
 """
 
 import sys
@@ -114,12 +114,12 @@ def is_half(dtype: np.dtype) -> bool:
 
 @lru_cache
 def name_of(dtype: np.dtype) -> str:
-    """The same for the same numbers, on all ranks."""
+    """Return the name of a dtype, equal on all ranks for equal numbers."""
     return str(PAIRS[dtype].name) if dtype in PAIRS else dtype.name
 
 
 def lengths(x: Any) -> str:
-    """Of which arrays a list is made up: what is fused must be cut in the same places."""
+    """Return the lengths of the arrays of a list, as text: what is fused must be cut in equal places on all ranks."""
     if not isinstance(x, (list, tuple)) or _is_specification(x) or len(x) < 2:
         return ""
     sizes = [str(size) for array in x if (size := getattr(array, "size", "?"))]
@@ -162,7 +162,7 @@ def _as_array(x: Any) -> Any:
 
 
 def is_in_place(sendbuf: Any) -> bool:
-    """Does a send buffer say that the data are in the receive buffer, as mpi4py has it?"""
+    """Whether a send buffer says, as in mpi4py, that the data are in the receive buffer."""
     return sendbuf is None or sendbuf is MPI.IN_PLACE
 
 
@@ -190,7 +190,7 @@ def concerns_device(*buffers: Any) -> bool:
 
 
 def staged(x: Any, load: bool = True, stream: Any = None) -> Part:
-    """A CuPy array by way of host memory, all of it at once: its stream is waited for after the copy out.
+    """Stage a CuPy array in host memory, all of it at once: its stream is waited for after the copy out.
 
     ``load=False`` leaves out the copy out, for an array that is only written.
     """
@@ -268,7 +268,7 @@ def message(x: Any, blocks: bool = False) -> Message:
         return Message(x)
     if not 2 <= len(x) <= 4 or not (blocks or _is_specification(x)):
         form = "[buffer, counts, displacements, datatype]" if blocks else "[buffer, count, datatype]"
-        raise TypeError(f"expected an array or {form}, as mpi4py has it, got a list of {len(x)}")
+        raise TypeError(f"expected an array or {form}, as mpi4py takes it, got a list of {len(x)}")
     buffer, count, *rest = x
     if isinstance(buffer, Number):
         raise TypeError("expected an array, got a list of numbers: pass a NumPy array, such as x = np.array(x)")
@@ -413,7 +413,7 @@ def _movable(x: Any, writable: bool) -> np.ndarray:
 
 
 def payload(x: Any, writable: bool = False) -> tuple[str, int | None]:
-    """The same in bytes."""
+    """Return ``"bytes"`` and how many a buffer holds; what is wrong with it and ``None`` if that is not known."""
     try:
         return "bytes", _movable(x, writable).nbytes
     except Exception:

@@ -46,7 +46,7 @@ def allreduce(
         ``"bor"``, ``"bxor"``; or an ``MPI.Op``, predefined or user-defined. One that does not commute is applied in
         rank order.
     algorithm
-        A name from ``mpicoll.ALGORITHMS["allreduce"]``; ``"native"`` for the MPI library's own, which alone decides
+        A name from ``mpicoll.ALGORITHMS["allreduce"]``; ``"native"`` for that of the MPI library, which alone decides
         about NaN, signed zeros and whether all ranks get the same bits; ``"auto"`` for what is fastest at this length.
     deterministic
         Add in one canonical order: the bits do not depend on the algorithm, the length of the array, or what it is

@@ -45,7 +45,7 @@ class Comm(MPI.Intracomm):
     def __new__(
         cls, comm: MPI.Intracomm | None = None, *, deterministic: bool | None = None, check: str | None = None
     ) -> "Comm":
-        """See the class."""
+        """Make a ``Comm`` on the communicator; see the class."""
         if comm is None:  # how mpi4py makes one that it is going to fill in
             return super().__new__(cls)
         check_comm(comm)
@@ -123,15 +123,15 @@ class Comm(MPI.Intracomm):
         return self._array("empty", lambda: (shape, dtype, None))
 
     def zeros(self, shape: int | Sequence[int], dtype: Any = float) -> np.ndarray:
-        """The same, full of zeros."""
+        """An array in shared memory, full of zeros; see ``empty``."""
         return self._array("zeros", lambda: (shape, dtype, 0))
 
     def full(self, shape: int | Sequence[int], value: Any, dtype: Any = None) -> np.ndarray:
-        """The same, full of a value, by default of its dtype."""
+        """An array in shared memory, full of ``value``, by default of its dtype; see ``empty``."""
         return self._array("full", lambda: (shape, np.asarray(value).dtype if dtype is None else dtype, value))
 
     def asarray(self, x: Any, dtype: Any = None) -> np.ndarray:
-        """The same, a copy of an array."""
+        """A copy of an array in shared memory; see ``empty``."""
 
         def given() -> tuple[Any, Any, Any]:
             array = np.asarray(x, dtype)
@@ -176,7 +176,7 @@ class Comm(MPI.Intracomm):
         ``op`` and ``check`` are those of ``mpicoll.allreduce``; 16-bit floats are added as float32.  The order of
         additions is the canonical one if the ``Comm`` is ``deterministic``.
 
-        If ranks do not share memory, or the array is so small that the MPI library's own is faster, or lies on a GPU,
+        If ranks do not share memory, or the array is so small that native is faster, or lies on a GPU,
         each has a result of its own.
         """
         result = execute(self, ALLREDUCE, x, ONE, op, None, None, check=check, stream=stream)

@@ -170,7 +170,7 @@ def _understood(
     method: bool,
     key: Any,
 ) -> Any:
-    """The same for a call that is not in the cache, which it joins if it is of one of the forms for it."""
+    """Run a call that is not in the cache, and put it there if it is of one of the forms that are."""
 
     def calls(state: State) -> list[Request | Raw]:
         first = partial(native_first, state, row)
@@ -294,7 +294,7 @@ def account(
 ) -> Account:
     """What an ``allreduce`` with these arguments does: its algorithm, and what this rank sends.  Not a collective call.
 
-    Nothing can be known of the MPI library's own.  In shared memory nothing is sent; what is sent between nodes, and
+    Nothing can be known of native calls.  In shared memory nothing is sent; what is sent between nodes, and
     how arrays in the memory of GPUs travel, is known after the first such call.
 
     Raises ``ValueError`` for a communicator on which there was no call yet, if it is no ``mpicoll.Comm``.

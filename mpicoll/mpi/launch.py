@@ -119,7 +119,7 @@ def world() -> "MPI.Intracomm":
 def check(comm: "MPI.Intracomm") -> None:
     """Raise a ``UserError`` if the launcher has started several processes, and MPI lets each believe to be alone.
 
-    They would all do the whole job, and what they add up would be wrong; not so on ``MPI.COMM_SELF``, which is let be.
+    They would all do the whole job, and their sums would be wrong; not so on ``MPI.COMM_SELF``, which is let be.
     Rank 0 tells of misspelt environment variables, unless that was done before.
     """
     global checked

@@ -170,7 +170,7 @@ NOWHERE = Place()
 
 
 def place_of(array: np.ndarray) -> Place:
-    """Of a contiguous array.  Usual cases are recognised without its address, which takes NumPy 0.7 us."""
+    """Return where a contiguous array lies.  Usual cases need no address, which takes NumPy 0.7 us."""
     base = array.base
     ordered = _ordered
     if not ordered or base is None:
@@ -195,7 +195,7 @@ class Pool:
         self._windows: list[Window] = []
 
     def empty(self, nbytes: int) -> np.ndarray | None:
-        """So many bytes of a window, not necessarily as many on each rank; ``None`` on all of them if there is no
+        """Return ``nbytes`` of a window, not necessarily as many on each rank; ``None`` on all of them if there is no
         memory to share.  A collective call of the node."""
         asked = self._node.allgather((nbytes, [window.number for window in self._windows if not window.lent]))
         most = max(size for size, _ in asked)

@@ -38,8 +38,8 @@ def iallreduce(
 ) -> Handle | NativeHandle:
     """``allreduce`` that returns at once, with a handle: ``poll()`` it until it is ``True``, or ``wait()``.
 
-    ``x`` must be left alone meanwhile; ``wait`` returns it. ``"auto"`` means the MPI library's own wherever it can do
-    what is asked, since all of MPI's calls drive that; our algorithms are driven by calls to mpicoll alone (see
+    ``x`` must be left alone meanwhile; ``wait`` returns it. ``"auto"`` means native wherever that can do what
+    is asked, since all of MPI's calls drive that; our algorithms are driven by calls to mpicoll alone (see
     ``Handle``). Those need a ``mpicoll.Comm``, whose private duplicate is made beforehand; and on no other communicator
     is the call compared between the ranks (``check``), which is done when it is waited for.
     """

@@ -35,7 +35,7 @@ class Operation:
     reduces: bool = True
 
     def on_wire(self, wire: str, dtype: np.dtype) -> "Operation":
-        """The same with partial results of 16-bit floats sent as such: rounded at every hop, half the bytes."""
+        """Return the operation with 16-bit partial results sent as such: rounded at every hop, half the bytes."""
         if wire != "16bit":
             raise ValueError(f"unknown wire {wire!r}: expected 16bit, or nothing")
         if not is_half(dtype):
@@ -62,7 +62,7 @@ def _elementwise(ufunc: np.ufunc) -> Callable[..., None]:
 
 
 def _product(lower: np.ndarray, higher: np.ndarray, out: np.ndarray) -> None:
-    """Of complex numbers it is by parts: NumPy's own rounds differently in long and in short arrays."""
+    """Multiply; complex numbers by parts, since NumPy's own product rounds differently in long and in short arrays."""
     if out.dtype.kind != "c":
         return _elementwise(np.multiply)(lower, higher, out)
     for piece in _pieces(out, 1 << 13):

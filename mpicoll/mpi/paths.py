@@ -1,6 +1,6 @@
 """Which path a request takes, and why each other one cannot.
 
-A request travels by the MPI library's own collective (*native*), by the messages of a schedule, or through memory
+A request travels by the collective of the MPI library (*native*), by the messages of a schedule, or through memory
 that ranks share; arrays in the memory of GPUs take one of the paths of ``mpi.gpu.devices``.  The decision depends
 only on what is equal on all ranks: the collective, count, dtype, operation and options, and the number of ranks.
 """
@@ -32,8 +32,8 @@ KEPT = 1024
 """Paths that a communicator remembers; the oldest goes first."""
 
 Preference = Literal["fastest", "by messages", "native", "ours"]
-"""What ``"auto"`` means: the fastest, the fastest by messages, the MPI library's own wherever it can do what is asked,
-or never that."""
+"""What ``"auto"`` means: the fastest, the fastest by messages, native wherever that can do what is asked, or never
+native."""
 
 
 class Account(NamedTuple):
@@ -49,7 +49,7 @@ class Path:
     """The path of a request, and of all that are like it.
 
     ``run(send, recv, places)`` does it and returns what was received, arrays being those of the request, of any shape.
-    ``native`` is the MPI library's own call, if ``run`` is nothing more than ``native(send, recv)`` with arrays as the
+    ``native`` is mpi4py's call, if ``run`` is nothing more than ``native(send, recv)`` with arrays as the
     user passes them.  ``places(send, recv)``, of a path in shared memory, is where this rank's arrays lie, which
     travels with the comparison of the call, and the flat arrays, which ``run`` then takes with the places of all.
     """
@@ -147,7 +147,7 @@ def _names(collective: str, which: Callable[[Algorithm], bool]) -> str:
 
 
 def native_first(state: State, row: Collective, nbytes: int) -> bool:
-    """Whether a move of so many bytes is the MPI library's own by ``"auto"``."""
+    """Whether ``"auto"`` is native for a move of ``nbytes``."""
     shares = state.can_share(row.name, False, MOVE)
     return choose(row.name, DEFAULT, nbytes, np.dtype(np.uint8), MOVE, state.rules[row.name], shares=shares) == NATIVE
 
@@ -462,7 +462,7 @@ def _on_host(options: Options) -> Options:
 
 
 def _staged(request: Request, flat: np.ndarray) -> Request:
-    """The request for as many elements in host memory, in place."""
+    """Return the request for ``flat`` in host memory, in place."""
     row, rank, root = request.row, request.rank, request.root
     sends = row.sends(rank, root)
     receives = row.receives(rank, root) and not (row.from_root and sends)
@@ -486,7 +486,7 @@ def _copy(request: Request) -> None:
 
 
 def _run_staged(state: State, request: Request, array: Array) -> None:
-    """By way of host memory: in pieces, or, where ranks have parts, all at once."""
+    """Stage the arrays in host memory: in pieces, or, where ranks have parts, all at once."""
     given, taken = request.send, request.recv
     if request.cuts is None:
 

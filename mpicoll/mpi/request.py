@@ -139,8 +139,7 @@ class Asked(NamedTuple):
 
     ``send`` and ``recv`` are as mpi4py's methods take them.  ``method`` says that a method of mpi4py's was called,
     which takes whatever that takes, and not a function of ours, which is stricter.  ``counts`` are those of ranks'
-    parts, if they were given.  ``native_first`` says whether the MPI library's own is what ``"auto"`` is for so many
-    bytes.
+    parts, if they were given.  ``native_first`` says whether ``"auto"`` is native for a number of bytes.
     """
 
     comm: MPI.Intracomm
@@ -235,7 +234,7 @@ def check_root(comm: MPI.Intracomm, root: Any) -> int:
 
 
 def cuts_of(counts: Sequence[int] | None, total: int | None, p: int) -> tuple[int, ...]:
-    """Where each rank's part begins, and the end; a ``ValueError`` unless there is one for each and they add up."""
+    """Where each rank's part begins, and the end; a ``ValueError`` for counts that are not those of ``p`` parts."""
     if counts is None:
         assert total is not None
         return tuple(chunk_start(total, rank, p) for rank in range(p + 1))
@@ -243,7 +242,7 @@ def cuts_of(counts: Sequence[int] | None, total: int | None, p: int) -> tuple[in
     if len(checked) != p or min(checked) < 0:
         raise ValueError(f"expected a count of 0 or more for each of {p} ranks, got {counts}")
     if total is not None and sum(checked) != total:
-        raise ValueError(f"counts add up to {sum(checked)}, the array has {total} elements")
+        raise ValueError(f"counts sum to {sum(checked)}, the array has {total} elements")
     return (0, *accumulate(checked))
 
 
@@ -463,7 +462,7 @@ def _bytes(x: Array | np.ndarray) -> Any:
 
 
 def _moving(asked: Asked, send: Any, recv: Any, cuts: tuple[int, ...], size: int, **more: Any) -> Request:
-    """The request, in bytes: ``cuts`` are in elements of so many."""
+    """Return the request in bytes; ``cuts`` are in elements of ``size`` bytes."""
     as_sent, as_received = (None if x is None else _bytes(x) for x in (send, recv))
     return asked.request(as_sent, as_received, MOVE, cuts=tuple(cut * size for cut in cuts), **more)
 

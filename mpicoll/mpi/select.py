@@ -30,7 +30,7 @@ SHARED_FROM = {
     **({"allreduce": 2 << 20} if MPI.get_vendor()[0] == "Intel MPI" else {}),
     "allreduce_shared": 256 << 10,
 }
-"""Bytes of the whole array from which on the MPI library's own is slower than memory that all ranks share, or, where
+"""Bytes of the whole array from which on native is slower than memory that all ranks share, or, where
 nothing is reduced, than arrays in it; ``bench/allreduce.py``."""
 
 ACROSS_FROM = 1 << 20
@@ -51,8 +51,8 @@ def parameters(row: Algorithm, nbytes: int, root: int | None = None, segments: i
 
 
 def shortest(collective: str, ranked: Sequence[str]) -> tuple[str, ...]:
-    """Of algorithms of ours, the best first, those that are the best for some call: any, one whose operation does not
-    commute, or a deterministic one."""
+    """Keep those of the ranked algorithms, the best first, that are best for some call: any, one whose operation does
+    not commute, or a deterministic one."""
     kept: list[str] = []
     able: set[str] = set()
     for name in ranked:
@@ -67,7 +67,7 @@ def shortest(collective: str, ranked: Sequence[str]) -> tuple[str, ...]:
 
 @lru_cache
 def _ours(collective: str, p: int, network: Network) -> tuple[Rule, ...]:
-    """By cost alone, the MPI library's own left out."""
+    """Return rules by cost alone, without native."""
     rules: list[Rule] = []
     rows = ALGORITHMS[collective].values()
     for bits in range(MOST + 1):
@@ -80,7 +80,7 @@ def _ours(collective: str, p: int, network: Network) -> tuple[Rule, ...]:
 
 
 def ahead(rules: tuple[Rule, ...], lo: int, hi: int | None, *names: str) -> tuple[Rule, ...]:
-    """The same, but those of the names come first from ``lo`` bytes on, and below ``hi``, if there is an end to it."""
+    """Return the rules with ``names`` first from ``lo`` bytes on, and below ``hi`` if that is not ``None``."""
     found: list[Rule] = []
     begin = 0
     for up_to, algorithms in rules:
@@ -97,7 +97,7 @@ def ahead(rules: tuple[Rule, ...], lo: int, hi: int | None, *names: str) -> tupl
 def defaults(
     collective: str, p: int, shares: bool = False, spans: bool = False, one_node: bool = True
 ) -> tuple[Rule, ...]:
-    """What ``"auto"`` goes by where nobody has measured: sizes up to which the MPI library's own is best almost
+    """What ``"auto"`` goes by where nobody has measured: sizes up to which native is best almost
     everywhere, and beyond, and where it cannot do what is asked, the costs of ours on an ordinary network.
 
     ``shares``, ``spans`` and ``one_node`` are a communicator's (``mpi.state``).
@@ -117,5 +117,5 @@ def tuned(collective: str, rules: tuple[Rule, ...], shares: bool) -> tuple[Rule,
 
 
 def _shared_first(collective: str) -> tuple[str, ...]:
-    """Where nothing is reduced, the MPI library's own is for arrays that do not lie in shared memory."""
+    """Where nothing is reduced, native is for arrays that do not lie in shared memory."""
     return (SHARED,) if COLLECTIVES[collective].reduces else (SHARED, NATIVE)

@@ -3,16 +3,16 @@
 They are no schedules: there are no messages, but turns, after which everybody sees what everybody else has written.  A
 vector is cut into pieces; each has an *owner*, the rank that reduces it for all (in the canonical order, see
 ``algorithms.fold``) while it is in the cache, or that holds it, where nothing is reduced.  Arrays that lie in shared
-memory are read, and written, where they are.  Others go by way of an *inbox* and an *outbox* of each rank, a tile at a
+memory are read, and written, where they are.  Others go through an *inbox* and an *outbox* of each rank, a tile at a
 time:
 
     put      what others own of the tile goes to this rank's inbox
-    reduce   what this rank owns is added up from all inboxes, and goes to its outbox
+    reduce   what this rank owns is reduced from all inboxes, and goes to its outbox
     get      what others own comes from their outboxes
 
 with a turn after each, in which one tile is put, the one before is reduced, and the one before that is got.
 
-On several nodes each owner, once it has added up what its node has of a piece, adds it up with the owners of that piece
+On several nodes each owner, once it has reduced what its node has of a piece, reduces it with the owners of that piece
 on other nodes, by messages; there are as many owners as the smallest node has ranks.
 """
 
@@ -60,7 +60,7 @@ PROCESS = int.from_bytes(os.urandom(8), "little")  # no other's, not even in a c
 class Node:
     """The ranks of a communicator that share memory, and how they take turns; making it is a collective call.
 
-    ``pause`` is called now and then while this rank waits: it drives what else is under way, messages of the MPI
+    ``pause`` is called now and then while this rank waits: it drives what else is pending, messages of the MPI
     library included, without which another rank may never come.
     """
 
@@ -72,7 +72,7 @@ class Node:
             node = comm
         self.comm, self.size, self.rank = node, node.size, node.rank
         self.ranks, self.box = comm.size, BOX if self.whole else BOX_ACROSS
-        self.across: Callable[[np.ndarray, Operation], None] | None = None  # adds up with other nodes, if there are any
+        self.across: Callable[[np.ndarray, Operation], None] | None = None  # reduces with other nodes, if there are any
         p = self.size
         self.owners = list(range(p))  # ranks here that own pieces
         found = node.allgather((PROCESS, cores()))
@@ -143,14 +143,14 @@ class Node:
     # ---- memory
 
     def empty(self, nbytes: int) -> np.ndarray | None:
-        """See ``Pool.empty``."""
+        """Return memory of this rank that others find; ``None``, on all ranks, if there is none (see ``Pool``)."""
         if not self.shares:
             return None
         forget()
         return self.pool.empty(nbytes)
 
     def common(self, nbytes: int) -> np.ndarray | None:
-        """The same bytes on all ranks, all zero; ``None`` if there is no memory for it.  A collective call."""
+        """Return memory that is one for all ranks, full of zeros; ``None`` if there is none.  A collective call."""
         memory = share(self.comm, max(nbytes, 1)) if self.shares else None
         return None if memory is None else np.frombuffer(memory, np.uint8, nbytes)
 
@@ -170,7 +170,7 @@ class Node:
         return self._results[0][:nbytes]
 
     def _open(self) -> bool:
-        """Make sure that there are boxes; false if there is no memory for them, on all ranks.  A collective call."""
+        """Make sure that there are staging buffers; false, on all ranks, if there is no memory.  A collective call."""
         if self.boxes is None:
             memory = share(self.comm, self.size * 4 * self.box)
             if memory is not None:
@@ -205,7 +205,7 @@ class Node:
         return tail[: len(tail) // dtype.itemsize * dtype.itemsize].view(dtype)
 
     def scratch(self, n: int, length: int, dtype: np.dtype) -> list[np.ndarray]:
-        """So many arrays of so many elements, each on cache lines of its own; the next call gets the same."""
+        """Return ``n`` arrays of ``length`` elements, each on lines of its own, which the next call takes over."""
         size = -(-length * dtype.itemsize // LINE) * LINE
         if len(self._scratch) < n * size:
             self._scratch = np.empty(n * size, np.uint8)
@@ -278,7 +278,7 @@ class Node:
         return True
 
     def owned(self, count: int, dtype: np.dtype) -> list[int]:
-        """Of how many elements each piece is that this rank adds up with other nodes, in an allreduce of so many."""
+        """Return the lengths of the pieces that this rank reduces with other nodes, of ``count`` elements in all."""
         if self.rank not in self.owners:
             return []
         owners, at = len(self.owners), self.owners.index(self.rank)
@@ -500,15 +500,15 @@ class _Call:
 
 
 def _tiles(longest: int, size: int, most: int) -> tuple[int, int]:
-    """In how many pieces of at most so many bytes, whole cache lines, an owner's elements are done; and how long each
-    is, in elements."""
+    """Return in how many pieces of at most ``most`` bytes, whole cache lines, an owner's elements are done, and the
+    elements of each."""
     line = LINE // size if LINE % size == 0 else LINE
     tiles = -(-longest // (max(most // size // line, 1) * line))
     return tiles, -(-longest // (max(tiles, 1) * line)) * line
 
 
 def _prepared(step: Step) -> Step:
-    """The same, with nothing to bind when the call is made, if that can be."""
+    """Return the step with nothing to bind when the call is made, if that can be."""
     do, arrays = step
     return step if any(isinstance(array, _Slice) for array in arrays) else (partial(do, *arrays), ())
 
@@ -535,7 +535,7 @@ def additions(p: int) -> tuple[tuple[int, int, int], ...]:
     order: list[tuple[int, int, int]] = []
 
     def total(lo: int, hi: int, depth: int) -> int:
-        """Of some of those that remain when pairs are folded; where it is."""
+        """Reduce members ``lo`` to ``hi`` of those that remain when pairs are folded; return where the total is."""
         if hi - lo == 1 and lo >= pairs:
             return lo + pairs
         half = (lo + hi) // 2

@@ -45,7 +45,7 @@ MAX_PLANS = 64
 BUSY = "another thread is in a collective on this communicator: give each thread a communicator of its own"
 
 BLOCKING_TAG = 0
-HANDLE_TAGS = range(1, 8192)  # one each, in turn: several may be under way on one communicator
+HANDLE_TAGS = range(1, 8192)  # one each, in turn: several may be pending on one communicator
 MIXING_TAGS = range(8192, 16384)  # by graph and step: ranks that mix differently do not take each other's vectors
 PERSISTENT_TAGS = range(16384, 32768)  # one each, for good; MPI guarantees tags up to 32767
 
@@ -94,7 +94,7 @@ class State:
         self._interrupted = False
         self._running = Lock()
         self._handles = self._persistent = 0
-        self._pending: dict[int, Handle] = {}  # handles under way, by tag
+        self._pending: dict[int, Handle] = {}  # pending handles, by tag
         self._users = 1  # the communicator, and handles that are not done with
 
     def plan(
@@ -119,7 +119,7 @@ class State:
 
     def run(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int = BLOCKING_TAG) -> None:
         """Do it now, on memory that belongs to the caller."""
-        # Handles under way: other ranks may need them to go on before they join this.
+        # Pending handles: other ranks may need them to go on before they join this.
         self._in_turn(self._run_driving if under_way else self._run, plan, vector, operation, tag)
 
     def _run(self, plan: Plan, vector: np.ndarray, operation: Operation, tag: int) -> None:
@@ -131,7 +131,7 @@ class State:
             if len(self._scratch) < plan.scratch_bytes:
                 self._scratch = np.empty(plan.scratch_bytes, np.uint8)
             rounds, copy = plan.bind(vector, self._scratch, operation), None
-        with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages under way
+        with np.errstate(all="ignore"):  # like MPI's own reductions; raising here would leave messages in flight
             entry = record.inside.get(get_ident())
             for n, bound in enumerate(rounds):
                 if entry is not None:
@@ -143,7 +143,7 @@ class State:
             vector[:] = copy
 
     def _in_turn(self, call: Callable[..., T], *args: Any) -> T:
-        """The only one on this communicator; if it is broken off, the last."""
+        """Run ``call`` exclusively on this communicator; if it raises, mark the communicator unusable."""
         self.check()
         if not self._running.acquire(blocking=False):
             raise RuntimeError(BUSY)
@@ -210,7 +210,7 @@ class State:
         return found
 
     def join_nodes(self) -> None:
-        """Make ready what nodes need to add up with each other.  A collective call."""
+        """Make what nodes need to reduce with each other.  A collective call."""
         if self.spans and self._owners is None:
             mine = self.node.rank if self.node.rank in self.node.owners else MPI.UNDEFINED
             with driving(self.comm):
@@ -255,7 +255,7 @@ class State:
         return found  # type: ignore[return-value]
 
     def _across(self, piece: np.ndarray, operation: Operation) -> None:
-        """Add up with the other nodes, in the canonical order."""
+        """Reduce ``piece`` with the other nodes, in the canonical order."""
         assert self._owners is not None
         self._owners.run(self._plan_across(len(piece), piece.dtype, operation), piece, _carried(operation))
 
@@ -267,8 +267,8 @@ class State:
         return owners.plan(name, lambda: row.schedule(owners.p), count, dtype, _carried(operation))
 
     def plans_across(self, count: int, dtype: np.dtype, operation: Operation) -> list[Plan] | None:
-        """What this rank does with other nodes in an allreduce of so many elements in shared memory; ``None`` if there
-        was none so far, and it is not known yet."""
+        """Return this rank's plans with other nodes in an allreduce of ``count`` elements in shared memory; ``None`` if
+        there was no such call so far, and they are not known yet."""
         if not self.spans:
             return []
         if self._owners is None:
@@ -425,18 +425,18 @@ class State:
         return PERSISTENT_TAGS[self._persistent - 1]
 
     def started(self, handle: "Handle", tag: int) -> None:
-        """Keep the private communicator as long as the handle is under way, though the user's may be freed."""
+        """Keep the private communicator as long as the handle is pending, though the user's may be freed."""
         self._pending[tag] = handle
         self.retain()
 
     def completed(self, tag: int) -> None:
-        """The opposite."""
+        """Let go of what ``started`` keeps."""
         del self._pending[tag]
         self.release()
 
 
 def _carried(operation: Operation) -> Operation:
-    """Of sums that are as wide as they will be, and not finished."""
+    """Return the operation on sums that are as wide as they will be, and not finished."""
     return replace(operation, widens=False, finish=None)
 
 
@@ -455,7 +455,7 @@ def state_of(comm: MPI.Intracomm) -> State:
         with (
             record.during("making a communicator of ours", ranks=world_ranks(comm)),
             driving(comm),
-        ):  # other ranks may be waiting for what is under way before they come here
+        ):  # other ranks may be waiting for what is pending before they come here
             state = State(comm)
         attach(comm, state)
     return state

@@ -132,7 +132,7 @@ def test_without_an_mpi_the_rest_is_said(tmp_path):
     assert "\nGPUs " in done.out
     last = done.out.splitlines()[-1]
     assert last.startswith("wrong:      cannot load an MPI library (")
-    assert last.endswith("or unset MPI4PY_LIBMPI, by which mpi4py is told what to load")
+    assert "or unset MPI4PY_LIBMPI, " in last
 
 
 def test_ranks_that_never_come_are_not_waited_for(tmp_path):

@@ -502,7 +502,7 @@ def test_after_an_interrupted_call_the_communicator_refuses(comm, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             mpicoll.allreduce(np.ones(3), broken, algorithm="ring")
     for call in (mpicoll.allreduce, mpicoll.iallreduce, mpicoll.allreduce_init):
-        with pytest.raises(RuntimeError, match="interrupted by an exception, and its messages may still be under way"):
+        with pytest.raises(RuntimeError, match="interrupted by an exception, and its messages may still be in flight"):
             call(np.ones(3), broken, algorithm="ring")
     assert mpicoll.allreduce(np.ones(3), broken.Dup(), algorithm="ring")[0] == P
 

@@ -443,7 +443,7 @@ def test_mistakes_are_told_to_all(cupy, ours):
     for call, error, message in (
         (lambda: ours.Allreduce(MPI.IN_PLACE, Raises()), TypeError, "interface cannot be read: it needs gradients"),
         (lambda: ours.Allgather([there], there), TypeError, "got a list of 1"),
-        (lambda: ours.Bcast([there, n]), TypeError, r"\[buffer, count, datatype\], as mpi4py has it, got a list of 2"),
+        (lambda: ours.Bcast([there, n]), TypeError, r"\[buffer, count, datatype\], .* got a list of 2"),
         (lambda: ours.Allgatherv(there, [there, [5] * P, [0] * P]), TypeError, "MPI datatype as the last of 3"),
         (lambda: ours.Allgatherv(there, [there, ([5] * P, [1] * P)]), ValueError, "go beyond the 5 elements"),
         (lambda: ours.Allreduce(MPI.IN_PLACE, [there, 6]), ValueError, "has 5 elements, 6 from number 0 on"),

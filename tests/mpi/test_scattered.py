@@ -278,7 +278,7 @@ def test_counts_that_do_not_fit_are_refused(comm):
             mpicoll.reduce_scatter(np.zeros(P), comm, counts)
         with pytest.raises(ValueError, match=f"expected a count of 0 or more for each of {P} ranks"):
             mpicoll.allgather(np.zeros(1), comm, counts)
-    with pytest.raises(ValueError, match=f"counts add up to {P}, the array has {P + 1} elements"):
+    with pytest.raises(ValueError, match=f"counts sum to {P}, the array has {P + 1} elements"):
         mpicoll.reduce_scatter(np.zeros(P + 1), comm, [1] * P)
     with pytest.raises(ValueError, match=f"rank {comm.rank} brings 3 elements, counts say 1"):
         mpicoll.allgather(np.zeros(3), comm, [1] * P)
@@ -290,7 +290,7 @@ def test_counts_that_do_not_fit_are_refused(comm):
         ours.Allgather(np.zeros(1), np.zeros(P + 1), "ring")
     twos, x = [2] * P, np.zeros(2 * P)
     for wrong, message in (
-        ([x, twos, twos, twos, "d"], r"\[buffer, counts, displacements, datatype\], as mpi4py has it, got a list of 5"),
+        ([x, twos, twos, twos, "d"], r"\[buffer, counts, displacements, datatype\], .* got a list of 5"),
         (np.zeros(P), "expected 1 elements of float64 to send, as counts say, got 2 of float64"),
         ([x, [2] * (P + 1)], f"go beyond|expected a count of 0 or more for each of {P} ranks"),
         ([x, [3] * P], f"go beyond the {2 * P} elements of the buffer"),
