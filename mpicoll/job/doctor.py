@@ -336,7 +336,7 @@ def _profile(found: Findings, state: "State") -> Facts:
     if not needed and not os.path.exists(path):
         facts["why"] = f"there is none: mpirun -n {max(state.p, 2)} mpicoll tune makes it"
         if not _can_be_made(place[0]):
-            facts["why"] += " if --out FILE names a place: nothing can be written there"
+            facts["why"] += " with another place, --out FILE: nothing can be written there"
         return facts
     try:
         refused = refusal(read_profile(path), here)
