@@ -81,6 +81,11 @@ def _all(p: int) -> float:
 Call = Callable[[Any, Any], object]
 
 
+def _allreduce(comm: Any, op: Any, root: int, counts: Any) -> Call:
+    method = comm.Allreduce
+    return lambda send, recv: method(send, recv, op)
+
+
 def _reduce_scatter(comm: Any, op: Any, root: int, counts: Any) -> Call:
     if counts is None:
         return lambda send, recv: comm.Reduce_scatter_block(send, recv, op)
@@ -113,7 +118,7 @@ COLLECTIVES = {
     for row in [
         Collective(
             "allreduce",
-            lambda comm, op, root, counts: lambda send, recv: comm.Allreduce(send, recv, op),
+            _allreduce,
             lambda comm, send, recv, count, kind, op, root, stream: comm.allReduce(send, recv, count, kind, op, stream),
             lambda p: 2 * _others(p),
             512 << 10,

@@ -103,10 +103,12 @@ def execute(
         and (counts is None or type(counts) is tuple)
     ):
         which = op if type(op) is str else id(op)
-        key = row, which, dtype, size, form, root, counts, method, algorithm, not deterministic, segments, wire
+        key = row, which, dtype, size, form, root, counts, method, algorithm, deterministic, segments, wire
         if state is not None and not under_way and not interrupted:
             try:
-                found = state.decided.get(key)
+                found = state.decided[key]
+            except KeyError:
+                pass
             except TypeError:  # for an argument without a hash, which will be refused
                 key = None
     if (
