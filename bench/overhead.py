@@ -136,7 +136,8 @@ def starts() -> list[dict]:
 def launched_there(folder: Path, ranks: int) -> dict:
     """Launch ``calls`` with the mpicoll of another folder, of which nothing else is needed."""
     head = f"import json, sys, time\nimport numpy as np\nREPETITIONS, CALLS = {REPETITIONS}, {CALLS}\n"
-    end = "found = calls()\nif found.pop('rank') == 0:\n    open(sys.argv[-1], 'w').write(json.dumps(found, allow_nan=False))\n"
+    end = "found = calls()\nif found.pop('rank') == 0:\n"
+    end += "    open(sys.argv[-1], 'w').write(json.dumps(found, allow_nan=False))\n"
     with tempfile.TemporaryDirectory() as temporary:
         script = Path(temporary, "calls.py")
         script.write_text(head + inspect.getsource(calls) + end)
