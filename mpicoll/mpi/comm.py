@@ -75,39 +75,39 @@ class Comm(MPI.Intracomm):
         return Comm(comm, deterministic=self.deterministic, check=self.check) if comm else comm
 
     def Dup(self, info: MPI.Info | None = None) -> "Comm":  # noqa: N802
-        """As mpi4py's; a ``Comm``."""
+        """Duplicate the communicator; a ``Comm``, which keeps ``deterministic`` and ``check``."""
         return super().Dup(info)._ready(self.deterministic, self.check)
 
     def Dup_with_info(self, info: MPI.Info) -> "Comm":  # noqa: N802
-        """As mpi4py's; a ``Comm``."""
+        """Duplicate the communicator, with hints; a ``Comm``, which keeps ``deterministic`` and ``check``."""
         return super().Dup_with_info(info)._ready(self.deterministic, self.check)
 
     def Clone(self) -> "Comm":  # noqa: N802
-        """As mpi4py's; a ``Comm``."""
+        """Duplicate the communicator; a ``Comm``, which keeps ``deterministic`` and ``check``."""
         return super().Clone()._ready(self.deterministic, self.check)
 
     def Idup(self, info: MPI.Info | None = None) -> Any:  # noqa: N802
-        """As mpi4py's: a plain communicator, to be made a ``Comm`` once the request is complete."""
+        """Duplicate without waiting: a plain communicator, to be made a ``Comm`` once the request is complete."""
         return MPI.Intracomm(self).Idup(info)
 
     def Idup_with_info(self, info: MPI.Info) -> Any:  # noqa: N802
-        """As mpi4py's: a plain communicator, to be made a ``Comm`` once the request is complete."""
+        """Duplicate without waiting: a plain communicator, to be made a ``Comm`` once the request is complete."""
         return MPI.Intracomm(self).Idup_with_info(info)
 
     def Split(self, color: int = 0, key: int = 0) -> Any:  # noqa: N802
-        """As mpi4py's; a ``Comm``, or ``MPI.COMM_NULL``."""
+        """Split the communicator by colors; a ``Comm``, or ``MPI.COMM_NULL``."""
         return self._wrapped(super().Split(color, key))
 
     def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Any:  # noqa: N802
-        """As mpi4py's; a ``Comm``, or ``MPI.COMM_NULL``."""
+        """Split the communicator by kinds of place, such as nodes; a ``Comm``, or ``MPI.COMM_NULL``."""
         return self._wrapped(super().Split_type(split_type, key, info))
 
     def Create(self, group: MPI.Group) -> Any:  # noqa: N802
-        """As mpi4py's; a ``Comm``, or ``MPI.COMM_NULL``."""
+        """Make a communicator of a group of its ranks; a ``Comm``, or ``MPI.COMM_NULL``."""
         return self._wrapped(super().Create(group))
 
     def Create_group(self, group: MPI.Group, tag: int = 0) -> Any:  # noqa: N802
-        """As mpi4py's; a ``Comm``, or ``MPI.COMM_NULL``."""
+        """Make a communicator of a group, by the ranks of that group alone; a ``Comm``, or ``MPI.COMM_NULL``."""
         return self._wrapped(super().Create_group(group, tag))
 
     def empty(self, shape: int | Sequence[int], dtype: Any = float) -> np.ndarray:
@@ -199,9 +199,27 @@ class Comm(MPI.Intracomm):
         check: str | None = None,
         stream: Any = None,
     ) -> None:
-        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.allreduce``.
+        """Combine the buffers of all ranks elementwise; every rank receives the result.
 
-        With ``algorithm="native"`` host buffers and operations go to the MPI library as they are.
+        Takes all that mpi4py's method takes.  All ranks receive the same bits, except natively, where the MPI library
+        decides.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf
+            As in mpi4py: arrays, exporters, ``[buffer, count, datatype]``; ``MPI.IN_PLACE`` or ``None`` as ``sendbuf``.
+            In place, ``recvbuf`` may be a list of arrays, which are fused.
+        op
+            An ``MPI.Op``, or a name as for ``mpicoll.allreduce``.
+        algorithm, deterministic, segments, wire, check, stream
+            As for ``mpicoll.allreduce``.  With ``"native"`` buffers go to the MPI library as they are.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError, KeyError
+            For arguments that cannot be used, before anything is sent, as mpi4py raises them or with what to do.
+        MismatchError
+            On the other ranks, or on all if they do not make the same call.
         """
         execute(
             self,
@@ -233,7 +251,24 @@ class Comm(MPI.Intracomm):
         check: str | None = None,
         stream: Any = None,
     ) -> None:
-        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce``."""
+        """Combine the buffers of all ranks elementwise; rank ``root`` receives the result.
+
+        Takes all that mpi4py's method takes.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf, root
+            As in mpi4py: ``recvbuf`` matters at the root alone, which may pass ``MPI.IN_PLACE`` for ``sendbuf``.
+        op, algorithm, deterministic, segments, wire, check, stream
+            As for ``Allreduce``; algorithms are ``mpicoll.ALGORITHMS["reduce"]``.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError, KeyError
+            For arguments that cannot be used, before anything is sent, as mpi4py raises them or with what to do.
+        MismatchError
+            On the other ranks, or on all if they do not make the same call.
+        """
         recv = recvbuf if self.rank == root else None
         execute(self, REDUCE, sendbuf, recv, op, root, None, algorithm, deterministic, segments, wire, check, stream)
 
@@ -247,7 +282,24 @@ class Comm(MPI.Intracomm):
         check: str | None = None,
         stream: Any = None,
     ) -> None:
-        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.bcast``."""
+        """Copy the buffer of rank ``root`` to all ranks; takes all that mpi4py's method takes.
+
+        Parameters
+        ----------
+        buf, root
+            As in mpi4py: any datatype; bytes are compared, not types.
+        algorithm
+            A name from ``mpicoll.ALGORITHMS["bcast"]``, ``"native"``, ``"shared"``, or ``"auto"``.
+        segments, check, stream
+            As for ``mpicoll.allreduce``.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError, KeyError
+            For arguments that cannot be used, before anything is sent, as mpi4py raises them or with what to do.
+        MismatchError
+            On the other ranks, or on all if they do not make the same call.
+        """
         send, recv = (buf, None) if self.rank == root else (None, buf)
         execute(self, BCAST, send, recv, None, root, None, algorithm, False, segments, None, check, stream)
 
@@ -263,7 +315,24 @@ class Comm(MPI.Intracomm):
         check: str | None = None,
         stream: Any = None,
     ) -> None:
-        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``."""
+        """Combine the buffers of all ranks elementwise, and give each rank an equal part of the result.
+
+        Takes all that mpi4py's method takes.  In place it works on a copy of the input.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf
+            As in mpi4py: p times as many elements as a rank receives; a count in a specification is that of one part.
+        op, algorithm, deterministic, wire, check, stream
+            As for ``Allreduce``; algorithms are ``mpicoll.ALGORITHMS["reduce_scatter"]``.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError, KeyError
+            For arguments that cannot be used, before anything is sent, as mpi4py raises them or with what to do.
+        MismatchError
+            On the other ranks, or on all if they do not make the same call.
+        """
         how = algorithm, deterministic, None, wire, check, stream
         execute(self, REDUCE_SCATTER, sendbuf, recvbuf, op, None, None, *how)
 
@@ -280,9 +349,24 @@ class Comm(MPI.Intracomm):
         check: str | None = None,
         stream: Any = None,
     ) -> None:
-        """As mpi4py's, for all that it takes, and with the arguments of ``mpicoll.reduce_scatter``.
+        """Combine the buffers of all ranks elementwise, and give rank r ``recvcounts[r]`` elements of the result.
 
-        Where ``recvcounts`` is left out, ranks tell each other how much they have room for, in a call of its own.
+        Takes all that mpi4py's method takes.  Without ``recvcounts`` ranks first tell each other how much room they have,
+        in a call of its own.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf, recvcounts
+            As in mpi4py.
+        op, algorithm, deterministic, wire, check, stream
+            As for ``Reduce_scatter_block``.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError, KeyError
+            For arguments that cannot be used, before anything is sent, as mpi4py raises them or with what to do.
+        MismatchError
+            On the other ranks, or on all if they do not make the same call.
         """
         counts = recvcounts
         if counts is None:
@@ -313,13 +397,48 @@ class Comm(MPI.Intracomm):
     def Allgather(  # noqa: N802
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None, stream: Any = None
     ) -> None:
-        """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
+        """Gather equal parts of all ranks, one after another, on every rank; takes all that mpi4py's method takes.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf
+            As in mpi4py, of any datatype: room for p parts; a count in the specification of ``recvbuf`` is that of one.
+            ``MPI.IN_PLACE`` or ``None`` as ``sendbuf``: this rank's part is in ``recvbuf``.
+        algorithm
+            A name from ``mpicoll.ALGORITHMS["allgather"]``, ``"native"``, ``"shared"``, or ``"auto"``.
+        check, stream
+            As for ``mpicoll.allreduce``.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError, KeyError
+            For arguments that cannot be used, before anything is sent, as mpi4py raises them or with what to do.
+        MismatchError
+            On the other ranks, or on all if they do not make the same call.
+        """
         execute(self, ALLGATHER, sendbuf, recvbuf, None, None, None, algorithm, False, None, None, check, stream)
 
     def Allgatherv(  # noqa: N802
         self, sendbuf: Any, recvbuf: Any, algorithm: str = "auto", *, check: str | None = None, stream: Any = None
     ) -> None:
-        """As mpi4py's, for all that it takes, and by an algorithm of ``mpicoll.ALGORITHMS["allgather"]``."""
+        """Gather parts of any lengths of all ranks on every rank; takes all that mpi4py's method takes.
+
+        ``"auto"`` is the native collective.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf
+            As in mpi4py: ``recvbuf`` is ``[buffer, counts, displacements, datatype]`` or one of its short forms.
+        algorithm, check, stream
+            As for ``Allgather``.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError, KeyError
+            For arguments that cannot be used, before anything is sent, as mpi4py raises them or with what to do.
+        MismatchError
+            On the other ranks, or on all if they do not make the same call.
+        """
         how = algorithm, False, None, None, check, stream
         execute(self, ALLGATHER, sendbuf, recvbuf, None, None, VECTORS, *how)
 

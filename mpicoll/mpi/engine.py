@@ -294,12 +294,27 @@ def account(
     op: str | MPI.Op = "sum",
     deterministic: bool | None = None,
 ) -> Account:
-    """What an ``allreduce`` with these arguments does: its algorithm, and what this rank sends.  Not a collective call.
+    """Return what an ``allreduce`` with these arguments does, without doing it.  Not a collective call.
 
-    Nothing can be known of native calls.  In shared memory nothing is sent; what is sent between nodes, and
-    how arrays in the memory of GPUs travel, is known after the first such call.
+    Nothing can be known of native calls.  In shared memory nothing is sent; what is sent between nodes, and how arrays
+    in the memory of GPUs travel, is known after the first such call.
 
-    Raises ``ValueError`` for a communicator on which there was no call yet, if it is no ``mpicoll.Comm``.
+    Parameters
+    ----------
+    x, comm, algorithm, op, deterministic
+        As for ``mpicoll.allreduce``; ``x`` is not changed.
+
+    Returns
+    -------
+    An ``Account``: the algorithm by name, and the bytes and messages that this rank sends, ``None`` where they are not
+    known.
+
+    Raises
+    ------
+    ValueError
+        For a communicator on which there was no call yet, if it is no ``mpicoll.Comm``.
+    TypeError, ValueError
+        As ``mpicoll.allreduce``.
     """
     check_comm(comm)
     state = find_state(comm)
