@@ -351,7 +351,7 @@ class Comm(MPI.Intracomm):
     ) -> None:
         """Combine the buffers of all ranks elementwise, and give rank r ``recvcounts[r]`` elements of the result.
 
-        Takes all that mpi4py's method takes.  Without ``recvcounts`` ranks first tell each other how much room they have,
+        Takes all that mpi4py's method takes.  Without ``recvcounts`` ranks first exchange how much room they have,
         in a call of its own.
 
         Parameters
