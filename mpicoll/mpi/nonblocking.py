@@ -16,11 +16,11 @@ from .agreement import Headers, check_level, level_of
 from .attach import check_comm, whole
 from .buffers import order_of, specification
 from .engine import together
-from .paths import Preference, choose, header_for
+from .paths import Preference, choose, header_for, plan_of, told_of
 from .plan import Bound
 from .progress import Handle, NativeHandle, PersistentHandle
 from .request import DEFAULT, Asked, Options, Raw, Request, on_host
-from .select import defaults, parameters
+from .select import defaults
 from .state import State, find_state, state_of
 
 
@@ -132,18 +132,17 @@ def _asked(
 def _row(part: Request, rules: tuple[Rule, ...], prefer: Preference) -> Any:
     """The algorithm, a row or ``"native"``; to be ours, any that can do it."""
     options = DEFAULT if prefer == "ours" and part.options.algorithm == NATIVE else part.options
-    return choose("allreduce", options, part.nbytes, part.dtype, part.operation, rules, prefer)
-
-
-def _told(part: Request, row: Algorithm) -> dict[str, int]:
-    return parameters(row, part.elements * part.dtype.itemsize, None, part.options.segments)
+    row = choose("allreduce", options, part.nbytes, part.dtype, part.operation, rules, prefer)
+    if isinstance(row, Algorithm):
+        told_of(part, row)  # so that a wrong parameter is refused before anything begins
+    return row
 
 
 def _headers(parts: list[Request], rows: list[Any], error: Exception | None = None) -> Headers:
     if error is not None:
         return f"iallreduce refused, {error}"
     return tuple(
-        header_for(part, NATIVE) if isinstance(row, str) else header_for(part, row.name, _told(part, row))
+        header_for(part, NATIVE) if isinstance(row, str) else header_for(part, row.name, told_of(part, row))
         for part, row in zip(parts, rows, strict=True)
     )
 
@@ -151,9 +150,7 @@ def _headers(parts: list[Request], rows: list[Any], error: Exception | None = No
 def _bind(state: State, part: Request, row: Algorithm) -> Iterator[Bound]:
     """The rounds of a request, with scratch memory of their own."""
     flat: Any = part.recv
-    told = _told(part, row)
-    name, schedule = (row.collective, row.name, *told.items()), partial(row.schedule, state.p, **told)
-    plan = state.plan(name, schedule, part.elements, part.dtype, part.operation)
+    plan = plan_of(state, part, row, told_of(part, row))()
     return plan.bind(flat, np.empty(plan.scratch_bytes, np.uint8), part.operation)
 
 

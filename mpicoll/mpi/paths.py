@@ -23,6 +23,7 @@ from .gpu import staging
 from .gpu.array import Array
 from .operations import MOVE, Operation
 from .operations import name_of as name_of_op
+from .plan import Plan
 from .progress import driving
 from .request import DEFAULT, ONE, Options, Request, lengths_of
 from .select import PLAIN, SHARED_FROM, parameters
@@ -183,14 +184,14 @@ def _decided(state: State, request: Request, prefer: Preference) -> Path:
     return _by_messages(state, request, chosen)
 
 
-def header_for(request: Request, name: str, parameters: dict[str, int] | None = None, *details: str) -> Header:
+def header_for(request: Request, name: str, parameters: dict[str, int] | None = None) -> Header:
     """What all ranks must have in common."""
     operation, dtype = request.operation, request.dtype
     moves, carried = not operation.reduces, operation.carried(dtype)
     by_bytes = moves or (name == NATIVE and name_of_op(operation.native) == "user-defined")
     count = request.elements * dtype.itemsize if by_bytes else request.elements
     told = dict(parameters or {}) if request.root is None else {"root": request.root, **(parameters or {})}
-    more = [*details, "" if carried == dtype else f"carried as {name_of(carried)}", request.detail]
+    more = ["" if carried == dtype else f"carried as {name_of(carried)}", request.detail]
     return Header(
         request.row.name,
         name,
@@ -202,6 +203,21 @@ def header_for(request: Request, name: str, parameters: dict[str, int] | None = 
         ", ".join(filter(None, more)),
         request.stated,
     )
+
+
+def told_of(request: Request, algorithm: Algorithm) -> dict[str, int]:
+    """Return the parameters of an algorithm for a request; a ``ValueError`` for one that is out of range."""
+    segments = request.options.segments
+    told = parameters(algorithm, request.elements * request.dtype.itemsize, request.root, segments)
+    if segments is not None:
+        algorithm.schedule(request.p, **told)  # which says what is wrong with them
+    return told
+
+
+def plan_of(state: State, request: Request, algorithm: Algorithm, told: dict[str, int]) -> Callable[[], Plan]:
+    """Return what finds the plan of a request, made now or before."""
+    name, schedule = (algorithm.collective, algorithm.name, *told.items()), partial(algorithm.schedule, state.p, **told)
+    return partial(state.plan, name, schedule, request.elements, request.dtype, request.operation, request.cuts)
 
 
 # ---- the arrays of a call
@@ -270,20 +286,10 @@ def _native(state: State, request: Request) -> Path:
 
 
 def _by_messages(state: State, request: Request, algorithm: Algorithm) -> Path:
-    row, operation, count, dtype, cuts = request.row, request.operation, request.elements, request.dtype, request.cuts
-    told = parameters(algorithm, count * dtype.itemsize, request.root, request.options.segments)
-    if request.options.segments is not None:
-        algorithm.schedule(state.p, **told)  # so that a wrong parameter is refused now
-    find_plan = partial(
-        state.plan,
-        (algorithm.collective, algorithm.name, *told.items()),
-        partial(algorithm.schedule, state.p, **told),
-        count,
-        dtype,
-        operation,
-        cuts,
-    )
-    arrays, own = _arrays(request), request.own if cuts else slice(None)
+    row, operation, count, dtype = request.row, request.operation, request.elements, request.dtype
+    told = told_of(request, algorithm)
+    find_plan = plan_of(state, request, algorithm, told)
+    arrays, own = _arrays(request), request.own if request.cuts else slice(None)
     sent = own if row.sends_part else slice(None)
     there = request.in_place and row.sends_part
 

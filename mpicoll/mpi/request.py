@@ -455,6 +455,16 @@ def _moving_parts(asked: Asked) -> list[Request | Raw]:
     return _blocks(asked) if asked.method else _new(asked)
 
 
+def _sides(asked: Asked) -> tuple[Any, Any, bool, bool]:
+    """Return what was passed for the whole and the part; whether this rank has the whole, and whether its part in it."""
+    row, rank, root = asked.row, asked.comm.rank, asked.root
+    if row.sends_part:
+        whole, part, has_whole = asked.recv, asked.send, row.receives(rank, root)
+    else:
+        whole, part, has_whole = asked.send, asked.recv, row.sends(rank, root)
+    return whole, part, has_whole, has_whole and is_in_place(part)
+
+
 def _bytes(x: Array | np.ndarray) -> Any:
     if isinstance(x, Array):
         return x.as_bytes()
@@ -488,10 +498,8 @@ def _new(asked: Asked) -> list[Request | Raw]:
 def _blocks(asked: Asked) -> list[Request | Raw]:
     """A method, to which the whole is equal blocks."""
     comm, row, stream = asked.comm, asked.row, asked.stream
-    p, rank, root = comm.size, comm.rank, asked.root
-    whole, part = (asked.recv, asked.send) if row.sends_part else (asked.send, asked.recv)
-    has_whole = row.receives(rank, root) if row.sends_part else row.sends(rank, root)
-    in_place = has_whole and is_in_place(part)
+    p = comm.size
+    whole, part, has_whole, in_place = _sides(asked)
     device = concerns_device(whole if has_whole else None, None if in_place else part)
     if not device:
         no_stream(stream)
@@ -550,9 +558,7 @@ def _vectors(asked: Asked) -> list[Request | Raw]:
     """A method, to which the whole is blocks of any lengths, with displacements."""
     comm, row, root, stream = asked.comm, asked.row, asked.root, asked.stream
     p, rank = comm.size, comm.rank
-    whole, part = (asked.recv, asked.send) if row.sends_part else (asked.send, asked.recv)
-    has_whole = row.receives(rank, root) if row.sends_part else row.sends(rank, root)
-    in_place = has_whole and is_in_place(part)
+    whole, part, has_whole, in_place = _sides(asked)
     native = asked.options.algorithm in ("auto", "native")
     if not concerns_device(whole if has_whole else None, None if in_place else part):
         no_stream(stream)
@@ -561,8 +567,7 @@ def _vectors(asked: Asked) -> list[Request | Raw]:
             header = header_of(f"{row.name}v", "", "", None, root) if row.rooted else _vectors_header(asked)
             return [Raw(header, asked.native(f"{row.name.capitalize()}v", asked.send, asked.recv, *rooted))]
     elif native and row.rooted:
-        names = "binomial or another"
-        raise TypeError(f"{row.name}v of arrays in the memory of GPUs needs an algorithm by name: {names}")
+        raise TypeError(f"{row.name}v of arrays in the memory of GPUs needs an algorithm by name: binomial or another")
     counts: Sequence[int] = asked.counts if isinstance(asked.counts, Lengths) else []
     array = own = part_array = None
     starts: Sequence[int] = []
