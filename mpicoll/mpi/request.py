@@ -456,7 +456,7 @@ def _moving_parts(asked: Asked) -> list[Request | Raw]:
 
 
 def _sides(asked: Asked) -> tuple[Any, Any, bool, bool]:
-    """Return what was passed for the whole and the part; whether this rank has the whole, and whether its part in it."""
+    """Return what was passed for the whole and the part; whether this rank has the whole, and its part within it."""
     row, rank, root = asked.row, asked.comm.rank, asked.root
     if row.sends_part:
         whole, part, has_whole = asked.recv, asked.send, row.receives(rank, root)
