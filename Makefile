@@ -35,7 +35,10 @@ tune: $(VENV)/.train-installed
 	mpirun -n $(NP) mpicoll tune
 	mpirun -n $(NP) mpicoll tune --score
 
-test: lint test-serial test-mpi
+# What needs one core goes side by side, the rest one after another.
+test:
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),-Oline) test-serial lint test-mpi-1
+	$(MAKE) test-mpi-2 test-mpi-3 test-mpi-4 test-mpi-5 test-mpi-8
 
 lint: $(VENV)/.dev-installed
 	ruff check

@@ -61,6 +61,7 @@ def calls() -> dict:
     comm = MPI.COMM_WORLD
     ours = mpicoll.Comm(comm, check="off")
     x, y, gathered = np.zeros(1, "f4"), np.zeros(1, "f4"), np.zeros(comm.size, "f4")
+    columns, named, counts = np.zeros((2, 2), "f4", order="F"), MPI.FLOAT, [1] * comm.size
     persistent = mpicoll.allreduce_init(x, ours, algorithm="recursive_doubling")
     kinds = {
         "native": lambda: comm.Allreduce(y, x),
@@ -83,6 +84,11 @@ def calls() -> dict:
         "mpicoll.allgather, check=header": lambda: mpicoll.allgather(x, ours, check="header"),
         "mpicoll.allreduce, ring, check=header": lambda: mpicoll.allreduce(x, ours, "sum", "ring", check="header"),
         "mpicoll.allreduce of a list, check=header": lambda: mpicoll.allreduce([x, y], ours, check="header"),
+        "mpicoll.allreduce on a plain communicator": lambda: mpicoll.allreduce(x, comm),
+        "Comm.Allreduce in place, check=header": lambda: ours.Allreduce(MPI.IN_PLACE, x, check="header"),
+        "Comm.Allreduce of [x, type], check=header": lambda: ours.Allreduce([y, named], [x, named], check="header"),
+        "Comm.Allreduce of F order, check=header": lambda: ours.Allreduce(MPI.IN_PLACE, columns, check="header"),
+        "Comm.Allgatherv of [x, counts], check=header": lambda: ours.Allgatherv(y, [gathered, counts], check="header"),
     }
     if ours.size > 1:
         there = ours.zeros(1024, "f4")

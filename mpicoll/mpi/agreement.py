@@ -68,12 +68,17 @@ Headers = tuple[Header, ...] | str
 
 def level_of(comm: MPI.Comm, check: str | None) -> str:
     """How much to compare: as the call says, else as the ``Comm`` does, else ``MPICOLL_CHECK``, else the header."""
-    global _default
     if check is None:
-        check = getattr(comm, "check", None) or _default
-        if check is None:
-            _default = check = os.environ.get("MPICOLL_CHECK") or "header"
+        check = getattr(comm, "check", None) or default_level()
     return check
+
+
+def default_level() -> str:
+    """What ``MPICOLL_CHECK`` says, else the header."""
+    global _default
+    if _default is None:
+        _default = os.environ.get("MPICOLL_CHECK") or "header"
+    return _default
 
 
 def check_level(level: str) -> None:

@@ -171,7 +171,7 @@ def on_device(x: Any) -> bool:
     if isinstance(x, (np.ndarray, int)):
         return False
     if isinstance(x, (list, tuple)):
-        return len(x) > 0 and _is_specification(x) and on_device(x[0])
+        return len(x) > 0 and on_device(x[0]) and _is_specification(x)
     try:
         if hasattr(x, "__cuda_array_interface__"):
             return in_device_memory(x)
@@ -182,11 +182,10 @@ def on_device(x: Any) -> bool:
 
 def concerns_device(*buffers: Any) -> bool:
     """Is there any such array among them, or in lists of them?  The MPI library is not to see it."""
-    return any(
-        on_device(x) or (isinstance(x, (list, tuple)) and any(map(on_device, x)))
-        for x in buffers
-        if not isinstance(x, np.ndarray)
-    )
+    for x in buffers:
+        if not isinstance(x, np.ndarray) and (any(map(on_device, x)) if isinstance(x, (list, tuple)) else on_device(x)):
+            return True
+    return False
 
 
 def staged(x: Any, load: bool = True, stream: Any = None) -> Part:
@@ -287,9 +286,12 @@ def message(x: Any, blocks: bool = False) -> Message:
 
 def _is_specification(x: Sequence[Any]) -> bool:
     """Is it mpi4py's [buffer, count, datatype] or one of its short forms, not a list of arrays?"""
-    return 2 <= len(x) <= 4 and any(
-        last is None or isinstance(last, (str, MPI.Datatype)) or _is_number(last) or _is_counts(last) for last in x[1:]
-    )
+    if not 2 <= len(x) <= 4:
+        return False
+    for last in x[1:]:
+        if last is None or isinstance(last, (str, MPI.Datatype)) or _is_number(last) or _is_counts(last):
+            return True
+    return False
 
 
 def _is_counts(x: Any) -> bool:
@@ -298,9 +300,13 @@ def _is_counts(x: Any) -> bool:
 
 def _is_number(n: Any) -> bool:
     """Is it a whole number, of whatever type?  An array of integers with no dimension is one, as for mpi4py."""
-    if isinstance(n, (int, Integral)):
+    if isinstance(n, int):
         return True
-    if not hasattr(n, "__index__") or getattr(n, "ndim", False):
+    if isinstance(n, (list, tuple)) or getattr(n, "ndim", False):
+        return False
+    if isinstance(n, Integral):
+        return True
+    if not hasattr(n, "__index__"):
         return False
     try:
         return index(n) is not None
@@ -358,7 +364,8 @@ def blocks(
         starts = each_rank(displacements)
     if len(starts) != len(found):
         raise ValueError(f"expected as many displacements as counts, {len(found)}, got {len(starts)}")
-    if any(count and not 0 <= start <= flat.size - count for start, count in zip(starts, found, strict=True)):
+    end = flat.size
+    if any(count and not 0 <= start <= end - count for start, count in zip(starts, found, strict=True)):
         raise TooShortError(f"counts and displacements go beyond the {flat.size} elements of the buffer")
     return flat, found, starts
 

@@ -18,7 +18,7 @@ from ..collective import ALLREDUCE, Collective
 from ..errors import MismatchError
 from ..tuning.rules import NATIVE
 from . import record
-from .agreement import LEVELS, Headers, check_level, digest_of, level_of
+from .agreement import LEVELS, Headers, check_level, default_level, digest_of, level_of
 from .attach import attached, check_comm, interrupted, whole
 from .buffers import is_half, order_of
 from .paths import Account, Path, decide, native_first
@@ -42,7 +42,7 @@ class Decided:
 
     ``native`` is that of the path.  ``op`` is an ``MPI.Op`` that was passed, kept so that its ``id`` is no other's;
     ``users`` says that it is user-defined, and may be freed.  ``room`` are the elements of a new array to receive.
-    ``brief`` are calls so short that, unchecked and native, they are not worth recording.
+    ``brief`` are native calls so short that, not compared, they are not worth recording.
     """
 
     paths: tuple[Path]
@@ -75,35 +75,46 @@ def execute(
     ``mpicoll.allreduce``."""
     state: Any
     try:
-        state = comm._state  # type: ignore[attr-defined]
-        if deterministic is None:
-            deterministic = comm.deterministic  # type: ignore[attr-defined]
-        if check is None:
-            check = comm.check or level_of(comm, None)  # type: ignore[attr-defined]
+        if method or type(comm) is not MPI.Intracomm:
+            state = comm._state  # type: ignore[attr-defined]
+            if deterministic is None:
+                deterministic = comm.deterministic  # type: ignore[attr-defined]
+            if check is None:
+                check = comm.check or level_of(comm, None)  # type: ignore[attr-defined]
+        else:  # to be known by an AttributeError takes longer
+            state = attached(comm) if comm else None
+            if check is None:
+                check = default_level()
     except AttributeError:  # no Comm
         state = attached(comm) if isinstance(comm, MPI.Comm) and comm else None
         if check is None:
             check = level_of(comm, None)
-    # What is passed, told apart by all that matters: arrays that lie row by row, aligned, and may be written.
+    # What is passed, told apart by all that matters but how arrays lie in memory.
     key = found = dtype = size = None
     form: Any = None
+    rest: Any
     if type(recv) is ndarray:
-        if recv.flags.carray:
-            if send is IN_PLACE or send is None:
-                dtype, size = recv.dtype, recv.size
-            elif type(send) is ndarray and send.dtype is recv.dtype and send.flags.carray:
-                dtype, size, form = recv.dtype, recv.size, send.size
-    elif type(send) is ndarray and (recv is None or type(recv) is Marker) and send.flags.carray:
+        if send is IN_PLACE or send is None:
+            dtype, size = recv.dtype, recv.size
+        elif type(send) is ndarray:
+            dtype, size, form = recv.dtype, recv.size, send.size
+            if send.dtype is not dtype:
+                dtype = None
+    elif type(send) is ndarray and (recv is None or type(recv) is Marker):
         dtype, size, form = send.dtype, send.shape, recv or NOTHING
-    if (
-        dtype is not None
-        and stream is None
-        and (root is None or type(root) is int)  # not what is equal to one
+    if root is None and counts is None and segments is None and wire is None:
+        rest = None
+    elif (
+        (root is None or type(root) is int)  # not what is equal to one
         and (segments is None or type(segments) is int)
         and (counts is None or type(counts) is tuple)
     ):
+        rest = root, counts, segments, wire
+    else:
+        dtype = None
+    if dtype is not None and stream is None:
         which = op if type(op) is str else id(op)
-        key = row, which, dtype, size, form, root, counts, method, algorithm, deterministic, segments, wire
+        key = row, which, dtype, size, form, method, algorithm, deterministic, rest
         if state is not None and not under_way and not interrupted:
             try:
                 found = state.decided[key]
@@ -111,9 +122,15 @@ def execute(
                 pass
             except TypeError:  # for an argument without a hash, which will be refused
                 key = None
+    brief = found is not None and found.brief and (check == "off" or (state.p == 1 and check in LEVELS))
+    if not (brief and method) and (  # mpi4py's methods look at the arrays themselves
+        (type(recv) is ndarray and not recv.flags.carray) or (form is not None and not send.flags.carray)
+    ):
+        key = None  # which is for arrays that lie row by row, aligned, and may be written
     if (
         found is None
-        or check not in LEVELS
+        or key is None
+        or not (brief or check in LEVELS)
         or (found.users and not op)  # freed meanwhile
         or (recv is NEW and (recv := _room(found.room, dtype)) is NEW)
     ):
@@ -122,7 +139,7 @@ def execute(
     native = found.native
     state.last = found.paths
     try:
-        if native is not None and found.brief and (check == "off" or state.p == 1):
+        if brief:
             native(send, recv)
             return recv
         compares = check != "off" and state.p > 1
@@ -217,10 +234,11 @@ def together(
             paths = [one if isinstance(one, Raw) else decide(state, one) for one in made]
         except Exception as raised:
             error = raised
-        headers: Headers = tuple(path.header for path in paths) if error is None else f"{name} refused, {error}"
+        headers: Headers = tuple([path.header for path in paths]) if error is None else f"{name} refused, {error}"
         compares = level != "off" and state.p > 1
         mine: tuple[int, ...] = ()
-        record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
+        if state.p > 1:  # else it waits for nobody
+            record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
         given = taken = places = None
         if compares:
             detail = (order_of(x),) if level == "full" else None
@@ -235,7 +253,7 @@ def together(
                 raise error from mismatch  # its own, and who else is concerned
         if error is not None:
             raise error
-        state.last = tuple(path for path in paths if isinstance(path, Path))
+        state.last = tuple([path for path in paths if isinstance(path, Path)])
         result = None
         for path, request in zip(paths, made, strict=True):
             if isinstance(path, Raw):
@@ -276,7 +294,7 @@ def _remember(state: State, key: Any, send: Any, recv: Any, op: Any, path: Path,
         None if isinstance(op, str) else op,
         not request.operation.predefined,
         request.result.size if recv is NEW else 0,
-        request.nbytes <= BRIEF,
+        path.native is not None and request.operation.predefined and request.nbytes <= BRIEF,
     )
 
 

@@ -157,22 +157,22 @@ def decide(state: State, request: Request, prefer: Preference = "fastest") -> Pa
     """The path of a request; a ``ValueError`` if what was named cannot do it."""
     if request.on_gpu:
         return _on_gpu(state, request)
-    # A path is that of all requests that are alike, and keeps no arrays.
-    one = request.recv if request.recv is ONE else None
-    alike = request._replace(send=None, recv=one, deliver=None, result=None)
     if prefer != "fastest" or not request.operation.predefined or request.options.wire is not None:
-        return _decided(state, alike, prefer)
-    path: Path | None = state.paths.get(alike)
+        return _decided(state, request, prefer)
+    kind = request.kind
+    path: Path | None = state.paths.get(kind)
     if path is None:
         if len(state.paths) >= KEPT:
             del state.paths[next(iter(state.paths))]
-        path = state.paths[alike] = _decided(state, alike, prefer)
+        path = state.paths[kind] = _decided(state, request, prefer)
     return path
 
 
 def _decided(state: State, request: Request, prefer: Preference) -> Path:
-    if request.recv is ONE:
-        return _one_result(state, request._replace(recv=None))
+    one = request.recv is ONE
+    request = request._replace(send=None, recv=None, deliver=None, result=None)  # a path keeps no arrays
+    if one:
+        return _one_result(state, request)
     row, operation, options = request.row, request.operation, request.options
     shares = state.can_share(row.name, options.deterministic, operation)
     chosen = choose(row.name, options, request.nbytes, request.dtype, operation, state.rules[row.name], prefer, shares)

@@ -406,32 +406,36 @@ class NativeHandle:
             self._lock.release()
 
 
-@contextmanager
-def driving(comm: MPI.Comm) -> Iterator[None]:
+class driving:  # noqa: N801  (a class: a generator would take a microsecond more of every call)
     """Guard a blocking call of the MPI library on ``comm``: a thread drives the pending handles meanwhile.
 
     Raises ``RuntimeError`` if a collective on ``comm`` was aborted.
     """
-    if interrupted:
-        check(comm)
-    if under_way:
-        advance_all()
-    if not under_way:
-        yield
-        return
-    returned = Event()
 
-    def drive() -> None:
-        while under_way and not returned.wait(0.0002):
+    __slots__ = ("returned", "thread")
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        if interrupted:
+            check(comm)
+        self.thread: Thread | None = None
+
+    def __enter__(self) -> None:
+        if under_way:
             advance_all()
+        if not under_way:
+            return
+        self.returned = Event()
+        self.thread = Thread(target=self._drive, name="mpicoll-driving", daemon=True)
+        self.thread.start()
 
-    thread = Thread(target=drive, name="mpicoll-driving", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        returned.set()
-        thread.join()
+    def __exit__(self, *error: object) -> None:
+        if self.thread is not None:
+            self.returned.set()
+            self.thread.join()
+
+    def _drive(self) -> None:
+        while under_way and not self.returned.wait(0.0002):
+            advance_all()
 
 
 def advance_all() -> bool:

@@ -94,8 +94,6 @@ class Request(NamedTuple):
     row: Collective
     p: int
     rank: int
-    send: np.ndarray | Array | None
-    recv: np.ndarray | Array | Marker | None
     dtype: np.dtype
     elements: int
     operation: Operation
@@ -106,8 +104,15 @@ class Request(NamedTuple):
     in_place: bool = False
     detail: str = ""
     stated: tuple[str, str] = ("", "")
+    send: np.ndarray | Array | None = None
+    recv: np.ndarray | Array | Marker | None = None
     deliver: Callable[[], None] | None = None
     result: Any = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """All but the arrays: what it has in common with the requests that are like it."""
+        return self[:13], self.recv is ONE
 
     @property
     def on_gpu(self) -> bool:
@@ -202,8 +207,6 @@ class Asked(NamedTuple):
             self.row,
             comm.size,
             comm.rank,
-            send,
-            recv,
             dtype,
             count,
             operation,
@@ -211,6 +214,8 @@ class Asked(NamedTuple):
             self.root,
             cuts,
             counts,
+            send=send,
+            recv=recv,
             **more,
         )
 
@@ -618,9 +623,10 @@ def _vectors_header(asked: Asked) -> Header:
         raise
     except REFUSALS as error:
         return header_of("allgatherv", "", str(error), None)
+    cuts_of(counts, None, p)  # which says what is wrong with them
     size = received.dtype.itemsize
-    cuts = cuts_of([count * size for count in counts], None, p)
+    each = tuple([count * size for count in counts])
     sent = None if is_in_place(asked.send) else payload(asked.send)
-    if sent is not None and sent[1] is not None and sent[1] != cuts[rank + 1] - cuts[rank]:
-        raise ValueError(f"expected {counts[rank] * size} bytes to send, as counts say, got {sent[1]}")
-    return Header("allgatherv", "native", "", "bytes", cuts[-1], (), lengths_of(cuts))
+    if sent is not None and sent[1] is not None and sent[1] != each[rank]:
+        raise ValueError(f"expected {each[rank]} bytes to send, as counts say, got {sent[1]}")
+    return Header("allgatherv", "native", "", "bytes", sum(each), (), each)

@@ -43,6 +43,8 @@ class _Pinned:
         return len(self._memory)
 
     def __del__(self) -> None:
+        if now is None:  # the interpreter ends
+            return
         if self._fake is now.fake:  # the next one who asks gets it, copies to and from it pending or not
             self._memory[:] = b"\xff" * len(self._memory)
             now.fake.boxes.setdefault(len(self._memory), []).append(self._memory)

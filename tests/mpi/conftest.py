@@ -1,5 +1,6 @@
 """Rank 0 reports; what fails on another rank is printed at once, because that rank may not reach the end."""
 
+import gc
 import io
 import os
 import sys
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="five ranks show what more would, and sooner"))
         if WORLD.size in (2, 4, 5) and not HAS_ALL and item.path.name in ODD_SHOW_IT:
             item.add_marker(pytest.mark.skip(reason="1 and 3 ranks show it, and Open MPI's 2 and 4"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: a collection of garbage need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
