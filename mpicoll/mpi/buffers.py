@@ -421,6 +421,8 @@ def _movable(x: Any, writable: bool) -> np.ndarray:
 
 def payload(x: Any, writable: bool = False) -> tuple[str, int | None]:
     """Return ``"bytes"`` and how many a buffer holds; what is wrong with it and ``None`` if that is not known."""
+    if type(x) is np.ndarray and x.flags.carray and x.dtype.isnative:
+        return "bytes", x.nbytes
     try:
         return "bytes", _movable(x, writable).nbytes
     except Exception:
