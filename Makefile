@@ -94,12 +94,16 @@ bench-gloo:
 cluster: $(VENV)/.dev-installed
 	python bench/network.py
 
-$(VENV)/.train-installed: pyproject.toml
+NATIVE := setup.py $(wildcard mpicoll/native/*)
+
+# One that was built from older sources must not stay where building fails.
+$(VENV)/.train-installed: pyproject.toml $(NATIVE)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "make: Python 3.11 or newer is missing; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "make: $(PYTHON) lacks its venv module; install it (on Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
+	rm -f mpicoll/_node.*
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(MPI),train]'
 	touch $@
 

@@ -243,6 +243,7 @@ def machine() -> dict:
     import mpi4py
 
     import mpicoll
+    from mpicoll.mpi import native
 
     return {
         "cpu": cpu,
@@ -252,6 +253,7 @@ def machine() -> dict:
         "numpy": np.__version__,
         "mpi4py": mpi4py.__version__,
         "mpicoll": mpicoll.__version__,
+        "compiled": native.state(),
         **({"torch": version("torch")} if TORCH else {}),
         "date": time.strftime("%Y-%m-%d"),
     }

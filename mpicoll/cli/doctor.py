@@ -71,6 +71,7 @@ def before(found: Findings) -> Iterator[str]:
     versions = f"Python {software['python']}, NumPy {software['numpy']}, mpi4py {software['mpi4py'] or 'missing'}"
     yield line("mpicoll", f"{software['mpicoll']}, {versions}")
     yield line("", f"of {software['executable']}")
+    yield line("", f"compiled part: {software['compiled']}")
     if launcher["name"]:
         count = f"{launcher['ranks']} rank(s)" if launcher["ranks"] else "it does not say how many ranks"
         yield line("launcher", f"{launcher['name']}: {count}")

@@ -24,7 +24,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import UserError
-from ..mpi import launch
+from ..mpi import launch, native
 from ..mpi.launch import SEGMENT, WHEELS, cores, launched_rank, launched_ranks, library_name, world
 from ..tuning.fingerprint import Fingerprint, machine
 from ..tuning.profile import VARIABLE, profile_path, read_profile, refusal
@@ -67,6 +67,7 @@ def alone(known: Collection[str]) -> Findings:
 def _software() -> Facts:
     return {
         "mpicoll": __version__,
+        "compiled": _or_none(native.state) or "MPICOLL_NATIVE is wrong",
         "python": platform.python_version(),
         "numpy": np.__version__,
         "mpi4py": _or_none(lambda: version("mpi4py")),

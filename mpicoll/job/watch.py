@@ -192,7 +192,7 @@ class Watch:
     def _leave(self, state: int, said: str, status: int = 0) -> None:
         self._stop_thread()
         now = self._clock.monotonic()
-        self.page.write(self.rank, now, now, state, said, status, record.made if state == GONE else None)
+        self.page.write(self.rank, now, now, state, said, status, record.counted() if state == GONE else None)
 
     def _stop_thread(self) -> None:
         self._stop.set()
@@ -230,7 +230,7 @@ class Watch:
         if entry is not None:
             self.page.write(self.rank, now, entry.began, INSIDE, f"in {entry}")
             return
-        last = record.calls[-1] if record.calls else None
+        last = record.latest()
         since, text = (last.ended or last.began, f", after {last}") if last else (self._since, "")
         self.page.write(self.rank, now, since, OUTSIDE, f"in no call{text}")
 

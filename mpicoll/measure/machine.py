@@ -19,6 +19,7 @@ from mpi4py import MPI
 
 from .. import __version__
 from ..errors import UserError
+from ..mpi import native
 from ..mpi.gpu.array import Array, cupy
 from ..mpi.gpu.assignment import Gpu
 from ..mpi.gpu.staging import pinned
@@ -154,6 +155,7 @@ def environment(comm: MPI.Intracomm) -> dict[str, Any]:
         "args": sys.argv,
         "env": [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)],
         "mpicoll": __version__,
+        "compiled": native.state(),
         "git": _revision(),
         "mpi": library_name(),
         "library": MPI.Get_library_version().strip("\0 \n"),

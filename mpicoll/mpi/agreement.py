@@ -9,7 +9,7 @@ import sys
 from collections.abc import Hashable
 from functools import lru_cache
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
@@ -107,6 +107,10 @@ def header_of(
     )
 
 
+class _Counter:
+    calls = 0
+
+
 class Agreement:
     """Compares the calls that the ranks of a communicator make, through a private duplicate of it."""
 
@@ -115,7 +119,13 @@ class Agreement:
         self._node = node  # if they share memory, all of them
         self._all = bytearray(8 * self._p)
         self._numbers = memoryview(self._all).cast("Q")
-        self.calls = 0
+        self._counter: Any = _Counter() if node is None else node.counter or _Counter()
+
+    @property
+    def calls(self) -> int:
+        """How many were compared."""
+        calls: int = self._counter.calls
+        return calls
 
     def check(
         self, headers: Headers, detail: tuple[str, ...] | None = None, places: tuple[int, ...] = (), digest: int = 0
@@ -126,9 +136,7 @@ class Agreement:
         with them where all ranks share memory: those of all ranks are returned.  ``digest`` is that of ``headers``, if
         it is known.
         """
-        self.calls += 1
-        digest = digest or digest_of(headers, detail)
-        number = digest ^ (self.calls * _MIX & _CORE)
+        number = self.number(headers, detail, digest)
         found = None
         if self._node is None:
             numbers = self._gathered(number)
@@ -137,9 +145,19 @@ class Agreement:
             numbers, found = [words[0] for words in exchanged], [words[1:] for words in exchanged]
         else:
             numbers = self._node.gather(number)
-        if numbers.count(number) != self._p and not _same(numbers):
-            raise MismatchError(_table(self._comm.allgather((digest, self._said(headers, detail)))))
+        if numbers.count(number) != self._p:
+            self.differ(numbers, headers, detail)
         return found
+
+    def number(self, headers: Headers, detail: tuple[str, ...] | None = None, digest: int = 0) -> int:
+        """What stands for the next call on this communicator."""
+        self._counter.calls = calls = self._counter.calls + 1
+        return (digest or digest_of(headers, detail)) ^ (calls * _MIX & _CORE)
+
+    def differ(self, numbers: list[int], headers: Headers, detail: tuple[str, ...] | None) -> None:
+        """Raise a ``MismatchError`` unless numbers that differ stand for calls that agree.  A collective call."""
+        if not _same(numbers):
+            raise MismatchError(_table(self._comm.allgather((digest_of(headers, detail), self._said(headers, detail)))))
 
     def _gathered(self, number: int) -> list[int]:
         self._comm.Allgather(number.to_bytes(8, sys.byteorder), self._all)
@@ -152,7 +170,7 @@ class Agreement:
 
     def begin(self, headers: Headers, detail: tuple[str, ...] | None = None) -> "Comparison":
         """Compare a nonblocking call: at the end of the request, and so with the text at once, cut to fit."""
-        self.calls += 1
+        self._counter.calls += 1
         said, room = self._said(headers, detail).encode(), _SAID - _HASH
         if len(said) > room:
             said = said[: room - 3].decode(errors="ignore").encode() + b"..."

@@ -102,6 +102,9 @@ def specification(flat: np.ndarray) -> Any:
     return flat if flat.flags.aligned else [flat.view(np.uint8), len(flat), MPI.Datatype.fromcode(flat.dtype.char)]
 
 
+HALF = np.dtype(np.float16).num
+
+
 def accumulator(dtype: np.dtype) -> np.dtype:
     """The dtype that sums of ``dtype`` are carried in: float32 for 16-bit floats, otherwise ``dtype`` itself."""
     return np.dtype(np.float32) if is_half(dtype) else dtype
@@ -109,7 +112,7 @@ def accumulator(dtype: np.dtype) -> np.dtype:
 
 def is_half(dtype: np.dtype) -> bool:
     """Is it a 16-bit float: float16, or ml_dtypes' bfloat16?"""
-    return dtype.num == 23 or (dtype.num >= 24 and dtype.name == "bfloat16")  # a name costs 3 us
+    return dtype.num == HALF or (dtype.num >= 24 and dtype.name == "bfloat16")  # a name costs 3 us
 
 
 @lru_cache

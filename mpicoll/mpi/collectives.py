@@ -11,12 +11,14 @@ from mpi4py import MPI
 from ..collective import ALLGATHER, ALLREDUCE, BCAST, GATHER, REDUCE, REDUCE_SCATTER, SCATTER
 from .agreement import header_of
 from .buffers import shape_of
+from .compiled import compiled
 from .engine import execute, together
 from .progress import driving
 from .request import NEW, Lengths, Raw, check_root, cuts_of, hashable, lengths_of
 from .state import State
 
 
+@compiled(ALLREDUCE, False, "sum")
 def allreduce(
     x: Any,
     comm: MPI.Intracomm,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from math import prod
 from operator import index
+from sys import intern
 from threading import get_ident
 from typing import Any, SupportsIndex, TypeVar, cast
 
@@ -15,6 +16,7 @@ from . import record
 from .agreement import check_level, header_of, level_of
 from .attach import check_comm
 from .buffers import blocks, entries, is_in_place, order_of, shape_of
+from .compiled import compiled
 from .engine import execute, together
 from .progress import driving
 from .request import ONE, VECTORS, Lengths, Raw, hashable
@@ -66,9 +68,11 @@ class Comm(MPI.Intracomm):
         return f"<mpicoll.Comm{named}, rank {self.rank} of {self.size}{ordered}, check={self.check!r}>"
 
     def _ready(self, deterministic: bool, check: str) -> "Comm":
-        self.deterministic, self.check = deterministic, check
+        self.deterministic, self.check = deterministic, intern(check)
         check_level(self.check)
-        self._state = state_of(self)
+        self._state = state = state_of(self)
+        if state._fast is not None:
+            self._fast = state._fast  # named in the compiled part, which looks for it
         return self
 
     def _wrapped(self, comm: C) -> "C | Comm":
@@ -186,6 +190,7 @@ class Comm(MPI.Intracomm):
         result.flags.writeable = False
         return result
 
+    @compiled(ALLREDUCE, True, MPI.SUM)
     def Allreduce(  # noqa: N802
         self,
         sendbuf: Any,

@@ -152,6 +152,10 @@ def execute(
                     state.agree(headers, detail, (), 0 if detail else found.digest)
                 native(send, recv)
                 return recv
+            if path.at_once is not None:
+                given = send if form else recv
+                state.at_once(path, headers, detail, compares, given, recv, 0 if detail else found.digest)
+                return recv
             given, taken, places = send, recv, None
             if compares:
                 mine = ()
@@ -240,9 +244,16 @@ def together(
         if state.p > 1:  # else it waits for nobody
             record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
         given = taken = places = None
-        if compares:
+        done = False
+        one = paths[0] if len(paths) == 1 and error is None else None
+        if isinstance(one, Path) and one.at_once is not None:
             detail = (order_of(x),) if level == "full" else None
-            one = paths[0] if len(paths) == 1 and error is None else None
+            request = made[0]
+            given = request.recv if request.send is None else request.send
+            state.at_once(one, headers, detail, compares, given, request.recv)
+            done = True
+        elif compares:
+            detail = (order_of(x),) if level == "full" else None
             if isinstance(one, Path) and one.places is not None:
                 mine, given, taken = one.places(made[0].send, made[0].recv)
             try:
@@ -258,6 +269,8 @@ def together(
         for path, request in zip(paths, made, strict=True):
             if isinstance(path, Raw):
                 result = path.do()
+            elif done:
+                result = _delivered(request, request.recv)
             elif mine:
                 result = run(path, request, given, taken, places)
             else:
@@ -269,7 +282,11 @@ def together(
 
 def run(path: Path, request: Request, send: Any, recv: Any, places: list[list[int]] | None) -> Any:
     """Run a request, and bring the result to where it is wanted."""
-    result = path.run(send, recv, places)
+    return _delivered(request, path.run(send, recv, places))
+
+
+def _delivered(request: Request, result: Any) -> Any:
+    """Bring a result to where it is wanted, and return what the call does."""
     if request.deliver is not None:
         request.deliver()
     return result if request.result is None else request.result
@@ -296,6 +313,11 @@ def _remember(state: State, key: Any, send: Any, recv: Any, op: Any, path: Path,
         request.result.size if recv is NEW else 0,
         path.native is not None and request.operation.predefined and request.nbytes <= BRIEF,
     )
+    if path.at_once is not None:
+        row, _, dtype, size, form, method, algorithm, deterministic, rest = key
+        if algorithm == "auto" and rest is None and form in (None, size) and dtype.isnative:
+            asked = row, method, op, dtype, size, form is None, bool(deterministic)
+            state.node.learn(asked, request.operation, state.decided[key].digest, headers, (path,))
 
 
 def last(comm: MPI.Intracomm) -> Account:

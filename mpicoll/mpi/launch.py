@@ -16,6 +16,7 @@ from ..errors import UserError, reason
 
 VARIABLES = (
     "MPICOLL_CHECK",
+    "MPICOLL_NATIVE",
     "MPICOLL_GPU_AWARE",
     "MPICOLL_PROFILE",
     "MPICOLL_REPORT",

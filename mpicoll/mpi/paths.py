@@ -27,6 +27,7 @@ from .plan import Plan
 from .progress import driving
 from .request import DEFAULT, ONE, Options, Request, lengths_of
 from .select import PLAIN, SHARED_FROM, parameters
+from .shared import AtOnce
 from .state import State
 
 KEPT = 1024
@@ -51,7 +52,8 @@ class Path:
 
     ``run(send, recv, places)`` does it and returns what was received, arrays being those of the request, of any shape.
     ``native`` is mpi4py's call, if ``run`` is nothing more than ``native(send, recv)`` with arrays as the
-    user passes them.  ``places(send, recv)``, of a path in shared memory, is where this rank's arrays lie, which
+    user passes them.  ``at_once``, where it is compiled, does it with the comparison of the call (``Node.at_once``).
+    ``places(send, recv)``, of a path in shared memory, is where this rank's arrays lie, which
     travels with the comparison of the call, and the flat arrays, which ``run`` then takes with the places of all.
     """
 
@@ -60,6 +62,7 @@ class Path:
     run: Callable[[Any, Any, Any], Any]
     account: Callable[[], Account]
     native: Callable[[Any, Any], Any] | None = None
+    at_once: AtOnce | None = None
     places: Callable[[Any, Any], tuple[tuple[int, ...], Any, Any]] | None = None
 
 
@@ -323,11 +326,19 @@ def _shared(state: State, request: Request) -> Path:
     # The MPI library moves data with one copy, staging buffers with two.
     staged = row.reduces or request.options.algorithm == SHARED
     arrays, count, in_place = _arrays(request), request.elements, request.in_place
+    at_once = state.node.at_once(row, operation, request.dtype, count) if state.shares else None
 
     def run(send: Any, recv: Any, places: Any) -> Any:
         if not count:
             return recv
         given, taken = arrays(send, recv) if places is None else (send, recv)
+        if at_once is not None and places is None:  # compared already
+            assert given is not None
+            assert taken is not None
+            found = state.on_node(at_once, 0, False, given, taken)
+            if found is None:
+                return recv
+            places = found or None
         if state.spans:
             state.join_nodes()
         args = row, given, taken, operation, root, cuts, staged, places, False, in_place
@@ -340,7 +351,14 @@ def _shared(state: State, request: Request) -> Path:
         return state.node.places(given, taken), given, taken
 
     found = places if state.shares and request.elements else None
-    return Path(SHARED, header_for(request, SHARED), run, lambda: _across(state, request), places=found)
+    return Path(
+        SHARED,
+        header_for(request, SHARED),
+        run,
+        lambda: _across(state, request),
+        at_once=at_once,
+        places=found,
+    )
 
 
 def _without_sharing(state: State, request: Request) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import get_ident
 from time import monotonic
 from typing import Any
+from weakref import WeakSet
 
 from ..files import replace, to_json
 
@@ -54,7 +55,7 @@ class Entry:
 
 
 calls: deque[Entry] = deque(maxlen=KEPT)
-"""The last ones, the latest at the end."""
+"""The last ones, those of the compiled part once ``refresh`` was called."""
 
 inside: dict[int, Entry] = {}
 """Those that have not ended, by thread."""
@@ -101,9 +102,68 @@ class during:  # noqa: N801  (a class: a generator would take a microsecond more
             end()
 
 
+class Source:
+    """The calls on a communicator that the compiled part makes, and keeps a record of, by itself."""
+
+    def __init__(self, native: Any, where: str, ranks: tuple[int, ...]) -> None:
+        self.native, self.where, self.ranks = native, where, ranks
+        self.seen = 0
+        self.open: Entry | None = None  # the latest that was seen, if it had not ended
+
+    def refresh(self) -> list[Entry]:
+        """The calls since the last time; of the one that had not ended then, how it ended."""
+        first, self.seen = self.seen - (self.open is not None), self.native.recorded
+        found = []
+        for what, call, began, ended in self.native.recent(first):
+            entry, self.open = self.open, None
+            if entry is None or entry.call != call:
+                entry = Entry(what, self.where, self.ranks, call)
+                found.append(entry)
+            entry.began, entry.ended = began, ended
+            if not ended:
+                self.open = entry
+        return found
+
+
+_sources: WeakSet[Source] = WeakSet()
+
+
+def follow(native: Any, where: str, ranks: tuple[int, ...]) -> Source | None:
+    """Have the calls of a communicator that the compiled part makes in the record, as long as what is returned is."""
+    if native is None:
+        return None
+    source = Source(native, where, ranks)
+    _sources.add(source)
+    return source
+
+
+def refresh() -> None:
+    """Bring the record up to date: who reads it calls this first."""
+    found: list[Entry] = []
+    for source in list(_sources):
+        found += source.refresh()
+        if source.where in made or len(made) < COUNTED:
+            made[source.where] = source.native.calls
+    calls.extend(found)
+
+
+def counted() -> dict[str, int]:
+    """``made``, up to date."""
+    refresh()
+    return made
+
+
+def latest() -> Entry | None:
+    """The call that began last."""
+    refresh()
+    return max(list(calls), key=lambda entry: entry.began, default=None)
+
+
 def current() -> Entry | None:
     """The call that has been going on for longest."""
-    return min(list(inside.values()), key=lambda entry: entry.began, default=None)
+    refresh()
+    open_ = [source.open for source in list(_sources) if source.open is not None]
+    return min([*inside.values(), *open_], key=lambda entry: entry.began, default=None)
 
 
 def site(frame: Any) -> str:
@@ -123,6 +183,7 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
     ``facts`` are its ``rank``, the ``size`` of the job, the number of the ``job``, and whatever else is to be told.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    refresh()
     now = monotonic()
     known = [
         {
@@ -134,7 +195,7 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
             "began": entry.began - now,
             "ended": entry.ended - now if entry.ended else None,
         }
-        for entry in list(calls)
+        for entry in sorted(calls, key=lambda entry: entry.began)
     ]
     name = f"rank-{facts['rank']}"
     with (folder / f"{name}.txt").open("w") as file:

@@ -95,16 +95,17 @@ def ahead(rules: tuple[Rule, ...], lo: int, hi: int | None, *names: str) -> tupl
 
 
 def defaults(
-    collective: str, p: int, shares: bool = False, spans: bool = False, one_node: bool = True
+    collective: str, p: int, shares: bool = False, spans: bool = False, one_node: bool = True, compiled: bool = False
 ) -> tuple[Rule, ...]:
     """What ``"auto"`` goes by where nobody has measured: sizes up to which native is best almost
     everywhere, and beyond, and where it cannot do what is asked, the costs of ours on an ordinary network.
 
-    ``shares``, ``spans`` and ``one_node`` are a communicator's (``mpi.state``).
+    ``shares``, ``spans`` and ``one_node`` are a communicator's (``mpi.state``); ``compiled`` says that there is machine
+    code for this one in shared memory, which is faster than native at every size.
     """
     rules = _ours(collective, p, NODE if one_node else CLUSTER)
     if shares or (spans and COLLECTIVES[collective].across):
-        limit = ACROSS_FROM if spans else SHARED_FROM[collective]
+        limit = 0 if compiled else ACROSS_FROM if spans else SHARED_FROM[collective]
         return ahead(ahead(rules, 0, limit, NATIVE, SHARED), limit, None, *_shared_first(collective))
     return ahead(rules, 0, LARGE[one_node] if collective == "allreduce" else None, NATIVE)
 

@@ -29,7 +29,9 @@ import numpy as np
 from mpi4py import MPI
 
 from ..algorithms.fold import power_below
-from ..collective import Collective
+from ..collective import ALLREDUCE, Collective
+from . import native
+from .buffers import HALF, is_half
 from .launch import cores, node_of
 from .memory import NOWHERE, PAGE, Place, Pool, place_of, share, windows
 from .operations import Operation
@@ -57,6 +59,9 @@ Python has no fences."""
 PROCESS = int.from_bytes(os.urandom(8), "little")  # no other's, not even in a container of its own
 
 
+AtOnce = Callable[[int, bool, np.ndarray, np.ndarray], list[Any] | None]
+
+
 class Node:
     """The ranks of a communicator that share memory, and how they take turns; making it is a collective call.
 
@@ -75,14 +80,21 @@ class Node:
         self.across: Callable[[np.ndarray, Operation], None] | None = None  # reduces with other nodes, if there are any
         p = self.size
         self.owners = list(range(p))  # ranks here that own pieces
-        found = node.allgather((PROCESS, cores()))
-        self.processes = tuple(process for process, _ in found)
+        found = node.allgather((PROCESS, cores(), native.layout(), native.wanted() == "require"))
+        self.processes = tuple(one[0] for one in found)
+        module = native.together([one[2] for one in found], any(one[3] for one in found)) if p > 1 else None
         self.pool = Pool(node, self.processes)
-        page = share(node, 3 * p * LINE) if p > 1 else None
+        size = 3 * p * LINE if module is None else module.sizes(p)[0]
+        page = share(node, size) if p > 1 else None
         self.shares = page is not None
+        self._native: Any = None
+        self._room: list[int] = []  # bytes of memory that the compiled part is still to be given
         if page is None:
             return
-        self._spin = SPIN if len({core for _, their in found for core in their}) >= p else 0
+        self._spin = SPIN if len({core for one in found for core in one[1]}) >= p else 0
+        if module is not None:
+            self._native = module.Node(page, self.rank, p, self._spin, additions(p), pause)
+            _, *self._room = module.sizes(p)
         self._words, self._turn, self._pause = memoryview(page).cast("Q"), 0, pause
         self._flag, self._flags = self.rank * WORDS, [q * WORDS for q in range(p) if q != self.rank]
         self._slots = [[(p + odd * p + q) * WORDS for q in range(p)] for odd in (0, 1)]
@@ -96,6 +108,9 @@ class Node:
 
     def sync(self) -> None:
         """Wait until all ranks have come here; what they wrote before is seen after."""
+        if self._native is not None:
+            self._native.sync()
+            return
         if not ORDERED:
             self.comm.Barrier()
             return
@@ -122,6 +137,9 @@ class Node:
 
         A rank may be a turn ahead of those that still read, not two; so there are two places to write to.
         """
+        if self._native is not None:
+            theirs: list[list[int]] = self._native.exchange(*mine)
+            return theirs
         slots, words = self._slots[self._turn & 1], self._words
         if not ORDERED:
             self.comm.Barrier()  # until all have read the last ones
@@ -133,12 +151,87 @@ class Node:
 
     def gather(self, number: int) -> list[int]:
         """One number of each rank, seen by all: ``exchange`` at the least cost."""
+        if self._native is not None:
+            numbers: list[int] = self._native.gather(number)
+            return numbers
         if not ORDERED:
             return [theirs for (theirs,) in self.exchange(number)]
         slots, words = self._slots[self._turn & 1], self._words
         words[slots[self.rank]] = number
         self.sync()
         return [words[slot] for slot in slots]
+
+    # ---- what is compiled
+
+    def at_once(self, row: Collective, operation: Operation, dtype: np.dtype, count: int) -> AtOnce | None:
+        """What makes such a call at once, its comparison included: a function of the number that stands for the call,
+        whether it is to be compared, and flat arrays.  ``None`` if that is not compiled.
+
+        It returns ``None`` when it is done.  Otherwise nothing is done, on all ranks: it returns what they compare,
+        which is not the same; or where their arrays lie, some in shared memory, or where there is no memory an empty
+        list.
+        """
+        code = _code_of(operation, dtype) if self._native is not None and self.whole else None
+        if code is None or row is not ALLREDUCE or not count:
+            return None
+        number_of, kind, mean = code
+        allreduce, nbytes = self._native.allreduce, count * dtype.itemsize
+        needs = 0 if nbytes <= native.INLINE else 1 if nbytes <= native.CELL else 2
+
+        def call(number: int, compares: bool, send: np.ndarray, recv: np.ndarray) -> list[Any] | None:
+            where = None
+            if needs == 2:
+                where = self.places(send, recv)
+                where = where if any(where) else None
+            if needs and self._room[needs - 1]:
+                if compares:
+                    numbers = self.gather(number)
+                    if numbers.count(number) != self.size:
+                        return numbers
+                    compares = False
+                if not self._give(needs):
+                    return []
+            found: list[Any] | None = allreduce(number, compares, number_of, kind, mean, where, send, recv)
+            return found
+
+        return call
+
+    def does(self, collective: str) -> bool:
+        """Whether there is an ``at_once`` for a collective."""
+        return self._native is not None and self.whole and collective == ALLREDUCE.name
+
+    @property
+    def counter(self) -> Any:
+        """What counts the calls that are compared, if that is the compiled part."""
+        return self._native
+
+    def learn(self, key: tuple[Any, ...], operation: Operation, digest: int, headers: Any, paths: Any) -> None:
+        """Have calls of these arguments (collective, method, operation, dtype, elements, in place, deterministic) made
+        by the compiled part from the start."""
+        row, method, op, dtype, count, in_place, deterministic = key
+        code, call = _code_of(operation, dtype), native.calls.get((row, method))
+        if self._native is not None and code is not None and call is not None:
+            self._native.learn(call, op, dtype, count, in_place, deterministic, digest, code, headers, paths)
+
+    def bind(self, state: Any) -> Any:
+        """Give the compiled part, if there is one, the state whose calls it makes; return it."""
+        if self._native is not None:
+            self._native.bind(state)
+        return self._native
+
+    def forget(self) -> None:
+        """Look at all calls closely again."""
+        if self._native is not None:
+            self._native.forget()
+
+    def _give(self, what: int) -> bool:
+        """Give the compiled part memory for vectors of a cell (1), or longer (2); false, on all ranks, if none is."""
+        memory = share(self.comm, self._room[what - 1])
+        if memory is None:
+            return False
+        (self._native.open_cells if what == 1 else self._native.open_boxes)(memory)
+        self._room[what - 1] = 0
+        return True
 
     # ---- memory
 
@@ -182,6 +275,7 @@ class Node:
         self.disown()
         if self.shares:
             self._results, self.boxes, self.across = [], None, None
+            self._native = None
             self._words.release()
             del self._pause  # which refers to whom this belongs
         if not self.whole:
@@ -519,6 +613,23 @@ def _across(across: Callable[[np.ndarray, Operation], None], operation: Operatio
 
 def _finish(finish: Callable[[np.ndarray, int], None], p: int, total: np.ndarray) -> None:
     finish(total, p)
+
+
+OPERATIONS = ("sum", "prod", "max", "min", "land", "lor", "lxor", "band", "bor", "bxor")
+"""In the order of ``enum operation`` in ``kernels.h``."""
+
+
+def _code_of(operation: Operation, dtype: np.dtype) -> tuple[int, str, bool] | None:
+    """The operation's number, the kind of elements, and whether to divide: what the compiled part takes; ``None`` if it
+    has no code for it."""
+    name = "sum" if operation.name == "mean" else operation.name
+    if not operation.predefined or name not in OPERATIONS or not dtype.isnative or native.module is None:
+        return None
+    half, number = is_half(dtype), OPERATIONS.index(name)
+    if half and name in ("sum", "prod") and not operation.widens:  # rounded at every hop
+        return None
+    kind = "E" if half and dtype.num != HALF else dtype.char
+    return (number, kind, operation.name == "mean") if native.module.does(number, kind) else None
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:

@@ -89,6 +89,8 @@ class State:
         """What ranks can do on their GPUs, once there was a call on arrays there."""
         self._boxes: staging.StagingBuffers | None = None
         self.agreement = Agreement(self.comm, self.node if self.shares else None)
+        self._fast = self.node.bind(self) if self.shares else None  # named in the compiled part, which looks for it
+        self._record = record.follow(self._fast, self.name, self.world)
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)
         self._interrupted = False
@@ -183,6 +185,7 @@ class State:
     def follow(self, measured: Rules) -> None:
         """From now on these are the rules, and for collectives that have none the defaults; the same on all ranks."""
         self.decided.clear()
+        self.node.forget()
         self.paths.clear()
         for collective in COLLECTIVES:
             own = measured.get(collective)
@@ -190,7 +193,7 @@ class State:
 
     def defaults(self, collective: str) -> tuple[Rule, ...]:
         """The rules where nobody has measured."""
-        return defaults(collective, self.p, self.shares, self.spans, self.node.whole)
+        return defaults(collective, self.p, self.shares, self.spans, self.node.whole, self.node.does(collective))
 
     def _found_rules(self) -> Rules:
         """Those of the profile for here, if there is one: rank 0 looks, and all get what it has found."""
@@ -342,6 +345,50 @@ class State:
         finally:
             self._running.release()
 
+    def at_once(
+        self,
+        path: Any,
+        headers: Headers,
+        detail: tuple[str, ...] | None,
+        compares: bool,
+        send: np.ndarray,
+        recv: np.ndarray,
+        digest: int = 0,
+    ) -> None:
+        """Run a call on a path that has ``at_once``, compared between the ranks as ``agree`` does."""
+        self.check()
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(BUSY)
+        try:
+            number = self.agreement.number(headers, detail, digest) if compares else 0
+            if under_way or interrupted:
+                with driving(self.comm):
+                    found = path.at_once(number, compares, send, recv)
+            else:
+                found = path.at_once(number, compares, send, recv)
+        finally:
+            self._running.release()
+        if found is not None:
+            self._unfinished(path, headers, detail, found, send, recv)
+
+    def unfinished(self, headers: Headers, found: list[Any], send: np.ndarray, recv: np.ndarray) -> None:
+        """Do what the compiled part has left of the latest call."""
+        self._unfinished(self.last[0], headers, None, found, send, recv)
+
+    def _unfinished(
+        self,
+        path: Any,
+        headers: Headers,
+        detail: tuple[str, ...] | None,
+        found: list[Any],
+        send: np.ndarray,
+        recv: np.ndarray,
+    ) -> None:
+        if found and isinstance(found[0], int):
+            self.agreement.differ(found, headers, detail)
+            found = []
+        path.run(send, recv, found or None)
+
     def agree_on(self, graph: Graph) -> None:
         """Compare it, the first time that it is used."""
         if graph.digest not in self._graphs:
@@ -377,11 +424,13 @@ class State:
     def interrupt(self) -> None:
         """Messages may stay behind: nothing can be started any more."""
         self._interrupted = True
+        self.node.forget()
         interrupted.add(self)
 
     def disown(self) -> None:
         """The communicator is being freed, by all ranks."""
         self.decided.clear()  # so that a call on a handle of it that is left is looked at closely
+        self.node.forget()
         self.paths.clear()
         self.last = ()
         self.node.disown()

@@ -70,7 +70,7 @@ def test_it_measures_fits_and_is_found_again(tmp_path):
         for row in rows:
             assert {*row.us} == {NATIVE, *ALGORITHMS[name], *([SHARED] if name == "allreduce" else [])}
             assert min(len(times) for times in row.us.values()) >= 6
-            assert row.default == NATIVE
+            assert row.default in (NATIVE, SHARED)
     for line in command.table(made.rules).splitlines():
         assert line in done.out
     assert "at 4 sizes that were not fitted" in done.out

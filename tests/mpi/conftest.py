@@ -83,6 +83,12 @@ def _nothing_interrupted() -> Iterator[None]:
 
 
 @pytest.fixture
+def python_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Communicators made from now on do without the compiled part."""
+    monkeypatch.setenv("MPICOLL_NATIVE", "off")
+
+
+@pytest.fixture
 def comm() -> Iterator[MPI.Intracomm]:
     """A communicator of the test's own, so that no test meets another's messages."""
     own = WORLD.Dup()

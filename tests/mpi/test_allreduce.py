@@ -559,6 +559,7 @@ def test_counts_past_a_limit_go_in_pieces(comm, name, monkeypatch):
     np.testing.assert_array_equal(x, sum(own_data(5003, rank) for rank in range(P)))
 
 
+@pytest.mark.usefixtures("python_engine")
 def test_auto_is_native_below_and_ours_above(comm, monkeypatch):
     x = np.zeros(1000)
     assert account(x, mpicoll.Comm(comm.Dup())) == ("native", None, None)

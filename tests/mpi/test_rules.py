@@ -23,7 +23,11 @@ from mpicoll.tuning.rules import Rule
 
 P, RANK = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 SMALL, LONG = 96, 300  # elements of float64: in each of the rules
-pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P in (6, 7), reason="five ranks and eight show it")]
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.usefixtures("python_engine"),
+    pytest.mark.skipif(P in (6, 7), reason="five ranks and eight show it"),
+]
 several = pytest.mark.skipif(P == 1, reason="one rank has no choice")
 
 

@@ -27,7 +27,11 @@ NATIVE_UP_TO = FROM // 8 - 1  # float64
 COUNTS = sorted({0, 1, P - 1, P, P + 1, 997, FROM // 8, FROM // 8 + 1, TILE // 8 + 1, BOX // 8 + 1, 3 * BOX // 8 + 5})
 KINDS = "shared", "private", "mixed", "views"
 
-pytestmark = [pytest.mark.mpi, pytest.mark.skipif(P in (6, 7), reason="five ranks and eight show it")]
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.usefixtures("python_engine"),
+    pytest.mark.skipif(P in (6, 7), reason="five ranks and eight show it"),
+]
 several = pytest.mark.skipif(P == 1, reason="one rank has nobody to share with")
 
 
