@@ -119,13 +119,7 @@ class Agreement:
         self._node = node  # if they share memory, all of them
         self._all = bytearray(8 * self._p)
         self._numbers = memoryview(self._all).cast("Q")
-        self._counter: Any = _Counter() if node is None else node.counter or _Counter()
-
-    @property
-    def calls(self) -> int:
-        """How many were compared."""
-        calls: int = self._counter.calls
-        return calls
+        self.counter: Any = _Counter() if node is None else node.counter or _Counter()
 
     def check(
         self, headers: Headers, detail: tuple[str, ...] | None = None, places: tuple[int, ...] = (), digest: int = 0
@@ -151,7 +145,7 @@ class Agreement:
 
     def number(self, headers: Headers, detail: tuple[str, ...] | None = None, digest: int = 0) -> int:
         """What stands for the next call on this communicator."""
-        self._counter.calls = calls = self._counter.calls + 1
+        self.counter.calls = calls = self.counter.calls + 1
         return (digest or digest_of(headers, detail)) ^ (calls * _MIX & _CORE)
 
     def differ(self, numbers: list[int], headers: Headers, detail: tuple[str, ...] | None) -> None:
@@ -166,15 +160,15 @@ class Agreement:
     def _said(self, headers: Headers, detail: tuple[str, ...] | None) -> str:
         what = headers if isinstance(headers, str) else "; ".join(map(str, headers)) or "nothing to do"
         more = [] if detail is None else [*filter(None, detail), f"at {site(sys._getframe())}"]
-        return ", ".join([f"call {self.calls}: {what}", *more])
+        return ", ".join([f"call {self.counter.calls}: {what}", *more])
 
     def begin(self, headers: Headers, detail: tuple[str, ...] | None = None) -> "Comparison":
         """Compare a nonblocking call: at the end of the request, and so with the text at once, cut to fit."""
-        self._counter.calls += 1
+        self.counter.calls += 1
         said, room = self._said(headers, detail).encode(), _SAID - _HASH
         if len(said) > room:
             said = said[: room - 3].decode(errors="ignore").encode() + b"..."
-        mine = _digest((self.calls, headers, detail)).to_bytes(_HASH, "little") + said.ljust(room, b"\0")
+        mine = _digest((self.counter.calls, headers, detail)).to_bytes(_HASH, "little") + said.ljust(room, b"\0")
         everyone = bytearray(_SAID * self._p)
         with _clearing:
             for other in list(_begun):  # those that nobody waits for, because this rank refused the call

@@ -145,7 +145,8 @@ def execute(
         compares = check != "off" and state.p > 1
         detail = ("",) if check == "full" else None  # arrays of these forms lie row by row
         (path,), headers = found.paths, found.headers
-        record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
+        number = state.agreement.counter.calls + 1 if compares else 0
+        record.begin(record.Entry(headers, state.name, state.world, number))
         try:
             if native is not None:
                 if compares:
@@ -242,7 +243,8 @@ def together(
         compares = level != "off" and state.p > 1
         mine: tuple[int, ...] = ()
         if state.p > 1:  # else it waits for nobody
-            record.begin(record.Entry(headers, state.name, state.world, state.agreement.calls + 1 if compares else 0))
+            number = state.agreement.counter.calls + 1 if compares else 0
+            record.begin(record.Entry(headers, state.name, state.world, number))
         given = taken = places = None
         done = False
         one = paths[0] if len(paths) == 1 and error is None else None

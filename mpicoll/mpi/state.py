@@ -321,7 +321,7 @@ class State:
 
     def entry(self, what: Any) -> record.Entry:
         """For the flight record: a call that comes next."""
-        return record.Entry(what, self.name, self.world, self.agreement.calls + 1)
+        return record.Entry(what, self.name, self.world, self.agreement.counter.calls + 1)
 
     def agree(
         self,

@@ -545,7 +545,7 @@ def test_a_call_that_one_rank_leaves_out_is_noticed_at_the_next(ours):
 def test_the_hash_tells_calls_apart_by_their_number(ours):
     """A rank that is a call behind, on calls that are otherwise equal, is found out."""
     if ours.rank == ODD:
-        state_of(ours).agreement._counter.calls += 1
+        state_of(ours).agreement.counter.calls += 1
     with pytest.raises(mpicoll.MismatchError, match=f"rank {ODD} .*call 2: allreduce of 5"):
         mpicoll.allreduce(ones(), ours)
 

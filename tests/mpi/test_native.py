@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 BOX = 64 << 10
-KINDS = [np.dtype(one) for one in ("?", *"bBhHiIlLqQ", *"efdg", *"FDG")]
+KINDS = [np.dtype(one) for one in ("?bBhHiIlLqQefdgFDG" if P < 4 else "?iefD")]
 OPERATIONS = {"?": ("land", "lor", "lxor"), "b": ("land", "lor", "lxor", "band", "bor", "bxor")}
 NUMBERS = ("sum", "mean", "prod", "max", "min")
 
@@ -243,10 +243,10 @@ def test_the_flight_record_has_them(comm, monkeypatch):
     ours = mpicoll.Comm(comm)
     x = np.zeros(3)
     record.refresh()
-    before = state_of(ours).agreement.calls
+    before = state_of(ours).agreement.counter.calls
     for _ in range(10):
         ours.Allreduce(MPI.IN_PLACE, x)
-    assert state_of(ours).agreement.calls == before + 10
+    assert state_of(ours).agreement.counter.calls == before + 10
     record.refresh()
     name = state_of(ours).name
     found = sorted((one for one in record.calls if one.where == name and one.call), key=lambda one: one.call)
