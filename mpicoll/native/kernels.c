@@ -57,8 +57,9 @@ static inline float f16_to_float(uint16_t x)
 static inline uint16_t float_to_f16(float x)
 {
     const uint32_t bits = bits_of(x);
-    const int32_t magnitude = bits & 0x7fffffff, infinite = 255 << 23, large = (127 + 16) << 23, normal = (127 - 14) << 23;
-    const uint32_t rounded = (magnitude - ((127 - 15) << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13; /* or to infinity */
+    const int32_t magnitude = bits & 0x7fffffff, infinite = 255 << 23;
+    const int32_t normal = (127 - 14) << 23, large = (127 + 16) << 23;
+    const uint32_t rounded = (magnitude - ((127 - 15) << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
     const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f); /* 2^-24 is the last bit of both */
     const uint32_t special = 0x7c00 | choose(magnitude > infinite, 0x200 | (magnitude >> 13 & 0x3ff), 0);
     const uint32_t finite = choose(magnitude < normal, subnormal, rounded);
@@ -101,14 +102,27 @@ static inline uint16_t float_to_b16(float x)
 #pragma GCC pop_options
 #endif
 
-/* Asked once, as it is slow in a virtual machine; threads that ask at the same time write the same. */
+/* By hand, as __builtin_cpu_supports does not know f16c in every compiler, and with zig's runtime finds no AVX2 at all.
+   The operating system must save all of the vector registers, too: bits 1 and 2 of XCR0 tell. */
+static int find_avx2(void)
+{
+    const unsigned needed = bit_OSXSAVE | bit_AVX | bit_F16C;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & needed) != needed)
+        return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2))
+        return 0;
+    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (a & 6) == 6;
+}
+
+/* Found once, as a virtual machine is slow to tell; threads that ask at the same time write the same. */
 static int has_avx2(void)
 {
     static int known = -1;
     int has = __atomic_load_n(&known, __ATOMIC_RELAXED);
     if (has < 0) {
-        unsigned a, b, c, d; /* not every compiler knows f16c by name */
-        has = __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+        has = find_avx2();
         __atomic_store_n(&known, has, __ATOMIC_RELAXED);
     }
     return has;

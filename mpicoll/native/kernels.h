@@ -12,9 +12,9 @@
 enum operation { OP_SUM, OP_PROD, OP_MAX, OP_MIN, OP_LAND, OP_LOR, OP_LXOR, OP_BAND, OP_BOR, OP_BXOR, OPERATIONS };
 
 typedef void (*combine_t)(void *out, const void *lower, const void *higher, size_t n); /* out may be lower or higher */
-typedef void (*finish_t)(void *x, size_t n, int p);           /* divides a sum of p in place, integers to nearest even */
-typedef void (*widen_t)(float *out, const void *x, size_t n); /* 16-bit floats to float32 */
-typedef void (*narrow_t)(void *out, const float *x, size_t n); /* and back, rounded once, to nearest even */
+typedef void (*finish_t)(void *x, size_t n, int p); /* divides by p > 0 in place; integers to nearest, ties to even */
+typedef void (*widen_t)(float *out, const void *x, size_t n);  /* 16-bit floats to float32 */
+typedef void (*narrow_t)(void *out, const float *x, size_t n); /* and back, rounded once: to nearest, ties to even */
 
 /* What there is for one type, NULL where operations.py refuses it.  16-bit floats have max and min of their own; their
    sums, products and means are those of float32, between widen and narrow. */
@@ -26,7 +26,7 @@ typedef struct {
     narrow_t narrow;
 } kind_t;
 
-/* type is NumPy's dtype.char, 'E' for bfloat16; NULL for types that are not reduced.  The fastest for this processor. */
+/* The fastest for this processor; type is NumPy's dtype.char, 'E' for bfloat16.  NULL for types not reduced. */
 const kind_t *kernels_of(int type);
 
 /* For tests: variant 0 is for every processor, 1 for AVX2 with F16C, NULL where there is none; -1 the best. */

@@ -283,6 +283,7 @@ typedef struct { /* what mpi/native.py passes to prepare, once: objects, and nam
     PyObject *header, *off, *op, *fast, *check, *deterministic, *last, *default_level, *keyval, *get_attr, *unfinished,
         *interrupt;
     PyTypeObject *node;
+    PyObject *without; /* where the latest communicator of mpi4py's own is that had no node: not to ask it again */
 } names_t;
 
 static names_t names;
@@ -342,7 +343,10 @@ static Node *node_of(PyObject *comm, int method, int *compares, int *determinist
 {
     PyObject *found, *level, *canonical = Py_False;
     if (!method && (PyObject *)Py_TYPE(comm) == names.plain) {
+        if (comm == names.without)
+            return NULL;
         found = attached(comm);
+        names.without = found && found != Py_None ? NULL : comm;
         level = PyDict_GetItemWithError(names.agreement, names.default_level);
     } else {
         PyObject *dict = PyObject_GenericGetDict(comm, NULL);
@@ -465,6 +469,7 @@ static PyObject *Node_learn(Node *self, PyObject *args)
                      {kind, operation, mean, (size_t)count, (size_t)count * kind->size}, digest, Py_NewRef(headers),
                      Py_NewRef(paths)};
     self->thread = PyThread_get_thread_ident();
+    names.without = NULL;
     Py_RETURN_NONE;
 }
 

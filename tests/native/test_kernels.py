@@ -195,8 +195,8 @@ def reference(name: str, lower: np.ndarray, higher: np.ndarray) -> np.ndarray | 
 
 
 def either(name: str, dtype: np.dtype) -> bool:
-    """May a zero have either sign?  Which one NumPy takes, depends on how long the array is."""
-    return name in ("max", "min") and dtype.kind not in "iu"
+    """May a zero have either sign?  Which one NumPy takes, depends on the processor; the kernels do as it on x86."""
+    return platform.machine() != "x86_64" and name in ("max", "min") and dtype.kind not in "iu"
 
 
 def wrong_combinations(kernels: Kernels, dtype: np.dtype, name: str, n: int, expected_of: str = "") -> list[str]:
@@ -348,7 +348,12 @@ def test_another_operation_in_its_place_is_noticed(kernels, dtype):
 @pytest.mark.parametrize(
     ("file", "right", "wrong", "check"),
     [
-        ("kernels.inc", "(a >= b) | (a != a)", "(a >= b)", lambda k: wrong_combinations(k, np.dtype("d"), "max", 130)),
+        (
+            "kernels.inc",
+            "(a MORE b) | (a != a)",
+            "(a MORE b)",
+            lambda k: wrong_combinations(k, np.dtype("d"), "max", 130),
+        ),
         ("kernels.inc", "rest > p - rest", "rest >= p - rest", lambda k: wrong_means(k, np.dtype("h"))),
         ("kernels.inc", "below = rest < 0", "below = 0", lambda k: wrong_means(k, np.dtype("q"))),
         ("kernels.c", "0xfff + (magnitude >> 13 & 1)", "0x1000", lambda k: wrong_roundings(k, np.dtype("e"))),
