@@ -275,7 +275,9 @@ class Node:
         self.disown()
         if self.shares:
             self._results, self.boxes, self.across = [], None, None
-            self._native = None
+            if self._native is not None:
+                self._native.close()
+                self._native = None
             self._words.release()
             del self._pause  # which refers to whom this belongs
         if not self.whole:

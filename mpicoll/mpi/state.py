@@ -366,6 +366,9 @@ class State:
                     found = path.at_once(number, compares, send, recv)
             else:
                 found = path.at_once(number, compares, send, recv)
+        except BaseException:  # in the middle: other ranks may be anywhere
+            self.interrupt()
+            raise
         finally:
             self._running.release()
         if found is not None:

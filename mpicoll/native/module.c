@@ -78,7 +78,8 @@ static int wait_longer(node_t *n, long looks)
         take_gil(self);
         if (PyErr_CheckSignals())
             return BROKEN_OFF;
-        PyObject *done = PyObject_CallNoArgs(self->pause);
+        PyObject *pause = Py_XNewRef(self->pause), *done = pause ? PyObject_CallNoArgs(pause) : NULL;
+        Py_XDECREF(pause);
         if (!done)
             return BROKEN_OFF;
         Py_DECREF(done);
@@ -97,6 +98,10 @@ static int wait_longer(node_t *n, long looks)
 
 static int enter(Node *self)
 {
+    if (!self->n.ranks) {
+        PyErr_SetString(PyExc_RuntimeError, "this communicator was freed: make a new one");
+        return -1;
+    }
     if (self->busy) {
         PyErr_SetString(PyExc_RuntimeError, "another thread is in a collective on this communicator: give each thread "
                                             "a communicator of its own");
@@ -412,12 +417,13 @@ static int call_fast(Call *self, PyObject *comm, PyObject *send, PyObject *recv,
     }
     Py_INCREF(node);
     PyObject *found = allreduce(node, &r, number, compares, NULL, PyArray_DATA(from), PyArray_DATA(to));
+    int broken = !found; /* in the middle: others may be anywhere */
     if (found && found != Py_None) { /* the ranks' calls differ, or some arrays lie in shared memory */
         PyObject *args[] = {node->state, headers, found, (PyObject *)from, recv};
         PyObject *done = PyObject_VectorcallMethod(names.unfinished, args, 5, NULL);
         Py_SETREF(found, done);
     }
-    if (!found && (PyErr_ExceptionMatches(PyExc_KeyboardInterrupt) || PyErr_ExceptionMatches(PyExc_SystemExit))) {
+    if (broken) {
         PyObject *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
         Py_XDECREF(PyObject_CallMethodNoArgs(node->state, names.interrupt));
@@ -657,6 +663,7 @@ static int Node_traverse(Node *self, visitproc visit, void *arg)
 
 static int Node_clear(Node *self)
 {
+    names.without = NULL;
     Py_CLEAR(self->pause);
     Py_CLEAR(self->state);
     Py_CLEAR(self->state_dict);
@@ -667,20 +674,34 @@ static int Node_clear(Node *self)
     return 0;
 }
 
+static void release_memory(Node *self)
+{
+    Py_buffer *held[] = {&self->page, &self->cells, &self->boxes};
+    for (int k = 0; k < 3; k++)
+        if (held[k]->obj)
+            PyBuffer_Release(held[k]);
+    self->n.ranks = NULL, self->n.cells = self->n.boxes = NULL;
+}
+
 static void Node_dealloc(Node *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     Node_clear(self);
+    release_memory(self);
     PyMem_Free(self->steps);
     PyMem_Free(self->n.scratch);
-    for (int k = 0; k < 3; k++) {
-        Py_buffer *held = k == 0 ? &self->page : k == 1 ? &self->cells : &self->boxes;
-        if (held->obj)
-            PyBuffer_Release(held);
-    }
     type->tp_free(self);
     Py_DECREF(type);
+}
+
+static PyObject *Node_close(Node *self, PyObject *Py_UNUSED(nothing))
+{
+    if (!self->busy) {
+        Node_clear(self);
+        release_memory(self);
+    }
+    Py_RETURN_NONE;
 }
 
 static PyMethodDef node_methods[] = {
@@ -692,6 +713,7 @@ static PyMethodDef node_methods[] = {
     {"allreduce", (PyCFunction)(void (*)(void))Node_allreduce, METH_FASTCALL, "Compare, and reduce."},
     {"bind", (PyCFunction)Node_bind, METH_O, "Take the state that calls from Python are recorded in."},
     {"learn", (PyCFunction)Node_learn, METH_VARARGS, "Remember what was decided for a call from Python."},
+    {"close", (PyCFunction)Node_close, METH_NOARGS, "Let go of the state and of shared memory: no more calls."},
     {"forget", (PyCFunction)Node_forget, METH_NOARGS, "Forget all that was remembered."},
     {"recent", (PyCFunction)Node_recent, METH_O, "The calls from Python since one of a number, oldest first."},
     {NULL, NULL, 0, NULL},

@@ -1,9 +1,11 @@
 """The compiled part: the same bits as Python, whatever the form of the call, the kind of elements, and the length."""
 
+import gc
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +238,46 @@ def test_communicators_take_turns_of_their_own(comm):
     x = np.zeros(1)
     with pytest.raises((TypeError, ValueError, MPI.Exception)):
         many[0].Allreduce(MPI.IN_PLACE, x)
+
+
+def test_freed_communicators_leave_nothing(comm):
+    """Without a collection of garbage: memory that is shared goes when the communicator does."""
+
+    def maps():
+        return Path("/proc/self/maps").read_text().count("mpicoll")
+
+    before = maps()
+    gc.disable()
+    try:
+        for _ in range(20):
+            ours = mpicoll.Comm(comm.Dup())
+            for count in (3, 1000, 20000):
+                for _ in range(2):
+                    ours.Allreduce(MPI.IN_PLACE, np.ones(count))
+            ours.Free()
+    finally:
+        gc.enable()
+    assert maps() <= before + 3
+
+
+def test_an_error_while_waiting_ends_the_communicator(comm, monkeypatch):
+    ours = mpicoll.Comm(comm)
+    for _ in range(3):
+        ours.Allreduce(MPI.IN_PLACE, np.ones(3))
+    comm.Barrier()
+    if ours.rank == 0:  # alone: others do not come
+
+        def handler(*_):
+            raise OSError("of the program's own")
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(OSError, match="program's own"):
+            ours.Allreduce(MPI.IN_PLACE, np.ones(3))
+        signal.signal(signal.SIGUSR1, before)
+        with pytest.raises(RuntimeError, match=r"interrupted|aborted|broken"):
+            ours.Allreduce(MPI.IN_PLACE, np.ones(3))
+    comm.Barrier()
 
 
 def test_the_flight_record_has_them(comm, monkeypatch):
