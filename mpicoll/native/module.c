@@ -507,6 +507,8 @@ static PyObject *Node_recent(Node *self, PyObject *argument)
     PyObject *found = PyList_New(0);
     for (unsigned long long k = first; found && k < self->recorded; k++) {
         entry_t *one = &self->record[k % RECORDS];
+        if (!one->headers) /* of a communicator that was freed */
+            continue;
         PyObject *item = Py_BuildValue("(OKdd)", one->headers, one->call, one->began, one->ended);
         if (!item || PyList_Append(found, item))
             Py_CLEAR(found);
