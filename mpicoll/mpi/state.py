@@ -453,6 +453,7 @@ class State:
                 self._boxes = None
             if self.devices is not None:
                 self.devices.release()
+            record.refresh()  # what the compiled part has recorded of it goes with it
             self.node.release()
             self.comm.Free()
 
