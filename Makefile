@@ -103,7 +103,7 @@ $(VENV)/.train-installed: pyproject.toml $(NATIVE)
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "make: $(PYTHON) lacks its venv module; install it (on Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
-	rm -f mpicoll/_node.*
+	rm -f mpicoll/_node.*.so
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(MPI),train]'
 	touch $@
 

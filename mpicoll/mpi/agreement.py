@@ -77,7 +77,7 @@ def default_level() -> str:
     """What ``MPICOLL_CHECK`` says, else the header."""
     global _default
     if _default is None:
-        _default = os.environ.get("MPICOLL_CHECK") or "header"
+        _default = sys.intern(os.environ.get("MPICOLL_CHECK") or "header")  # the compiled part asks which object it is
     return _default
 
 

@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 if native.module is not None:
     looked_at = (under_way, attach.interrupted, memory.windows, vars(attach), vars(agreement))
-    native.module.prepare(MPI.IN_PLACE, MPI.Intracomm, *looked_at)
+    native.module.prepare(MPI.IN_PLACE, MPI.Intracomm, *looked_at, MPI.KEYVAL_INVALID)
 
 
 def compiled(row: Collective, method: bool, op: Any) -> Callable[[F], F]:

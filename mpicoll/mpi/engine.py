@@ -21,6 +21,7 @@ from . import record
 from .agreement import LEVELS, Headers, check_level, default_level, digest_of, level_of
 from .attach import attached, check_comm, interrupted, whole
 from .buffers import is_half, order_of
+from .operations import Operation
 from .paths import Account, Path, decide, native_first
 from .progress import under_way
 from .request import NEW, ONE, VECTORS, Asked, Lengths, Marker, Options, Raw, Request, understand
@@ -32,6 +33,9 @@ ndarray, IN_PLACE, NOTHING = np.ndarray, MPI.IN_PLACE, Marker("nothing")  # look
 KEPT = 1024
 """Calls that a communicator remembers; the oldest goes first."""
 
+AGAIN = 32
+"""Calls after which one that the compiled part could make, and does not, is stored there again."""
+
 BRIEF = 64 << 10
 """Bytes of the whole up to which a native call that is not compared is not recorded."""
 
@@ -42,7 +46,7 @@ class Decided:
 
     ``native`` is that of the path.  ``op`` is an ``MPI.Op`` that was passed, kept so that its ``id`` is no other's;
     ``users`` says that it is user-defined, and may be freed.  ``room`` are the elements of a new array to receive.
-    ``brief`` are native calls so short that, not compared, they are not worth recording.
+    ``times`` it was made by Python.  ``brief`` are native calls so short that, not compared, they are not recorded.
     """
 
     paths: tuple[Path]
@@ -53,6 +57,8 @@ class Decided:
     users: bool
     room: int
     brief: bool
+    operation: Operation
+    times: int = 0
 
 
 def execute(
@@ -154,6 +160,9 @@ def execute(
                 native(send, recv)
                 return recv
             if path.at_once is not None:
+                found.times += 1
+                if found.times % AGAIN == 0:  # others may have come in its place
+                    _learn(state, key, op, found)
                 given = send if form else recv
                 state.at_once(path, headers, detail, compares, given, recv, 0 if detail else found.digest)
                 return recv
@@ -314,12 +323,18 @@ def _remember(state: State, key: Any, send: Any, recv: Any, op: Any, path: Path,
         not request.operation.predefined,
         request.result.size if recv is NEW else 0,
         path.native is not None and request.operation.predefined and request.nbytes <= BRIEF,
+        request.operation,
     )
-    if path.at_once is not None:
-        row, _, dtype, size, form, method, algorithm, deterministic, rest = key
-        if algorithm == "auto" and rest is None and form in (None, size) and dtype.isnative:
-            asked = row, method, op, dtype, size, form is None, bool(deterministic)
-            state.node.learn(asked, request.operation, state.decided[key].digest, headers, (path,))
+    _learn(state, key, op, state.decided[key])
+
+
+def _learn(state: State, key: Any, op: Any, found: Decided) -> None:
+    """Have the compiled part make such calls from now on, if it can."""
+    row, _, dtype, size, form, method, algorithm, deterministic, rest = key
+    usual = algorithm == "auto" and rest is None and form in (None, size) and dtype.isnative
+    if usual and found.paths[0].at_once is not None:
+        asked = row, method, op, dtype, size, form is None, bool(deterministic)
+        state.node.learn(asked, found.operation, found.digest, found.headers, found.paths)
 
 
 def last(comm: MPI.Intracomm) -> Account:

@@ -5,7 +5,7 @@
 
 import os
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 
@@ -46,15 +46,34 @@ def layout() -> int:
     return 0 if module is None or wanted() == "off" else LAYOUT
 
 
-def together(layouts: list[int], required: bool) -> ModuleType | None:
-    """Return the compiled part if all ranks have the same, of whose layouts these are; ``None`` otherwise, or a
-    ``UserError`` on all ranks if one ``required`` it."""
+class Offer(NamedTuple):
+    """What a rank has: the layout, 0 for none; whether it asks for it, and what is wrong with how it does."""
+
+    layout: int
+    required: bool
+    wrong: str
+
+
+def offer() -> Offer:
+    """What this rank has."""
+    try:
+        return Offer(layout(), wanted() == "require", "")
+    except UserError as error:
+        return Offer(0, False, str(error))
+
+
+def together(offers: list[Offer]) -> tuple[ModuleType | None, str]:
+    """Return the compiled part if all ranks of a node have the same, and why all ranks are to raise, if they are."""
+    layouts = [one.layout for one in offers]
+    if wrong := next((one.wrong for one in offers if one.wrong), ""):
+        return None, wrong
     if len({*layouts}) == 1 and layouts[0]:
-        return module
-    if required:
+        return module, ""
+    if any(one.required for one in offers):
         lacking = min(rank for rank, one in enumerate(layouts) if one != max(layouts) or not one)
-        raise UserError(f"MPICOLL_NATIVE=require, but rank {lacking} of a node does without the compiled part: {why()}")
-    return None
+        text = missing or "others do not have the same"
+        return None, f"MPICOLL_NATIVE=require, but rank {lacking} of a node does without the compiled part: {text}"
+    return None, ""
 
 
 def why() -> str:

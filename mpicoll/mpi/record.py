@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from threading import get_ident
+from threading import Lock, get_ident
 from time import monotonic
 from typing import Any
 from weakref import WeakSet
@@ -55,7 +55,7 @@ class Entry:
 
 
 calls: deque[Entry] = deque(maxlen=KEPT)
-"""The last ones, those of the compiled part once ``refresh`` was called."""
+"""The last ones that Python made, the latest at the end; ``recorded`` has those of the compiled part as well."""
 
 inside: dict[int, Entry] = {}
 """Those that have not ended, by thread."""
@@ -107,16 +107,18 @@ class Source:
 
     def __init__(self, native: Any, where: str, ranks: tuple[int, ...]) -> None:
         self.native, self.where, self.ranks = native, where, ranks
-        self.seen = 0
+        self.seen = self.not_compared = 0
         self.open: Entry | None = None  # the latest that was seen, if it had not ended
 
     def refresh(self) -> list[Entry]:
         """The calls since the last time; of the one that had not ended then, how it ended."""
-        first, self.seen = self.seen - (self.open is not None), self.native.recorded
+        recent, self.seen = self.native.recent(self.seen - (self.open is not None))
         found = []
-        for what, call, began, ended in self.native.recent(first):
+        for what, call, began, ended in recent:
             entry, self.open = self.open, None
             if entry is None or entry.call != call:
+                if entry is not None:  # it has, and so many came after it that it is forgotten
+                    entry.ended = began
                 entry = Entry(what, self.where, self.ranks, call)
                 found.append(entry)
             entry.began, entry.ended = began, ended
@@ -126,6 +128,8 @@ class Source:
 
 
 _sources: WeakSet[Source] = WeakSet()
+_compiled: deque[Entry] = deque(maxlen=KEPT)
+_refreshing = Lock()
 
 
 def follow(native: Any, where: str, ranks: tuple[int, ...]) -> Source | None:
@@ -139,12 +143,34 @@ def follow(native: Any, where: str, ranks: tuple[int, ...]) -> Source | None:
 
 def refresh() -> None:
     """Bring the record up to date: who reads it calls this first."""
-    found: list[Entry] = []
-    for source in list(_sources):
-        found += source.refresh()
-        if source.where in made or len(made) < COUNTED:
-            made[source.where] = source.native.calls
-    calls.extend(found)
+    with _refreshing:
+        found: list[Entry] = []
+        for source in list(_sources):
+            found += source.refresh()
+            if source.native.calls and (source.where in made or len(made) < COUNTED):
+                made[source.where] = source.native.calls
+            more, source.not_compared = source.native.not_compared - source.not_compared, source.native.not_compared
+            among = f"{source.where}, not compared"
+            if more and (among in made or len(made) < COUNTED):
+                made[among] = made.get(among, 0) + more
+        _compiled.extend(sorted(found, key=_began))
+
+
+def _began(entry: Entry) -> float:
+    return entry.began
+
+
+def recorded() -> list[Entry]:
+    """The last calls, the latest at the end."""
+    refresh()
+    return sorted([*calls, *_compiled], key=_began)[-KEPT:]
+
+
+def clear() -> None:
+    """Forget all calls so far."""
+    refresh()
+    calls.clear()
+    _compiled.clear()
 
 
 def counted() -> dict[str, int]:
@@ -155,8 +181,7 @@ def counted() -> dict[str, int]:
 
 def latest() -> Entry | None:
     """The call that began last."""
-    refresh()
-    return max(list(calls), key=lambda entry: entry.began, default=None)
+    return max(recorded(), key=_began, default=None)
 
 
 def current() -> Entry | None:
@@ -183,7 +208,6 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
     ``facts`` are its ``rank``, the ``size`` of the job, the number of the ``job``, and whatever else is to be told.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    refresh()
     now = monotonic()
     known = [
         {
@@ -195,7 +219,7 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
             "began": entry.began - now,
             "ended": entry.ended - now if entry.ended else None,
         }
-        for entry in sorted(calls, key=lambda entry: entry.began)
+        for entry in recorded()
     ]
     name = f"rank-{facts['rank']}"
     with (folder / f"{name}.txt").open("w") as file:

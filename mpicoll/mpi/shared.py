@@ -18,6 +18,7 @@ on other nodes, by messages; there are as many owners as the smallest node has r
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -80,9 +81,9 @@ class Node:
         self.across: Callable[[np.ndarray, Operation], None] | None = None  # reduces with other nodes, if there are any
         p = self.size
         self.owners = list(range(p))  # ranks here that own pieces
-        found = node.allgather((PROCESS, cores(), native.layout(), native.wanted() == "require"))
+        found = node.allgather((PROCESS, cores(), native.offer()))
         self.processes = tuple(one[0] for one in found)
-        module = native.together([one[2] for one in found], any(one[3] for one in found)) if p > 1 else None
+        module, self.wrong = native.together([one[2] for one in found]) if p > 1 else (None, native.offer().wrong)
         self.pool = Pool(node, self.processes)
         size = 3 * p * LINE if module is None else module.sizes(p)[0]
         page = share(node, size) if p > 1 else None
@@ -211,12 +212,13 @@ class Node:
         row, method, op, dtype, count, in_place, deterministic = key
         code, call = _code_of(operation, dtype), native.calls.get((row, method))
         if self._native is not None and code is not None and call is not None:
+            op = sys.intern(op) if isinstance(op, str) else op
             self._native.learn(call, op, dtype, count, in_place, deterministic, digest, code, headers, paths)
 
     def bind(self, state: Any) -> Any:
         """Give the compiled part, if there is one, the state whose calls it makes; return it."""
         if self._native is not None:
-            self._native.bind(state)
+            self._native.bind(state, MPI.Query_thread() == MPI.THREAD_MULTIPLE)
         return self._native
 
     def forget(self) -> None:

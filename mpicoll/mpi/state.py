@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from ..algorithms import find
 from ..collective import COLLECTIVES, Collective
-from ..errors import reason
+from ..errors import UserError, reason
 from ..graphs import Graph
 from ..schedule import MIX, Schedule
 from ..tuning.fingerprint import Fingerprint, machine
@@ -64,6 +64,11 @@ class State:
         self.plans: dict[tuple[Any, ...], Plan] = {}
         group.Free()
         self.node = Node(self.comm, self._pause)
+        everyones = [self.node.wrong] if self.node.whole else self.comm.allgather(self.node.wrong)
+        if wrong := next(filter(None, everyones), ""):
+            self.node.release()
+            self.comm.Free()
+            raise UserError(wrong)
         self.shares = self.node.whole and self.node.shares
         """Do all ranks share memory?"""
         self.layout: tuple[int, ...] = (self.p,)
@@ -94,7 +99,7 @@ class State:
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)
         self._interrupted = False
-        self._running = Lock()
+        self._running: Any = self._fast or Lock()
         self._handles = self._persistent = 0
         self._pending: dict[int, Handle] = {}  # pending handles, by tag
         self._users = 1  # the communicator, and handles that are not done with
@@ -147,7 +152,7 @@ class State:
     def _in_turn(self, call: Callable[..., T], *args: Any) -> T:
         """Run ``call`` exclusively on this communicator; if it raises, mark the communicator unusable."""
         self.check()
-        if not self._running.acquire(blocking=False):
+        if not self._running.acquire(False):
             raise RuntimeError(BUSY)
         try:
             inside(True)
@@ -335,7 +340,7 @@ class State:
         if self.p == 1:
             return None
         self.check()
-        if not self._running.acquire(blocking=False):
+        if not self._running.acquire(False):
             raise RuntimeError(BUSY)
         try:
             if under_way or interrupted:
@@ -357,7 +362,7 @@ class State:
     ) -> None:
         """Run a call on a path that has ``at_once``, compared between the ranks as ``agree`` does."""
         self.check()
-        if not self._running.acquire(blocking=False):
+        if not self._running.acquire(False):
             raise RuntimeError(BUSY)
         try:
             number = self.agreement.number(headers, detail, digest) if compares else 0

@@ -18,6 +18,7 @@
 #define LONGEST 10000000L
 
 #define KNOWN 256            /* calls that are remembered: a power of two */
+#define WAYS 4               /* places among them for each call */
 #define RECORDS 64           /* the latest ones, for the flight record */
 #define BRIEF (64 << 10)     /* bytes up to which a call that is not compared is not recorded, as in mpi/engine.py */
 
@@ -43,12 +44,14 @@ typedef struct {
     step_t *steps;
     PyObject *pause;
     PyThreadState *released; /* while others may run Python code */
-    int busy;
+    int held, closing; /* by a call, from its first turn to its last: no other may begin */
     /* For calls from Python: */
-    PyObject *state, *state_dict; /* mpi/state.py's */
-    unsigned long thread;         /* the one that may call */
-    unsigned long long calls;     /* that were compared: mpi/agreement.py's */
+    PyObject *state, *state_dict;            /* mpi/state.py's */
+    unsigned long thread;                    /* the one that may call, */
+    int anywhere;                            /* or any */
+    unsigned long long calls, not_compared;  /* the first: mpi/agreement.py's */
     known_t known[KNOWN];
+    unsigned stored;
     entry_t record[RECORDS];
     unsigned long long recorded;
 } Node;
@@ -102,19 +105,14 @@ static int enter(Node *self)
         PyErr_SetString(PyExc_RuntimeError, "this communicator was freed: make a new one");
         return -1;
     }
-    if (self->busy) {
-        PyErr_SetString(PyExc_RuntimeError, "another thread is in a collective on this communicator: give each thread "
-                                            "a communicator of its own");
-        return -1;
-    }
-    self->busy = 1;
     return 0;
 }
+
+static void let_go(Node *self);
 
 static void leave(Node *self)
 {
     take_gil(self);
-    self->busy = 0;
 }
 
 /* ---- turns */
@@ -288,6 +286,7 @@ typedef struct { /* what mpi/native.py passes to prepare, once: objects, and nam
     PyObject *header, *off, *op, *fast, *check, *deterministic, *last, *default_level, *keyval, *get_attr, *unfinished,
         *interrupt;
     PyTypeObject *node;
+    long no_keyval;
     PyObject *without; /* where the latest communicator of mpi4py's own is that had no node: not to ask it again */
 } names_t;
 
@@ -306,7 +305,7 @@ static size_t known_at(const PyObject *callable, const PyObject *op, const PyObj
 {
     size_t mixed = ((uintptr_t)callable >> 4) * 31 + ((uintptr_t)op >> 4);
     mixed = (mixed * 31 + ((uintptr_t)dtype >> 4)) * 31 + count * 4 + how;
-    return (mixed * 0x9E3779B97F4A7C15u >> 32) & (KNOWN - 1);
+    return (mixed * 0x9E3779B97F4A7C15u >> 32) & (KNOWN - WAYS);
 }
 
 static void forget(known_t *one)
@@ -335,7 +334,8 @@ static double seconds(clockid_t clock)
 static PyObject *attached(PyObject *comm)
 {
     PyObject *keyval = PyDict_GetItemWithError(names.attach, names.keyval), *args[] = {comm, keyval};
-    PyObject *state = keyval && PyObject_IsTrue(comm) > 0 ? PyObject_VectorcallMethod(names.get_attr, args, 2, NULL) : NULL;
+    int there = keyval && PyLong_Check(keyval) && PyLong_AsLong(keyval) != names.no_keyval && PyObject_IsTrue(comm) > 0;
+    PyObject *state = there ? PyObject_VectorcallMethod(names.get_attr, args, 2, NULL) : NULL;
     PyObject *dict = state && state != Py_None ? PyObject_GenericGetDict(state, NULL) : NULL;
     PyObject *found = dict ? PyDict_GetItemWithError(dict, names.fast) : NULL;
     Py_XDECREF(dict);
@@ -385,15 +385,17 @@ static int call_fast(Call *self, PyObject *comm, PyObject *send, PyObject *recv,
                       PyArray_SIZE(from) != PyArray_SIZE(to)))
         return 0;
     Node *node = node_of(comm, self->method, &compares, &deterministic);
-    if (!node || node->busy || node->thread != PyThread_get_thread_ident() || PyList_GET_SIZE(names.under_way) ||
+    if (!node || node->held || !(node->anywhere || node->thread == PyThread_get_thread_ident()) || PyList_GET_SIZE(names.under_way) ||
         PySet_GET_SIZE(names.interrupted))
         return 0;
     size_t count = (size_t)PyArray_SIZE(to);
     PyObject *dtype = (PyObject *)PyArray_DESCR(to);
     known_t *one = &node->known[known_at((PyObject *)self, op, dtype, count, in_place * 2 + deterministic)];
-    if (one->callable != (PyObject *)self || one->op != op || one->dtype != dtype || one->count != count ||
-        one->in_place != in_place || one->deterministic != deterministic)
-        return 0;
+    known_t *end = one + WAYS;
+    while (one->callable != (PyObject *)self || one->op != op || one->dtype != dtype || one->count != count ||
+           one->in_place != in_place || one->deterministic != deterministic)
+        if (++one == end)
+            return 0;
     reduction_t r = one->r;
     if (r.nbytes > INLINE && (r.nbytes > CELL ? !node->n.boxes : !node->n.cells))
         return 0;
@@ -409,24 +411,29 @@ static int call_fast(Call *self, PyObject *comm, PyObject *send, PyObject *recv,
         return -1;
     }
     entry_t *entry = NULL;
-    if (compares) {
+    node->held = 1;
+    if (!compares)
+        node->not_compared++;
+    else {
         number ^= ++node->calls * 0x9E3779B97F4A7C15u & ~(uint64_t)0xFFFFFF; /* as Agreement.number */
         entry = &node->record[node->recorded++ % RECORDS];
         Py_XSETREF(entry->headers, Py_NewRef(headers));
         entry->call = node->calls, entry->began = seconds(CLOCK_MONOTONIC), entry->ended = 0;
     }
     Py_INCREF(node);
+    PyObject *state = Py_NewRef(node->state); /* which the node lets go of if it is closed meanwhile */
     PyObject *found = allreduce(node, &r, number, compares, NULL, PyArray_DATA(from), PyArray_DATA(to));
     int broken = !found; /* in the middle: others may be anywhere */
+    let_go(node);
     if (found && found != Py_None) { /* the ranks' calls differ, or some arrays lie in shared memory */
-        PyObject *args[] = {node->state, headers, found, (PyObject *)from, recv};
+        PyObject *args[] = {state, headers, found, (PyObject *)from, recv};
         PyObject *done = PyObject_VectorcallMethod(names.unfinished, args, 5, NULL);
         Py_SETREF(found, done);
     }
     if (broken) {
         PyObject *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
-        Py_XDECREF(PyObject_CallMethodNoArgs(node->state, names.interrupt));
+        Py_XDECREF(PyObject_CallMethodNoArgs(state, names.interrupt));
         PyErr_Restore(type, value, traceback);
     }
     if (entry) {
@@ -434,6 +441,7 @@ static int call_fast(Call *self, PyObject *comm, PyObject *send, PyObject *recv,
         entry->ended = end > entry->began ? end : entry->began;
     }
     Py_DECREF(headers);
+    Py_DECREF(state);
     Py_DECREF(node);
     Py_XDECREF(found);
     return found ? 1 : -1;
@@ -470,11 +478,17 @@ static PyObject *Node_learn(Node *self, PyObject *args)
         return NULL;
     }
     known_t *one = &self->known[known_at(callable, op, dtype, (size_t)count, in_place * 2 + deterministic)];
+    known_t *first = one, *end = one + WAYS;
+    while (one < end && one->callable && (one->callable != callable || one->op != op || one->dtype != dtype ||
+                                          one->count != (size_t)count || one->in_place != in_place ||
+                                          one->deterministic != deterministic))
+        one++;
+    if (one == end)
+        one = first + self->stored++ % WAYS; /* in the place of another */
     forget(one);
     *one = (known_t){Py_NewRef(callable), Py_NewRef(op), Py_NewRef(dtype), (size_t)count, in_place, deterministic,
                      {kind, operation, mean, (size_t)count, (size_t)count * kind->size}, digest, Py_NewRef(headers),
                      Py_NewRef(paths)};
-    self->thread = PyThread_get_thread_ident();
     names.without = NULL;
     Py_RETURN_NONE;
 }
@@ -486,17 +500,19 @@ static PyObject *Node_forget(Node *self, PyObject *Py_UNUSED(nothing))
     Py_RETURN_NONE;
 }
 
-static PyObject *Node_bind(Node *self, PyObject *state)
+/* bind(state, anywhere): whether calls may come from any thread, or from this one only. */
+static PyObject *Node_bind(Node *self, PyObject *args)
 {
-    PyObject *dict = PyObject_GenericGetDict(state, NULL);
-    if (!dict)
+    PyObject *state, *dict;
+    if (!PyArg_ParseTuple(args, "Op", &state, &self->anywhere) || !(dict = PyObject_GenericGetDict(state, NULL)))
         return NULL;
+    self->thread = PyThread_get_thread_ident();
     Py_XSETREF(self->state, Py_NewRef(state));
     Py_XSETREF(self->state_dict, dict);
     Py_RETURN_NONE;
 }
 
-/* The calls since the first of that number, oldest first: (headers, call, began, ended). */
+/* The calls since the first of that number, oldest first: (headers, call, began, ended); and the number of the next. */
 static PyObject *Node_recent(Node *self, PyObject *argument)
 {
     unsigned long long first = PyLong_AsUnsignedLongLong(argument);
@@ -514,7 +530,7 @@ static PyObject *Node_recent(Node *self, PyObject *argument)
             Py_CLEAR(found);
         Py_XDECREF(item);
     }
-    return found;
+    return found ? Py_BuildValue("(NK)", found, self->recorded) : NULL;
 }
 
 static PyObject *Call_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
@@ -685,6 +701,16 @@ static void release_memory(Node *self)
     self->n.ranks = NULL, self->n.cells = self->n.boxes = NULL;
 }
 
+/* The end of a call; if the communicator was freed meanwhile, of more. */
+static void let_go(Node *self)
+{
+    self->held = 0;
+    if (self->closing) {
+        Node_clear(self);
+        release_memory(self);
+    }
+}
+
 static void Node_dealloc(Node *self)
 {
     PyTypeObject *type = Py_TYPE(self);
@@ -699,10 +725,24 @@ static void Node_dealloc(Node *self)
 
 static PyObject *Node_close(Node *self, PyObject *Py_UNUSED(nothing))
 {
-    if (!self->busy) {
-        Node_clear(self);
-        release_memory(self);
-    }
+    self->closing = 1;
+    if (!self->held)
+        let_go(self);
+    Py_RETURN_NONE;
+}
+
+/* As a lock's, so that mpi/state.py need not know which it has. */
+static PyObject *Node_acquire(Node *self, PyObject *Py_UNUSED(blocking))
+{
+    if (self->held)
+        Py_RETURN_FALSE;
+    self->held = 1;
+    Py_RETURN_TRUE;
+}
+
+static PyObject *Node_release(Node *self, PyObject *Py_UNUSED(nothing))
+{
+    let_go(self);
     Py_RETURN_NONE;
 }
 
@@ -713,7 +753,9 @@ static PyMethodDef node_methods[] = {
     {"open_cells", (PyCFunction)Node_open_cells, METH_O, "Take shared memory for vectors of up to CELL bytes."},
     {"open_boxes", (PyCFunction)Node_open_boxes, METH_O, "Take shared memory for longer ones."},
     {"allreduce", (PyCFunction)(void (*)(void))Node_allreduce, METH_FASTCALL, "Compare, and reduce."},
-    {"bind", (PyCFunction)Node_bind, METH_O, "Take the state that calls from Python are recorded in."},
+    {"acquire", (PyCFunction)Node_acquire, METH_O, "Whether the caller now holds it: no other call may begin."},
+    {"release", (PyCFunction)Node_release, METH_NOARGS, "Let others begin."},
+    {"bind", (PyCFunction)Node_bind, METH_VARARGS, "Take the state that calls from Python are recorded in."},
     {"learn", (PyCFunction)Node_learn, METH_VARARGS, "Remember what was decided for a call from Python."},
     {"close", (PyCFunction)Node_close, METH_NOARGS, "Let go of the state and of shared memory: no more calls."},
     {"forget", (PyCFunction)Node_forget, METH_NOARGS, "Forget all that was remembered."},
@@ -724,7 +766,7 @@ static PyMethodDef node_methods[] = {
 static PyMemberDef node_members[] = {
     {"turn", T_ULONGLONG, offsetof(Node, n.turn), READONLY, "Turns so far."},
     {"calls", T_ULONGLONG, offsetof(Node, calls), 0, "Calls so far that were compared."},
-    {"recorded", T_ULONGLONG, offsetof(Node, recorded), READONLY, "Calls so far that are in the record."},
+    {"not_compared", T_ULONGLONG, offsetof(Node, not_compared), READONLY, "Calls from Python that were not."},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -786,12 +828,12 @@ static PyObject *does(PyObject *Py_UNUSED(module), PyObject *args)
     return PyBool_FromLong(kind && operation >= 0 && operation < OPERATIONS && (widens || kind->combine[operation]));
 }
 
-/* prepare(in_place, plain, under_way, interrupted, windows, attach, agreement): what calls from Python look at. */
+/* prepare(in_place, plain, under_way, interrupted, windows, attach, agreement, no_keyval): what calls look at. */
 static PyObject *prepare(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *one[7];
-    if (!PyArg_ParseTuple(args, "OOO!O!O!O!O!", &one[0], &one[1], &PyList_Type, &one[2], &PySet_Type, &one[3],
-                          &PyDict_Type, &one[4], &PyDict_Type, &one[5], &PyDict_Type, &one[6]))
+    if (!PyArg_ParseTuple(args, "OOO!O!O!O!O!l", &one[0], &one[1], &PyList_Type, &one[2], &PySet_Type, &one[3],
+                          &PyDict_Type, &one[4], &PyDict_Type, &one[5], &PyDict_Type, &one[6], &names.no_keyval))
         return NULL;
     PyObject **kept[] = {&names.in_place, &names.plain,  &names.under_way, &names.interrupted,
                          &names.windows,  &names.attach, &names.agreement};

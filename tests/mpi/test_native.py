@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 import mpicoll
 from mpicoll import MismatchError
+from mpicoll.errors import UserError
 from mpicoll.mpi import native, record
 from mpicoll.mpi.engine import last
 from mpicoll.mpi.operations import name_of
@@ -291,7 +292,7 @@ def test_the_flight_record_has_them(comm, monkeypatch):
     assert state_of(ours).agreement.counter.calls == before + 10
     record.refresh()
     name = state_of(ours).name
-    found = sorted((one for one in record.calls if one.where == name and one.call), key=lambda one: one.call)
+    found = sorted((one for one in record.recorded() if one.where == name and one.call), key=lambda one: one.call)
     assert [one.call for one in found][-10:] == [*range(before + 1, before + 11)]
     assert all("allreduce of 3 float64, sum, shared" in str(one) for one in found[-10:])
     assert all(0 < one.began <= one.ended <= time.monotonic() for one in found)
@@ -383,6 +384,96 @@ def test_another_thread_is_looked_at_closely(comm):
         thread.start()
         thread.join()
         np.testing.assert_array_equal(results[0], P * (P + 1) / 2)
+
+
+def test_nobody_comes_in_between(comm):
+    """A call from a signal handler, while another one waits, is refused; it counts for nothing."""
+    ours = mpicoll.Comm(comm)
+    for _ in range(3):
+        ours.Allreduce(MPI.IN_PLACE, np.ones(3))
+    refused = []
+
+    def handler(*_):
+        try:
+            ours.Allreduce(MPI.IN_PLACE, np.ones(3))
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    for shared in (False, True):
+        x = ours.full(300000, 1.0) if shared else np.ones(3)
+        if ours.rank == 0:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        if ours.rank == P - 1:
+            time.sleep(0.4)
+        ours.Allreduce(MPI.IN_PLACE, x)
+        assert (x == P).all()
+    signal.signal(signal.SIGUSR1, before)
+    assert [text[:14] for text in refused] == (["another thread"] * 2 if ours.rank == 0 else [])
+    y = np.ones(3)
+    ours.Allreduce(MPI.IN_PLACE, y)
+    assert (y == P).all()
+
+
+@pytest.mark.parametrize(("first", "other"), [("require", "off"), ("on", "auto")])
+def test_all_ranks_refuse_what_one_cannot(comm, monkeypatch, first, other):
+    monkeypatch.setenv("MPICOLL_NATIVE", first if comm.rank == P - 1 else other)
+    with pytest.raises(UserError, match="MPICOLL_NATIVE"):
+        mpicoll.Comm(comm)
+
+
+def test_one_rank_without_it_and_none_uses_it(comm, monkeypatch):
+    monkeypatch.setenv("MPICOLL_NATIVE", "off" if comm.rank == P - 1 else "auto")
+    ours, x = mpicoll.Comm(comm), np.ones(3)
+    assert state_of(ours).node.counter is None
+    for _ in range(3):
+        ours.Allreduce(MPI.IN_PLACE, x)
+    assert (x == P**3).all()
+
+
+def test_many_forms_and_strings_that_are_made(comm):
+    """More forms than there are places for; and the name of an operation need not be the one in the program."""
+    ours = mpicoll.Comm(comm)
+    made = "".join(["s", "um"])
+    for turn in range(3):
+        for count in range(1, 400):
+            x = np.full(count, ours.rank + turn * 1.0)
+            mpicoll.allreduce(x, ours, made if count % 2 else "sum")
+            assert x[0] == x[-1] == P * (P - 1) / 2 + P * turn
+
+
+def test_calls_are_counted_alike(comm, monkeypatch):
+    """Whether a call goes by Python or not, which need not be the same on all ranks."""
+    monkeypatch.setattr(record, "made", {})
+    for check in ("header", "off"):
+        ours = mpicoll.Comm(comm, check=check)
+        before = dict(record.counted())
+        for _ in range(10):
+            mpicoll.allreduce(np.ones(3), ours, "sum" if ours.rank else "".join(["s", "um"]))
+        name = state_of(ours).name + (", not compared" if check == "off" else "")
+        assert record.counted()[name] - before.get(name, 0) == 10
+
+
+def test_the_open_call_is_in_the_record(comm):
+    """However many calls of the compiled part are seen at once."""
+    many = [mpicoll.Comm(comm.Dup()) for _ in range(5)]
+    for ours in many:
+        for _ in range(70):
+            ours.Allreduce(MPI.IN_PLACE, np.ones(3))
+    seen = []
+    if comm.rank == P - 1:
+        time.sleep(0.3)
+    else:
+        threading.Timer(0.15, lambda: seen.append((record.recorded()[-1], record.current()))).start()
+    many[0].Bcast(np.ones(3))
+    comm.Barrier()
+    if comm.rank != P - 1:
+        [(last_one, open_one)] = seen
+        assert last_one is open_one
+        assert "bcast" in str(open_one)
+    assert all(one.ended for one in record.recorded() if one.where == state_of(many[0]).name)
+    for ours in many:
+        ours.Free()
 
 
 def test_what_is_not_compiled_goes_by_python(comm):

@@ -80,10 +80,9 @@ def test_a_rank_that_is_gone_is_noticed_in_whatever_call_that_needs_it(comm, mon
         calls[name]()
     page = Page([7], bytearray(page_bytes(1)))  # what a rank that leaves now says
     page.write(7, 0.0, 0.0, GONE, "has left the program", made=record.counted())
-    record.calls.clear()
+    record.clear()
     calls[call]()
-    record.refresh()
-    entry = record.calls[0]
+    entry = record.recorded()[0]
     assert re.match(told, str(entry))
     assert page.has_missed(7, entry)
     if entry.where:
