@@ -332,7 +332,7 @@ def _learn(state: State, key: Any, op: Any, found: Decided) -> None:
     """Have the compiled part make such calls from now on, if it can."""
     row, _, dtype, size, form, method, algorithm, deterministic, rest = key
     usual = algorithm == "auto" and rest is None and form in (None, size) and dtype.isnative
-    if usual and found.paths[0].at_once is not None:
+    if usual and (found.paths[0].at_once is not None or state.p == 1):
         asked = row, method, op, dtype, size, form is None, bool(deterministic)
         state.node.learn(asked, found.operation, found.digest, found.headers, found.paths)
 

@@ -90,6 +90,8 @@ class Node:
         self.shares = page is not None
         self._native: Any = None
         self._room: list[int] = []  # bytes of memory that the compiled part is still to be given
+        if p == 1 and native.offer().layout and native.module is not None:
+            self._native = native.module.Node(bytearray(native.module.sizes(1)[0]), 0, 1, 0, (), pause)
         if page is None:
             return
         self._spin = SPIN if len({core for one in found for core in one[1]}) >= p else 0
@@ -275,11 +277,11 @@ class Node:
     def release(self) -> None:
         """Give back what no array uses; it is of no use any more."""
         self.disown()
+        if self._native is not None:
+            self._native.close()
+            self._native = None
         if self.shares:
             self._results, self.boxes, self.across = [], None, None
-            if self._native is not None:
-                self._native.close()
-                self._native = None
             self._words.release()
             del self._pause  # which refers to whom this belongs
         if not self.whole:

@@ -94,7 +94,7 @@ class State:
         """What ranks can do on their GPUs, once there was a call on arrays there."""
         self._boxes: staging.StagingBuffers | None = None
         self.agreement = Agreement(self.comm, self.node if self.shares else None)
-        self._fast = self.node.bind(self) if self.shares else None  # named in the compiled part, which looks for it
+        self._fast = self.node.bind(self) if self.node.whole else None  # named in the compiled part, which looks for it
         self._record = record.follow(self._fast, self.name, self.world)
         self._graphs: set[bytes] = set()  # those found to be the same on all ranks
         self._scratch = self._copy = np.empty(0, np.uint8)

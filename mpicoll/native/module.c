@@ -397,9 +397,11 @@ static int call_fast(Call *self, PyObject *comm, PyObject *send, PyObject *recv,
         if (++one == end)
             return 0;
     reduction_t r = one->r;
-    if (r.nbytes > INLINE && (r.nbytes > CELL ? !node->n.boxes : !node->n.cells))
+    if (node->n.p == 1)
+        compares = 0;
+    else if (r.nbytes > INLINE && (r.nbytes > CELL ? !node->n.boxes : !node->n.cells))
         return 0;
-    if (r.nbytes > CELL && PyDict_GET_SIZE(names.windows) && (PyArray_BASE(to) || PyArray_BASE(from)))
+    else if (r.nbytes > CELL && PyDict_GET_SIZE(names.windows) && (PyArray_BASE(to) || PyArray_BASE(from)))
         return 0; /* they may lie in memory that ranks share */
     if (!compares && r.nbytes > BRIEF)
         return 0;
@@ -413,7 +415,7 @@ static int call_fast(Call *self, PyObject *comm, PyObject *send, PyObject *recv,
     entry_t *entry = NULL;
     node->held = 1;
     if (!compares)
-        node->not_compared++;
+        node->not_compared += node->n.p > 1;
     else {
         number ^= ++node->calls * 0x9E3779B97F4A7C15u & ~(uint64_t)0xFFFFFF; /* as Agreement.number */
         entry = &node->record[node->recorded++ % RECORDS];

@@ -493,6 +493,26 @@ def test_a_thousand_communicators_leave_nothing(ours):
 
 
 @pytest.mark.skipif(P != 2, reason="the same with more ranks")
+def test_sums_of_one_rank_are_what_it_sends(comm):
+    """Of a communicator of one rank, by whichever way; its arrays and other communicators are left alone."""
+    alone = comm.Split(comm.rank)
+    for one in (alone, mpicoll.Comm(alone), mpicoll.Comm(alone, check="off")):
+        for dtype in ("f4", "f8", "e", "i2", "D"):
+            for count in (0, 1, 100, 100_000):
+                for op in ("sum", "mean", "prod"):
+                    for _ in range(3):
+                        x = (np.arange(count) % 1000 + comm.rank).astype(dtype)
+                        y = x.copy()
+                        assert mpicoll.allreduce(y, one, op) is y
+                        np.testing.assert_array_equal(y, x)
+                        if isinstance(one, mpicoll.Comm):
+                            z = np.empty_like(x)
+                            one.Allreduce(x, z, op)
+                            np.testing.assert_array_equal(z, y)
+    assert mpicoll.allreduce(np.ones(1), comm)[0] == P
+    alone.Free()
+
+
 def test_a_call_that_is_remembered_takes_few_steps(ours):
     """At most 12 calls of Python functions of ours, from the program to the MPI library (docs/calls.md)."""
     x, y, steps = np.zeros(8), np.zeros(8), []
