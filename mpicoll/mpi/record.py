@@ -117,7 +117,7 @@ class Source:
         for what, call, began, ended in recent:
             entry, self.open = self.open, None
             if entry is None or entry.call != call:
-                if entry is not None:  # it has, and so many came after it that it is forgotten
+                if entry is not None:  # it has, and the ring has forgotten it
                     entry.ended = began
                 entry = Entry(what, self.where, self.ranks, call)
                 found.append(entry)

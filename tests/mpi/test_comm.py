@@ -492,7 +492,6 @@ def test_a_thousand_communicators_leave_nothing(ours):
     assert resident() < before + (8 << 20)
 
 
-@pytest.mark.skipif(P != 2, reason="the same with more ranks")
 def test_sums_of_one_rank_are_what_it_sends(comm):
     """Of a communicator of one rank, by whichever way; its arrays and other communicators are left alone."""
     alone = comm.Split(comm.rank)
@@ -513,6 +512,7 @@ def test_sums_of_one_rank_are_what_it_sends(comm):
     alone.Free()
 
 
+@pytest.mark.skipif(P != 2, reason="the same with more ranks")
 def test_a_call_that_is_remembered_takes_few_steps(ours):
     """At most 12 calls of Python functions of ours, from the program to the MPI library (docs/calls.md)."""
     x, y, steps = np.zeros(8), np.zeros(8), []
