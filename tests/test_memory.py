@@ -273,7 +273,7 @@ def test_a_call_that_was_interrupted_is_the_last(tmp_path):
             try:
                 call(*args)
             except RuntimeError as error:
-                print(str(error).partition(":")[0])
+                print(str(error).partition(":")[0], flush=True)
         os._exit(7)
     time.sleep(0.6)
     world.Allreduce(MPI.IN_PLACE, x)
