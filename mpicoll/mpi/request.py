@@ -623,7 +623,8 @@ def _vectors_header(asked: Asked) -> Header:
         raise
     except REFUSALS as error:
         return header_of("allgatherv", "", str(error), None)
-    cuts_of(counts, None, p)  # which says what is wrong with them
+    if len(counts) != p or min(counts) < 0:
+        cuts_of(counts, None, p)  # which says what is wrong with them
     size = received.dtype.itemsize
     each = tuple([count * size for count in counts])
     sent = None if is_in_place(asked.send) else payload(asked.send)

@@ -63,6 +63,10 @@ PROCESS = int.from_bytes(os.urandom(8), "little")  # no other's, not even in a c
 AtOnce = Callable[[int, bool, np.ndarray, np.ndarray], list[Any] | None]
 
 
+COMPILED = frozenset({ALLREDUCE.name})
+"""Collectives that there is machine code for."""
+
+
 class Node:
     """The ranks of a communicator that share memory, and how they take turns; making it is a collective call.
 
@@ -201,7 +205,7 @@ class Node:
 
     def does(self, collective: str) -> bool:
         """Whether there is an ``at_once`` for a collective."""
-        return self._native is not None and self.whole and collective == ALLREDUCE.name
+        return self._native is not None and self.whole and collective in COMPILED
 
     @property
     def counter(self) -> Any:
