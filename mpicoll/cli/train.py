@@ -1,6 +1,7 @@
 """``mpicoll train``: the command that trains a model, its options and what it prints."""
 
 import math
+import os
 import re
 import signal
 import sys
@@ -291,8 +292,10 @@ def train(resume: Path | None, as_json: bool, timeout: float, report: Path | Non
 
 def _say(line: str, nl: bool = True) -> None:
     """Print a line.  If nobody reads the output any more, training continues without it."""
-    with suppress(OSError):
+    try:
         click.echo(line, nl=nl)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for good: what could not be written is still in the buffer)
 
 
 class _Progress:
