@@ -78,7 +78,7 @@ def together(offers: list[Offer]) -> tuple[ModuleType | None, str]:
 
 def why() -> str:
     """Why this rank does not use it."""
-    return missing or ("MPICOLL_NATIVE=off" if wanted() == "off" else "others do not have the same")
+    return missing or "MPICOLL_NATIVE=off"
 
 
 def state() -> str:

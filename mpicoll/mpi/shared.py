@@ -178,8 +178,8 @@ class Node:
         which is not the same; or where their arrays lie, some in shared memory, or where there is no memory an empty
         list.
         """
-        code = _code_of(operation, dtype) if self._native is not None and self.whole else None
-        if code is None or row is not ALLREDUCE or not count:
+        code = _code_of(operation, dtype) if self.does(row.name) else None
+        if code is None or not count:
             return None
         number_of, kind, mean = code
         allreduce, nbytes = self._native.allreduce, count * dtype.itemsize

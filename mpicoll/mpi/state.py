@@ -361,21 +361,13 @@ class State:
         digest: int = 0,
     ) -> None:
         """Run a call on a path that has ``at_once``, compared between the ranks as ``agree`` does."""
-        self.check()
-        if not self._running.acquire(False):
-            raise RuntimeError(BUSY)
-        try:
+
+        def call() -> list[Any] | None:
             number = self.agreement.number(headers, detail, digest) if compares else 0
-            if under_way or interrupted:
-                with driving(self.comm):
-                    found = path.at_once(number, compares, send, recv)
-            else:
-                found = path.at_once(number, compares, send, recv)
-        except BaseException:  # in the middle: other ranks may be anywhere
-            self.interrupt()
-            raise
-        finally:
-            self._running.release()
+            found: list[Any] | None = path.at_once(number, compares, send, recv)
+            return found
+
+        found = self.on_node(call)
         if found is not None:
             self._unfinished(path, headers, detail, found, send, recv)
 

@@ -108,13 +108,6 @@ static int enter(Node *self)
     return 0;
 }
 
-static void let_go(Node *self);
-
-static void leave(Node *self)
-{
-    take_gil(self);
-}
-
 /* ---- turns */
 
 static PyObject *Node_sync(Node *self, PyObject *Py_UNUSED(nothing))
@@ -122,7 +115,7 @@ static PyObject *Node_sync(Node *self, PyObject *Py_UNUSED(nothing))
     if (enter(self))
         return NULL;
     int broken = node_turn(&self->n, 0, NULL, 0);
-    leave(self);
+    take_gil(self);
     if (broken)
         return NULL;
     Py_RETURN_NONE;
@@ -170,7 +163,7 @@ static PyObject *Node_gather(Node *self, PyObject *argument)
     if ((number == (uint64_t)-1 && PyErr_Occurred()) || enter(self))
         return NULL;
     int broken = node_turn(&self->n, number, NULL, 0);
-    leave(self);
+    take_gil(self);
     return broken ? NULL : numbers_of(self);
 }
 
@@ -189,7 +182,7 @@ static PyObject *Node_exchange(Node *self, PyObject *const *args, Py_ssize_t n)
     if (enter(self))
         return NULL;
     int broken = node_turn(&self->n, 0, words, n * sizeof *words);
-    leave(self);
+    take_gil(self);
     return broken ? NULL : words_of(self, n);
 }
 
@@ -233,7 +226,7 @@ static PyObject *allreduce(Node *self, const reduction_t *r, uint64_t number, in
     if (r->nbytes > CELL)
         release_gil(self);
     int how = node_allreduce(&self->n, r, number, compare, where, send, recv);
-    leave(self);
+    take_gil(self);
     if (how == BROKEN_OFF)
         return NULL;
     if (how == DONE)
@@ -281,7 +274,9 @@ static PyObject *Node_allreduce(Node *self, PyObject *const *args, Py_ssize_t n)
 
 /* ---- calls from Python, whole */
 
-typedef struct { /* what mpi/native.py passes to prepare, once: objects, and names of other modules */
+static void let_go(Node *self);
+
+typedef struct { /* what mpi/compiled.py passes to prepare, once: objects, and names of other modules */
     PyObject *in_place, *plain, *under_way, *interrupted, *windows, *attach, *agreement;
     PyObject *header, *off, *op, *fast, *check, *deterministic, *last, *default_level, *keyval, *get_attr, *unfinished,
         *interrupt;
@@ -306,6 +301,19 @@ static size_t known_at(const PyObject *callable, const PyObject *op, const PyObj
     size_t mixed = ((uintptr_t)callable >> 4) * 31 + ((uintptr_t)op >> 4);
     mixed = (mixed * 31 + ((uintptr_t)dtype >> 4)) * 31 + count * 4 + how;
     return (mixed * 0x9E3779B97F4A7C15u >> 32) & (KNOWN - WAYS);
+}
+
+/* What is stored for a call, or NULL; any then becomes the first of its places. */
+static inline known_t *find(Node *node, const PyObject *callable, const PyObject *op, const PyObject *dtype, size_t count,
+                            int in_place, int deterministic, known_t **any)
+{
+    known_t *first = &node->known[known_at(callable, op, dtype, count, in_place * 2 + deterministic)];
+    for (known_t *one = first; one < first + WAYS; one++)
+        if (one->callable == callable && one->op == op && one->dtype == dtype && one->count == count &&
+            one->in_place == in_place && one->deterministic == deterministic)
+            return one;
+    *any = first;
+    return NULL;
 }
 
 static void forget(known_t *one)
@@ -390,12 +398,9 @@ static int call_fast(Call *self, PyObject *comm, PyObject *send, PyObject *recv,
         return 0;
     size_t count = (size_t)PyArray_SIZE(to);
     PyObject *dtype = (PyObject *)PyArray_DESCR(to);
-    known_t *one = &node->known[known_at((PyObject *)self, op, dtype, count, in_place * 2 + deterministic)];
-    known_t *end = one + WAYS;
-    while (one->callable != (PyObject *)self || one->op != op || one->dtype != dtype || one->count != count ||
-           one->in_place != in_place || one->deterministic != deterministic)
-        if (++one == end)
-            return 0;
+    known_t *any, *one = find(node, (PyObject *)self, op, dtype, count, in_place, deterministic, &any);
+    if (!one)
+        return 0;
     reduction_t r = one->r;
     if (node->n.p == 1)
         compares = 0;
@@ -479,13 +484,10 @@ static PyObject *Node_learn(Node *self, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "learn: expected a kind and an operation that there is, after bind");
         return NULL;
     }
-    known_t *one = &self->known[known_at(callable, op, dtype, (size_t)count, in_place * 2 + deterministic)];
-    known_t *first = one, *end = one + WAYS;
-    while (one < end && one->callable && (one->callable != callable || one->op != op || one->dtype != dtype ||
-                                          one->count != (size_t)count || one->in_place != in_place ||
-                                          one->deterministic != deterministic))
-        one++;
-    if (one == end)
+    known_t *first, *one = find(self, callable, op, dtype, (size_t)count, in_place, deterministic, &first);
+    for (int k = 0; !one && k < WAYS; k++)
+        one = first[k].callable ? NULL : &first[k];
+    if (!one)
         one = first + self->stored++ % WAYS; /* in the place of another */
     forget(one);
     *one = (known_t){Py_NewRef(callable), Py_NewRef(op), Py_NewRef(dtype), (size_t)count, in_place, deterministic,
